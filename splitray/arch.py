@@ -1,0 +1,121 @@
+"""What a decoder looks like to a planner: counts and sizes, no torch, no weights, no devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from splitray.errors import ModelError
+
+
+class Range(NamedTuple):
+    """Half-open range [start, stop) of KV groups, FFN columns (or experts) or vocabulary rows."""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """How many indices the range holds."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadGroup:
+    """One KV head with the query heads that share it: the smallest movable piece of attention."""
+
+    layer: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FfnSlice:
+    """A half-open range of FFN columns (of whole experts in a mixture of experts) of one layer."""
+
+    layer: int
+    columns: Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArch:
+    """Counts of a decoder and the three traits of its dataflow that change what devices exchange.
+
+    `ffn_dim` counts the units in which an FFN is cut: columns, or whole experts if `num_experts` > 0.
+    `parallel_block`: attention and FFN read the same input and form one sub-block (GPT-NeoX, GPT-J, Cohere).
+    `post_norm`: the sum of a sub-block is normalised before the residual is added (Gemma 2, OLMo 2).
+    `qk_norm_over_heads`: q and k are normalised over all heads together (OLMo 2), one more small exchange.
+    """
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    ffn_dim: int
+    vocab: int
+    context_tokens: int
+    ffn_matrices: int = 3
+    num_experts: int = 0
+    expert_columns: int = 0
+    tied_embeddings: bool = False
+    parallel_block: bool = False
+    post_norm: bool = False
+    qk_norm_over_heads: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        counts = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "ffn_dim", "vocab")
+        for field in counts:
+            if getattr(self, field) < 1:
+                raise ModelError(
+                    f"{self.name}: {field}",
+                    expected="at least 1",
+                    actual=getattr(self, field),
+                    remedy="correct the model's config.json",
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"{self.name}: num_heads",
+                expected=f"a multiple of num_kv_heads = {self.num_kv_heads}",
+                actual=self.num_heads,
+                remedy="correct the model's config.json",
+            )
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one weight or activation element."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def group_params(self) -> int:
+        """Weights of one head group: its rows of q, k, v and its columns of o (SPEC 1.8, biases left out)."""
+        return self.hidden_dim * self.head_dim * (2 * self.heads_per_group + 2)
+
+    @property
+    def ffn_unit_params(self) -> int:
+        """Weights of one FFN column, or of one whole expert (SPEC 1.9)."""
+        columns = self.expert_columns if self.num_experts else 1
+        return self.ffn_matrices * self.hidden_dim * columns
+
+    @property
+    def vocab_row_params(self) -> int:
+        """Weights of one vocabulary row of the embedding or of the head."""
+        return self.hidden_dim
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV bytes of one head group of one layer for one token (SPEC 1.10)."""
+        return 2 * self.head_dim * self.dtype_bytes
+
+    @property
+    def num_params(self) -> int:
+        """All weights but norms and biases (a tied embedding counted once)."""
+        layer = self.num_kv_heads * self.group_params + self.ffn_dim * self.ffn_unit_params
+        tables = (1 if self.tied_embeddings else 2) * self.vocab * self.vocab_row_params
+        return self.num_layers * layer + tables

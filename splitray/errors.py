@@ -1,0 +1,35 @@
+"""The one way in which splitray refuses bad input; it knows nothing of models, devices or Ray."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: says what was expected, what came and what to do. The CLI exits with code 2 on it."""
+
+    def __init__(self, what: str, *, expected: object, actual: object, remedy: str) -> None:
+        self.what, self.expected, self.actual, self.remedy = what, str(expected), str(actual), remedy
+        super().__init__(f"{what}: expected {expected}, got {actual}; {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by fields, so that the error crosses process boundaries unchanged."""
+        return (_rebuild, (type(self), self.what, self.expected, self.actual, self.remedy))
+
+
+def _rebuild(cls: type[InputError], what: str, expected: str, actual: str, remedy: str) -> InputError:
+    return cls(what, expected=expected, actual=actual, remedy=remedy)
+
+
+class PlacementError(InputError):
+    """A placement that leaves a piece out, gives it twice, or names what does not exist."""
+
+
+class TopologyError(InputError):
+    """A topology or a link that cannot be used as asked."""
+
+
+class ModelError(InputError):
+    """A checkpoint or an architecture that cannot be run exactly."""
+
+
+class DeviceLost(RuntimeError):  # noqa: N818 - the noun of DESIGN: a state of the world, not a slip of the user
+    """A device process died, closed its connection, or missed its deadline."""

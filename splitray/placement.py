@@ -1,0 +1,315 @@
+"""Which device holds which piece: a frozen total map, its checks and its YAML form. Knows no cost, no wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from splitray.arch import ModelArch, Range
+from splitray.errors import PlacementError
+from splitray.topology import DeviceId, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The ranges of one sub-block (or of the head's vocabulary rows) that each device holds.
+
+    Devices hold disjoint ranges (partitioned) or each the whole (replicated); `validate` refuses the rest.
+    """
+
+    by_device: tuple[tuple[DeviceId, tuple[Range, ...]], ...]
+
+    @staticmethod
+    def of(shares: Mapping[str, Iterable[tuple[int, int]]]) -> Shares:
+        """Normalise: empty ranges dropped, ranges sorted and neighbours joined, empty devices dropped."""
+        kept = []
+        for device, ranges in shares.items():
+            joined: list[Range] = []
+            for start, stop in sorted(ranges):
+                if stop == start:
+                    continue
+                if joined and joined[-1].stop == start:
+                    joined[-1] = Range(joined[-1].start, stop)
+                else:
+                    joined.append(Range(start, stop))
+            if joined:
+                kept.append((DeviceId(device), tuple(joined)))
+        return Shares(tuple(kept))
+
+    @staticmethod
+    def whole(total: int, *devices: str) -> Shares:
+        """All of it on one device, or a full copy on each of several."""
+        return Shares.of({d: [(0, total)] for d in devices})
+
+    @property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """Devices that hold anything."""
+        return tuple(d for d, _ in self.by_device)
+
+    def ranges(self, device: str) -> tuple[Range, ...]:
+        """The device's ranges; empty if it holds nothing."""
+        return next((r for d, r in self.by_device if d == device), ())
+
+    def count(self, device: str) -> int:
+        """How many indices the device holds."""
+        return sum(r.count for r in self.ranges(device))
+
+    def is_replicated(self, total: int) -> bool:
+        """Whether several devices each hold all of it."""
+        whole = (Range(0, total),)
+        return len(self.by_device) > 1 and all(r == whole for _, r in self.by_device)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlacement:
+    """Who holds the head groups and the FFN columns (or experts) of one layer."""
+
+    attention: Shares
+    ffn: Shares
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A frozen total map of every piece of a model to devices."""
+
+    layers: tuple[LayerPlacement, ...]
+    embedding: tuple[DeviceId, ...]
+    head: Shares
+
+    @property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """Every device that holds a piece, in order of first mention."""
+        named = list(self.embedding)
+        for layer in self.layers:
+            named += [*layer.attention.devices, *layer.ffn.devices]
+        return tuple(dict.fromkeys([*named, *self.head.devices]))
+
+    def to_document(self) -> dict[str, Any]:
+        """The YAML document of this placement (DESIGN section 7)."""
+
+        def plain(shares: Shares) -> dict[str, list[list[int]]]:
+            return {str(d): [[r.start, r.stop] for r in ranges] for d, ranges in shares.by_device}
+
+        return {
+            "layers": [{"attention": plain(x.attention), "ffn": plain(x.ffn)} for x in self.layers],
+            "embedding": [str(d) for d in self.embedding],
+            "head": plain(self.head),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the placement file."""
+        Path(path).write_text(yaml.safe_dump(self.to_document(), sort_keys=False, default_flow_style=None))
+
+    @staticmethod
+    def from_document(document: Any) -> Placement:
+        """Build from a parsed document; every wrong key or shape is refused with its path."""
+        _keys(document, ("layers", "embedding", "head"), "placement")
+        layers = document["layers"]
+        if not isinstance(layers, list):
+            raise PlacementError(
+                "layers", expected="a list", actual=type(layers).__name__, remedy="give one entry a layer"
+            )
+        parsed = []
+        for i, layer in enumerate(layers):
+            _keys(layer, ("attention", "ffn"), f"layers[{i}]")
+            parsed.append(
+                LayerPlacement(
+                    _shares(layer["attention"], f"layers[{i}].attention"),
+                    _shares(layer["ffn"], f"layers[{i}].ffn"),
+                )
+            )
+        embedding = document["embedding"]
+        if not isinstance(embedding, list) or not embedding:
+            raise PlacementError(
+                "embedding",
+                expected="a list of devices",
+                actual=embedding,
+                remedy="write `embedding: [device]`",
+            )
+        return Placement(
+            tuple(parsed), tuple(DeviceId(str(d)) for d in embedding), _shares(document["head"], "head")
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> Placement:
+        """Read a placement file (YAML or JSON)."""
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PlacementError(
+                f"placement {path}",
+                expected="a readable YAML file",
+                actual=error,
+                remedy="give the path of a placement file",
+            ) from error
+        return Placement.from_document(document)
+
+
+def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
+    """Check that the placement covers the model once, names known devices, and fits their memory.
+
+    Raises:
+        PlacementError: says which piece, what was expected, what came and what to do.
+    """
+    if len(placement.layers) != arch.num_layers:
+        raise PlacementError(
+            "layers",
+            expected=f"{arch.num_layers} of {arch.name}",
+            actual=len(placement.layers),
+            remedy="give one entry a layer",
+        )
+    for device in placement.devices:
+        if device not in topology.ids:
+            raise PlacementError(
+                "placement",
+                expected=f"devices among {list(topology.ids)}",
+                actual=device,
+                remedy="correct the device's name or add it to the topology",
+            )
+    if not placement.embedding or len(set(placement.embedding)) != len(placement.embedding):
+        raise PlacementError(
+            "embedding",
+            expected="at least one device, each once",
+            actual=list(placement.embedding),
+            remedy="name each holder of the embedding once",
+        )
+    for i, layer in enumerate(placement.layers):
+        _covered(layer.attention, arch.num_kv_heads, f"layer {i} attention", "head groups")
+        _covered(layer.ffn, arch.ffn_dim, f"layer {i} ffn", "experts" if arch.num_experts else "columns")
+        if arch.parallel_block:
+            _one_sub_block(layer, arch, i)
+    _covered(placement.head, arch.vocab, "head", "vocabulary rows")
+    if placement.head.is_replicated(arch.vocab):
+        raise PlacementError(
+            "head",
+            expected="one holder or disjoint rows",
+            actual="a full copy on several devices",
+            remedy="give each device its own vocabulary rows",
+        )
+    if topology.origin_holds != "none":
+        _pinned(placement, topology)
+    for device, needed in weight_bytes(placement, arch).items():
+        available = topology.device(device).memory_bytes
+        if needed > available:
+            raise PlacementError(
+                f"memory of {device}",
+                expected=f"at most {available:,.0f} bytes of weights",
+                actual=f"{needed:,.0f} bytes",
+                remedy="move pieces to another device",
+            )
+
+
+def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
+    """Weight bytes a device holds, norms and biases left out; a tied table is shared where rows coincide."""
+    params = dict.fromkeys(placement.devices, 0)
+    for layer in placement.layers:
+        for device, _ in layer.attention.by_device:
+            params[device] += layer.attention.count(device) * arch.group_params
+        for device, _ in layer.ffn.by_device:
+            params[device] += layer.ffn.count(device) * arch.ffn_unit_params
+    for device in placement.embedding:
+        params[device] += arch.vocab * arch.vocab_row_params
+    for device, _ in placement.head.by_device:
+        if not (arch.tied_embeddings and device in placement.embedding):
+            params[device] += placement.head.count(device) * arch.vocab_row_params
+    return {d: n * arch.dtype_bytes for d, n in params.items()}
+
+
+def _covered(shares: Shares, total: int, where: str, unit: str) -> None:
+    for device, ranges in shares.by_device:
+        for r in ranges:
+            if not 0 <= r.start < r.stop <= total:
+                raise PlacementError(
+                    f"{where} on {device}",
+                    expected=f"ranges within [0, {total}) {unit}",
+                    actual=f"[{r.start}, {r.stop})",
+                    remedy="correct the range",
+                )
+    if shares.is_replicated(total):
+        return
+    taken = sorted((r, d) for d, ranges in shares.by_device for r in ranges)
+    end = 0
+    for r, device in taken:
+        if r.start < end:
+            raise PlacementError(
+                where,
+                expected=f"each of {total} {unit} on one device, or all of them on each",
+                actual=f"[{r.start}, {min(end, r.stop)}) on {device} and another device",
+                remedy="make the ranges disjoint, or replicate the whole sub-block",
+            )
+        if r.start > end:
+            break
+        end = r.stop
+    if end != total:
+        gap = next((r.start for r, _ in taken if r.start > end), total)
+        raise PlacementError(
+            where,
+            expected=f"all {total} {unit} placed",
+            actual=f"[{end}, {gap}) on no device",
+            remedy="add the missing range to a device",
+        )
+
+
+def _one_sub_block(layer: LayerPlacement, arch: ModelArch, index: int) -> None:
+    attention, ffn = layer.attention.is_replicated(arch.num_kv_heads), layer.ffn.is_replicated(arch.ffn_dim)
+    same = set(layer.attention.devices) == set(layer.ffn.devices)
+    if (attention or ffn) and not (attention and ffn and same):
+        raise PlacementError(
+            f"layer {index}",
+            expected=f"attention and FFN replicated together, on the same devices ({arch.name} "
+            "computes both from one input)",
+            actual="one of them replicated, or on other devices",
+            remedy="replicate both on the same devices, or partition both",
+        )
+
+
+def _pinned(placement: Placement, topology: Topology) -> None:
+    held = {"embedding": placement.embedding}
+    if topology.origin_holds == "embedding_and_head":
+        held["head"] = placement.head.devices
+    for piece, devices in held.items():
+        if devices != (topology.origin,):
+            raise PlacementError(
+                piece,
+                expected=f"on the origin {topology.origin} (origin_holds: {topology.origin_holds})",
+                actual=list(devices),
+                remedy="place it there, or set origin_holds: none",
+            )
+
+
+def _keys(entry: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(entry, dict) or set(entry) != set(keys):
+        actual = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise PlacementError(
+            where,
+            expected=f"a mapping with {list(keys)}",
+            actual=actual,
+            remedy="see clusters/placement-example.yaml",
+        )
+
+
+def _shares(entry: Any, where: str) -> Shares:
+    if not isinstance(entry, dict):
+        raise PlacementError(
+            where,
+            expected="a mapping device -> ranges",
+            actual=type(entry).__name__,
+            remedy="write {device: [[start, stop], ...]}",
+        )
+    for device, ranges in entry.items():
+        whole = isinstance(ranges, list) and all(
+            isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r) and 0 <= r[0] <= r[1]
+            for r in ranges
+        )
+        if not whole:
+            raise PlacementError(
+                f"{where}.{device}",
+                expected="a list of [start, stop] with start <= stop",
+                actual=ranges,
+                remedy="write half-open ranges of whole numbers",
+            )
+    return Shares.of({str(d): [(r[0], r[1]) for r in ranges] for d, ranges in entry.items()})

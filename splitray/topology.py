@@ -1,0 +1,323 @@
+"""Devices, the links between them, and the YAML that describes them. Knows no model and no placement."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NewType
+
+import yaml
+
+from splitray.errors import TopologyError
+
+DeviceId = NewType("DeviceId", str)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One node that can hold pieces of a model. Rates are SI; `torch_device` names where its tensors live."""
+
+    id: DeviceId
+    tier: Literal["edge", "cloud"]
+    memory_bytes: float
+    compute_flops: float
+    memory_bandwidth_bytes_per_s: float
+    idle_w: float = 0.0
+    active_w: float = 0.0
+    radio_w: float = 0.0
+    price_per_s: float = 0.0
+    torch_device: str = "cpu"
+    model_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("edge", "cloud"):
+            raise TopologyError(
+                f"device {self.id}: tier",
+                expected="edge or cloud",
+                actual=self.tier,
+                remedy="set tier to edge or cloud",
+            )
+        for name in ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s"):
+            if not getattr(self, name) > 0:
+                raise TopologyError(
+                    f"device {self.id}: {name}",
+                    expected="a number above 0",
+                    actual=getattr(self, name),
+                    remedy=f"give the device's {name}",
+                )
+        for name in ("idle_w", "active_w", "radio_w", "price_per_s"):
+            if not getattr(self, name) >= 0:
+                raise TopologyError(
+                    f"device {self.id}: {name}",
+                    expected="0 or more",
+                    actual=getattr(self, name),
+                    remedy=f"give the device's {name}",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A directed pair: rate, round-trip time and the fixed cost of one exchange."""
+
+    source: DeviceId
+    target: DeviceId
+    bandwidth_bytes_per_s: float
+    rtt_s: float
+    exchange_s: float = 0.0
+    medium: str | None = None
+
+    def transfer_s(self, num_bytes: float) -> float:
+        """One-way time of a message: half the RTT, the fixed cost, and bytes over rate (SPEC 1.15)."""
+        return self.rtt_s / 2 + self.exchange_s + num_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """Devices in their fixed order and the directed links between them; one device is the origin."""
+
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...]
+    origin: DeviceId
+    origin_holds: Literal["none", "embedding", "embedding_and_head"] = "none"
+    _by_pair: Mapping[tuple[DeviceId, DeviceId], Link] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids = self.ids
+        if not ids:
+            raise TopologyError(
+                "devices",
+                expected="at least one device",
+                actual="none",
+                remedy="list a device under `devices:`",
+            )
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice:
+            raise TopologyError(
+                "devices",
+                expected="distinct ids",
+                actual=f"{twice} more than once",
+                remedy="rename one of them",
+            )
+        self._known(self.origin, "origin")
+        if self.origin_holds not in ("none", "embedding", "embedding_and_head"):
+            raise TopologyError(
+                "origin_holds",
+                expected="none, embedding or embedding_and_head",
+                actual=self.origin_holds,
+                remedy="use one of the three",
+            )
+        pairs: dict[tuple[DeviceId, DeviceId], Link] = {}
+        for link in self.links:
+            self._known(link.source, "link")
+            self._known(link.target, "link")
+            pair = (link.source, link.target)
+            if pair[0] == pair[1] or pair in pairs:
+                raise TopologyError(
+                    "links",
+                    expected="one link between two different devices",
+                    actual=f"{pair[0]} -> {pair[1]} again" if pair in pairs else f"{pair[0]} to itself",
+                    remedy="remove it",
+                )
+            if not link.bandwidth_bytes_per_s > 0 or not link.rtt_s >= 0 or not link.exchange_s >= 0:
+                raise TopologyError(
+                    f"link {pair[0]} -> {pair[1]}",
+                    expected="bandwidth above 0, rtt_s and exchange_s of 0 or more",
+                    actual=f"{link.bandwidth_bytes_per_s}, {link.rtt_s}, {link.exchange_s}",
+                    remedy="correct the link",
+                )
+            pairs[pair] = link
+        object.__setattr__(self, "_by_pair", pairs)
+
+    def _known(self, device: DeviceId, where: str) -> None:
+        if device not in self.ids:
+            raise TopologyError(
+                where,
+                expected=f"one of {list(self.ids)}",
+                actual=device,
+                remedy=f"correct the name{_did_you_mean(device, self.ids)}",
+            )
+
+    @property
+    def ids(self) -> tuple[DeviceId, ...]:
+        """Device ids in order; this order breaks every tie and names the lead of a sub-block."""
+        return tuple(d.id for d in self.devices)
+
+    def device(self, device: DeviceId) -> Device:
+        """The device of this id."""
+        self._known(device, "device")
+        return self.devices[self.ids.index(device)]
+
+    def link(self, source: DeviceId, target: DeviceId) -> Link | None:
+        """The directed link, or None if the two cannot exchange."""
+        return self._by_pair.get((source, target))
+
+    def tier(self, tier: str) -> tuple[DeviceId, ...]:
+        """Ids of one tier, in order."""
+        return tuple(d.id for d in self.devices if d.tier == tier)
+
+    @staticmethod
+    def uniform(num_devices: int, *, num_edges: int = 1, memory_bytes: float = 1e12) -> Topology:
+        """Equal devices `edge0..`, `cloud0..` on this machine, all linked: what `--devices N` means."""
+        names = [f"edge{i}" for i in range(min(num_edges, num_devices))]
+        names += [f"cloud{i}" for i in range(num_devices - len(names))]
+        devices = tuple(
+            Device(
+                id=DeviceId(n),
+                tier="edge" if n.startswith("edge") else "cloud",
+                memory_bytes=memory_bytes,
+                compute_flops=5e10,
+                memory_bandwidth_bytes_per_s=1.2e10,
+            )
+            for n in names
+        )
+        links = tuple(
+            Link(source=a.id, target=b.id, bandwidth_bytes_per_s=1e9, rtt_s=1e-4)
+            for a in devices
+            for b in devices
+            if a is not b
+        )
+        return Topology(devices=devices, links=links, origin=devices[0].id)
+
+    @staticmethod
+    def load(path: str | Path, *, catalog: Mapping[str, Mapping[str, float]] | None = None) -> Topology:
+        """Read a topology file (YAML or JSON).
+
+        Raises:
+            TopologyError: the file cannot be read, a key is unknown or missing, or a value is out of range.
+        """
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise TopologyError(
+                f"topology {path}",
+                expected="a readable YAML file",
+                actual=error,
+                remedy="give the path of a topology file",
+            ) from error
+        return parse_topology(document, catalog=catalog or {})
+
+
+_DEVICE_KEYS = tuple(f.name for f in fields(Device))
+_LINK_KEYS = (
+    "between",
+    "bandwidth_bytes_per_s",
+    "rtt_s",
+    "uplink_bytes_per_s",
+    "downlink_bytes_per_s",
+    "exchange_s",
+    "medium",
+)
+
+
+def parse_topology(document: Any, *, catalog: Mapping[str, Mapping[str, float]]) -> Topology:
+    """Build a Topology from the parsed document; unknown keys are refused with the key's path."""
+    _keys(document, ("origin", "origin_holds", "devices", "links"), "topology")
+    devices = tuple(_device(d, f"devices[{i}]", catalog) for i, d in enumerate(_list(document, "devices")))
+    links = [link for i, d in enumerate(_list(document, "links")) for link in _links(d, f"links[{i}]")]
+    edges = [d.id for d in devices if d.tier == "edge"]
+    default = edges[0] if edges else devices[0].id if devices else DeviceId("")
+    return Topology(
+        devices=devices,
+        links=tuple(links),
+        origin=DeviceId(document.get("origin", default)),
+        origin_holds=document.get("origin_holds") or "none",
+    )
+
+
+def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) -> Device:
+    _keys(entry, (*_DEVICE_KEYS, "catalog"), where)
+    values = dict(entry)
+    name = values.pop("catalog", None)
+    if name is not None:
+        if name not in catalog:
+            raise TopologyError(
+                f"{where}.catalog",
+                expected=f"one of {sorted(catalog)}",
+                actual=name,
+                remedy=f"use a catalogue name{_did_you_mean(name, catalog)}, or give explicit values",
+            )
+        values = {**catalog[name], **values}
+    missing = [
+        k
+        for k in ("id", "tier", "memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
+        if k not in values
+    ]
+    if missing:
+        raise TopologyError(
+            where,
+            expected=f"{missing}",
+            actual=f"only {sorted(values)}",
+            remedy="add the missing keys" + (" or a `catalog:` name" if catalog else ""),
+        )
+    texts = ("id", "tier", "torch_device", "model_path")
+    return Device(**{k: v if k in texts else _number(v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _links(entry: Any, where: str) -> list[Link]:
+    _keys(entry, _LINK_KEYS, where)
+    between = entry.get("between")
+    if not isinstance(between, list) or len(between) != 2:
+        raise TopologyError(
+            f"{where}.between", expected="two device ids", actual=between, remedy="write [a, b]"
+        )
+    numbers = {k: _number(entry[k], f"{where}.{k}") for k in _LINK_KEYS[1:6] if k in entry}
+    rate = numbers.get("bandwidth_bytes_per_s")
+    up, down = numbers.get("uplink_bytes_per_s", rate), numbers.get("downlink_bytes_per_s", rate)
+    if up is None or down is None or "rtt_s" not in numbers:
+        raise TopologyError(
+            where,
+            expected="rtt_s and bandwidth_bytes_per_s (or uplink and downlink)",
+            actual=f"only {sorted(entry)}",
+            remedy="add the missing keys",
+        )
+    a, b = (DeviceId(str(d)) for d in between)
+    fixed = {"rtt_s": numbers["rtt_s"], "exchange_s": numbers.get("exchange_s", 0.0)}
+    return [
+        Link(source=a, target=b, bandwidth_bytes_per_s=up, medium=entry.get("medium"), **fixed),
+        Link(source=b, target=a, bandwidth_bytes_per_s=down, medium=entry.get("medium"), **fixed),
+    ]
+
+
+def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise TopologyError(
+            where, expected="a mapping", actual=type(entry).__name__, remedy="see clusters/ for examples"
+        )
+    allowed = list(allowed)
+    for key in entry:
+        if key not in allowed:
+            raise TopologyError(
+                f"{where}.{key}",
+                expected=f"one of {allowed}",
+                actual=key,
+                remedy=f"remove the key{_did_you_mean(str(key), allowed)}",
+            )
+
+
+def _list(document: dict[str, Any], key: str) -> list[Any]:
+    value = document.get(key) or []
+    if not isinstance(value, list):
+        raise TopologyError(
+            key, expected="a list", actual=type(value).__name__, remedy=f"write `{key}:` as a list"
+        )
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TopologyError(
+            where, expected="a number", actual=repr(value), remedy="write a number in SI units"
+        )
+    try:
+        return float(value)
+    except ValueError as error:
+        raise TopologyError(
+            where, expected="a number", actual=repr(value), remedy="write a number in SI units, such as 1.5e9"
+        ) from error
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
