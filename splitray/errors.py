@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: says what was expected, what came and what to do. The CLI exits with code 2 on it."""
@@ -17,6 +20,12 @@ class InputError(ValueError):
 
 def _rebuild(cls: type[InputError], what: str, expected: str, actual: str, remedy: str) -> InputError:
     return cls(what, expected=expected, actual=actual, remedy=remedy)
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """` (did you mean X?)` for the closest known name, to append to a remedy; empty if none is close."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class PlacementError(InputError):

@@ -1,4 +1,4 @@
-"""Which device holds which piece: a frozen total map, its checks and its YAML form. Knows no cost, no wire."""
+"""Which device holds which piece: a frozen total map, its checks and its YAML form. Knows no cost or wire."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import PlacementError
+from splitray.errors import PlacementError, did_you_mean
 from splitray.topology import DeviceId, Topology
 
 
@@ -232,18 +232,18 @@ def _covered(shares: Shares, total: int, where: str, unit: str) -> None:
     if shares.is_replicated(total):
         return
     taken = sorted((r, d) for d, ranges in shares.by_device for r in ranges)
-    end = 0
+    end, holder = 0, DeviceId("")
     for r, device in taken:
         if r.start < end:
             raise PlacementError(
                 where,
                 expected=f"each of {total} {unit} on one device, or all of them on each",
-                actual=f"[{r.start}, {min(end, r.stop)}) on {device} and another device",
+                actual=f"[{r.start}, {min(end, r.stop)}) on {holder} and on {device}",
                 remedy="make the ranges disjoint, or replicate the whole sub-block",
             )
         if r.start > end:
             break
-        end = r.stop
+        end, holder = r.stop, device
     if end != total:
         gap = next((r.start for r, _ in taken if r.start > end), total)
         raise PlacementError(
@@ -284,11 +284,13 @@ def _pinned(placement: Placement, topology: Topology) -> None:
 def _keys(entry: Any, keys: tuple[str, ...], where: str) -> None:
     if not isinstance(entry, dict) or set(entry) != set(keys):
         actual = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        unknown = [k for k in entry if k not in keys] if isinstance(entry, dict) else []
+        hint = f"{where}.{unknown[0]} is unknown{did_you_mean(unknown[0], keys)}; " if unknown else ""
         raise PlacementError(
             where,
             expected=f"a mapping with {list(keys)}",
             actual=actual,
-            remedy="see clusters/placement-example.yaml",
+            remedy=f"{hint}see clusters/placement-example.yaml",
         )
 
 

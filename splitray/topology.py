@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal, NewType
 
 import yaml
 
-from splitray.errors import TopologyError
+from splitray.errors import TopologyError, did_you_mean
 
 DeviceId = NewType("DeviceId", str)
 
@@ -136,7 +135,7 @@ class Topology:
                 where,
                 expected=f"one of {list(self.ids)}",
                 actual=device,
-                remedy=f"correct the name{_did_you_mean(device, self.ids)}",
+                remedy=f"correct the name{did_you_mean(device, self.ids)}",
             )
 
     @property
@@ -221,7 +220,7 @@ def parse_topology(document: Any, *, catalog: Mapping[str, Mapping[str, float]])
     return Topology(
         devices=devices,
         links=tuple(links),
-        origin=DeviceId(document.get("origin", default)),
+        origin=DeviceId(str(document.get("origin", default))),
         origin_holds=document.get("origin_holds") or "none",
     )
 
@@ -231,14 +230,14 @@ def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) 
     values = dict(entry)
     name = values.pop("catalog", None)
     if name is not None:
-        if name not in catalog:
+        if str(name) not in catalog:
             raise TopologyError(
                 f"{where}.catalog",
                 expected=f"one of {sorted(catalog)}",
                 actual=name,
-                remedy=f"use a catalogue name{_did_you_mean(name, catalog)}, or give explicit values",
+                remedy=f"use a catalogue name{did_you_mean(name, catalog)}, or give explicit values",
             )
-        values = {**catalog[name], **values}
+        values = {**catalog[str(name)], **values}
     missing = [
         k
         for k in ("id", "tier", "memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
@@ -251,8 +250,10 @@ def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) 
             actual=f"only {sorted(values)}",
             remedy="add the missing keys" + (" or a `catalog:` name" if catalog else ""),
         )
+    values["id"] = DeviceId(str(values["id"]))  # YAML reads a bare 7 or yes as no string
     texts = ("id", "tier", "torch_device", "model_path")
-    return Device(**{k: v if k in texts else _number(v, f"{where}.{k}") for k, v in values.items()})
+    checked: dict[str, Any] = {k: v if k in texts else _number(v, f"{where}.{k}") for k, v in values.items()}
+    return Device(**checked)
 
 
 def _links(entry: Any, where: str) -> list[Link]:
@@ -292,7 +293,7 @@ def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
                 f"{where}.{key}",
                 expected=f"one of {allowed}",
                 actual=key,
-                remedy=f"remove the key{_did_you_mean(str(key), allowed)}",
+                remedy=f"remove the key{did_you_mean(str(key), allowed)}",
             )
 
 
@@ -316,8 +317,3 @@ def _number(value: Any, where: str) -> float:
         raise TopologyError(
             where, expected="a number", actual=repr(value), remedy="write a number in SI units, such as 1.5e9"
         ) from error
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
