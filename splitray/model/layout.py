@@ -1,0 +1,190 @@
+"""How one decoder layer is wired, read off Hugging Face's own code by watching it run once.
+
+A layer is two residual sub-blocks, x + s * post(attention(norm(x))) and the same for the FFN, one after the other
+or both from one x. Which child is which norm, and which layer argument reaches the attention under which name, is
+observed on a small random model and not written down per family. Knows nothing of devices.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitray.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLayout:
+    """The wiring of one layer: names of its children in their roles, and the residual's factor."""
+
+    attention: str
+    attention_norm: str | None
+    attention_post_norm: str | None
+    ffn: tuple[str, ...]
+    ffn_norm: str | None
+    ffn_post_norm: str | None
+    parallel: bool
+    residual_scale: float
+    returns_tuple: bool
+    attention_arguments: tuple[tuple[str, str], ...]
+    """(name of the attention's argument, name of the layer's argument that it receives)."""
+
+    @property
+    def has_post_norm(self) -> bool:
+        """Whether a sub-block's sum is normalised before the residual is added."""
+        return self.attention_post_norm is not None or self.ffn_post_norm is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    name: str
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        return self.inputs[0] if self.inputs else self.keywords["hidden_states"]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises, judged by its class name as all of transformers' norms allow."""
+    return "norm" in type(module).__name__.lower()
+
+
+def observe_layer(layer: nn.Module, run: Callable[[], object], *, family: str) -> LayerLayout:
+    """Run the model once and read the layer's wiring.
+
+    Args:
+        layer: a decoder layer with random weights (zeros would make different wirings look alike).
+        run: runs the model that holds the layer once.
+        family: the model type, for messages.
+
+    Raises:
+        ModelError: the layer is not a residual sum of one attention and one FFN.
+    """
+    calls: list[_Call] = []
+    whole: list[_Call] = []
+    with _watching(layer, calls, whole):
+        run()
+    outer = whole[0]
+    calls = [c for c in calls if not isinstance(c.module, nn.Dropout)]
+    norms = [c for c in calls if is_norm(c.module)]
+    bodies = [c for c in calls if not is_norm(c.module)]
+    attention = _only([c for c in bodies if "att" in c.name], "one attention", family)
+    ffn = [c for c in bodies if c is not attention]
+    if not ffn:
+        raise _no_layout(family, "an FFN after the attention", "none")
+    x, z = outer.x, outer.output
+
+    def made(value: Tensor) -> _Call | None:
+        return next((c for c in norms if _same(c.output, value)), None)
+
+    def post(value: Tensor) -> _Call | None:
+        return next((c for c in norms if _same(c.x, value)), None)
+
+    attention_norm = None if _same(attention.x, x) else made(attention.x)
+    if attention_norm is None and not _same(attention.x, x):
+        raise _no_layout(family, "attention that reads the layer's input or its norm", "another input")
+    ffn_norm = made(ffn[0].x)
+    u = (ffn_norm.x if ffn_norm else ffn[0].x).reshape(x.shape)
+    parallel = _same(u, x)
+    attention_post = post(attention.output)
+    if attention_post is ffn_norm:
+        attention_post = None
+    ffn_post = post(ffn[-1].output)
+    a = attention_post.output if attention_post else attention.output
+    f = (ffn_post.output if ffn_post else ffn[-1].output).reshape(x.shape)
+    first = a + f if parallel else a
+    reached = z if parallel else u
+    scale = float(((reached - x) * first).sum() / (first * first).sum())
+    rest = x + scale * (a + f) if parallel else u + scale * f
+    if not _close(reached, x + scale * first) or not _close(z, rest):
+        raise _no_layout(family, "x + s * attention and x + s * ffn as the layer's output", "another sum")
+    return LayerLayout(
+        attention=attention.name,
+        attention_norm=attention_norm.name if attention_norm else None,
+        attention_post_norm=attention_post.name if attention_post else None,
+        ffn=tuple(c.name for c in ffn),
+        ffn_norm=ffn_norm.name if ffn_norm else None,
+        ffn_post_norm=ffn_post.name if ffn_post else None,
+        parallel=parallel,
+        residual_scale=1.0 if abs(scale - 1) < 1e-4 else round(scale, 6),
+        returns_tuple=bool(outer.keywords.get("__tuple__")),
+        attention_arguments=_arguments(layer, outer, attention),
+    )
+
+
+def layer_arguments(layer: nn.Module) -> tuple[str, ...]:
+    """Names of a layer's positional arguments after the hidden states."""
+    parameters = inspect.signature(type(layer).forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds)[2:]
+
+
+def _arguments(layer: nn.Module, outer: _Call, attention: _Call) -> tuple[tuple[str, str], ...]:
+    given = dict(zip(layer_arguments(layer), outer.inputs[1:], strict=False)) | outer.keywords
+    signature = inspect.signature(type(attention.module).forward)
+    names = [n for n in list(signature.parameters)[1:] if n != "hidden_states"]
+    passed = dict(zip(names, attention.inputs[1:], strict=False)) | attention.keywords
+    pairs = []
+    for name, value in passed.items():
+        if name == "hidden_states":
+            continue
+        known = [k for k, v in given.items() if v is value and v is not None and not isinstance(v, bool)]
+        source = name if name in given else known[0] if known else None
+        if source is not None:
+            pairs.append((name, source))
+    return tuple(pairs)
+
+
+@contextmanager
+def _watching(layer: nn.Module, calls: list[_Call], whole: list[_Call]) -> Iterator[None]:
+    def watch(name: str, sink: list[_Call]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            keywords = dict(kwargs)
+            if sink is whole:
+                keywords["__tuple__"] = isinstance(output, tuple)
+            inputs = tuple(a.clone() if i == 0 and isinstance(a, Tensor) else a for i, a in enumerate(args))
+            sink.append(_Call(name, module, inputs, keywords, first.clone()))
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n, calls), with_kwargs=True) for n, m in layer.named_children()]
+    handles.append(layer.register_forward_hook(watch("layer", whole), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+
+def _only(calls: list[_Call], what: str, family: str) -> _Call:
+    if len(calls) != 1:
+        raise _no_layout(family, what, f"{len(calls)} ({[c.name for c in calls]})")
+    return calls[0]
+
+
+def _no_layout(family: str, expected: str, actual: str) -> ModelError:
+    return ModelError(
+        f"the decoder layer of {family}",
+        expected=expected,
+        actual=actual,
+        remedy="this architecture cannot be split; use another model",
+    )

@@ -1,0 +1,72 @@
+"""Norms of q and k over ALL heads (OLMo 2) when each device has some heads: one small sum over the holders.
+
+Both sums of squares travel together, so that there is one exchange and not two. Knows only the attention module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def share_norm_sums(
+    attention: nn.Module, sum_over_holders: Callable[[Tensor], Tensor], *, q_features: int, k_features: int
+) -> None:
+    """Make a sliced attention normalise q and k as the whole one does.
+
+    Args:
+        attention: has q_proj, k_proj, q_norm and k_norm on this device's heads.
+        sum_over_holders: sums a float32 tensor [..., 2] over the devices that hold heads.
+        q_features: features of the whole q.
+        k_features: features of the whole k.
+    """
+    ahead = _Ahead()
+    q_proj, k_proj = attention.q_proj, attention.k_proj
+    attention.q_proj = _ProjectBoth(q_proj, k_proj, sum_over_holders, ahead)
+    attention.k_proj = _Stored(ahead)
+    attention.q_norm = _SharedRmsNorm(attention.q_norm, ahead, which=0, features=q_features)
+    attention.k_norm = _SharedRmsNorm(attention.k_norm, ahead, which=1, features=k_features)
+
+
+class _Ahead:
+    """What q_proj computes ahead for k_proj and the norms of the same call."""
+
+    k: Tensor
+    sums: Tensor
+
+
+class _ProjectBoth(nn.Module):
+    def __init__(
+        self, q_proj: nn.Module, k_proj: nn.Module, total: Callable[[Tensor], Tensor], ahead: _Ahead
+    ) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.total, self.ahead = q_proj, k_proj, total, ahead
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k = self.q_proj(x_BTD), self.k_proj(x_BTD)
+        squares = torch.stack([q.float().pow(2).sum(-1), k.float().pow(2).sum(-1)], dim=-1)
+        self.ahead.k, self.ahead.sums = k, self.total(squares)
+        return q  # type: ignore[no-any-return]
+
+
+class _Stored(nn.Module):
+    def __init__(self, ahead: _Ahead) -> None:
+        super().__init__()
+        self.ahead = ahead
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.ahead.k
+
+
+class _SharedRmsNorm(nn.Module):
+    def __init__(self, norm: nn.Module, ahead: _Ahead, *, which: int, features: int) -> None:
+        super().__init__()
+        self.norm, self.ahead, self.which, self.features = norm, ahead, which, features
+        self.eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.ahead.sums[..., self.which : self.which + 1] / self.features
+        normal = x.float() * torch.rsqrt(mean + self.eps)
+        return (self.norm.weight * normal).to(x.dtype)

@@ -1,0 +1,213 @@
+"""What a checkpoint's config says about the model: its ModelArch and its layer's wiring, by a small probe.
+
+The probe is a two-layer random model of the same config, with fewer heads and rows where the config allows it; the
+self-test (runtime/selftest.py) splits the same model. Reads no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from splitray.arch import ModelArch, Range
+from splitray.errors import ModelError
+from splitray.model.layout import LayerLayout, observe_layer
+from splitray.model.slicing import PLANS, features
+from splitray.model.surgery import decoder_of, meta_model
+
+_PROBE_VOCAB = 64
+
+
+class StateDictSource:
+    """Slices out of a model in memory, for probes and tests; the same calls as Checkpoint."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Refer to the model's tensors; nothing is copied until a slice is read."""
+        self._tensors = model.state_dict()
+        self.bytes_read = 0
+
+    def key(self, name: str) -> str | None:
+        """The name itself if the model has it."""
+        return name if name in self._tensors else None
+
+    def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
+        """A copy of a tensor, or of ranges of it along one axis."""
+        tensor = self._tensors[name]
+        if ranges is None:
+            return tensor.clone()
+        return torch.cat([tensor.narrow(axis, r.start, r.count) for r in ranges], dim=axis)
+
+    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copies of some experts' fused weights."""
+        index = torch.tensor(experts)
+        return self._tensors[f"{module}.gate_up_proj"][index], self._tensors[f"{module}.down_proj"][index]
+
+    def fingerprint(self) -> str:
+        """Models in memory are told apart by identity only."""
+        return f"memory-{id(self._tensors):x}"
+
+
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """The config of a model folder.
+
+    Raises:
+        ModelError: there is no readable config of a decoder there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        config = config.get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {folder}", expected="a folder with a transformers config.json",
+                         actual=str(error).split("\n")[0], remedy="give the path of a saved model") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"architecture {config.model_type}", expected="a decoder with a causal language model",
+                         actual=type(config).__name__, remedy="use a causal language model")
+    return config
+
+
+def read_arch(
+    config: PretrainedConfig, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+) -> tuple[ModelArch, LayerLayout]:
+    """Counts from the meta model, wiring from a probe run.
+
+    Raises:
+        ModelError: the architecture cannot be split, with the reason.
+    """
+    counts = _counts(config, dtype)
+    probe = probe_model(config)
+    layout = observe(probe)
+    meta = meta_model(config, torch.float32)
+    decoder, layers = decoder_of(meta, counts["num_layers"])
+    attention = getattr(getattr(decoder, layers)[0], layout.attention)
+    over_heads = _norms_over_heads(attention, counts)
+    return ModelArch(**counts, parallel_block=layout.parallel, post_norm=layout.has_post_norm,
+                     qk_norm_over_heads=over_heads), layout
+
+
+def probe_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A random two-layer model of the same architecture, float32, deterministic, small where that is allowed."""
+    small = _two_layers(config)
+    shrunk = _fewer_heads(small)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = None
+        for candidate in (shrunk, small):
+            try:
+                model = AutoModelForCausalLM.from_config(candidate, dtype=torch.float32)
+                break
+            except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+                failure = error
+        if model is None:
+            raise ModelError(f"architecture {config.model_type}", expected="a two-layer model of the same config",
+                             actual=failure, remedy="this architecture cannot be split; use another model")
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "norm" in name.rsplit(".", 2)[-2]:
+                parameter.data.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.data.copy_(torch.randn_like(parameter) * (1.5 / parameter.shape[-1] ** 0.5))
+    return model.eval()
+
+
+def observe(probe: PreTrainedModel) -> LayerLayout:
+    """The wiring of a probe's layers."""
+    decoder, layers = decoder_of(probe, probe.config.num_hidden_layers)
+    ids = torch.arange(3, 11).reshape(2, 4)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+
+    @torch.inference_mode()
+    def run() -> object:
+        return probe(input_ids=ids, attention_mask=mask, use_cache=True)
+
+    return observe_layer(getattr(decoder, layers)[0], run, family=probe.config.model_type)
+
+
+def _counts(config: PretrainedConfig, dtype: str) -> dict[str, Any]:
+    model = meta_model(config, torch.float32)
+    heads = config.num_attention_heads
+    decoder, layers = decoder_of(model, config.num_hidden_layers)
+    layer = getattr(decoder, layers)[0]
+    ffn = _ffn_counts(layer, config)
+    head = model.get_output_embeddings()
+    return {
+        "name": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_dim": config.hidden_size,
+        "vocab": head.weight.shape[0],
+        "context_tokens": getattr(config, "max_position_embeddings", None) or 2**20,
+        "tied_embeddings": bool(config.tie_word_embeddings),
+        "dtype": dtype,
+        **ffn,
+    }
+
+
+def _ffn_counts(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]:
+    for path, module in layer.named_modules():
+        if path.endswith("experts") and hasattr(module, "gate_up_proj"):
+            experts, width, _ = module.gate_up_proj.shape
+            return {"ffn_dim": experts, "num_experts": experts, "expert_columns": width // 2, "ffn_matrices": 3}
+    plan = PLANS.get(config.model_type) or {
+        k.split(".*.", 1)[1]: v for k, v in (config.base_model_tp_plan or {}).items() if ".*." in k}
+    paths = {p: m for p, m in layer.named_modules() if p in plan and "att" not in p.split(".")[0]}
+    rows = [m for p, m in paths.items() if plan[p].startswith("rowwise")]
+    if len(rows) != 1:
+        raise ModelError(f"architecture {config.model_type}",
+                         expected="a tensor-parallel plan with one row-parallel linear in the FFN",
+                         actual=f"{len(rows)} of them in {sorted(plan) or 'no plan'}",
+                         remedy="this architecture cannot be split; use another model")
+    columns = features(rows[0], "in")
+    wide = sum(features(m, "out") for p, m in paths.items() if not plan[p].startswith("rowwise"))
+    return {"ffn_dim": columns, "ffn_matrices": 1 + wide // columns}
+
+
+def _norms_over_heads(attention: nn.Module, counts: dict[str, Any]) -> bool:
+    norm = getattr(attention, "q_norm", None)
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.ndim != 1:
+        return False
+    return int(weight.shape[0]) == counts["num_heads"] * counts["head_dim"] and counts["num_heads"] > 1
+
+
+def _two_layers(config: PretrainedConfig) -> PretrainedConfig:
+    values = copy.deepcopy(config)
+    layers = config.num_hidden_layers
+    types = getattr(config, "layer_types", None)
+    second = next((i for i, t in enumerate(types) if t != types[0]), 1) if types and layers > 1 else 1
+    for name, value in list(vars(values).items()):
+        if isinstance(value, list) and len(value) == layers and name != "attention_types":
+            setattr(values, name, [value[0], value[min(second, layers - 1)]])
+    if hasattr(values, "attention_types"):
+        values.attention_types = [[["global", "local"], 1]]
+        values.attention_layers = ["global", "local"]
+    values.num_hidden_layers = 2
+    values.vocab_size = min(_PROBE_VOCAB, values.vocab_size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(values, name, None) is not None:
+            setattr(values, name, 0)
+    return values
+
+
+def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
+    values = copy.deepcopy(config)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    fewer = min(groups, 4)
+    if config.hidden_size <= 256 or groups % fewer:
+        return values
+    scale = groups // fewer
+    values.hidden_size = config.hidden_size // scale
+    values.num_attention_heads = heads // scale
+    if getattr(config, "num_key_value_heads", None):
+        values.num_key_value_heads = fewer
+    if getattr(config, "intermediate_size", None):
+        values.intermediate_size = 96
+    return values

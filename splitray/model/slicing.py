@@ -1,0 +1,166 @@
+"""Which weights of a layer follow the head groups and which the FFN columns, and where each one is cut.
+
+Read from transformers' own `base_model_tp_plan`, with a small table for families without one. What the plan does
+not say is added here: packed layouts, Conv1D's transposed weights, per-head norms, norms over all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from splitray.arch import ModelArch, Range
+from splitray.errors import ModelError
+
+_LLAMA_ATTENTION = {
+    "self_attn.q_proj": "colwise",
+    "self_attn.k_proj": "colwise",
+    "self_attn.v_proj": "colwise",
+}
+PLANS: dict[str, dict[str, str]] = {  # families without a tp_plan of their own
+    "gpt2": {
+        "attn.c_attn": "colwise",
+        "attn.c_proj": "rowwise",
+        "mlp.c_fc": "colwise",
+        "mlp.c_proj": "rowwise",
+    },
+    "gptj": {
+        "attn.q_proj": "colwise",
+        "attn.k_proj": "colwise",
+        "attn.v_proj": "colwise",
+        "attn.out_proj": "rowwise",
+        "mlp.fc_in": "colwise",
+        "mlp.fc_out": "rowwise",
+    },
+    "gpt_neo": {
+        "attn.attention.q_proj": "colwise",
+        "attn.attention.k_proj": "colwise",
+        "attn.attention.v_proj": "colwise",
+        "attn.attention.out_proj": "rowwise",
+        "mlp.c_fc": "colwise",
+        "mlp.c_proj": "rowwise",
+    },
+    "opt": {**_LLAMA_ATTENTION, "self_attn.out_proj": "rowwise", "fc1": "colwise", "fc2": "rowwise"},
+    "biogpt": {**_LLAMA_ATTENTION, "self_attn.out_proj": "rowwise", "fc1": "colwise", "fc2": "rowwise"},
+    "stablelm": {
+        **_LLAMA_ATTENTION,
+        "self_attn.o_proj": "rowwise",
+        "mlp.gate_proj": "colwise",
+        "mlp.up_proj": "colwise",
+        "mlp.down_proj": "rowwise",
+    },
+}
+_COLWISE = {"colwise", "colwise_gather_output", "colwise_rep", "local_colwise"}
+_ROWWISE = {"rowwise", "rowwise_split_input", "rowwise_rep", "local_rowwise"}
+_EXPERT_STYLES = {"packed_colwise", "moe_tp_experts", "grouped_gemm", "packed_rowwise"}
+_WHOLE = {"replicated_with_grad_allreduce", "sequence_parallel", "replicated"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one projection is cut: by heads or by FFN columns, along its output or its input features.
+
+    `sections` are the feature counts of the parts packed behind each other (q, k, v or gate, up); each part is
+    cut in the same proportion.
+    """
+
+    by: Literal["heads", "columns"]
+    side: Literal["out", "in"]
+    sections: tuple[int, ...]
+
+    def ranges(self, held: Sequence[Range], total: int) -> list[Range]:
+        """Feature ranges that belong to the held units out of `total` groups or columns."""
+        taken = []
+        start = 0
+        for features in self.sections:
+            each = features // total
+            taken += [Range(start + r.start * each, start + r.stop * each) for r in held]
+            start += features
+        return taken
+
+
+def read_cuts(layer: nn.Module, config: PretrainedConfig, arch: ModelArch) -> dict[str, Cut]:
+    """The cut of every projection of a layer, by its path inside the layer.
+
+    Raises:
+        ModelError: the family has no plan, or the plan does something that is not known here.
+    """
+    family = config.model_type
+    plan = PLANS.get(family) or {
+        key.split(".*.", 1)[1]: style
+        for key, style in (config.base_model_tp_plan or {}).items()
+        if ".*." in key
+    }
+    if not plan:
+        raise ModelError(
+            f"architecture {family}",
+            expected="a base_model_tp_plan or an entry in slicing.PLANS",
+            actual="neither",
+            remedy="use another model, or add its entry",
+        )
+    modules = dict(layer.named_modules())
+    cuts = {}
+    for path, style in plan.items():
+        module = modules.get(path)
+        if module is None or style in _EXPERT_STYLES or style in _WHOLE or "experts" in path.split("."):
+            continue
+        if style not in _COLWISE | _ROWWISE or not isinstance(module, nn.Linear | Conv1D):
+            raise ModelError(
+                f"architecture {family}",
+                expected="column- and row-parallel linears in its plan",
+                actual=f"{path}: {style} ({type(module).__name__})",
+                remedy="this architecture cannot be split; use another model",
+            )
+        by: Literal["heads", "columns"] = "heads" if "att" in path.split(".")[0] else "columns"
+        side: Literal["out", "in"] = "out" if style in _COLWISE else "in"
+        cuts[path] = Cut(by, side, _sections(path, module, side, arch, family))
+    _complete(layer, cuts, family)
+    return cuts
+
+
+def features(module: nn.Module, side: Literal["out", "in"]) -> int:
+    """Output or input features of a Linear or of GPT-2's transposed Conv1D."""
+    if isinstance(module, Conv1D):
+        return int(module.nf if side == "out" else module.nx)
+    assert isinstance(module, nn.Linear), type(module)
+    return module.out_features if side == "out" else module.in_features
+
+
+def _sections(
+    path: str, module: nn.Module, side: Literal["out", "in"], arch: ModelArch, family: str
+) -> tuple[int, ...]:
+    size = features(module, side)
+    name = path.rsplit(".", 1)[-1]
+    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    if side == "out" and name in ("qkv_proj", "c_attn"):
+        parts: tuple[int, ...] = (q, kv, kv)
+    elif side == "out" and name in ("gate_up_proj", "gate_and_up_proj"):
+        parts = (size // 2, size // 2)
+    else:
+        parts = (size,)
+    units = arch.num_kv_heads if "att" in path.split(".")[0] else arch.ffn_dim
+    if sum(parts) != size or any(p % units for p in parts):
+        raise ModelError(
+            f"architecture {family}: {path}",
+            expected=f"features in {units} equal units",
+            actual=f"{size} features",
+            remedy="this architecture cannot be split; use another model",
+        )
+    return parts
+
+
+def _complete(layer: nn.Module, cuts: dict[str, Cut], family: str) -> None:
+    for path, module in layer.named_modules():
+        inside_experts = "experts" in path.split(".")
+        if isinstance(module, nn.Linear | Conv1D) and path not in cuts and not inside_experts:
+            raise ModelError(
+                f"architecture {family}",
+                expected="every linear of a layer in its plan",
+                actual=f"{path} is not",
+                remedy="this architecture cannot be split; use another model",
+            )

@@ -1,0 +1,105 @@
+"""A decoder layer of which this device holds a part: stands in HF's layer list and calls HF's own children.
+
+Between sub-blocks it hands its partial sum to an `Exchange`, which returns the next residual. Knows nothing of
+devices, sockets or placements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from splitray.model.layout import LayerLayout
+
+
+class Exchange(Protocol):
+    """What a shard needs of the world around it (runtime/crossing.py on a wire, or nothing for one device)."""
+
+    def cross(
+        self,
+        index: int,
+        x_BTD: Tensor | None,
+        y_BTD: Tensor | None,
+        settle: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor | None:
+        """Leave sub-block `index` with residual x and own partial y; return the next residual, or None."""
+
+    def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
+        """Sum a small tensor over the holders of sub-block `index`, in device order."""
+
+
+class SubBlock(nn.Module):
+    """norm -> body -> factor of the local slices; `post` is the norm of the sum, where the family has one.
+
+    A device that only settles a sum (it holds the next sub-block) has the `post` and no `body`.
+    """
+
+    def __init__(
+        self,
+        *,
+        norm: nn.Module | None,
+        body: Callable[..., Tensor] | None,
+        post: nn.Module | None,
+        scale: float,
+    ) -> None:
+        """`body` computes this device's partial sum from the normalised residual."""
+        super().__init__()
+        self.norm, self.post, self.scale = norm, post, scale
+        self.body = body
+
+    def partial(self, x_BTD: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """This device's partial sum for the residual x, or None if it holds no slice."""
+        if self.body is None:
+            return None
+        y_BTD = self.body(x_BTD if self.norm is None else self.norm(x_BTD), **arguments)
+        return y_BTD if self.scale == 1.0 or self.post is not None else y_BTD * self.scale
+
+    @property
+    def settle(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """For post-norm families: (x, sum of partials) -> x + s * post(sum)."""
+        return None if self.post is None else self._settle
+
+    def _settle(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+        assert self.post is not None, "settle is for post-norm families"
+        y_BTD = self.post(y_BTD)
+        return x_BTD + (y_BTD if self.scale == 1.0 else y_BTD * self.scale)
+
+
+class SplitLayer(nn.Module):
+    """Replaces a decoder layer: computes what is held here and passes every boundary of the layer."""
+
+    def __init__(
+        self,
+        *,
+        layout: LayerLayout,
+        exchange: Exchange,
+        argument_names: tuple[str, ...],
+        index: int,
+        attention: SubBlock,
+        ffn: SubBlock,
+    ) -> None:
+        """`index` is that of the layer's first sub-block in the route."""
+        super().__init__()
+        self.layout, self.exchange, self.argument_names, self.index = layout, exchange, argument_names, index
+        self.attention, self.ffn = attention, ffn
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """HF's layer call: residual in, residual out (of no meaning where this device does not know it)."""
+        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        arguments = {name: given.get(source) for name, source in self.layout.attention_arguments}
+        x: Tensor | None = hidden_states
+        if self.index == 1:
+            x = self.exchange.cross(0, x, None, None)
+        if self.layout.parallel:
+            halves = [] if x is None else [self.attention.partial(x, arguments), self.ffn.partial(x, {})]
+            held = [h for h in halves if h is not None]
+            x = self.exchange.cross(self.index, x, sum(held[1:], held[0]) if held else None, None)
+        else:
+            y = None if x is None else self.attention.partial(x, arguments)
+            x = self.exchange.cross(self.index, x, y, self.attention.settle)
+            y = None if x is None else self.ffn.partial(x, {})
+            x = self.exchange.cross(self.index + 1, x, y, self.ffn.settle)
+        out = hidden_states if x is None else x
+        return (out,) if self.layout.returns_tuple else out

@@ -1,0 +1,429 @@
+"""One device's part of a Hugging Face decoder: built on the meta device, then only the held slices are read.
+
+No model is rewritten: HF's own classes run, with narrower linears, and SplitLayer in place of each layer. Knows the
+placement of one device, not the wire.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from splitray.arch import ModelArch, Range
+from splitray.errors import ModelError
+from splitray.model.layout import LayerLayout, is_norm, layer_arguments
+from splitray.model.qk_norm import share_norm_sums
+from splitray.model.slicing import Cut, read_cuts
+from splitray.model.split_layer import Exchange, SplitLayer, SubBlock
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOCAL_COUNTS = ("num_heads", "num_attention_heads")
+
+
+class Source(Protocol):
+    """Where slices come from: model/source.py's Checkpoint, or a state dict in memory."""
+
+    def key(self, name: str) -> str | None:
+        """The source's key for a parameter, or None."""
+
+    def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
+        """A tensor or joined ranges of it."""
+
+    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fused gate_up and down weights of some experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShare:
+    """What one device holds of one layer; `bias` says whether it is the one that adds row-parallel biases."""
+
+    groups: tuple[Range, ...] = ()
+    columns: tuple[Range, ...] = ()
+    attention_bias: bool = False
+    ffn_bias: bool = False
+    attention_post: bool = False
+    ffn_post: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """What one device holds of the whole model."""
+
+    layers: tuple[LayerShare, ...]
+    embedding: bool
+    vocab_rows: tuple[Range, ...]
+
+
+class Zeros(nn.Module):
+    """Stands for an embedding that this device does not hold; its sum is never used."""
+
+    def __init__(self, hidden_dim: int, dtype: torch.dtype) -> None:
+        """Return [1, 1, hidden_dim] zeros to every call."""
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(1, 1, hidden_dim, dtype=dtype), persistent=False)
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Zeros that broadcast over batch and positions."""
+        return self.zero  # type: ignore[return-value]
+
+
+class Skip(nn.Module):
+    """Stands for a head that this device does not hold."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """No logits at all: [batch, positions, 0]."""
+        return hidden_states[..., :0]
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a config without memory, its computed buffers (rotary tables) made for real."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    for module in model.modules():
+        computed = [n for n, b in module.named_buffers(recurse=False) if b is not None and b.is_meta]
+        if computed:
+            for name in computed:
+                buffer = getattr(module, name)
+                keep = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=keep)
+            model._init_weights(module)
+    return model.eval()
+
+
+def decoder_of(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]:
+    """The module that owns the list of layers, and the list's name."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return module, name
+    raise ModelError(
+        f"architecture {model.config.model_type}",
+        expected=f"a list of {num_layers} layers",
+        actual="none",
+        remedy="this architecture cannot be split; use another model",
+    )
+
+
+class Shard:
+    """The slices that one device holds, and the model code that runs them."""
+
+    def __init__(
+        self,
+        *,
+        config: PretrainedConfig,
+        arch: ModelArch,
+        layout: LayerLayout,
+        spec: ShardSpec,
+        source: Source,
+        exchange: Exchange,
+        torch_device: str = "cpu",
+    ) -> None:
+        """Read the held slices from the source into this device's memory."""
+        self.arch, self.layout, self.spec = arch, layout, spec
+        self.source, self.exchange = source, exchange
+        self.device, self.dtype = torch.device(torch_device), DTYPES[arch.dtype]
+        self.model = meta_model(config, self.dtype)
+        self._names = {module: name for name, module in self.model.named_modules()}
+        decoder, layers_name = decoder_of(self.model, arch.num_layers)
+        layers = getattr(decoder, layers_name)
+        self.cuts = read_cuts(layers[0], self.model.config, arch)
+        self.embedding = self.model.get_input_embeddings()
+        self.head = self.model.get_output_embeddings()
+        self._ends(decoder)
+        for i in range(arch.num_layers):
+            layers[i] = self._layer(layers[i], i)
+        self.layers: nn.ModuleList = layers
+        self.decoder = decoder
+        self._names = {}
+        left = [n for n, p in self.model.named_parameters() if p.is_meta]
+        assert not left, f"weights never read: {left[:5]}"
+        self.model.to(self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the distinct parameter storages held (a tied or fused tensor once)."""
+        storages = {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()
+        }
+        return sum(storages.values())
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        *,
+        cache: Any,
+        tokens_BT: Tensor | None,
+        batch: int,
+        new_tokens: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run one step through HF's own model forward.
+
+        Returns:
+            This device's logits [batch, kept positions, its vocabulary rows]; no columns if it holds none.
+        """
+        inputs: dict[str, Any]
+        if self.spec.embedding:
+            assert tokens_BT is not None, "an embedding holder needs the tokens"
+            inputs = {"input_ids": tokens_BT.to(self.device)}
+        else:
+            shape = (batch, new_tokens, self.arch.hidden_dim)
+            inputs = {
+                "inputs_embeds": torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device).expand(shape)
+            }
+        if position_ids is None:
+            start = cache.position
+            position_ids = torch.arange(start, start + new_tokens).expand(batch, -1)
+        out = self.model(
+            **inputs,
+            attention_mask=None if attention_mask is None else attention_mask.to(self.device),
+            position_ids=position_ids.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits  # type: ignore[no-any-return]
+
+    def _ends(self, decoder: nn.Module) -> None:
+        hidden, spec = self.arch.hidden_dim, self.spec
+        for name, child in list(decoder.named_children()):
+            if isinstance(child, nn.ModuleList) or not any(True for _ in child.parameters()):
+                continue
+            if is_norm(child):
+                if spec.vocab_rows:
+                    self._read_all(child)
+                else:
+                    setattr(decoder, name, nn.Identity())
+            elif isinstance(child, nn.Embedding):
+                if spec.embedding:
+                    self._read_all(child)
+                elif child is self.embedding:
+                    child.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
+                else:
+                    setattr(decoder, name, Zeros(hidden, self.dtype))
+            else:
+                raise ModelError(
+                    f"architecture {self.arch.name}",
+                    expected="embeddings, layers and a final norm",
+                    actual=f"{name} ({type(child).__name__})",
+                    remedy="this architecture cannot be split; use another model",
+                )
+        self._head()
+
+    def _head(self) -> None:
+        head, name, rows = self.head, self._names[self.head], list(self.spec.vocab_rows)
+        if not rows:
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, Skip())
+            return
+        shares_table = self.arch.tied_embeddings and self.spec.embedding
+        if shares_table and len(rows) == 1:
+            table = self.embedding.weight
+            weight = table[rows[0].start : rows[0].stop]
+        elif shares_table:
+            weight = torch.cat([self.embedding.weight[r.start : r.stop] for r in rows])
+        else:
+            own = f"{name}.weight"
+            stored = own if self.source.key(own) else f"{self._names[self.embedding]}.weight"
+            weight = self.source.read(stored, ranges=rows).to(self.dtype)
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        head.out_features = weight.shape[0]
+        if getattr(head, "bias", None) is not None:
+            head.bias = self._parameter(self.source.read(f"{name}.bias", ranges=rows))
+
+    def _layer(self, layer: nn.Module, i: int) -> SplitLayer:
+        layout, share = self.layout, self.spec.layers[i]
+        step = 1 if layout.parallel else 2
+        attention_body = self._attention(layer, i) if share.groups else None
+        ffn_body = self._ffn(layer, i) if share.columns else None
+
+        def norm(name: str | None, needed: bool) -> nn.Module | None:
+            if name is None or not needed:
+                return None
+            module = getattr(layer, name)
+            self._read_all(module)
+            return module
+
+        parts = [
+            SubBlock(
+                norm=norm(layout.attention_norm, bool(share.groups)),
+                body=attention_body,
+                post=norm(layout.attention_post_norm, share.attention_post),
+                scale=layout.residual_scale,
+            ),
+            SubBlock(
+                norm=norm(layout.ffn_norm, bool(share.columns)),
+                body=ffn_body,
+                post=norm(layout.ffn_post_norm, share.ffn_post),
+                scale=layout.residual_scale,
+            ),
+        ]
+        split = SplitLayer(
+            layout=layout,
+            exchange=self.exchange,
+            argument_names=layer_arguments(layer),
+            index=1 + i * step,
+            attention=parts[0],
+            ffn=parts[1],
+        )
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and name not in vars(split):
+                setattr(split, name, value)  # HF's model loop reads e.g. attention_type off its layers
+        return split
+
+    def _attention(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
+        arch, share, name = self.arch, self.spec.layers[i], self.layout.attention
+        attention = getattr(layer, name)
+        held = sum(r.count for r in share.groups)
+        if held != arch.num_kv_heads:
+            self._narrow_counts(attention, held)
+        for path, module in attention.named_modules():
+            cut = self.cuts.get(f"{name}.{path}")
+            if cut is not None:
+                self._cut(module, cut, share.groups, arch.num_kv_heads, share.attention_bias)
+            else:
+                self._per_head(module, share.groups)
+        if arch.qk_norm_over_heads:
+            index = 1 + 2 * i
+            share_norm_sums(
+                attention,
+                lambda sums: self.exchange.sum_over_holders(index, sums),
+                q_features=arch.num_heads * arch.head_dim,
+                k_features=arch.num_kv_heads * arch.head_dim,
+            )
+
+        def body(x_BTD: Tensor, **arguments: Any) -> Tensor:
+            out = attention(x_BTD, **arguments)
+            return out[0] if isinstance(out, tuple) else out
+
+        return body
+
+    def _narrow_counts(self, attention: nn.Module, held: int) -> None:
+        heads = held * self.arch.heads_per_group
+        for module in attention.modules():
+            values = vars(module)
+            for name in _LOCAL_COUNTS:
+                if name in values:
+                    setattr(module, name, heads)
+            if "num_key_value_heads" in values:
+                module.num_key_value_heads = held
+            if "split_size" in values:
+                module.split_size = heads * self.arch.head_dim
+            for name in ("embed_dim", "hidden_size"):
+                if name in values:
+                    setattr(module, name, heads * self.arch.head_dim)
+            if "config" in values:
+                config = copy.copy(module.config)
+                config.num_attention_heads = heads
+                if hasattr(config, "num_key_value_heads"):
+                    config.num_key_value_heads = held
+                module.config = config
+
+    def _per_head(self, module: nn.Module, groups: tuple[Range, ...]) -> None:
+        arch = self.arch
+        units = {arch.num_heads: arch.heads_per_group, arch.num_kv_heads: 1}
+        if isinstance(module, nn.ModuleList) and len(module) in units:  # stablelm: one norm a head
+            each = units[len(module)]
+            kept = [m for r in groups for m in list(module)[r.start * each : r.stop * each]]
+            for child in kept:
+                self._read_all(child)
+            module._modules = {str(j): m for j, m in enumerate(kept)}
+            return
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            rows = parameter.shape[0]
+            by_head = parameter.ndim == 2 and rows in units
+            over_heads = arch.qk_norm_over_heads and rows in {n * arch.head_dim for n in units}
+            full = f"{self._names[module]}.{name}"
+            if by_head or over_heads:
+                per_group = rows // arch.num_kv_heads
+                ranges = [Range(r.start * per_group, r.stop * per_group) for r in groups]
+                setattr(module, name, self._parameter(self.source.read(full, ranges=ranges)))
+            else:
+                setattr(module, name, self._parameter(self.source.read(full)))
+
+    def _ffn(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
+        arch, share = self.arch, self.spec.layers[i]
+        modules = [getattr(layer, name) for name in self.layout.ffn]
+        for name, child in zip(self.layout.ffn, modules, strict=True):
+            for path, module in child.named_modules(prefix=name):
+                cut = self.cuts.get(path)
+                if cut is not None and arch.num_experts:
+                    raise ModelError(
+                        f"architecture {arch.name}",
+                        expected="experts in every layer",
+                        actual=f"dense columns in layer {i}",
+                        remedy="use another model",
+                    )
+                if cut is not None:
+                    self._cut(module, cut, share.columns, arch.ffn_dim, share.ffn_bias)
+                elif hasattr(module, "gate_up_proj") and path.split(".")[-1] == "experts":
+                    self._experts(module, share.columns)
+                else:
+                    for p_name, parameter in list(module.named_parameters(recurse=False)):
+                        if parameter.is_meta:  # a router: every holder needs all of it
+                            full = f"{self._names[module]}.{p_name}"
+                            setattr(module, p_name, self._parameter(self.source.read(full)))
+
+        def body(x_BTD: Tensor) -> Tensor:
+            h = x_BTD
+            for module in modules:
+                h = module(h)
+            return h[0] if isinstance(h, tuple) else h
+
+        return body
+
+    def _experts(self, module: nn.Module, held: tuple[Range, ...]) -> None:
+        experts = [e for r in held for e in range(r.start, r.stop)]
+        gate_up, down = self.source.read_experts(self._names[module], experts)
+        module.gate_up_proj, module.down_proj = self._parameter(gate_up), self._parameter(down)
+        module.num_experts = len(experts)
+        if len(experts) == self.arch.num_experts:
+            return
+        local = torch.full((self.arch.num_experts,), len(experts), dtype=torch.long)
+        local[torch.tensor(experts)] = torch.arange(len(experts))
+
+        def to_local(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, chosen, weights = args
+            mine = local.to(chosen.device)[chosen]
+            absent = mine == len(experts)  # HF skips this index; weight 0 guards the kernels that do not
+            return hidden, mine, weights.masked_fill(absent, 0.0)
+
+        module.register_forward_pre_hook(to_local)
+
+    def _cut(self, module: nn.Module, cut: Cut, held: tuple[Range, ...], total: int, bias: bool) -> None:
+        name = self._names[module]
+        ranges = cut.ranges(held, total)
+        count = sum(r.count for r in ranges)
+        transposed = isinstance(module, Conv1D)
+        axis = (0 if cut.side == "out" else 1) ^ int(transposed)
+        module.weight = self._parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
+        if getattr(module, "bias", None) is not None:
+            if cut.side == "out":
+                module.bias = self._parameter(self.source.read(f"{name}.bias", ranges=ranges))
+            elif bias:
+                module.bias = self._parameter(self.source.read(f"{name}.bias"))
+            else:
+                module.bias = self._parameter(torch.zeros(module.bias.shape)) if transposed else None
+        if transposed:
+            setattr(module, "nf" if cut.side == "out" else "nx", count)
+        else:
+            setattr(module, "out_features" if cut.side == "out" else "in_features", count)
+
+    def _read_all(self, module: nn.Module) -> None:
+        for child in module.modules():
+            for name, parameter in list(child.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    full = f"{self._names[child]}.{name}"
+                    setattr(child, name, self._parameter(self.source.read(full)))
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.dtype), requires_grad=False)

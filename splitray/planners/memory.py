@@ -1,0 +1,97 @@
+"""Bytes that pieces of a model take on a device, its KV cache included. Knows no measured number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from splitray.arch import ModelArch
+from splitray.errors import PlacementError
+from splitray.placement import Placement, validate, weight_bytes
+from splitray.planners.protocol import ClusterState
+from splitray.topology import Device, DeviceId
+
+
+def group_bytes(arch: ModelArch, context_tokens: int) -> int:
+    """One head group of one layer: its weights and the KV of `context_tokens` tokens."""
+    return arch.group_params * arch.dtype_bytes + arch.kv_bytes_per_token * context_tokens
+
+
+def ffn_unit_bytes(arch: ModelArch) -> int:
+    """One FFN column, or one whole expert."""
+    return arch.ffn_unit_params * arch.dtype_bytes
+
+
+def vocab_row_bytes(arch: ModelArch) -> int:
+    """One vocabulary row of the embedding or of the head."""
+    return arch.vocab_row_params * arch.dtype_bytes
+
+
+def model_bytes(state: ClusterState) -> int:
+    """The whole model with its KV cache, nothing replicated, a tied table counted once."""
+    arch = state.arch
+    kv = arch.num_layers * arch.num_kv_heads * arch.kv_bytes_per_token * state.context_tokens
+    return arch.num_params * arch.dtype_bytes + kv
+
+
+def needed_bytes(placement: Placement, state: ClusterState) -> dict[DeviceId, int]:
+    """Bytes that each device of the placement must hold: weights and KV."""
+    needed = weight_bytes(placement, state.arch)
+    per_group = state.arch.kv_bytes_per_token * state.context_tokens
+    for layer in placement.layers:
+        for device in layer.attention.devices:
+            needed[device] += layer.attention.count(device) * per_group
+    return needed
+
+
+def shortfall(placement: Placement, state: ClusterState) -> list[str]:
+    """One text for each device that cannot hold its pieces; empty if all fit."""
+    return [
+        f"{needed:,} bytes on {device} of {state.topology.device(device).memory_bytes:,.0f}"
+        for device, needed in needed_bytes(placement, state).items()
+        if needed > state.topology.device(device).memory_bytes
+    ]
+
+
+def check(placement: Placement, state: ClusterState) -> None:
+    """`validate`, and room for the KV cache of the state's context.
+
+    Raises:
+        PlacementError: the placement is not valid, or weights and KV together do not fit.
+    """
+    validate(placement, state.arch, state.topology)
+    missing = shortfall(placement, state)
+    if missing:
+        raise PlacementError(
+            "memory",
+            expected=f"room for weights and the KV of {state.context_tokens} tokens",
+            actual=f"a need of {'; '.join(missing)}",
+            remedy="shorten the context, or place the pieces on other devices",
+        )
+
+
+def fastest_first(devices: Sequence[Device]) -> list[DeviceId]:
+    """Ids by falling memory bandwidth (decoding is bound by it), ties in device order."""
+    return [d.id for d in sorted(devices, key=lambda d: -d.memory_bandwidth_bytes_per_s)]
+
+
+def first_fit(
+    candidates: Sequence[DeviceId], build: Callable[[DeviceId], Placement], state: ClusterState
+) -> Placement:
+    """The placement of the first candidate that fits.
+
+    Raises:
+        PlacementError: none fits; names the needed and the available bytes of each candidate.
+    """
+    missing: list[str] = []
+    for candidate in candidates:
+        placement = build(candidate)
+        short = shortfall(placement, state)
+        if not short:
+            return placement
+        missing += short
+    raise PlacementError(
+        "memory",
+        expected=f"room for the pieces of {state.arch.name} on one of {list(candidates)}",
+        actual=f"a need of {'; '.join(dict.fromkeys(missing))}",
+        remedy="split the model over more devices (planner proportional), or shorten the context",
+    )

@@ -1,0 +1,48 @@
+"""What a planner sees and the one thing it does. Knows no planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from splitray.arch import ModelArch
+from splitray.placement import Placement
+from splitray.topology import DeviceId, Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterState:
+    """Everything a planner may look at; it goes in as an argument and nothing else does.
+
+    `context_tokens` are the tokens whose KV cache must fit beside the weights, summed over the sequences of a
+    batch. `current` is the active placement, None before the first one.
+    """
+
+    arch: ModelArch
+    topology: Topology
+    context_tokens: int = 0
+    current: Placement | None = None
+
+    @property
+    def pinned_embedding(self) -> DeviceId | None:
+        """The origin where it must hold the embedding, else None."""
+        return None if self.topology.origin_holds == "none" else self.topology.origin
+
+    @property
+    def pinned_head(self) -> DeviceId | None:
+        """The origin where it must hold the head, else None."""
+        return self.topology.origin if self.topology.origin_holds == "embedding_and_head" else None
+
+
+class Planner(Protocol):
+    """Anything that proposes a placement for a state."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """A placement that passes `validate` for the state's arch and topology.
+
+        Links are not looked at here: `compile_route` names a link that a placement needs and does not have.
+
+        Raises:
+            PlacementError: no placement of this planner's kind exists or fits into memory.
+        """
+        ...

@@ -1,0 +1,156 @@
+"""Planners that split every sub-block over all devices, evenly or in proportion to memory bandwidth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from splitray.errors import PlacementError
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, vocab_row_bytes
+from splitray.planners.protocol import ClusterState
+from splitray.topology import DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class Even:
+    """Every sub-block and the head in shares as equal as whole pieces allow; the embedding on the origin.
+
+    What does not divide goes round the devices from layer to layer, so that the model as a whole is balanced;
+    with fewer pieces than devices some devices get none of a layer. Memory is not looked at.
+    """
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; a device too small for its share is named by the check."""
+        num_devices = len(state.topology.devices)
+        even = [Fraction(1, num_devices)] * num_devices
+        return _split_all(state, even, [math.inf] * num_devices)
+
+
+@dataclass(frozen=True, slots=True)
+class Proportional:
+    """Shares in proportion to memory bandwidth, capped by memory; the embedding on the origin.
+
+    A device that its share would overfill is filled, and the rest goes to the others in the same proportion.
+    """
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where the devices together are too small."""
+        arch, devices, origin = state.arch, state.topology.devices, state.topology.origin
+        table = arch.vocab * vocab_row_bytes(arch)
+        layers = arch.num_layers * (
+            arch.num_kv_heads * group_bytes(arch, state.context_tokens) + arch.ffn_dim * ffn_unit_bytes(arch)
+        )
+        room, caps = [], []
+        for device in devices:
+            holds_table = device.id == origin
+            head_is_free = holds_table and arch.tied_embeddings
+            pinned_head = state.pinned_head == device.id and not head_is_free
+            left = device.memory_bytes - table * (holds_table + pinned_head)
+            if left < 0:
+                raise _too_small(
+                    state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}"
+                )
+            head = 0 if head_is_free or state.pinned_head else table
+            room.append(left)
+            caps.append(left / (layers + head))
+        fractions = _water_fill([d.memory_bandwidth_bytes_per_s for d in devices], caps)
+        if fractions is None:
+            raise _too_small(state, f"{model_bytes(state):,} bytes")
+        return _split_all(state, [Fraction(f) for f in fractions], room)
+
+
+@dataclass(slots=True)
+class _Rounding:
+    """Whole pieces of one kind for each device, layer after layer, each keeping what it is still owed."""
+
+    fractions: Sequence[Fraction]
+    owed: list[Fraction] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.owed = [Fraction(0)] * len(self.fractions)
+
+    def split(self, total: int, room: Sequence[int]) -> list[int] | None:
+        """Counts that sum to `total`, at most `room` each, nearest to what is owed; None without room."""
+        owed = [o + f * total for o, f in zip(self.owed, self.fractions, strict=True)]
+        given = [max(0, min(math.floor(o), r)) for o, r in zip(owed, room, strict=True)]
+        while (missing := total - sum(given)) != 0:
+            step = 1 if missing > 0 else -1
+            able = [i for i, g in enumerate(given) if (g < room[i] if step > 0 else g > 0)]
+            if not able:
+                return None
+            given[max(able, key=lambda i: step * (owed[i] - given[i]))] += step  # ties in device order
+        self.owed = [o - g for o, g in zip(owed, given, strict=True)]
+        return given
+
+
+def _split_all(state: ClusterState, fractions: Sequence[Fraction], room_bytes: Sequence[float]) -> Placement:
+    arch, ids = state.arch, state.topology.ids
+    left = list(room_bytes)
+
+    def rows(total: int, unit_bytes: int, repeat: int, free_on: DeviceId | None = None) -> list[Shares]:
+        costs = [0 if d == free_on else unit_bytes for d in ids]
+        rounding = _Rounding(fractions)
+        found = []
+        for _ in range(repeat):
+            room = [_units(b, c, total) for b, c in zip(left, costs, strict=True)]
+            counts = rounding.split(total, room)
+            if counts is None:
+                raise _too_small(state, f"{model_bytes(state):,} bytes in pieces of up to {unit_bytes:,}")
+            left[:] = [b - n * c for b, n, c in zip(left, counts, costs, strict=True)]
+            found.append(_in_order(ids, counts))
+        return found
+
+    free_head = state.topology.origin if arch.tied_embeddings else None
+    kinds = {
+        "attention": (arch.num_kv_heads, group_bytes(arch, state.context_tokens), arch.num_layers, None),
+        "ffn": (arch.ffn_dim, ffn_unit_bytes(arch), arch.num_layers, None),
+        "head": (arch.vocab, vocab_row_bytes(arch), 0 if state.pinned_head else 1, free_head),
+    }
+    # The largest pieces first: the small ones then fill what rounding left, so that nearly full devices work.
+    split = {k: rows(*kinds[k]) for k in sorted(kinds, key=lambda k: -kinds[k][1])}
+    head = split["head"][0] if not state.pinned_head else Shares.whole(arch.vocab, state.pinned_head)
+    layers = zip(split["attention"], split["ffn"], strict=True)
+    return Placement(tuple(LayerPlacement(a, f) for a, f in layers), (state.topology.origin,), head)
+
+
+def _units(left_bytes: float, unit_bytes: int, total: int) -> int:
+    return total if left_bytes >= total * unit_bytes else max(0, int(left_bytes // unit_bytes))
+
+
+def _in_order(ids: Sequence[DeviceId], counts: Sequence[int]) -> Shares:
+    shares: dict[str, list[tuple[int, int]]] = {}
+    start = 0
+    for device, count in zip(ids, counts, strict=True):
+        shares[device] = [(start, start + count)]
+        start += count
+    return Shares.of(shares)
+
+
+def _water_fill(weights: Sequence[float], caps: Sequence[float]) -> list[float] | None:
+    """Fractions of 1 in proportion to the weights, none above its cap; None if the caps sum below 1."""
+    fractions = list(caps)
+    open_, rest = list(range(len(weights))), 1.0
+    while open_:
+        level = rest / sum(weights[i] for i in open_)
+        full = [i for i in open_ if caps[i] <= level * weights[i]]
+        if not full:
+            for i in open_:
+                fractions[i] = level * weights[i]
+            return fractions
+        rest -= sum(caps[i] for i in full)
+        open_ = [i for i in open_ if i not in full]
+    return fractions if rest <= 1e-12 else None  # a sum of caps of exactly 1, but for rounding
+
+
+def _too_small(state: ClusterState, needed: str) -> PlacementError:
+    available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
+    return PlacementError(
+        "memory",
+        expected=f"at most the {sum(d.memory_bytes for d in state.topology.devices):,.0f} bytes available "
+        f"({available})",
+        actual=f"a need of {needed} for {state.arch.name} with {state.context_tokens} tokens of context",
+        remedy="add a device or memory, or shorten the context",
+    )

@@ -1,0 +1,83 @@
+"""Planners that put the whole model on one device: the ends of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitray.errors import PlacementError
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.memory import fastest_first, first_fit
+from splitray.planners.protocol import ClusterState
+from splitray.topology import DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeOnly:
+    """Everything on the origin if it is an edge, else on the first edge."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where there is no edge or it is too small."""
+        return first_fit([own_edge(state)], lambda d: whole_on(d, state), state)
+
+
+@dataclass(frozen=True, slots=True)
+class CloudOnly:
+    """Everything on the cloud device of the highest memory bandwidth that has room; tokens stream back."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where there is no cloud device or none has room."""
+        return first_fit(clouds(state), lambda d: whole_on(d, state), state)
+
+
+@dataclass(frozen=True, slots=True)
+class BestDevice:
+    """Everything on the device of the highest memory bandwidth that has room, whatever its tier."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where no single device has room."""
+        return first_fit(fastest_first(state.topology.devices), lambda d: whole_on(d, state), state)
+
+
+def whole_on(device: DeviceId, state: ClusterState) -> Placement:
+    """Everything on one device but the pieces that are pinned to the origin."""
+    return layers_on([device] * state.arch.num_layers, device, device, state)
+
+
+def layers_on(
+    devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState
+) -> Placement:
+    """Whole layers, one device each, and the two ends where nothing pins them to the origin."""
+    arch = state.arch
+    return Placement(
+        tuple(
+            LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in devices
+        ),
+        (state.pinned_embedding or embedding,),
+        Shares.whole(arch.vocab, state.pinned_head or head),
+    )
+
+
+def own_edge(state: ClusterState) -> DeviceId:
+    """The origin if it is an edge, else the first edge."""
+    edges = state.topology.tier("edge")
+    if not edges:
+        raise _no_tier(state, "edge")
+    return state.topology.origin if state.topology.origin in edges else edges[0]
+
+
+def clouds(state: ClusterState) -> list[DeviceId]:
+    """The cloud devices, fastest first."""
+    found = fastest_first([d for d in state.topology.devices if d.tier == "cloud"])
+    if not found:
+        raise _no_tier(state, "cloud")
+    return found
+
+
+def _no_tier(state: ClusterState, tier: str) -> PlacementError:
+    return PlacementError(
+        "topology",
+        expected=f"at least one device of tier {tier}",
+        actual=f"{[f'{d.id} ({d.tier})' for d in state.topology.devices]}",
+        remedy=f"add one of tier {tier}, or use the planner best_device",
+    )
