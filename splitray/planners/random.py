@@ -156,7 +156,7 @@ class _Draw:
         return self._take(cost, once)
 
     def _take(self, cost_bytes: dict[DeviceId, int], once: int) -> bool:
-        """Book the bytes, if every device has room and the rest (`once` bytes fewer than before) finds some."""
+        """Book the bytes if every device has room and the rest, `once` bytes less than before, finds some."""
         waiting = self.waiting_bytes - once
         if any(self.left[d] < n for d, n in cost_bytes.items()):
             return False
