@@ -1,8 +1,8 @@
 """A symbolic simulation of who knows what along a route: the oracle of the exchange rule.
 
 It is written from the text of the rule and shares no code with `route.py`. A residual is a multiset of atoms,
-the embedding's and one for each head group and FFN column added so far. A device can form the next one if some
-of its facts sum to it with every atom exactly once.
+the embedding's and one for each head group and FFN column added so far. A device can form the next if some of
+its facts sum to it with every atom exactly once.
 """
 
 from __future__ import annotations
