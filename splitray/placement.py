@@ -130,9 +130,7 @@ class Placement:
                 actual=embedding,
                 remedy="write `embedding: [device]`",
             )
-        return Placement(
-            tuple(parsed), tuple(DeviceId(str(d)) for d in embedding), _shares(document["head"], "head")
-        )
+        return Placement(tuple(parsed), tuple(DeviceId(str(d)) for d in embedding), _shares(document["head"], "head"))
 
     @staticmethod
     def load(path: str | Path) -> Placement:
@@ -304,8 +302,7 @@ def _shares(entry: Any, where: str) -> Shares:
         )
     for device, ranges in entry.items():
         whole = isinstance(ranges, list) and all(
-            isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r) and 0 <= r[0] <= r[1]
-            for r in ranges
+            isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r) and 0 <= r[0] <= r[1] for r in ranges
         )
         if not whole:
             raise PlacementError(

@@ -138,9 +138,7 @@ def compile_route(placement: Placement, arch: ModelArch, topology: Topology, *, 
     for here, there in zip(blocks, blocks[1:], strict=False):
         if arch.qk_norm_over_heads and here.kind == "attention" and here.mode == "partitioned":
             pairs = [(a, b) for a in here.devices for b in here.devices if a != b]
-            boundaries.append(
-                Boundary(here.index, tuple(Message(a, b, "norm_sums") for a, b in pairs), inner=True)
-            )
+            boundaries.append(Boundary(here.index, tuple(Message(a, b, "norm_sums") for a, b in pairs), inner=True))
         boundaries.append(Boundary(here.index, _crossing(here, there, arch, topology)))
     head = blocks[-1]
     content: Content = "best" if greedy else "logits"

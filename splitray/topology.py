@@ -239,9 +239,7 @@ def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) 
             )
         values = {**catalog[str(name)], **values}
     missing = [
-        k
-        for k in ("id", "tier", "memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
-        if k not in values
+        k for k in ("id", "tier", "memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s") if k not in values
     ]
     if missing:
         raise TopologyError(
@@ -260,9 +258,7 @@ def _links(entry: Any, where: str) -> list[Link]:
     _keys(entry, _LINK_KEYS, where)
     between = entry.get("between")
     if not isinstance(between, list) or len(between) != 2:
-        raise TopologyError(
-            f"{where}.between", expected="two device ids", actual=between, remedy="write [a, b]"
-        )
+        raise TopologyError(f"{where}.between", expected="two device ids", actual=between, remedy="write [a, b]")
     numbers = {k: _number(entry[k], f"{where}.{k}") for k in _LINK_KEYS[1:6] if k in entry}
     rate = numbers.get("bandwidth_bytes_per_s")
     up, down = numbers.get("uplink_bytes_per_s", rate), numbers.get("downlink_bytes_per_s", rate)
@@ -300,17 +296,13 @@ def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
 def _list(document: dict[str, Any], key: str) -> list[Any]:
     value = document.get(key) or []
     if not isinstance(value, list):
-        raise TopologyError(
-            key, expected="a list", actual=type(value).__name__, remedy=f"write `{key}:` as a list"
-        )
+        raise TopologyError(key, expected="a list", actual=type(value).__name__, remedy=f"write `{key}:` as a list")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TopologyError(
-            where, expected="a number", actual=repr(value), remedy="write a number in SI units"
-        )
+        raise TopologyError(where, expected="a number", actual=repr(value), remedy="write a number in SI units")
     try:
         return float(value)
     except ValueError as error:

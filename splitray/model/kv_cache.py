@@ -42,9 +42,7 @@ class KvCache:
                     stored[i] = wider
         self.capacity = capacity
 
-    def slots(
-        self, layer: int, batch: int, groups: int, dims: tuple[int, int], like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def slots(self, layer: int, batch: int, groups: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """The whole key and value buffers of a layer, allocated on first use."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
@@ -52,9 +50,7 @@ class KvCache:
             values = self.values[layer] = like.new_empty((batch, groups, self.capacity, dims[1]))
         return keys, values
 
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write new keys and values [batch, groups, new, head_dim]; return all up to the step's end."""
         batch, groups = key.shape[:2]
         keys, values = self.slots(layer_idx, batch, groups, (key.shape[3], value.shape[3]), key)

@@ -38,9 +38,7 @@ class _Ahead:
 
 
 class _ProjectBoth(nn.Module):
-    def __init__(
-        self, q_proj: nn.Module, k_proj: nn.Module, total: Callable[[Tensor], Tensor], ahead: _Ahead
-    ) -> None:
+    def __init__(self, q_proj: nn.Module, k_proj: nn.Module, total: Callable[[Tensor], Tensor], ahead: _Ahead) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.total, self.ahead = q_proj, k_proj, total, ahead
 

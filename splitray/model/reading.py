@@ -27,8 +27,9 @@ _PROBE_VOCAB = 64
 class StateDictSource:
     """Slices out of a model in memory, for probes and tests; the same calls as Checkpoint."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Refer to the model's tensors; nothing is copied until a slice is read."""
+        self.config = model.config
         self._tensors = model.state_dict()
         self.bytes_read = 0
 
@@ -63,11 +64,19 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(folder))
         config = config.get_text_config(decoder=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {folder}", expected="a folder with a transformers config.json",
-                         actual=str(error).split("\n")[0], remedy="give the path of a saved model") from error
+        raise ModelError(
+            f"model {folder}",
+            expected="a folder with a transformers config.json",
+            actual=str(error).split("\n")[0],
+            remedy="give the path of a saved model",
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"architecture {config.model_type}", expected="a decoder with a causal language model",
-                         actual=type(config).__name__, remedy="use a causal language model")
+        raise ModelError(
+            f"architecture {config.model_type}",
+            expected="a decoder with a causal language model",
+            actual=type(config).__name__,
+            remedy="use a causal language model",
+        )
     return config
 
 
@@ -86,8 +95,9 @@ def read_arch(
     decoder, layers = decoder_of(meta, counts["num_layers"])
     attention = getattr(getattr(decoder, layers)[0], layout.attention)
     over_heads = _norms_over_heads(attention, counts)
-    return ModelArch(**counts, parallel_block=layout.parallel, post_norm=layout.has_post_norm,
-                     qk_norm_over_heads=over_heads), layout
+    return ModelArch(
+        **counts, parallel_block=layout.parallel, post_norm=layout.has_post_norm, qk_norm_over_heads=over_heads
+    ), layout
 
 
 def probe_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -104,8 +114,12 @@ def probe_model(config: PretrainedConfig) -> PreTrainedModel:
             except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
                 failure = error
         if model is None:
-            raise ModelError(f"architecture {config.model_type}", expected="a two-layer model of the same config",
-                             actual=failure, remedy="this architecture cannot be split; use another model")
+            raise ModelError(
+                f"architecture {config.model_type}",
+                expected="a two-layer model of the same config",
+                actual=failure,
+                remedy="this architecture cannot be split; use another model",
+            )
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "norm" in name.rsplit(".", 2)[-2]:
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -156,14 +170,17 @@ def _ffn_counts(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]:
             experts, width, _ = module.gate_up_proj.shape
             return {"ffn_dim": experts, "num_experts": experts, "expert_columns": width // 2, "ffn_matrices": 3}
     plan = PLANS.get(config.model_type) or {
-        k.split(".*.", 1)[1]: v for k, v in (config.base_model_tp_plan or {}).items() if ".*." in k}
+        k.split(".*.", 1)[1]: v for k, v in (config.base_model_tp_plan or {}).items() if ".*." in k
+    }
     paths = {p: m for p, m in layer.named_modules() if p in plan and "att" not in p.split(".")[0]}
     rows = [m for p, m in paths.items() if plan[p].startswith("rowwise")]
     if len(rows) != 1:
-        raise ModelError(f"architecture {config.model_type}",
-                         expected="a tensor-parallel plan with one row-parallel linear in the FFN",
-                         actual=f"{len(rows)} of them in {sorted(plan) or 'no plan'}",
-                         remedy="this architecture cannot be split; use another model")
+        raise ModelError(
+            f"architecture {config.model_type}",
+            expected="a tensor-parallel plan with one row-parallel linear in the FFN",
+            actual=f"{len(rows)} of them in {sorted(plan) or 'no plan'}",
+            remedy="this architecture cannot be split; use another model",
+        )
     columns = features(rows[0], "in")
     wide = sum(features(m, "out") for p, m in paths.items() if not plan[p].startswith("rowwise"))
     return {"ffn_dim": columns, "ffn_matrices": 1 + wide // columns}

@@ -92,9 +92,7 @@ def read_cuts(layer: nn.Module, config: PretrainedConfig, arch: ModelArch) -> di
     """
     family = config.model_type
     plan = PLANS.get(family) or {
-        key.split(".*.", 1)[1]: style
-        for key, style in (config.base_model_tp_plan or {}).items()
-        if ".*." in key
+        key.split(".*.", 1)[1]: style for key, style in (config.base_model_tp_plan or {}).items() if ".*." in key
     }
     if not plan:
         raise ModelError(

@@ -128,9 +128,7 @@ class Checkpoint:
             if self.key(f"{layer}{container}.0.{gate}.weight") is None:
                 continue
             prefix = [f"{layer}{container}.{e}." for e in experts]
-            gate_up = [
-                torch.cat([self.read(f"{p}{gate}.weight"), self.read(f"{p}{up}.weight")]) for p in prefix
-            ]
+            gate_up = [torch.cat([self.read(f"{p}{gate}.weight"), self.read(f"{p}{up}.weight")]) for p in prefix]
             return torch.stack(gate_up), torch.stack([self.read(f"{p}{down}.weight") for p in prefix])
         raise self._missing(f"{module}.gate_up_proj")
 

@@ -30,6 +30,8 @@ _LOCAL_COUNTS = ("num_heads", "num_attention_heads")
 class Source(Protocol):
     """Where slices come from: model/source.py's Checkpoint, or a state dict in memory."""
 
+    bytes_read: int
+
     def key(self, name: str) -> str | None:
         """The source's key for a parameter, or None."""
 
@@ -149,9 +151,7 @@ class Shard:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the distinct parameter storages held (a tied or fused tensor once)."""
-        storages = {
-            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()
-        }
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
         return sum(storages.values())
 
     @torch.inference_mode()
@@ -176,9 +176,7 @@ class Shard:
             inputs = {"input_ids": tokens_BT.to(self.device)}
         else:
             shape = (batch, new_tokens, self.arch.hidden_dim)
-            inputs = {
-                "inputs_embeds": torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device).expand(shape)
-            }
+            inputs = {"inputs_embeds": torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device).expand(shape)}
         if position_ids is None:
             start = cache.position
             position_ids = torch.arange(start, start + new_tokens).expand(batch, -1)

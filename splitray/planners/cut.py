@@ -33,8 +33,6 @@ class FixedCut:
         edge = own_edge(state)
         return first_fit(
             clouds(state),
-            lambda cloud: layers_on(
-                [edge] * self.cut + [cloud] * (num_layers - self.cut), edge, cloud, state
-            ),
+            lambda cloud: layers_on([edge] * self.cut + [cloud] * (num_layers - self.cut), edge, cloud, state),
             state,
         )

@@ -74,9 +74,7 @@ def fastest_first(devices: Sequence[Device]) -> list[DeviceId]:
     return [d.id for d in sorted(devices, key=lambda d: -d.memory_bandwidth_bytes_per_s)]
 
 
-def first_fit(
-    candidates: Sequence[DeviceId], build: Callable[[DeviceId], Placement], state: ClusterState
-) -> Placement:
+def first_fit(candidates: Sequence[DeviceId], build: Callable[[DeviceId], Placement], state: ClusterState) -> Placement:
     """The placement of the first candidate that fits.
 
     Raises:

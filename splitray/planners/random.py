@@ -110,9 +110,7 @@ class _Draw:
     def _wants_replicas(self) -> bool:
         return self.may_replicate and len(self.ids) > 1 and bool(self.rng.random() < 0.25)
 
-    def _shares(
-        self, total: int, unit_bytes: int, once: int, free: tuple[DeviceId, ...] = ()
-    ) -> Shares | None:
+    def _shares(self, total: int, unit_bytes: int, once: int, free: tuple[DeviceId, ...] = ()) -> Shares | None:
         """Whole on one device or scattered over several; where room is left if no such draw fits."""
         for _ in range(_SHARE_DRAWS):
             num_devices = 1 if self.rng.random() < 0.4 else int(self.rng.integers(1, len(self.ids) + 1))
@@ -133,9 +131,7 @@ class _Draw:
             ranges.setdefault(owners[int(i)], []).append((start, stop))
         return Shares.of(ranges)
 
-    def _where_room_is(
-        self, total: int, unit_bytes: int, once: int, free: tuple[DeviceId, ...]
-    ) -> Shares | None:
+    def _where_room_is(self, total: int, unit_bytes: int, once: int, free: tuple[DeviceId, ...]) -> Shares | None:
         ranges: dict[str, list[tuple[int, int]]] = {}
         start = 0
         for device in self._several(len(self.ids)):
@@ -149,9 +145,7 @@ class _Draw:
     def _several(self, num_devices: int) -> list[DeviceId]:
         return [self.ids[int(i)] for i in self.rng.permutation(len(self.ids))[:num_devices]]
 
-    def _take_shares(
-        self, shares: Shares, unit_bytes: int, once: int, free: tuple[DeviceId, ...] = ()
-    ) -> bool:
+    def _take_shares(self, shares: Shares, unit_bytes: int, once: int, free: tuple[DeviceId, ...] = ()) -> bool:
         cost = {d: 0 if d in free else shares.count(d) * unit_bytes for d in shares.devices}
         return self._take(cost, once)
 

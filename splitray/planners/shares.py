@@ -50,9 +50,7 @@ class Proportional:
             pinned_head = state.pinned_head == device.id and not head_is_free
             left = device.memory_bytes - table * (holds_table + pinned_head)
             if left < 0:
-                raise _too_small(
-                    state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}"
-                )
+                raise _too_small(state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}")
             head = 0 if head_is_free or state.pinned_head else table
             room.append(left)
             caps.append(left / (layers + head))

@@ -44,15 +44,11 @@ def whole_on(device: DeviceId, state: ClusterState) -> Placement:
     return layers_on([device] * state.arch.num_layers, device, device, state)
 
 
-def layers_on(
-    devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState
-) -> Placement:
+def layers_on(devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState) -> Placement:
     """Whole layers, one device each, and the two ends where nothing pins them to the origin."""
     arch = state.arch
     return Placement(
-        tuple(
-            LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in devices
-        ),
+        tuple(LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in devices),
         (state.pinned_embedding or embedding,),
         Shares.whole(arch.vocab, state.pinned_head or head),
     )

@@ -1,0 +1,216 @@
+"""One device's side of the exchange rule (ARCHITECTURE.md): partial sums in, next residual out.
+
+Executes a Route; decides nothing. Knows tensors and the wire, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitray.arch import ModelArch
+from splitray.route import Route
+from splitray.runtime.wire import Frame, Key, Kind, Wire
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+                "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all frames of one step share; `keep` positions go on to the head."""
+
+    session: int
+    epoch: int
+    attempt: int
+    position: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """This device's part in one boundary. `parts` are the holders whose partials it adds, in device order."""
+
+    member: bool
+    lead: bool
+    partitioned: bool
+    state_to: tuple[str, ...]
+    partial_to: tuple[str, ...]
+    both_to: tuple[str, ...]
+    state_from: str | None
+    parts: tuple[str, ...]
+    into_head: bool
+
+    @property
+    def silent(self) -> bool:
+        return not (self.state_to or self.partial_to or self.both_to or self.state_from or len(self.parts) > 1)
+
+
+class Crossing:
+    """The `Exchange` of one device on a wire."""
+
+    def __init__(self, me: str, route: Route, arch: ModelArch, wire: Wire) -> None:
+        """Compile this device's sends and receipts for every boundary of the route."""
+        self.me, self.route, self.wire = me, route, wire
+        self.torch_device = torch.device("cpu")
+        self.step = Step(0, 0, 0, 0, 1)
+        self.plans = [self._plan(i) for i in range(len(route.sub_blocks) - 1)]
+        self.inner = {
+            b.after: [m.target for m in b.messages if m.source == me]
+            for b in route.boundaries if b.inner and any(m.source == me for m in b.messages)
+        }  # fmt: skip
+        self._holders = {b.index: [d for d in b.devices] for b in route.sub_blocks}
+        self._dtype = arch.dtype
+        targets = [m.target for b in route.boundaries for m in b.messages if m.source == me]
+        self.targets = tuple(dict.fromkeys(targets))
+
+    def _plan(self, index: int) -> _Plan:
+        here, there = self.route.sub_blocks[index], self.route.sub_blocks[index + 1]
+        messages = self.route.boundary(index).messages
+
+        def to(content: str) -> tuple[str, ...]:
+            return tuple(m.target for m in messages if m.source == self.me and m.content == content)
+
+        state_from = [m.source for m in messages if m.target == self.me and m.content == "state"]
+        partitioned = here.mode == "partitioned"
+        return _Plan(
+            member=self.me in here.devices,
+            lead=self.me == here.lead,
+            partitioned=partitioned,
+            state_to=to("state"),
+            partial_to=to("partial"),
+            both_to=to("partial_and_state"),
+            state_from=state_from[0] if state_from else None,
+            parts=tuple(here.devices) if partitioned and self.me in there.devices else (),
+            into_head=there.kind == "head",
+        )
+
+    def cross(
+        self,
+        index: int,
+        x_BTD: Tensor | None,
+        y_BTD: Tensor | None,
+        settle: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor | None:
+        """Leave sub-block `index`: see model/split_layer.py's Exchange."""
+        plan = self.plans[index]
+        if plan.into_head and plan.member:
+            keep = self.step.keep
+            x_BTD = None if x_BTD is None else x_BTD[:, -keep:]
+            y_BTD = None if y_BTD is None else y_BTD[:, -keep:]
+        if not plan.partitioned:
+            return self._whole(index, plan, x_BTD, y_BTD, settle)
+        mine = y_BTD
+        if plan.member:
+            assert x_BTD is not None and y_BTD is not None, f"a holder of {index} without residual or partial"
+            if plan.lead and settle is None:
+                mine = x_BTD + y_BTD
+            for peer in plan.partial_to:
+                self._send(peer, index, mine)
+            if plan.both_to:
+                both = torch.stack([y_BTD, x_BTD])
+                for peer in plan.both_to:
+                    self._send(peer, index, both)
+        if not plan.parts:
+            self.wire.flush()
+            return None
+        total: Tensor | None = None
+        for peer in plan.parts:
+            part = mine if peer == self.me else self._receive(peer, index)
+            assert part is not None, "own partial exists for a holder"
+            if settle is not None and not plan.member and peer == plan.parts[0]:
+                part, x_BTD = part[0], part[1]
+            total = part if total is None else total + part
+        self.wire.flush()
+        assert total is not None, "a partitioned sub-block has holders"
+        if settle is None:
+            return total
+        assert x_BTD is not None, "the lead sends x apart to whoever lacks it"
+        return settle(x_BTD, total)
+
+    def _whole(
+        self,
+        index: int,
+        plan: _Plan,
+        x_BTD: Tensor | None,
+        y_BTD: Tensor | None,
+        settle: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor | None:
+        if plan.member:
+            assert x_BTD is not None, f"a holder of {index} without residual"
+            if y_BTD is not None:
+                x_BTD = x_BTD + y_BTD if settle is None else settle(x_BTD, y_BTD)
+            for peer in plan.state_to:
+                self._send(peer, index, x_BTD)
+            if plan.state_to:
+                self.wire.flush()
+            return x_BTD
+        return self._receive(plan.state_from, index) if plan.state_from else None
+
+    def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
+        """Sum a small tensor over the holders of a partitioned sub-block, in device order on every one."""
+        peers = self.inner.get(index)
+        if not peers:
+            return sums
+        for peer in peers:
+            self._send(peer, index, sums, inner=True)
+        total: Tensor | None = None
+        for peer in self._holders[index]:
+            part = sums if peer == self.me else self._receive(peer, index, inner=True)
+            total = part if total is None else total + part
+        self.wire.flush()
+        assert total is not None, "a sub-block has holders"
+        return total
+
+    def send_end(self, peer: str, index: int, tensor: Tensor, kind: Kind = Kind.TENSOR) -> None:
+        """Send across a boundary behind the head: best or logits (index of the head), token (one more)."""
+        self._send(peer, index, tensor, kind=kind)
+
+    def receive_end(self, peer: str, index: int) -> tuple[Tensor, Frame]:
+        """Receive across a boundary behind the head, with the frame that it came in."""
+        frame = self._frame(peer, index, inner=False)
+        return tensor_of(frame), frame
+
+    def stop(self) -> None:
+        """Pass on the end of the run to every device that this one sends to in a step."""
+        for peer in self.targets:
+            self.wire.channels[peer].send(self._header(Kind.STOP, 0, "", ()))
+        self.wire.flush()
+
+    def _header(self, kind: Kind, boundary: int, dtype: str, shape: tuple[int, ...]) -> tuple[object, ...]:
+        step = self.step
+        return (int(kind), step.session, step.epoch, boundary, step.position, step.attempt, dtype, shape)
+
+    def _send(
+        self, peer: str, index: int, tensor: Tensor | None, *, inner: bool = False, kind: Kind = Kind.TENSOR
+    ) -> None:
+        assert tensor is not None, "only tensors are sent"
+        tensor, payload = payload_of(tensor)
+        name = str(tensor.dtype).removeprefix("torch.")
+        header = self._header(kind, 2 * index + (0 if inner else 1), name, tuple(tensor.shape))
+        self.wire.send(peer, header, payload)
+
+    def _frame(self, peer: str, index: int, *, inner: bool) -> Frame:
+        step = self.step
+        return self.wire.receive(peer, Key(step.attempt, step.position, 2 * index + (0 if inner else 1)))
+
+    def _receive(self, peer: str, index: int, *, inner: bool = False) -> Tensor:
+        tensor = tensor_of(self._frame(peer, index, inner=inner))
+        return tensor if self.torch_device.type == "cpu" else tensor.to(self.torch_device)
+
+
+def payload_of(tensor: Tensor) -> tuple[Tensor, memoryview]:
+    """A contiguous CPU view of a tensor, and its bytes (shared, not copied, where it was one already)."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def tensor_of(frame: Frame) -> Tensor:
+    """The tensor that a frame carries; it shares the frame's buffer."""
+    dtype = TORCH_DTYPES[frame.dtype]
+    if not frame.payload:
+        return torch.empty(frame.shape, dtype=dtype)
+    return torch.frombuffer(frame.payload, dtype=dtype).view(frame.shape)

@@ -1,0 +1,194 @@
+"""The engine's own loop on one device: prefill in chunks, then one token after another, sampled on the devices.
+
+The driver is not in it: the head's first holder chooses, the token goes to whoever embeds it and to the origin.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitray.model.kv_cache import KvCache
+from splitray.model.surgery import Shard
+from splitray.runtime.crossing import Crossing, Step, payload_of
+from splitray.runtime.messages import DecodeOrder
+from splitray.runtime.sampling import Chooser, Sampling
+from splitray.runtime.wire import Channel, Kind, StopRun
+
+CHUNK_TOKENS = 512
+
+
+class DecodeLoop:
+    """One run of one batch on one device."""
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        shard: Shard | None,
+        crossing: Crossing,
+        caller: Channel,
+        cache: KvCache,
+        order: DecodeOrder,
+        head_rows: Mapping[str, Tensor],
+    ) -> None:
+        """`head_rows` gives the vocabulary ids of each head holder's rows."""
+        self.me, self.shard, self.crossing, self.caller = device, shard, crossing, caller
+        self.cache, self.order, self.head_rows = cache, order, head_rows
+        self.sampling = Sampling(**{**order.sampling, "stop_ids": tuple(order.sampling["stop_ids"])})
+        self.prompt_BT = torch.tensor(order.prompt, dtype=torch.int64)
+        route = crossing.route
+        self.head = route.sub_blocks[-1]
+        self.waiting = [m.target for m in route.boundary(self.head.index + 1).messages]
+        self.is_sampler = device == route.sampler
+        self.is_origin = device == route.origin
+        self.mask_BS: Tensor | None = None
+        if order.attention_mask is not None:
+            self.mask_BS = torch.tensor(order.attention_mask, dtype=torch.int64)
+        self.chooser = Chooser(self.sampling, self.prompt_BT) if self.is_sampler else None
+
+    @torch.inference_mode()
+    def run(self) -> dict[str, Any]:
+        """Run to the last token; the origin sends each one to the caller.
+
+        Returns:
+            Counts of the decode steps alone (prefill left out): messages, bytes, seconds, CPU seconds.
+        """
+        batch, prompt_tokens = self.prompt_BT.shape
+        position = 0
+        steps = 0
+        traffic = self.crossing.wire.traffic
+        before = (0, 0, 0)
+        start = cpu = 0.0
+        try:
+            for at in range(0, prompt_tokens, CHUNK_TOKENS):
+                chunk_BT = self.prompt_BT[:, at : at + CHUNK_TOKENS]
+                logits = self._advance(chunk_BT, position)
+                position += chunk_BT.shape[1]
+            ids_B, last = self._next(logits, position, left=self.sampling.max_new_tokens - 1)
+            before = (traffic.messages, traffic.payload_bytes, traffic.wire_bytes)
+            start, cpu = time.perf_counter(), time.process_time()
+            while not last:
+                tokens_BT = None if ids_B is None else ids_B[:, None]
+                if self.mask_BS is not None:
+                    self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(batch, 1)], dim=1)
+                logits = self._advance(tokens_BT, position)
+                position += 1
+                steps += 1
+                ids_B, last = self._next(logits, position, left=self.sampling.max_new_tokens - 1 - steps)
+        except StopRun:
+            self.crossing.stop()
+        return {
+            "steps": steps,
+            "messages": traffic.messages - before[0],
+            "payload_bytes": traffic.payload_bytes - before[1],
+            "wire_bytes": traffic.wire_bytes - before[2],
+            "decode_s": time.perf_counter() - start,
+            "decode_cpu_s": time.process_time() - cpu,
+            "kv_bytes": self.cache.num_bytes,
+        }
+
+    def _advance(self, tokens_BT: Tensor | None, position: int) -> Tensor | None:
+        batch = self.prompt_BT.shape[0]
+        new_tokens = min(CHUNK_TOKENS, self.prompt_BT.shape[1] - position) if position < self.prompt_BT.shape[1] else 1
+        order = self.order
+        self.crossing.step = Step(order.session, order.epoch, order.attempt, position, 1)
+        if self.shard is None:
+            return None
+        self.cache.begin(position, new_tokens)
+        mask_BS = position_ids = None
+        if self.mask_BS is not None:
+            mask_BS = self.mask_BS[:, : position + new_tokens]
+            position_ids = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -new_tokens:]
+        return self.shard.forward(
+            cache=self.cache,
+            tokens_BT=tokens_BT,
+            batch=batch,
+            new_tokens=new_tokens,
+            attention_mask=mask_BS,
+            position_ids=position_ids,
+        )
+
+    def _next(self, logits_BTR: Tensor | None, position: int, *, left: int) -> tuple[Tensor | None, bool]:
+        """Choose the next token or wait for it; returns (ids or None where nobody needs them here, last)."""
+        order, crossing = self.order, self.crossing
+        crossing.step = Step(order.session, order.epoch, order.attempt, position, 1)
+        last = left == 0
+        ids_B: Tensor | None = None
+        if self.me in self.head.devices:
+            assert logits_BTR is not None, "a head holder has logits"
+            ids_B = self._choose(logits_BTR[:, -1])
+        if self.is_sampler:
+            assert ids_B is not None and self.chooser is not None, "the sampler has chosen"
+            ends = last or self.chooser.done or self._cancelled()
+            for peer in self.waiting:
+                crossing.send_end(peer, self.head.index + 1, ids_B.to(torch.int32), Kind.LAST if ends else Kind.TENSOR)
+            crossing.wire.flush()
+        elif self.me in self.waiting:
+            ids_B, frame = crossing.receive_end(crossing.route.sampler, self.head.index + 1)
+            ids_B, ends = ids_B.to(torch.int64), frame.kind == Kind.LAST
+        else:
+            return None, last
+        if self.is_origin:
+            self._emit(ids_B)
+        if ends and not last:
+            crossing.stop()
+        return ids_B, ends
+
+    def _choose(self, local_BR: Tensor) -> Tensor | None:
+        crossing, index = self.crossing, self.head.index
+        mine = self.head_rows[self.me]
+        if self.sampling.only_maximum:
+            at_B = local_BR.argmax(-1)
+            value_B = local_BR.gather(-1, at_B[:, None]).squeeze(-1).float().cpu()
+            ids_B = mine[at_B.cpu()]
+            if not self.is_sampler:
+                packed = torch.stack([value_B.view(torch.int32), ids_B.to(torch.int32)])
+                crossing.send_end(self.head.lead, index, packed)
+                crossing.wire.flush()
+                return None
+            for peer in self.head.devices[1:]:
+                packed, _ = crossing.receive_end(peer, index)
+                other_B, other_ids_B = packed[0].view(torch.float32), packed[1].to(torch.int64)
+                better = (other_B > value_B) | ((other_B == value_B) & (other_ids_B < ids_B))
+                value_B = torch.where(better, other_B, value_B)
+                ids_B = torch.where(better, other_ids_B, ids_B)
+            assert self.chooser is not None, "the sampler has a chooser"
+            return self.chooser.accept(ids_B)
+        logits_BR = local_BR.float().cpu()
+        if not self.is_sampler:
+            crossing.send_end(self.head.lead, index, logits_BR)
+            crossing.wire.flush()
+            return None
+        assert self.chooser is not None and self.shard is not None, "the sampler holds rows of the head"
+        if len(self.head.devices) > 1:
+            whole_BV = logits_BR.new_empty((logits_BR.shape[0], self.shard.arch.vocab))
+            whole_BV[:, mine] = logits_BR
+            for peer in self.head.devices[1:]:
+                part, _ = crossing.receive_end(peer, index)
+                whole_BV[:, self.head_rows[peer]] = part
+            logits_BR = whole_BV
+        return self.chooser.from_logits(logits_BR)
+
+    def _emit(self, ids_B: Tensor) -> None:
+        ids, payload = payload_of(ids_B.to(torch.int32))
+        step = self.crossing.step
+        header = (
+            int(Kind.TOKEN),
+            step.session,
+            step.epoch,
+            0,
+            step.position,
+            step.attempt,
+            "int32",
+            tuple(ids.shape),
+        )
+        self.caller.send(header, payload)
+
+    def _cancelled(self) -> bool:
+        self.caller.take_in()
+        return any(f.kind == Kind.CANCEL and f.attempt == self.order.attempt for f in self.caller.pending)

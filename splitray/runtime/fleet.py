@@ -1,0 +1,152 @@
+"""How an engine gets its devices: threads of this process (tests), or processes of this machine.
+
+A Fleet only starts and stops ShardHosts and says who died; orders and tensors go over the wire. RayFleet, the third
+one, is in actors/fleet.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from splitray.errors import DeviceLost
+from splitray.model.reading import StateDictSource
+from splitray.runtime.shard_host import DEADLINE_S, ShardHost
+from splitray.runtime.wire import Endpoint, new_token
+from splitray.topology import Device
+
+_START_S = 60.0
+
+
+class Fleet(Protocol):
+    """What the engine needs of a fleet."""
+
+    token: bytes
+
+    def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
+        """Start one ShardHost for each device; returns where they listen.
+
+        Raises:
+            DeviceLost: a device did not come up.
+        """
+
+    def dead(self) -> dict[str, str]:
+        """Devices that have died, each with the reason."""
+
+    def close(self) -> None:
+        """Stop every device; nothing is left running."""
+
+
+class ThreadFleet:
+    """Devices as threads of this process: the same wire and the same code, for tests and the self-test."""
+
+    def __init__(self, *, source: StateDictSource | None = None, deadline_s: float = DEADLINE_S) -> None:
+        """`source` gives weights in memory instead of a model folder."""
+        self.token = new_token()
+        self._source, self._deadline_s = source, deadline_s
+        self.hosts: dict[str, ShardHost] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
+        """Start the threads."""
+        for device in devices:
+            host = ShardHost(device.id, token=self.token, deadline_s=self._deadline_s, source=self._source)
+            thread = threading.Thread(target=host.serve, name=f"splitray-{device.id}", daemon=True)
+            thread.start()
+            self.hosts[device.id] = host
+            self._threads.append(thread)
+        return {name: host.endpoint for name, host in self.hosts.items()}
+
+    def dead(self) -> dict[str, str]:
+        """Threads do not die."""
+        return {}
+
+    def close(self) -> None:
+        """Stop and join the threads."""
+        for host in self.hosts.values():
+            host.close()
+        for thread in self._threads:
+            thread.join()
+        self.hosts.clear()
+        self._threads.clear()
+
+
+class ProcessFleet:
+    """Devices as processes of this machine, each with one torch thread unless told otherwise."""
+
+    def __init__(self, *, threads: int = 1, pin: bool = False, deadline_s: float = DEADLINE_S) -> None:
+        """`pin` binds each process to a core of its own (for devices <= cores)."""
+        self.token = new_token()
+        self._threads, self._pin, self._deadline_s = threads, pin, deadline_s
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
+        """Start the processes side by side and wait until each one listens."""
+        cores = sorted(os.sched_getaffinity(0)) if self._pin else []
+        for i, device in enumerate(devices):
+            environment = dict(os.environ)
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+                environment[name] = str(self._threads)
+            order = {
+                "device": device.id,
+                "token": self.token.hex(),
+                "deadline_s": self._deadline_s,
+                "threads": self._threads,
+                "core": cores[i % len(cores)] if cores else None,
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-m", "splitray.runtime.host_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+            self._processes[device.id] = process
+            assert process.stdin is not None, "stdin is a pipe"
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
+        return {device.id: self._endpoint(device.id) for device in devices}
+
+    def _endpoint(self, device: str) -> Endpoint:
+        process = self._processes[device]
+        assert process.stdout is not None, "stdout is a pipe"
+        timer = threading.Timer(_START_S, process.kill)
+        timer.start()
+        line = process.stdout.readline()
+        timer.cancel()
+        if not line:
+            code = process.wait()
+            self.close()
+            raise DeviceLost(f"{device}: its process ended at start with exit code {code}")
+        return Endpoint(*json.loads(line))
+
+    def pid(self, device: str) -> int:
+        """Process id of a device."""
+        return self._processes[device].pid
+
+    def dead(self) -> dict[str, str]:
+        """Processes that ended."""
+        codes = {name: p.poll() for name, p in self._processes.items()}
+        return {name: f"its process ended with exit code {code}" for name, code in codes.items() if code is not None}
+
+    def close(self) -> None:
+        """End the processes: by closing their stdin, then by force."""
+        for process in self._processes.values():
+            assert process.stdin is not None and process.stdout is not None, "both are pipes"
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        for process in self._processes.values():
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None, "stdout is a pipe"
+            process.stdout.close()
+        self._processes.clear()

@@ -1,0 +1,94 @@
+"""How the next token is chosen on the sampler's device: transformers' own processors, a seeded generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from splitray.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """What a request asks of the sampler. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise InputError(name, expected=expected, actual=getattr(self, name), remedy=f"correct {name}")
+
+    @property
+    def only_maximum(self) -> bool:
+        """Whether the largest logit decides, so that holders of a partitioned head need send no more."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0
+
+
+class Chooser:
+    """Chooses tokens for a batch, as transformers' generate does with the same settings and seed."""
+
+    def __init__(self, sampling: Sampling, prompt_BT: Tensor) -> None:
+        """`prompt_BT` feeds the repetition penalty."""
+        self.sampling = sampling
+        self.ids_BT = prompt_BT
+        self.finished_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if sampling.temperature > 0:
+            if sampling.temperature != 1.0:
+                processors.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1.0:
+                processors.append(TopPLogitsWarper(sampling.top_p))
+        self._processors = processors
+
+    def from_logits(self, logits_BV: Tensor) -> Tensor:
+        """Next ids [batch] from float32 logits of the whole vocabulary."""
+        scores = self._processors(self.ids_BT, logits_BV.float())
+        if self.sampling.temperature == 0:
+            return self.accept(scores.argmax(-1))
+        probabilities = scores.softmax(-1)
+        return self.accept(torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1))
+
+    def accept(self, ids_B: Tensor) -> Tensor:
+        """Take chosen ids: finished sequences get the pad id; remembers what has stopped."""
+        sampling = self.sampling
+        if self.finished_B.any():
+            ids_B = ids_B.masked_fill(self.finished_B, sampling.pad_id)
+        for stop in sampling.stop_ids:
+            self.finished_B |= ids_B == stop
+        if sampling.repetition_penalty != 1.0:
+            self.ids_BT = torch.cat([self.ids_BT, ids_B[:, None]], dim=1)
+        return ids_B
+
+    @property
+    def done(self) -> bool:
+        """Whether every sequence has stopped."""
+        return bool(self.finished_B.all())
