@@ -38,9 +38,7 @@ def stages_of(placement: Placement, arch: ModelArch) -> list[Stage]:
         }
 
     def stage(kind: str, held: dict[str, set[tuple]]) -> Stage:
-        return Stage(
-            kind, {d: frozenset(own) for d, own in held.items()}, frozenset(set().union(*held.values()))
-        )
+        return Stage(kind, {d: frozenset(own) for d, own in held.items()}, frozenset(set().union(*held.values())))
 
     stages = [stage("embedding", {str(d): {("embedding",)} for d in placement.embedding})]
     for i, layer in enumerate(placement.layers):
@@ -136,10 +134,7 @@ def complaints(route: Route, placement: Placement, arch: ModelArch, topology: To
             # To form x' in another way a holder may also use the x it has.
             known = [*own, *([("x", x)] if receiver in here.atoms else []), *([("y", mine)] if mine else [])]
             inbox = [m for m in messages if m.target == receiver]
-            told = [
-                (m, facts_sent(m, x, Counter(here.atoms[m.source]), folds and m.source == lead))
-                for m in inbox
-            ]
+            told = [(m, facts_sent(m, x, Counter(here.atoms[m.source]), folds and m.source == lead)) for m in inbox]
             for m, facts in told:
                 if facts[0][0] == "x'" and here.partitioned:
                     found.append(f"{index}: {m.source} cannot know the sum it sends to {receiver}")
@@ -153,9 +148,7 @@ def complaints(route: Route, placement: Placement, arch: ModelArch, topology: To
             found += wrong_sender(index, inbox, order, here, receiver, arch, topology)
         inner = {(m.source, m.target, m.content) for m in by_boundary.pop((index, True), ())}
         together = arch.qk_norm_over_heads and here.kind == "attention" and here.partitioned
-        wanted = (
-            {(a, b, "norm_sums") for a, b in itertools.permutations(here.atoms, 2)} if together else set()
-        )
+        wanted = {(a, b, "norm_sums") for a, b in itertools.permutations(here.atoms, 2)} if together else set()
         if inner != wanted:
             found.append(f"{index}: inner exchange {inner} and not {wanted}")
         x = x + adds

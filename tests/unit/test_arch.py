@@ -116,8 +116,6 @@ def test_an_input_error_crosses_a_process_boundary_unchanged() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("atention", " (did you mean attention?)"), ("zebra", ""), (7, "")]
-)
+@pytest.mark.parametrize(("name", "hint"), [("atention", " (did you mean attention?)"), ("zebra", ""), (7, "")])
 def test_a_near_name_is_suggested_and_a_far_one_is_not(name: object, hint: str) -> None:
     assert did_you_mean(name, ["attention", "ffn"]) == hint

@@ -192,9 +192,7 @@ PARALLEL_LAYERS = {
 
 
 @pytest.mark.parametrize(("attention", "ffn", "valid"), PARALLEL_LAYERS.values(), ids=PARALLEL_LAYERS)
-def test_a_parallel_block_is_replicated_as_one(
-    attention: dict[str, Any], ffn: dict[str, Any], valid: bool
-) -> None:
+def test_a_parallel_block_is_replicated_as_one(attention: dict[str, Any], ffn: dict[str, Any], valid: bool) -> None:
     parallel = dataclasses.replace(ARCH, parallel_block=True)
     layer = {"attention": attention, "ffn": ffn}
     one = placement(layers=[layer, layer])
@@ -219,9 +217,7 @@ def test_a_parallel_block_is_replicated_as_one(
     ],
     ids=["an embedding elsewhere", "a copy of the embedding elsewhere", "rows of the head elsewhere"],
 )
-def test_pieces_pinned_to_the_origin_stay_there(
-    holds: str, change: dict[str, Any], texts: tuple[str, ...]
-) -> None:
+def test_pieces_pinned_to_the_origin_stay_there(holds: str, change: dict[str, Any], texts: tuple[str, ...]) -> None:
     validate(placement(**change), ARCH, topology())
     refused(
         lambda: validate(placement(**change), ARCH, topology(origin_holds=holds)),
@@ -303,15 +299,11 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("change", "texts"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_document_is_refused_with_its_path(
-    change: dict[str, Any], texts: tuple[str, ...]
-) -> None:
+def test_a_malformed_document_is_refused_with_its_path(change: dict[str, Any], texts: tuple[str, ...]) -> None:
     refused(lambda: placement(**change), *texts)
 
 
-@pytest.mark.parametrize(
-    "content", [None, "layers: [", "", "- 1"], ids=["missing", "broken", "empty", "list"]
-)
+@pytest.mark.parametrize("content", [None, "layers: [", "", "- 1"], ids=["missing", "broken", "empty", "list"])
 def test_a_file_that_is_no_placement_is_refused(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "placement.yaml"
     if content is not None:

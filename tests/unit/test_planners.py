@@ -67,9 +67,7 @@ def cluster(
     return Topology(devices=devices, links=links, origin=DeviceId(origin), **more)
 
 
-def propose(
-    spec: str, topology: Topology, arch: ModelArch = ARCH, *, seed: int = 0, context: int = 0
-) -> Placement:
+def propose(spec: str, topology: Topology, arch: ModelArch = ARCH, *, seed: int = 0, context: int = 0) -> Placement:
     state = ClusterState(arch=arch, topology=topology, context_tokens=context)
     return make_planner(spec, seed=seed).propose(state)
 
@@ -203,9 +201,7 @@ def test_fixed_cut_beyond_the_model_is_refused() -> None:
     ],
 )
 def test_a_missing_tier_is_named(spec: str, names: tuple[str, ...], tier: str) -> None:
-    refused(
-        lambda: propose(spec, cluster(*names)), f"at least one device of tier {tier}", names[0], "add one"
-    )
+    refused(lambda: propose(spec, cluster(*names)), f"at least one device of tier {tier}", names[0], "add one")
 
 
 # Shares
@@ -265,9 +261,7 @@ PROPORTIONAL_GROUPS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("bandwidths", "memory", "counts"), PROPORTIONAL_GROUPS.values(), ids=PROPORTIONAL_GROUPS
-)
+@pytest.mark.parametrize(("bandwidths", "memory", "counts"), PROPORTIONAL_GROUPS.values(), ids=PROPORTIONAL_GROUPS)
 def test_proportional_follows_memory_bandwidth(
     bandwidths: list[float], memory: list[float], counts: list[tuple[int, ...]]
 ) -> None:
@@ -302,9 +296,7 @@ def test_nearly_full_devices_still_hold_the_model(spec: str, arch: ModelArch, sp
     context = 100
     needed = model_bytes(ClusterState(arch=arch, topology=cluster(EDGE_A), context_tokens=context))
     if arch.tied_embeddings:
-        needed += (
-            arch.vocab * arch.hidden_dim * arch.dtype_bytes
-        )  # head rows away from the embedding are copies
+        needed += arch.vocab * arch.hidden_dim * arch.dtype_bytes  # head rows away from the embedding are copies
     topology = cluster(
         EDGE_A,
         EDGE_B,
@@ -379,9 +371,7 @@ def test_pinned_pieces_stay_on_the_origin(spec: str, origin: str, holds: str, ar
 @pytest.mark.parametrize("spec", ["edge_only", "cloud_only", "fixed_cut:2", *SIMPLE])
 def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(spec: str) -> None:
     topology = cluster(EDGE_A, CLOUD_A, memory_bytes=1e5)
-    refused(
-        lambda: propose(spec, topology), "memory", "bytes", "100,000", "toy" if spec != "even" else "edge_a"
-    )
+    refused(lambda: propose(spec, topology), "memory", "bytes", "100,000", "toy" if spec != "even" else "edge_a")
 
 
 def test_an_embedding_that_does_not_fit_on_its_origin_is_refused_with_the_bytes() -> None:

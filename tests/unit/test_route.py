@@ -120,9 +120,7 @@ KNOWN_COUNTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("placement", "traits", "exchanges", "messages"), KNOWN_COUNTS.values(), ids=KNOWN_COUNTS
-)
+@pytest.mark.parametrize(("placement", "traits", "exchanges", "messages"), KNOWN_COUNTS.values(), ids=KNOWN_COUNTS)
 def test_twelve_layers_on_two_devices_have_the_known_counts(
     placement: Placement, traits: dict[str, bool], exchanges: int, messages: int
 ) -> None:
@@ -293,8 +291,7 @@ def _residual_left_out(crossing: Crossing) -> Crossing:
     def mutant(here, there, arch, topology):
         messages = crossing(here, there, arch, topology)
         return tuple(
-            dataclasses.replace(m, content="partial") if m.content == "partial_and_state" else m
-            for m in messages
+            dataclasses.replace(m, content="partial") if m.content == "partial_and_state" else m for m in messages
         )
 
     return mutant
