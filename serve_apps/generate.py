@@ -1,0 +1,94 @@
+"""The OpenAI API over a split model: `serve run serve_apps.generate:build model=... topology=...`."""
+
+# No `from __future__ import annotations` here: Serve validates what `build` gets by its annotation, which
+# must be the class Args and not its name.
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+
+from serve_apps.app import make_app
+from serve_apps.engine_queue import Engine, EngineQueue
+from serve_apps.service import TextService
+
+
+class Args(BaseModel):
+    """What `serve run` takes as key=value and a Serve config as `args:`; an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("tiny", description="path of a checkpoint, or `tiny`, the shipped model")
+    topology: str | None = Field(None, description="topology file")
+    devices: int | None = Field(None, ge=1, description="N equal devices instead of a topology file")
+    planner: str = Field("proportional", description="NAME or NAME:ARG; decides where what runs")
+    placement: str | None = Field(None, description="placement file instead of a planner")
+    runtime: Literal["local", "process", "ray"] = Field("ray", description="devices as threads, ... or actors")
+    model_name: str | None = Field(None, description="the name clients ask for, else the path's last part")
+    seed: int = Field(0, description="seeds the planner, and sampling where a request names no seed")
+
+    @model_validator(mode="after")
+    def _one_way_to_name_devices(self) -> "Args":
+        if self.topology and self.devices:
+            raise ValueError("expected topology or devices, got both; leave one out")
+        return self
+
+
+class Replica:
+    """One engine and its routes. When the engine is lost, Serve starts the replica anew."""
+
+    def __init__(self, args: Args) -> None:
+        """Launch the engine; a launch that fails shows its reason in `serve status`."""
+        queue = EngineQueue(partial(_launch, args))
+        self._service = TextService(queue, model_name=args.model_name or Path(args.model).name, seed=args.seed)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the routes once the engine is there."""
+        return make_app(self._service)
+
+    def check_health(self) -> None:
+        """Serve restarts a replica that raises here a few times in a row."""
+        if self._service.queue.lost:
+            raise RuntimeError(f"the engine is lost: {self._service.queue.lost}")
+
+
+def _launch(args: Args) -> Engine:
+    from splitray.runtime.launch import launch_engine
+
+    return launch_engine(
+        model=args.model,
+        topology=args.topology,
+        devices=args.devices,
+        planner=args.planner,
+        placement=args.placement,
+        runtime=args.runtime,
+        seed=args.seed,
+    )
+
+
+def _from_here(path: str | None) -> str | None:
+    """Make an existing path absolute: the replica may run in another directory than the caller."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+
+def build(args: Args) -> serve.Application:
+    """The application that `serve run` and a Serve config name."""
+    here = args.model_copy(
+        update={
+            "model_name": args.model_name or Path(args.model).name,
+            "model": args.model if args.model == "tiny" else _from_here(args.model),
+            "topology": _from_here(args.topology),
+            "placement": _from_here(args.placement),
+        }
+    )
+    deploy = serve.deployment(
+        name="Generate",
+        num_replicas=1,  # an engine owns its devices; a second replica would load the model a second time
+        max_ongoing_requests=64,  # callers wait in the replica, in order, and /health gets past them
+        health_check_period_s=2,
+        # Actor devices ask for CPUs of their own and then the replica only waits for them.
+        ray_actor_options={"num_cpus": 0 if args.runtime == "ray" else 1},
+    )
+    return deploy(serve.ingress()(Replica)).bind(here)

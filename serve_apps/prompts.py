@@ -1,0 +1,141 @@
+"""From a request to the engine's input: token ids and sampling. Knows no HTTP and no answer shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_apps.api_error import ApiError
+from serve_apps.protocol import ChatMessage, ChatRequest, GenerationRequest
+
+if TYPE_CHECKING:
+    from splitray.runtime.sampling import Sampling
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
+
+
+def completion_prompts(prompt: Any, tokenizer: Any, *, vocab: int) -> list[list[int]]:
+    """Token ids of every prompt of a completion request: a string, ids, or a list of either.
+
+    Raises:
+        ApiError: 400 if the prompt has another shape, is empty, or holds ids outside the vocabulary.
+    """
+    prompts = prompt if _is_many(prompt) else [prompt]
+    ids = [_text_ids(p, tokenizer) if isinstance(p, str) else _checked_ids(p, vocab) for p in prompts]
+    if not ids or not all(ids):
+        raise ApiError(400, "prompt: expected at least one token, got an empty prompt", param="prompt")
+    return ids
+
+
+def chat_prompt(messages: Sequence[ChatMessage], tokenizer: Any) -> list[int]:
+    """Token ids of a dialogue in the model's own chat template, ready for the assistant's turn.
+
+    Raises:
+        ApiError: 400 if the model has no template or the template refuses the dialogue.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        message = "messages: this model has no chat template; use /v1/completions"
+        raise ApiError(400, message, param="messages")
+    try:
+        text = tokenizer.apply_chat_template([_turn(m) for m in messages], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ApiError(400, f"messages: refused by the chat template: {error}", param="messages") from error
+    # The template writes the special tokens itself.
+    ids = _text_ids(text, tokenizer, param="messages", add_special_tokens=False)
+    if not ids:
+        raise ApiError(400, "messages: expected at least one token, got none", param="messages")
+    return ids
+
+
+def sampling_for(
+    request: GenerationRequest,
+    *,
+    num_prompt_tokens: int,
+    context_tokens: int,
+    stop_ids: Sequence[int],
+    seed: int,
+) -> Sampling:
+    """The engine's sampling for one prompt of a request; `seed` serves where the request names none.
+
+    Raises:
+        ApiError: 400 with code context_length_exceeded if prompt and answer do not fit.
+    """
+    from splitray.runtime.sampling import Sampling
+
+    room = context_tokens - num_prompt_tokens
+    wanted = request.max_tokens
+    if isinstance(request, ChatRequest):
+        param, default = "messages", room
+        wanted = request.max_completion_tokens or wanted
+    else:
+        param, default = "prompt", min(room, COMPLETION_MAX_TOKENS)
+    if room < (wanted or 1):
+        message = (
+            f"this model's context is {context_tokens} tokens, but {num_prompt_tokens} of the {param} and "
+            f"{wanted or 1} of the answer were asked for; shorten the {param} or lower max_tokens"
+        )
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+    # Greedy is this project's default. A nucleus of no mass still holds the likeliest token: greedy too.
+    greedy = request.temperature is None or request.top_p == 0
+    return Sampling(
+        max_new_tokens=wanted or default,
+        temperature=0.0 if greedy else float(request.temperature or 0.0),
+        top_p=float(request.top_p or 1.0),
+        seed=(seed if request.seed is None else request.seed) & (2**63 - 1),  # generators want 0 or more
+        stop_ids=tuple(sorted(set(stop_ids))),
+    )
+
+
+def end_ids(model_path: str, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the checkpoint's own, as `generate()` reads them, and the tokenizer's.
+
+    A chat model may end its turn with another token than the tokenizer's end of sequence.
+    """
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_path) / name
+        if path.is_file():
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            return [*ids, *(named if isinstance(named, list) else [] if named is None else [named])]
+    return ids
+
+
+def special_ids(stops: Sequence[str], tokenizer: Any) -> list[int]:
+    """The ids of stop strings that are special tokens: those never show as text."""
+    return [tokenizer.convert_tokens_to_ids(s) for s in stops if s in tokenizer.all_special_tokens]
+
+
+def _turn(message: ChatMessage) -> dict[str, str]:
+    # `developer` is OpenAI's newer word for `system`; chat templates know the old one.
+    role = "system" if message.role == "developer" else message.role
+    name = {"name": message.name} if message.name is not None else {}
+    return {"role": role, "content": message.text, **name}
+
+
+def _is_many(prompt: Any) -> bool:
+    return isinstance(prompt, list) and any(isinstance(p, str | list) for p in prompt)
+
+
+def _text_ids(text: str, tokenizer: Any, *, param: str = "prompt", **options: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{param}: expected text, got a lone surrogate at {error.start}"
+        raise ApiError(400, message, param=param) from error
+    # Special tokens alone are no prompt: an empty text stays empty even where a tokenizer adds a first token.
+    return tokenizer(text, **options)["input_ids"] if text else []
+
+
+def _checked_ids(ids: Any, vocab: int) -> list[int]:
+    # bool is an int to isinstance.
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        shapes = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+        raise ApiError(400, f"prompt: expected {shapes}", param="prompt")
+    outside = next((i for i in ids if not 0 <= i < vocab), None)
+    if outside is not None:
+        raise ApiError(400, f"prompt: expected token ids below {vocab}, got {outside}", param="prompt")
+    return ids

@@ -1,0 +1,171 @@
+"""Requests to text: prompts, engine and text stream put together. Knows no routes and no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from serve_apps.api_error import ApiError, as_api_error
+from serve_apps.engine_queue import EngineQueue
+from serve_apps.prompts import chat_prompt, completion_prompts, end_ids, sampling_for, special_ids
+from serve_apps.protocol import ChatRequest, CompletionRequest
+from serve_apps.replies import DONE, ChatReply, CompletionReply, FinishReason, Usage, event
+from serve_apps.text_stream import TextStream
+from splitray.errors import InputError
+
+if TYPE_CHECKING:
+    from splitray.runtime.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One prompt of a request."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    stops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """New text of choice `index`; the last one of a choice has a finish reason and the count of new ids."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+    num_tokens: int = 0
+
+
+class TextService:
+    """Serves one model under one name."""
+
+    def __init__(self, queue: EngineQueue, *, model_name: str, seed: int = 0) -> None:
+        """`seed` starts the series of seeds for requests that sample and name none."""
+        if queue.engine.tokenizer is None:
+            raise InputError(
+                "model",
+                expected="a checkpoint with a tokenizer",
+                actual="none beside the weights",
+                remedy="add the tokenizer's files, or use `splitray generate --prompt-ids`",
+            )
+        self.model_name = model_name
+        self.queue = queue
+        self._tokenizer = queue.engine.tokenizer
+        self._end_ids = end_ids(queue.engine.model_path, self._tokenizer)
+        self._seeds = Random(seed)
+        # Cleaning up spaces rewrites text that a stream has already sent.
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        self._decode = partial(self._tokenizer.decode, **options)
+
+    def jobs(self, request: CompletionRequest | ChatRequest) -> list[Job]:
+        """Check a request and make it the engine's input, one job a choice.
+
+        Raises:
+            ApiError: the request is refused.
+        """
+        self.check_model(request.model)
+        request.check()
+        arch = self.queue.engine.arch
+        if isinstance(request, ChatRequest):
+            prompts = [chat_prompt(request.messages, self._tokenizer)]
+        else:
+            prompts = completion_prompts(request.prompt, self._tokenizer, vocab=arch.vocab)
+        return [
+            Job(
+                prompt_ids=ids,
+                sampling=sampling_for(
+                    request,
+                    num_prompt_tokens=len(ids),
+                    context_tokens=arch.context_tokens,
+                    stop_ids=[*self._end_ids, *special_ids(request.stop_strings, self._tokenizer)],
+                    seed=self._seeds.getrandbits(63),
+                ),
+                stops=request.stop_strings,
+            )
+            for ids in prompts
+        ]
+
+    def check_model(self, name: str) -> None:
+        """Refuse any other model's name.
+
+        Raises:
+            ApiError: 404 with code model_not_found.
+        """
+        if name != self.model_name:
+            message = f"the model {name!r} does not exist here; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def reply(self, request: CompletionRequest | ChatRequest) -> CompletionReply:
+        """The empty answer to a request."""
+        kind = ChatReply if isinstance(request, ChatRequest) else CompletionReply
+        return kind(model=self.model_name, include_usage=request.include_usage)
+
+    async def pieces(self, jobs: Sequence[Job]) -> AsyncGenerator[Piece, None]:
+        """The text of all jobs, one after the other; each takes its own turn in the queue."""
+        for index, job in enumerate(jobs):
+            text, num_tokens, ended = TextStream(self._decode, job.stops), 0, False
+            async with aclosing(self.queue.stream(job.prompt_ids, job.sampling)) as tokens:
+                async for token_id in tokens:
+                    num_tokens += 1
+                    if token_id in job.sampling.stop_ids:
+                        ended = True  # the engine ends here by itself
+                    elif new := text.push(token_id):
+                        yield Piece(index=index, text=new)
+                    if text.stopped:
+                        break
+            rest = text.flush()
+            reason: FinishReason = "stop" if ended or text.stopped else "length"
+            yield Piece(index=index, text=rest, finish_reason=reason, num_tokens=num_tokens)
+
+
+async def whole(reply: CompletionReply, jobs: Sequence[Job], pieces: AsyncGenerator[Piece, None]) -> Any:
+    """The body of an answer that does not stream."""
+    texts: list[str] = [""] * len(jobs)
+    choices: list[tuple[str, FinishReason]] = []
+    num_tokens = 0
+    async for piece in pieces:
+        texts[piece.index] += piece.text
+        num_tokens += piece.num_tokens
+        if piece.finish_reason:
+            choices.append((texts[piece.index], piece.finish_reason))
+    return reply.whole(choices, usage_of(jobs, num_tokens))
+
+
+async def events(
+    reply: CompletionReply, jobs: Sequence[Job], first: Piece, rest: AsyncGenerator[Piece, None]
+) -> AsyncGenerator[str, None]:
+    """The events of a streamed answer. An error now comes after the status line, so it is an event too."""
+    num_tokens, opened = 0, -1
+    try:
+        async with aclosing(rest):
+            async for piece in _chain(first, rest):
+                if piece.index > opened:
+                    opened = piece.index
+                    for opening in reply.opening(piece.index):
+                        yield opening
+                if piece.text:
+                    yield reply.piece(piece.index, piece.text)
+                num_tokens += piece.num_tokens
+                if piece.finish_reason:
+                    yield reply.closing(piece.index, piece.finish_reason)
+    except Exception as error:  # a boundary: the client must learn it
+        yield event(as_api_error(error).body)
+        return
+    if reply.include_usage:
+        yield reply.usage(usage_of(jobs, num_tokens))
+    yield DONE
+
+
+def usage_of(jobs: Sequence[Job], num_tokens: int) -> Usage:
+    """The token counts of a request."""
+    return Usage(prompt_tokens=sum(len(j.prompt_ids) for j in jobs), completion_tokens=num_tokens)
+
+
+async def _chain(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    yield first
+    async for piece in rest:
+        yield piece

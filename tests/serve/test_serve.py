@@ -1,0 +1,105 @@
+"""The API under a real Ray Serve, with the shipped model, driven by the real client."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+
+import httpx
+import openai
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.serve, pytest.mark.slow]
+
+PROMPT = "The list of"
+NUM_NEW = 24
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Ray and Serve on a free port; afterwards not one of their processes is left."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+    from ray import serve
+
+    before = set(psutil.Process().children(recursive=True))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # Ray's socket paths must stay short, pytest's own directories are not.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        started: set[psutil.Process] = set()
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            yield f"http://127.0.0.1:{port}"
+            started = set(psutil.Process().children(recursive=True)) - before
+            serve.shutdown()
+        finally:
+            ray.shutdown()
+    _, left = psutil.wait_procs(started, timeout=15)
+    assert not left
+
+
+@pytest.fixture(scope="module", params=["process", "ray"])
+def client(request: pytest.FixtureRequest, url: str) -> Iterator[openai.OpenAI]:
+    """The shipped model over two devices."""
+    from ray import serve
+
+    from serve_apps.generate import Args, build
+
+    serve.run(build(Args(model="tiny", devices=2, planner="even", runtime=request.param)), name="generate")
+    yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    serve.delete("generate")
+
+
+@pytest.fixture(scope="module")
+def greedy() -> str:
+    """What transformers itself says."""
+    from importlib.resources import files
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(files("splitray") / "model" / "shipped")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NUM_NEW, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_client_gets_transformers_greedy_text_whole_and_streamed(client: openai.OpenAI, greedy: str) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": NUM_NEW, "temperature": 0}
+    answer = client.completions.create(**body)
+    assert answer.choices[0].text == greedy
+    chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == greedy
+    assert chunks[-1].usage == answer.usage
+    assert len(chunks) > 3
+
+
+def test_chat_models_health_and_refusals_pass_through_serve(client: openai.OpenAI, url: str) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    messages = [{"role": "user", "content": "hello"}]
+    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, stream=True)
+    assert [c.choices[0].delta.role for c in stream][0] == "assistant"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="tiny", prompt="a " * 20_000)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="hi")
+    with pytest.raises(openai.BadRequestError):
+        client.post("/completions", body={"model": "tiny"}, cast_to=object)
+
+
+def test_a_client_that_leaves_does_not_block_the_next(client: openai.OpenAI, greedy: str) -> None:
+    for _ in range(3):
+        stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_NEW, stream=True)
+        next(iter(stream))
+        stream.close()
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_NEW, temperature=0)
+    assert answer.choices[0].text == greedy
