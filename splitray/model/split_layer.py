@@ -43,26 +43,27 @@ class SubBlock(nn.Module):
         body: Callable[..., Tensor] | None,
         post: nn.Module | None,
         scale: float,
+        post_norm: bool,
     ) -> None:
-        """`body` computes this device's partial sum from the normalised residual."""
+        """`body` computes this device's partial sum from the normalised residual; `post_norm` is the family's."""
         super().__init__()
         self.norm, self.post, self.scale = norm, post, scale
-        self.body = body
+        self.body, self.post_norm = body, post_norm
 
     def partial(self, x_BTD: Tensor, arguments: dict[str, Any]) -> Tensor | None:
         """This device's partial sum for the residual x, or None if it holds no slice."""
         if self.body is None:
             return None
         y_BTD = self.body(x_BTD if self.norm is None else self.norm(x_BTD), **arguments)
-        return y_BTD if self.scale == 1.0 or self.post is not None else y_BTD * self.scale
+        return y_BTD if self.scale == 1.0 or self.post_norm else y_BTD * self.scale
 
     @property
     def settle(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """For post-norm families: (x, sum of partials) -> x + s * post(sum)."""
-        return None if self.post is None else self._settle
+        return self._settle if self.post_norm else None
 
     def _settle(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
-        assert self.post is not None, "settle is for post-norm families"
+        assert self.post is not None, "whoever settles a sum holds its norm"
         y_BTD = self.post(y_BTD)
         return x_BTD + (y_BTD if self.scale == 1.0 else y_BTD * self.scale)
 
@@ -102,4 +103,7 @@ class SplitLayer(nn.Module):
             y = None if x is None else self.ffn.partial(x, {})
             x = self.exchange.cross(self.index + 1, x, y, self.ffn.settle)
         out = hidden_states if x is None else x
+        if out.shape[1] != hidden_states.shape[1]:  # only the kept positions crossed into the head
+            kept, out = out, out.new_zeros(hidden_states.shape)
+            out[:, -kept.shape[1] :] = kept
         return (out,) if self.layout.returns_tuple else out

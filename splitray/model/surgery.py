@@ -164,6 +164,7 @@ class Shard:
         new_tokens: int,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        keep: int = 1,
     ) -> Tensor:
         """Run one step through HF's own model forward.
 
@@ -186,6 +187,7 @@ class Shard:
             position_ids=position_ids.to(self.device),
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=keep,
         )
         return out.logits  # type: ignore[no-any-return]
 
@@ -255,12 +257,14 @@ class Shard:
                 body=attention_body,
                 post=norm(layout.attention_post_norm, share.attention_post),
                 scale=layout.residual_scale,
+                post_norm=layout.has_post_norm,
             ),
             SubBlock(
                 norm=norm(layout.ffn_norm, bool(share.columns)),
                 body=ffn_body,
                 post=norm(layout.ffn_post_norm, share.ffn_post),
                 scale=layout.residual_scale,
+                post_norm=layout.has_post_norm,
             ),
         ]
         split = SplitLayer(
@@ -384,6 +388,7 @@ class Shard:
         gate_up, down = self.source.read_experts(self._names[module], experts)
         module.gate_up_proj, module.down_proj = self._parameter(gate_up), self._parameter(down)
         module.num_experts = len(experts)
+        module._is_expert_parallel = True  # tells HF that an index past the end means "not here"
         if len(experts) == self.arch.num_experts:
             return
         local = torch.full((self.arch.num_experts,), len(experts), dtype=torch.long)

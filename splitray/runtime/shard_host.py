@@ -237,6 +237,7 @@ class ShardHost:
                 new_tokens=order.new_tokens,
                 attention_mask=_ints(order.attention_mask, (order.batch, -1)),
                 position_ids=_ints(order.position_ids, shape),
+                keep=order.keep,
             )
         except DeviceLost:
             self._abort()
