@@ -1,0 +1,1 @@
+"""Hugging Face decoders on slices: reading checkpoints, cutting layers, the KV cache."""

@@ -1,0 +1,163 @@
+"""From what a user writes (a model, devices, a planner or a file, a runtime) to a running engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from splitray.arch import ModelArch
+from splitray.errors import InputError
+from splitray.model.layout import LayerLayout
+from splitray.model.reading import read_arch, read_config
+from splitray.placement import Placement, validate
+from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
+from splitray.runtime.engine import Engine
+from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
+from splitray.runtime.selftest import self_test
+from splitray.topology import Topology
+
+RUNTIMES = ("local", "process", "ray")
+SHIPPED = Path(__file__).parent.parent / "model" / "shipped"
+Dtype = Literal["float32", "bfloat16", "float16"]
+Progress = Callable[[str], None]
+
+
+def model_path(model: str | Path) -> Path:
+    """The folder of a model: a path, or `tiny` for the one that ships with the package."""
+    return SHIPPED if str(model) == "tiny" else Path(model)
+
+
+def read_model(model: str | Path, *, dtype: Dtype = "float32") -> tuple[ModelArch, LayerLayout, bool]:
+    """Counts and wiring of a model, and whether the lean loop is exact for it, after the self-test.
+
+    Raises:
+        ModelError: the folder holds no usable model, or its architecture cannot be split exactly.
+    """
+    config = read_config(model_path(model))
+    arch, layout = read_arch(config, dtype=dtype)
+    return arch, layout, self_test(config)
+
+
+def read_tokenizer(model: str | Path) -> Any:
+    """The model's tokenizer, or None if its folder has none."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return AutoTokenizer.from_pretrained(str(model_path(model)))
+    return None
+
+
+def read_topology(topology: str | Path | Topology | None, devices: int | None) -> Topology:
+    """A topology file, or `devices` equal ones on this machine (two by default)."""
+    if isinstance(topology, Topology):
+        return topology
+    if topology is not None:
+        if devices is not None:
+            raise InputError("devices", expected="either a topology or a number of devices", actual="both",
+                             remedy="leave one out")  # fmt: skip
+        return Topology.load(topology)
+    count = 2 if devices is None else devices
+    if count < 1:
+        raise InputError("devices", expected="at least 1", actual=count, remedy="give a number of devices")
+    return Topology.uniform(count)
+
+
+def decide(
+    arch: ModelArch,
+    topology: Topology,
+    *,
+    planner: str | None,
+    placement: str | Path | Placement | None,
+    seed: int = 0,
+    context_tokens: int = 0,
+) -> Placement:
+    """The placement of a file or of a planner (`even` if neither is given), validated.
+
+    Raises:
+        InputError: both are given, the planner is unknown, or the placement does not fit model and topology.
+    """
+    if planner is not None and placement is not None:
+        raise InputError("placement", expected="either a planner or a placement", actual="both",
+                         remedy="leave one out")  # fmt: skip
+    if placement is None:
+        state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+        return make_planner(planner or "even", seed=seed).propose(state)
+    chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
+    validate(chosen, arch, topology)
+    return chosen
+
+
+def make_fleet(runtime: str, *, topology: Topology, pin: bool = False, threads: int = 1) -> Fleet:
+    """The fleet of a runtime: threads, processes of this machine, or Ray actors."""
+    if runtime == "local":
+        return ThreadFleet()
+    if runtime == "process":
+        return ProcessFleet(threads=threads, pin=pin)
+    if runtime == "ray":
+        return ray_fleet(threads=threads)
+    raise InputError("runtime", expected=f"one of {list(RUNTIMES)}", actual=runtime, remedy="use one of the three")
+
+
+def ray_fleet(**options: Any) -> Fleet:
+    """The Ray fleet, which lives a floor above (DESIGN section 1): found by the name of its entry point."""
+    from importlib import import_module
+
+    fleet: Fleet = import_module("actors.fleet").RayFleet(**options)
+    return fleet
+
+
+def launch_engine(
+    *,
+    model: str | Path,
+    topology: str | Path | Topology | None = None,
+    devices: int | None = None,
+    planner: str | None = None,
+    placement: str | Path | Placement | None = None,
+    runtime: str = "process",
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    fleet: Fleet | None = None,
+    spin_s: float = 0.0,
+    progress: Progress = lambda _: None,
+) -> Engine:
+    """Check everything, then start the devices and load the shards.
+
+    Args:
+        model: a folder, or `tiny`.
+        topology: a file; or give `devices`, a number of equal ones on this machine.
+        devices: see topology.
+        planner: `NAME` or `NAME:ARG` (default `even`); or give `placement`.
+        placement: a placement file.
+        runtime: `local` (threads), `process` or `ray`.
+        seed: seeds the planner.
+        dtype: of weights and activations; token identity is promised in float32.
+        fleet: use this one and not the runtime's.
+        spin_s: how long a receive polls before it sleeps (only where devices <= cores).
+        progress: told what is being done.
+
+    Raises:
+        InputError: something asked for cannot be; says what.
+        DeviceLost: a device did not come up.
+    """
+    if runtime not in RUNTIMES:
+        make_fleet(runtime, topology=Topology.uniform(1))
+    where = read_topology(topology, devices)
+    progress("reading and testing the model")
+    arch, layout, lean = read_model(model, dtype=dtype)
+    progress("planning")
+    chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
+    progress("starting the devices and loading their slices")
+    return Engine(
+        fleet=fleet or make_fleet(runtime, topology=where),
+        model_path=model_path(model).resolve(),
+        arch=arch,
+        layout=layout,
+        topology=where,
+        placement=chosen,
+        tokenizer=read_tokenizer(model),
+        lean=lean,
+        spin_s=spin_s,
+    )
