@@ -1,6 +1,7 @@
+"""The API over a fake engine behind a real socket."""
+
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -10,16 +11,12 @@ from dataclasses import dataclass
 
 import httpx
 import openai
-import pytest
 import uvicorn
 from fake_engine import FakeEngine
 
 from serve_apps.app import make_app
 from serve_apps.engine_queue import EngineQueue
 from serve_apps.service import TextService
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 
 # One for all: building the TLS context of a client costs more than most tests here.
 HTTP = httpx.Client(timeout=20)
@@ -76,13 +73,3 @@ def wait_for(condition: Callable[[], object], *, deadline_s: float = 10.0) -> No
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    """A server whose engine the test scripts; a fresh one each."""
-    engine = FakeEngine()
-    with serving(engine) as served:
-        yield served
-    assert engine.closed, "the end of the server closes the engine"
-    assert len(engine.threads) <= 1, "one thread has the engine"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import HTTP, Served, serving, wait_for
+from api_server import HTTP, Served, serving, wait_for
 from fake_engine import CONTEXT_TOKENS, FakeEngine
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
@@ -82,11 +82,10 @@ def test_without_include_usage_no_chunk_speaks_of_usage(served: Served) -> None:
 
 
 def test_the_openai_client_streams_text_as_it_comes(served: Served) -> None:
-    served.engine.reply = lambda prompt: "the cat sat on the mat"
+    served.engine.reply, served.engine.delay_s = lambda prompt: "the cat sat on the mat", 0.02
     seen = []
     for chunk in served.client.completions.create(**COMPLETION, stream=True):
         seen.append((chunk.choices[0].text, served.engine.runs[0].num_out))
-        served.engine.delay_s = 0.02
     texts = [t for t, _ in seen]
     assert "".join(texts) == "the cat sat on the mat"
     assert len([t for t in texts if t]) > 3

@@ -5,7 +5,7 @@ import json
 import httpx
 import openai
 import pytest
-from conftest import HTTP, Served, serving
+from api_server import HTTP, Served, serving
 from fake_engine import CONTEXT_TOKENS, FakeEngine
 
 from serve_apps.engine_queue import EngineQueue

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from conftest import HTTP, Served, serving, wait_for
+from api_server import HTTP, Served, serving, wait_for
 from fake_engine import FakeEngine
 
 from serve_apps.engine_queue import EngineQueue
