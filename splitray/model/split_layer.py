@@ -85,6 +85,8 @@ class SplitLayer(nn.Module):
         super().__init__()
         self.layout, self.exchange, self.argument_names, self.index = layout, exchange, argument_names, index
         self.attention, self.ffn = attention, ffn
+        self.attention_module: nn.Module | None = None
+        self.ffn_module: nn.Module | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """HF's layer call: residual in, residual out (of no meaning where this device does not know it)."""

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from splitray.arch import ModelArch, Range
 from splitray.errors import ModelError
 from splitray.model.layout import LayerLayout, is_norm, layer_arguments
+from splitray.model.lean import LeanLoop, can_be_lean
 from splitray.model.qk_norm import share_norm_sums
 from splitray.model.slicing import Cut, read_cuts
 from splitray.model.split_layer import Exchange, SplitLayer, SubBlock
@@ -144,9 +145,27 @@ class Shard:
         self.layers: nn.ModuleList = layers
         self.decoder = decoder
         self._names = {}
+        self.lean: LeanLoop | None = None
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         assert not left, f"weights never read: {left[:5]}"
         self.model.to(self.device)
+
+    def make_lean(self) -> None:
+        """Use the lean loop for single-token steps; the caller knows from the self-test that it is exact."""
+        rotary = getattr(self.decoder, "rotary_emb", None)
+        norm = next((m for m in self.decoder.children() if is_norm(m)), None)
+        layers = [layer for layer in self.layers if isinstance(layer, SplitLayer)]
+        if rotary is not None and can_be_lean(self.layout, self.arch, self.model.config, rotary, layers):
+            self.lean = LeanLoop(
+                layers=layers,
+                layout=self.layout,
+                arch=self.arch,
+                rotary=rotary,
+                table=self.embedding.weight if self.spec.embedding else None,
+                norm=norm,
+                head=self.head if self.spec.vocab_rows else None,
+                exchange=self.exchange,
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -171,6 +190,8 @@ class Shard:
         Returns:
             This device's logits [batch, kept positions, its vocabulary rows]; no columns if it holds none.
         """
+        if self.lean is not None and new_tokens == 1 and attention_mask is None and position_ids is None:
+            return self.lean.step(cache, tokens_BT, batch)
         inputs: dict[str, Any]
         if self.spec.embedding:
             assert tokens_BT is not None, "an embedding holder needs the tokens"
@@ -275,6 +296,8 @@ class Shard:
             attention=parts[0],
             ffn=parts[1],
         )
+        split.attention_module = getattr(layer, layout.attention) if share.groups else None
+        split.ffn_module = getattr(layer, layout.ffn[0]) if share.columns else None
         for name, value in vars(layer).items():
             if not name.startswith("_") and name not in vars(split):
                 setattr(split, name, value)  # HF's model loop reads e.g. attention_type off its layers

@@ -62,9 +62,9 @@ class CacheHandle:
             raise InputError("repeating a running batch", expected="a repeat before the first step",
                              actual=f"{self.length} positions written", remedy="repeat the prompt")  # fmt: skip
 
-    def crop(self, num_tokens: int) -> None:
-        """Drop -num_tokens positions from the end (transformers 5 counts them negative)."""
-        self.length = self.length + num_tokens if num_tokens < 0 else min(self.length, num_tokens)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop positions from the end; transformers 5 counts them negative."""
+        self.length += tokens_to_remove
 
     def activate_past_recording(self) -> None:
         """Nothing to do: every position is kept until the session ends."""
@@ -136,12 +136,12 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         new_tokens = input_ids.shape[1]
         alone = past_key_values is None
         cache = past_key_values or CacheHandle(self.engine, new_tokens)
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if not padded:
-            attention_mask = position_ids = None
-        elif position_ids is None:
-            assert attention_mask is not None, "only a mask tells padding"
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -new_tokens:]
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # nothing is masked: the devices' lean loop may run
+        if position_ids is not None and torch.equal(
+            position_ids, torch.arange(cache.length, cache.length + new_tokens).expand_as(position_ids)
+        ):
+            position_ids = None
         reorder, cache.reorder = cache.reorder, None
         logits = self.engine.step(
             session=cache.session,

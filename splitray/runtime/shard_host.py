@@ -171,6 +171,8 @@ class ShardHost:
                 exchange=self.crossing,
                 torch_device=order.torch_device,
             )
+            if order.lean:
+                self.shard.make_lean()
             self._windows = sliding_windows(config, order.arch.num_layers)
         return {"fingerprint": source.fingerprint(), "load_s": time.monotonic() - started, **self._stats()}
 
@@ -280,6 +282,7 @@ class ShardHost:
             "payload_bytes": traffic.payload_bytes,
             "wire_bytes": traffic.wire_bytes,
             "dropped": self.wire.dropped,
+            "lean": bool(shard and shard.lean),
         }
 
 
