@@ -23,7 +23,9 @@ from splitray.model.split_layer import Exchange, SplitLayer
 _ROPES = ("default", "linear", "llama3", "yarn")  # the others change their table with the length
 
 
-def can_be_lean(layout: LayerLayout, config: PretrainedConfig, rotary: nn.Module, layers: Sequence[SplitLayer]) -> bool:
+def can_be_lean(
+    layout: LayerLayout, arch: ModelArch, config: PretrainedConfig, rotary: nn.Module, layers: Sequence[SplitLayer]
+) -> bool:
     """Whether the layers have the form that the lean loop computes; its exactness is the self-test's to say."""
     if layout.parallel or layout.has_post_norm or layout.residual_scale != 1.0 or len(layout.ffn) != 1:
         return False
