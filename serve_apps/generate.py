@@ -22,17 +22,18 @@ class Args(BaseModel):
 
     model: str = Field("tiny", description="path of a checkpoint, or `tiny`, the shipped model")
     topology: str | None = Field(None, description="topology file")
-    devices: int | None = Field(None, ge=1, description="N equal devices instead of a topology file")
-    planner: str = Field("proportional", description="NAME or NAME:ARG; decides where what runs")
+    devices: int | None = Field(None, ge=1, description="N equal devices instead of a topology; default 2")
+    planner: str | None = Field(None, description="NAME or NAME:ARG, decides where what runs; default `even`")
     placement: str | None = Field(None, description="placement file instead of a planner")
     runtime: Literal["local", "process", "ray"] = Field("ray", description="devices as threads, ... or actors")
     model_name: str | None = Field(None, description="the name clients ask for, else the path's last part")
     seed: int = Field(0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")
-    def _one_way_to_name_devices(self) -> "Args":
-        if self.topology and self.devices:
-            raise ValueError("expected topology or devices, got both; leave one out")
+    def _one_of_each_pair(self) -> "Args":
+        for one, other in (("topology", "devices"), ("planner", "placement")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"expected {one} or {other}, got both; leave one out")
         return self
 
 

@@ -27,7 +27,13 @@ def test_command_line_strings_become_numbers() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"modle": "tiny"}, {"devices": 0}, {"runtime": "threads"}, {"devices": 2, "topology": "home.yaml"}],
+    [
+        {"modle": "tiny"},
+        {"devices": 0},
+        {"runtime": "threads"},
+        {"devices": 2, "topology": "home.yaml"},
+        {"planner": "even", "placement": "p.yaml"},
+    ],
     ids=str,
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, object]) -> None:
