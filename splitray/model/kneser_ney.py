@@ -108,7 +108,7 @@ class KneserNey:
             keys, counts = keys[ordering], counts[ordering]
         step = np.array((0.0, *discounts(counts)))[np.minimum(counts, 3)]
         contexts, where = np.unique(keys // self.vocabulary, return_inverse=True)
-        totals = np.bincount(where, weights=counts, minlength=contexts.size)
+        totals = np.bincount(where, weights=counts, minlength=contexts.size).astype(np.float64)
         freed = np.bincount(where, weights=step, minlength=contexts.size)
         return _Level(keys, counts - step, contexts, totals, freed / np.maximum(totals, 1))
 

@@ -88,9 +88,9 @@ class Recipe:
     long_share: float = 0.15
     batch_tokens: int = 2048
     chat_share: float = 0.15
-    dropout: float = 0.1
+    dropout: float = 0.05
     matrix_rate: float = 0.02
-    vector_rate: float = 0.004
+    vector_rate: float = 0.01
     decay: float = 0.05
     seed: int = 1
     device: str = "cpu"
@@ -178,7 +178,8 @@ def _compiled_documents() -> Iterator[Document]:
     owners += [value for _, value in sorted(vars(builtins).items()) if isinstance(value, type)]
     for owner in owners:
         name = owner.__name__
-        parts, chats = [], []
+        parts: list[str] = []
+        chats: list[tuple[str, str]] = []
         for key, value in [("", owner), *sorted(vars(owner).items())]:
             doc = getattr(value, "__doc__", None)
             if not isinstance(doc, str) or len(doc) < 40 or (key and isinstance(value, str | int | tuple)):
@@ -346,7 +347,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            attn_implementation="sdpa",
         )
     )
 
@@ -497,7 +497,7 @@ def train(
     Processor time and not wall-clock time counts, so a paused or crowded process still gets its share.
     """
     device = torch.device(recipe.device)
-    model.to(device)
+    nn.Module.to(model, device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon = Muon(matrices, recipe.decay)
@@ -517,7 +517,7 @@ def train(
                 return Outcome(batches.tokens, step, spent)
             began += time.process_time() - began - spent
         model.train()
-        rate = min(1.0, (step + 1) / 50, max(0.0, (1 - done) / 0.7))
+        rate = min(1.0, (step + 1) / 20, max(0.0, (1 - done) / 0.7))
         window = recipe.long_window if done >= 1 - recipe.long_share else recipe.window
         ids = batches.next(window).to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -533,14 +533,20 @@ def train(
         progress.tell(f"{done:4.0%}  step {step}  tokens {batches.tokens:,}  loss {float(loss.detach()):.3f}")
 
 
-def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
+def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, most_tokens: int = 80) -> str:
     """Return the model's greedy answer to one chat question."""
     turns = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    prompt = prompt.to(model.device)
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ids = torch.tensor([tokenizer.backend_tokenizer.encode(str(prompt), add_special_tokens=False).ids])
     model.eval()
-    ids = model.generate(**prompt, max_new_tokens=80, do_sample=False)
-    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    with torch.inference_mode():
+        for _ in range(most_tokens):
+            following = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            if int(following) == tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, following], dim=1)
+    text = str(tokenizer.decode(ids[0], skip_special_tokens=False))
+    return text.rsplit(ASSISTANT, 1)[1].strip()
 
 
 def _bytes(documents: Sequence[Document]) -> int:
