@@ -9,6 +9,7 @@ Shapes: B batch, D hidden, H heads here, G KV groups here, R = H / G, d head_dim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,12 @@ _ROPES = ("default", "linear", "llama3", "yarn")  # the others change their tabl
 
 
 def can_be_lean(
-    layout: LayerLayout, arch: ModelArch, config: PretrainedConfig, rotary: nn.Module, layers: Sequence[SplitLayer]
+    layout: LayerLayout,
+    arch: ModelArch,
+    config: PretrainedConfig,
+    rotary: Any,
+    final_norm: nn.Module | None,
+    layers: Sequence[SplitLayer],
 ) -> bool:
     """Whether the layers have the form that the lean loop computes; its exactness is the self-test's to say."""
     if layout.parallel or layout.has_post_norm or layout.residual_scale != 1.0 or len(layout.ffn) != 1:
@@ -37,6 +43,7 @@ def can_be_lean(
     if any(t != "full_attention" for t in types) or getattr(config, "no_rope_layers", None):
         return False
     norms = [n for x in layers for n in (x.attention.norm, x.ffn.norm) if n is not None]
+    norms += [final_norm] if final_norm is not None else []
     if not all("RMSNorm" in type(n).__name__ for n in norms):
         return False
     return all(_attention_fits(layer.attention_module) and _ffn_fits(layer.ffn_module) for layer in layers)
@@ -58,7 +65,8 @@ def _ffn_fits(module: nn.Module | None) -> bool:
 
 def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight and bias for several linears of one input, which become views of it."""
-    weight = torch.cat([m.weight for m in linears])
+    weights: list[Tensor] = [m.weight for m in linears]
+    weight = torch.cat(weights)
     at = 0
     for module in linears:
         rows = module.weight.shape[0]
@@ -68,7 +76,7 @@ def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat(biases) if biases else None
 
 
-def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     weight, eps = module.weight, float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
     shape = (weight.shape[0],)
     return lambda x: F.rms_norm(x, shape, weight, eps)
@@ -76,7 +84,7 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 class _Attention:
     def __init__(self, layer: SplitLayer, index: int, arch: ModelArch) -> None:
-        module = layer.attention_module
+        module: Any = layer.attention_module
         assert module is not None and layer.attention.norm is not None, "only held, pre-norm attention is lean"
         self.index, self.d = index, arch.head_dim
         self.weight, self.bias = _fuse((module.q_proj, module.k_proj, module.v_proj))
@@ -106,7 +114,7 @@ class _Attention:
 
 class _Ffn:
     def __init__(self, layer: SplitLayer) -> None:
-        module = layer.ffn_module
+        module: Any = layer.ffn_module
         assert module is not None and layer.ffn.norm is not None, "only held, pre-norm FFNs are lean"
         self.weight, self.bias = _fuse((module.gate_proj, module.up_proj))
         self.out, self.out_bias = module.down_proj.weight, module.down_proj.bias
@@ -127,10 +135,10 @@ class LeanLoop:
         layers: Sequence[SplitLayer],
         layout: LayerLayout,
         arch: ModelArch,
-        rotary: nn.Module,
+        rotary: Any,
         table: Tensor | None,
         norm: nn.Module | None,
-        head: nn.Module | None,
+        head: Any,
         exchange: Exchange,
     ) -> None:
         """Take over the shard's weights; nothing is copied but q, k, v and gate, up into common buffers."""

@@ -6,13 +6,14 @@ Both sums of squares travel together, so that there is one exchange and not two.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 def share_norm_sums(
-    attention: nn.Module, sum_over_holders: Callable[[Tensor], Tensor], *, q_features: int, k_features: int
+    attention: Any, sum_over_holders: Callable[[Tensor], Tensor], *, q_features: int, k_features: int
 ) -> None:
     """Make a sliced attention normalise q and k as the whole one does.
 
@@ -59,8 +60,9 @@ class _Stored(nn.Module):
 
 
 class _SharedRmsNorm(nn.Module):
-    def __init__(self, norm: nn.Module, ahead: _Ahead, *, which: int, features: int) -> None:
+    def __init__(self, norm: Any, ahead: _Ahead, *, which: int, features: int) -> None:
         super().__init__()
+        self.norm: Any
         self.norm, self.ahead, self.which, self.features = norm, ahead, which, features
         self.eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
 

@@ -137,8 +137,8 @@ class Shard:
         decoder, layers_name = decoder_of(self.model, arch.num_layers)
         layers = getattr(decoder, layers_name)
         self.cuts = read_cuts(layers[0], self.model.config, arch)
-        self.embedding = self.model.get_input_embeddings()
-        self.head = self.model.get_output_embeddings()
+        self.embedding: Any = self.model.get_input_embeddings()
+        self.head: Any = self.model.get_output_embeddings()
         self._ends(decoder)
         for i in range(arch.num_layers):
             layers[i] = self._layer(layers[i], i)
@@ -148,14 +148,14 @@ class Shard:
         self.lean: LeanLoop | None = None
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         assert not left, f"weights never read: {left[:5]}"
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]
 
     def make_lean(self) -> None:
         """Use the lean loop for single-token steps; the caller knows from the self-test that it is exact."""
         rotary = getattr(self.decoder, "rotary_emb", None)
         norm = next((m for m in self.decoder.children() if is_norm(m)), None)
         layers = [layer for layer in self.layers if isinstance(layer, SplitLayer)]
-        if rotary is not None and can_be_lean(self.layout, self.arch, self.model.config, rotary, layers):
+        if rotary is not None and can_be_lean(self.layout, self.arch, self.model.config, rotary, norm, layers):
             self.lean = LeanLoop(
                 layers=layers,
                 layout=self.layout,
@@ -330,8 +330,9 @@ class Shard:
 
         return body
 
-    def _narrow_counts(self, attention: nn.Module, held: int) -> None:
+    def _narrow_counts(self, attention: Any, held: int) -> None:
         heads = held * self.arch.heads_per_group
+        module: Any  # counts live in attributes that nn.Module does not declare
         for module in attention.modules():
             values = vars(module)
             for name in _LOCAL_COUNTS:
@@ -406,7 +407,7 @@ class Shard:
 
         return body
 
-    def _experts(self, module: nn.Module, held: tuple[Range, ...]) -> None:
+    def _experts(self, module: Any, held: tuple[Range, ...]) -> None:
         experts = [e for r in held for e in range(r.start, r.stop)]
         gate_up, down = self.source.read_experts(self._names[module], experts)
         module.gate_up_proj, module.down_proj = self._parameter(gate_up), self._parameter(down)
@@ -425,7 +426,7 @@ class Shard:
 
         module.register_forward_pre_hook(to_local)
 
-    def _cut(self, module: nn.Module, cut: Cut, held: tuple[Range, ...], total: int, bias: bool) -> None:
+    def _cut(self, module: Any, cut: Cut, held: tuple[Range, ...], total: int, bias: bool) -> None:
         name = self._names[module]
         ranges = cut.ranges(held, total)
         count = sum(r.count for r in ranges)

@@ -205,7 +205,7 @@ class Crossing:
 def payload_of(tensor: Tensor) -> tuple[Tensor, memoryview]:
     """A contiguous CPU view of a tensor, and its bytes (shared, not copied, where it was one already)."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def tensor_of(frame: Frame) -> Tensor:

@@ -162,18 +162,24 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         """HF's generate; frees the devices' KV when it is done."""
         self._handle: CacheHandle | None = None
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             if self._handle is not None:
                 self.engine.forget(self._handle.session)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        lengths = [a for a in args if isinstance(a, int)]
-        capacity = max([generation_config.max_length or 0, *lengths], default=0)
-        self._handle = CacheHandle(self.engine, capacity or self.engine.arch.context_tokens)
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        if model_kwargs.get("past_key_values") is not None:
+            return False
+        self._handle = CacheHandle(self.engine, max_cache_length)
         model_kwargs["past_key_values"] = self._handle
+        return False
 
     def close(self) -> None:
         """Stop the devices."""

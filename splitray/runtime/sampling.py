@@ -71,7 +71,7 @@ class Chooser:
 
     def from_logits(self, logits_BV: Tensor) -> Tensor:
         """Next ids [batch] from float32 logits of the whole vocabulary."""
-        scores = self._processors(self.ids_BT, logits_BV.float())
+        scores = self._processors(self.ids_BT, logits_BV.float())  # type: ignore[arg-type]
         if self.sampling.temperature == 0:
             return self.accept(scores.argmax(-1))
         probabilities = scores.softmax(-1)

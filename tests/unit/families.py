@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 GQA = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 HEAD_DIM = {**GQA, "head_dim": 10}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -23,17 +31,34 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3": HEAD_DIM,
     "gemma": HEAD_DIM,
     "gemma2": {**HEAD_DIM, "sliding_window": 6, "query_pre_attn_scalar": 10},
-    "gemma3_text": {**HEAD_DIM, "sliding_window": 6, "query_pre_attn_scalar": 10,
-                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {
+        **HEAD_DIM,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 10,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {**GQA, "sliding_window": 6},
     "gpt2": GPT2,
     "gpt_neox": {**MHA, "rotary_pct": 0.5},
     "gptj": {**GPT2, "rotary_dim": 4},
-    "opt": {"vocab_size": 97, "hidden_size": 48, "ffn_dim": 40, "num_hidden_layers": 3, "num_attention_heads": 6,
-            "max_position_embeddings": 128, "word_embed_proj_dim": 48, **IDS},
+    "opt": {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "ffn_dim": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 48,
+        **IDS,
+    },
     "starcoder2": {**GQA, "sliding_window": 6, "use_bias": True},
-    "granite": {**GQA, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 3.0,
-                "logits_scaling": 2.0},
+    "granite": {
+        **GQA,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
     "olmo": GQA,
     "olmo2": GQA,
     "stablelm": {**GQA, "use_qkv_bias": True},
@@ -41,16 +66,36 @@ FAMILIES: dict[str, dict[str, object]] = {
     "glm": {**HEAD_DIM, "partial_rotary_factor": 0.4, "attention_bias": True},
     "smollm3": {**GQA, "no_rope_layers": [1, 0, 1]},
     "mixtral": {**GQA, "num_local_experts": 5, "num_experts_per_tok": 2},
-    "qwen3_moe": {**HEAD_DIM, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-                  "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_moe": {
+        **HEAD_DIM,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
 MORE: dict[str, dict[str, object]] = {
     "stablelm-parallel": {**GQA, "use_parallel_residual": True, "model_type": "stablelm"},
     "glm4": {**HEAD_DIM, "partial_rotary_factor": 0.4},
-    "phi": MHA, "exaone4": {**HEAD_DIM, "sliding_window": 6}, "cohere2": {**GQA, "sliding_window": 6},
-    "olmo3": {**GQA, "sliding_window": 6}, "helium": {**GQA, "head_dim": 8}, "arcee": GQA, "nemotron": GQA, "gpt_neo": {
-        "vocab_size": 97, "hidden_size": 48, "num_layers": 3, "num_heads": 6, "max_position_embeddings": 128,
-        "intermediate_size": 40, "attention_types": [[["global", "local", "global"], 1]], "window_size": 6, **IDS},
+    "phi": MHA,
+    "exaone4": {**HEAD_DIM, "sliding_window": 6},
+    "cohere2": {**GQA, "sliding_window": 6},
+    "olmo3": {**GQA, "sliding_window": 6},
+    "helium": {**GQA, "head_dim": 8},
+    "arcee": GQA,
+    "nemotron": GQA,
+    "gpt_neo": {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "num_layers": 3,
+        "num_heads": 6,
+        "max_position_embeddings": 128,
+        "intermediate_size": 40,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 6,
+        **IDS,
+    },
 }
 
 

@@ -1,0 +1,49 @@
+"""Engines on threads with random placements: what the exactness tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from splitray.model.reading import StateDictSource, read_arch
+from splitray.placement import Placement
+from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
+from splitray.runtime.engine import Engine
+from splitray.runtime.fleet import ThreadFleet
+from splitray.runtime.selftest import self_test
+from splitray.topology import Topology
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens of the unsplit model, its end token ignored."""
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@contextmanager
+def split(
+    model: PreTrainedModel,
+    *,
+    devices: int = 2,
+    planner: str = "random",
+    seed: int = 0,
+    placement: Placement | None = None,
+    lean: bool | None = None,
+    topology: Topology | None = None,
+) -> Iterator[Engine]:
+    """The model in memory, split over threads."""
+    arch, layout = read_arch(model.config)
+    where = topology or Topology.uniform(devices)
+    state = ClusterState(arch=arch, topology=where)
+    chosen = placement or make_planner(planner, seed=seed).propose(state)
+    lean = self_test(model.config) if lean is None else lean
+    fleet = ThreadFleet(source=StateDictSource(model), deadline_s=20)
+    with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=where, placement=chosen,
+                lean=lean) as engine:  # fmt: skip
+        yield engine
