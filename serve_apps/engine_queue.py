@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from splitray.errors import DeviceLost
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from splitray.runtime.sampling import Sampling
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Arch(Protocol):
@@ -100,6 +101,10 @@ class EngineQueue:
         finally:
             left.set()
             turn.cancel()  # only has effect on a caller that still waits
+
+    async def call(self, question: Callable[[], T]) -> T:
+        """What `question` returns, asked on the engine's thread once the callers before it are served."""
+        return await asyncio.wrap_future(self._thread.submit(question))
 
     def close(self) -> None:
         """End the running generation and the engine; waiting callers are refused. Blocks; may be repeated."""

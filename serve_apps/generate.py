@@ -2,14 +2,17 @@
 
 # No `from __future__ import annotations` here: Serve validates what `build` gets by its annotation, which
 # must be the class Args and not its name.
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
+from serve_apps.api_error import as_api_error
 from serve_apps.app import make_app
 from serve_apps.engine_queue import Engine, EngineQueue
 from serve_apps.service import TextService
@@ -47,7 +50,16 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the routes once the engine is there."""
-        return make_app(self._service)
+        app, queue = make_app(self._service), self._service.queue
+
+        @app.get("/v1/stats")
+        async def stats() -> Response:
+            try:
+                return JSONResponse(await queue.call(partial(_stats, queue.engine)))
+            except Exception as error:
+                raise as_api_error(error) from error
+
+        return app
 
     def check_health(self) -> None:
         """Serve restarts a replica that raises here a few times in a row."""
@@ -67,6 +79,20 @@ def _launch(args: Args) -> Engine:
         runtime=args.runtime,
         seed=args.seed,
     )
+
+
+def _stats(engine: Engine) -> dict[str, Any]:
+    """What the last run cost (null before the first), what each device holds, and where what runs."""
+    from splitray.runtime.engine import Engine as SplitEngine
+
+    split = cast(SplitEngine, engine)
+    return {
+        "epoch": split.epoch,
+        "exchanges_per_token": split.route.exchanges_per_token,
+        "run": None if split.report is None else asdict(split.report),
+        "devices": split.stats(),
+        "placement": split.placement.to_document(),
+    }
 
 
 def _from_here(path: str | None) -> str | None:

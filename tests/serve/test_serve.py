@@ -103,3 +103,13 @@ def test_a_client_that_leaves_does_not_block_the_next(client: openai.OpenAI, gre
         stream.close()
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_NEW, temperature=0)
     assert answer.choices[0].text == greedy
+
+
+def test_stats_tell_what_the_last_run_cost_and_who_holds_what(client: openai.OpenAI, url: str) -> None:
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_NEW, temperature=0)
+    stats = httpx.get(f"{url}/v1/stats").json()
+    assert stats["run"]["new_tokens"] == answer.usage.completion_tokens
+    assert stats["run"]["bytes_per_token"] > 0
+    assert stats["exchanges_per_token"] == 26  # 12 layers partitioned on two devices, and the head
+    assert set(stats["devices"]) == {"edge0", "cloud0"}
+    assert set(stats["placement"]) == {"layers", "embedding", "head"}
