@@ -31,10 +31,13 @@ FLOORS = (
     ("sim",),
     ("rl",),
     ("report",),
-    ("cli", "demo", "bench", "doctor", "__main__"),
+    ("local_ray",),
+    ("generate", "serve", "demo", "bench", "doctor"),
+    ("cli", "__main__"),
 )
 FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}
-COMMAND_LINE = FLOORS[-1]  # stands on everything, and imports actors and serve_apps inside its functions only
+# The command line stands on everything, and imports actors and serve_apps inside its functions only.
+COMMAND_LINE = tuple(unit for units in FLOORS[-3:] for unit in units)
 WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "route", "planners")
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner",)

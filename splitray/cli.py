@@ -1,0 +1,274 @@
+"""The command `splitray`: options, signals, exit codes, and errors that say what to do.
+
+It decides nothing: each command calls a module and prints what comes back. torch and Ray are imported inside functions
+only, so that `splitray --help` is quick. Exit codes: 0 ok, 1 failure, 2 usage or bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn
+
+import psutil
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from splitray.errors import DeviceLost, InputError
+from splitray.local_ray import StartFailed
+
+FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",  # models are folders; nothing is looked up elsewhere
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+Model = Annotated[
+    str, typer.Option(help="Folder of a transformers model, or `tiny`, which ships with splitray.", metavar="PATH")
+]
+TopologyFile = Annotated[str | None, typer.Option("--topology", help="Topology file (YAML).", metavar="FILE")]
+Devices = Annotated[int | None, typer.Option(help="So many equal devices instead of a topology (2).", metavar="N")]
+Planner = Annotated[str | None, typer.Option(help="Decides where what runs (even).", metavar="NAME[:ARG]")]
+PlacementFile = Annotated[
+    str | None, typer.Option("--placement", help="Placement file (YAML) instead of a planner.", metavar="FILE")
+]
+Runtime = Annotated[
+    Literal["local", "process", "ray"], typer.Option(help="Devices are threads, processes or Ray actors.")
+]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")]
+Seed = Annotated[int, typer.Option(help="Of planner and sampling.", metavar="N")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
+
+
+class Terminated(SystemExit):
+    """SIGTERM leaves as Ctrl-C does: through every cleanup."""
+
+
+class Commands(TyperGroup):
+    """Turns every error into one paragraph on stderr, a document on stdout with --json, and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except InputError as error:
+            facts = {"what": error.what, "expected": error.expected, "actual": error.actual, "remedy": error.remedy}
+            text = f"{error.what}: expected {error.expected}; got {error.actual}. What to do: {error.remedy}."
+            _fail(MISUSED, error, text, as_json, facts)
+        except typer.TyperException as error:
+            path = getattr(getattr(error, "ctx", None), "command_path", "splitray")
+            text = f"{error.format_message()} See `{path} --help`."
+            _fail(error.exit_code, error, text, as_json)
+        except (DeviceLost, StartFailed) as error:
+            _fail(FAILED, error, f"{error}", as_json)
+        except KeyboardInterrupt as error:
+            _fail(INTERRUPTED, error, "interrupted; everything that was started has been stopped", as_json)
+        except Terminated as error:
+            _fail(TERMINATED, error, "terminated; everything that was started has been stopped", as_json)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # whoever read our output has left, as `head` does
+            _fail(FAILED, error, f"{error}", as_json)
+        except Exception as error:  # the program's boundary
+            traceback.print_exc()
+            _fail(FAILED, error, f"unexpected {type(error).__name__}: {error}. Please report it.", as_json)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.callback()
+def _splitray() -> None:
+    """One language model over weak edge devices and strong cloud workers, split finer than layers."""
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.", metavar="TEXT")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids instead of a text.", metavar="1,2,3")] = None,
+    topology: TopologyFile = None,
+    devices: Devices = None,
+    planner: Planner = None,
+    placement: PlacementFile = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
+    runtime: Runtime = "process",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", metavar="X")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is off.", metavar="N")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample within that mass; 1 is off.", metavar="X")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.", metavar="X")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with one model split over several devices."""
+    from splitray.generate import Request, run
+    from splitray.report.progress import progress
+    from splitray.report.run import run_table
+
+    request = Request(
+        model=model, prompt=prompt, prompt_ids=prompt_ids, topology=topology, devices=devices, planner=planner,
+        placement=placement, runtime=runtime, dtype=dtype, seed=seed,
+        sampling={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                  "repetition_penalty": repetition_penalty},
+    )  # fmt: skip
+    console = Console(stderr=as_json, highlight=False)
+    live = console.is_terminal and not as_json
+    pieces: list[str] = []
+
+    def tell(piece: str) -> None:
+        if live:
+            console.print(Text(piece), end="", soft_wrap=True)
+        pieces.append(piece)
+
+    with _stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin:
+        document = run(request, text=tell, progress=spin)
+    if as_json:
+        _print_json(document)
+        return
+    console.print(Text("" if live else "".join(pieces)), soft_wrap=True)
+    console.print()
+    console.print(run_table(document))
+
+
+@app.command()
+def serve(
+    model: Model = "tiny",
+    topology: TopologyFile = None,
+    devices: Devices = None,
+    planner: Planner = None,
+    placement: PlacementFile = None,
+    runtime: Runtime = "ray",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in; clients are not authenticated.", metavar="IP")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535, metavar="N")] = 8000,
+    seed: Seed = 0,
+) -> None:
+    """Run the OpenAI API over a split model on this machine, until Ctrl-C."""
+    from splitray.serve import run
+
+    run(
+        Console(highlight=False), model=model, topology=topology, devices=devices, planner=planner,
+        placement=placement, runtime=runtime, seed=seed, host=host, port=port,
+    )  # fmt: skip
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Write results and picture into it.", metavar="DIR")] = None,
+    as_json: Json = False,
+) -> None:
+    """Split the shipped model over an edge and a cloud actor on this machine, serve it, and check every token."""
+    from splitray.demo import run
+
+    with _stdout_kept(as_json):
+        document = run(Console(stderr=as_json, highlight=False), out=out)
+    if as_json:
+        _print_json(document)
+    if not document["identical"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine, or the cluster it belongs to, and say what to do about each problem."""
+    from splitray.doctor import run
+
+    with _stdout_kept(as_json):
+        document = run(Console(stderr=as_json, highlight=False))
+    if as_json:
+        _print_json(document)
+    if document["status"] == "problem":
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="What to measure.", metavar="NAME")] = "engine",
+    out: Annotated[Path | None, typer.Option(help="Write the document there too.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure split generation against transformers on this machine."""
+    from splitray import bench as benches
+
+    code = benches.run(suite, json=as_json, out=out)
+    if code:
+        raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console script."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and `&` in a script ask to be spared
+            signal.signal(number, _leave)
+    app(prog_name="splitray")
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """The first signal leaves through every cleanup; the second one makes an end of it."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _leave_now)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated(TERMINATED)
+
+
+def _leave_now(number: int, frame: FrameType | None) -> NoReturn:
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+
+
+def _fail(code: int, error: BaseException, text: str, as_json: bool, facts: dict[str, str] | None = None) -> NoReturn:
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=not console.is_terminal)
+    if as_json:
+        _print_json({"error": {"type": type(error).__name__, "message": text, **(facts or {})}})
+    raise typer.Exit(code) from error
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _stdout_kept(wanted: bool) -> Iterator[None]:
+    """Keep stdout for the document: what libraries and their threads write there goes to stderr meanwhile."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""`splitray demo`: one small model split inside its layers over two Ray actors, served, and checked token by token.
+
+It prints to the console it is given, and needs neither a terminal nor input.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.text import Text
+
+from splitray.arch import ModelArch
+from splitray.errors import DeviceLost, InputError
+from splitray.local_ray import private_ray, served
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.report.export import as_svg, as_text
+from splitray.report.picture import placement_picture
+from splitray.report.progress import progress
+from splitray.report.quantities import bytes_text
+from splitray.report.run import run_document, run_table
+from splitray.topology import Topology
+
+PROMPT = "The list of"
+NEW_TOKENS = 48
+IDENTICAL = "tokens identical to transformers"
+_MODEL_NAME = "demo"
+_ANSWER_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a client of the API saw: the text token by token, and when."""
+
+    pieces: tuple[str, ...]
+    num_tokens: int
+    ttft_s: float
+    tpot_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What transformers says to the same prompt: ids, and their text token by token."""
+
+    token_ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+
+def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Path | None = None) -> dict[str, Any]:
+    """Everything from a checkpoint to a checked answer; `identical` of the document says how it ended.
+
+    Args:
+        console: where it is told.
+        model: a folder, or `tiny`.
+        runtime: of the devices; the demo's own is `ray`.
+        out: a folder for demo.json and the picture as text and SVG.
+
+    Raises:
+        InputError: the model cannot be used, or `out` cannot be written.
+        DeviceLost: a device died.
+        StartFailed: Ray or Serve did not come up.
+    """
+    started = time.monotonic()
+    if out is not None:
+        _make_folder(out)
+    _say(console, "One language model over an edge device and a cloud worker, split inside its layers.\n")
+    with progress(console, "Reading the model and testing its architecture"):
+        from splitray.runtime.launch import model_path, read_model, read_tokenizer
+
+        arch, _, _ = read_model(model)
+        tokenizer = read_tokenizer(model)
+    if tokenizer is None:
+        raise InputError("model", expected="a checkpoint with a tokenizer", actual="none beside the weights",
+                         remedy="use another model, or `splitray generate --prompt-ids`")  # fmt: skip
+    folder = str(model_path(model).resolve())
+    topology = Topology.uniform(2)
+    placement = uneven_placement(arch, topology)
+    picture = placement_picture(placement, arch, topology)
+    size = bytes_text(arch.num_params * arch.dtype_bytes)
+    _say(console, f"{model}: a {arch.name} model, {arch.num_layers} layers, {arch.num_params:,} weights, {size}\n")
+    console.print(picture)
+    with ExitStack() as stack:
+        with progress(console, "Starting Ray on this machine"):
+            stack.enter_context(private_ray(topology))
+            file = stack.enter_context(_saved(placement))
+        with progress(console, "Starting Serve and an actor for each device, which reads its slices only"):
+            arguments = {"model": folder, "model_name": _MODEL_NAME, "devices": 2, "placement": file}
+            url = stack.enter_context(served({**arguments, "runtime": runtime}))
+        _say(console, f"\nPOST {url}/v1/completions  {json.dumps(PROMPT)}, {NEW_TOKENS} tokens, streamed\n", "dim")
+        answer = _ask(console, url)
+        stats = _get(url, "/v1/stats")
+        with progress(console, "Stopping Serve and Ray"):
+            stack.close()
+    with progress(console, "Asking transformers for the same"):
+        reference = ask_transformers(folder, tokenizer)
+    problem = difference(answer, reference)
+    run_facts = {**stats["run"], "ttft_s": answer.ttft_s, "tpot_s": answer.tpot_s}
+    document = {
+        "model": model,
+        "prompt": PROMPT,
+        **run_document(
+            token_ids=reference.token_ids if problem is None else (),
+            text="".join(answer.pieces),
+            run=run_facts,
+            exchanges_per_token=stats["exchanges_per_token"],
+            epoch=stats["epoch"],
+            devices={d: stats["devices"][d] for d in topology.ids},
+        ),
+        "identical": problem is None,
+        "difference": problem,
+        "placement": placement.to_document(),
+        "duration_s": round(time.monotonic() - started, 1),
+    }
+    console.print(run_table({**document, "token_ids": range(answer.num_tokens)}))
+    if out is not None:
+        (out / "demo.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (out / "placement.txt").write_text(as_text(picture), encoding="utf-8")
+        (out / "placement.svg").write_text(as_svg(picture, title=f"{model} on two devices"), encoding="utf-8")
+        _say(console, f"{out / 'demo.json'}, placement.txt and placement.svg beside it\n")
+    _say(console, problem or IDENTICAL, "bold green" if problem is None else "bold red")
+    return document
+
+
+def uneven_placement(arch: ModelArch, topology: Topology) -> Placement:
+    """A placement as an edge device would have it: few heads, fewer columns the later the layer, and the embedding.
+
+    The first layer's attention is on both devices: one exchange less, and a second copy of its KV.
+    """
+    edge, cloud = topology.ids
+    groups = max(1, arch.num_kv_heads // 4) if arch.num_kv_heads > 1 else 0
+
+    def shared(total: int, first: int) -> Shares:
+        return Shares.of({edge: [(0, first)], cloud: [(first, total)]})
+
+    def layer(index: int) -> LayerPlacement:
+        columns = arch.ffn_dim * (3 * arch.num_layers - 2 * index) // (8 * arch.num_layers)
+        attention = shared(arch.num_kv_heads, groups)
+        if index == 0 and not arch.parallel_block:
+            attention = Shares.whole(arch.num_kv_heads, edge, cloud)
+        return LayerPlacement(attention, shared(arch.ffn_dim, columns))
+
+    layers = tuple(layer(i) for i in range(arch.num_layers))
+    return Placement(layers, (edge,), shared(arch.vocab, arch.vocab // 4))
+
+
+def ask_transformers(folder: str, tokenizer: Any) -> Reference:
+    """The greedy answer of the whole model in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from serve_apps.prompts import end_ids
+    from serve_apps.text_stream import Detokenizer
+
+    disable_progress_bar()  # it would draw on a stderr that is no terminal too
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    ends = end_ids(folder, tokenizer)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    stream = Detokenizer(partial(tokenizer.decode, **options))
+    pieces = [stream.push(i) for i in ids.tolist() if i not in ends]
+    return Reference(token_ids=tuple(ids.tolist()), pieces=tuple(p for p in (*pieces, stream.flush()) if p))
+
+
+def difference(answer: Answer, reference: Reference) -> str | None:
+    """What differs first, or None.
+
+    The API answers in text, one event a token, so tokens are compared by their number and their texts one by one:
+    two tokens of a byte-level vocabulary never have the same text.
+    """
+    for i, (ours, theirs) in enumerate(zip(answer.pieces, reference.pieces, strict=False)):
+        if ours != theirs:
+            return f"tokens differ from transformers: piece {i} of the text is {ours!r} and not {theirs!r}"
+    if answer.num_tokens != len(reference.token_ids) or len(answer.pieces) != len(reference.pieces):
+        return f"tokens differ from transformers: {answer.num_tokens} came and not {len(reference.token_ids)}"
+    return None
+
+
+def _ask(console: Console, url: str) -> Answer:
+    body = {"model": _MODEL_NAME, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    started = time.perf_counter()
+    pieces, arrivals, num_tokens = [], [], 0
+    console.print(Text(PROMPT, "bold"), end="")
+    for event in _events(url, "/v1/completions", {**body, "stream_options": {"include_usage": True}}):
+        if "error" in event:
+            raise DeviceLost(event["error"]["message"])
+        if event["choices"] and event["choices"][0]["text"]:
+            arrivals.append(time.perf_counter())
+            pieces.append(event["choices"][0]["text"])
+            console.print(Text(pieces[-1]), end="", soft_wrap=True)
+        num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+    console.print("\n")
+    spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
+    return Answer(
+        pieces=tuple(pieces),
+        num_tokens=num_tokens,
+        ttft_s=arrivals[0] - started if arrivals else time.perf_counter() - started,
+        tpot_s=None if spread is None else spread / (num_tokens - 1),
+    )
+
+
+def _events(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a streamed answer, or the one error in its place."""
+    with _connection(url) as connection:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != http.client.OK:
+            yield json.load(response)
+            return
+        for line in response:
+            data = line.removeprefix(b"data: ").strip()
+            if data == b"[DONE]":
+                return
+            if data:
+                yield json.loads(data)
+
+
+def _get(url: str, path: str) -> dict[str, Any]:
+    with _connection(url) as connection:
+        connection.request("GET", path)
+        values: dict[str, Any] = json.load(connection.getresponse())
+    return values
+
+
+@contextmanager
+def _connection(url: str) -> Iterator[http.client.HTTPConnection]:
+    parts = urlsplit(url)
+    assert parts.hostname is not None, "the URL is our own"
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_ANSWER_S)
+    try:
+        yield connection
+    except (OSError, http.client.HTTPException) as error:
+        raise DeviceLost(f"the served model does not answer: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _saved(placement: Placement) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="splitray-") as folder:
+        path = Path(folder) / "placement.yaml"
+        placement.save(path)
+        yield str(path)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--out", expected="a folder that can be written", actual=error,
+                         remedy="give another folder") from error  # fmt: skip
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text, style))

@@ -1,0 +1,1 @@
+"""What people see: pictures, tables and quantities in words. Knows how nothing came about."""

@@ -1,0 +1,159 @@
+"""A placement as a picture: layers by head groups and FFN columns, one letter and one colour for each device.
+
+The letters alone tell everything, so that it reads the same in a pipe. Knows no engine and no measured number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from string import ascii_lowercase, ascii_uppercase
+from typing import Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from splitray.arch import ModelArch, Range
+from splitray.placement import Placement, Shares, weight_bytes
+from splitray.report.quantities import bytes_text, share_text
+from splitray.topology import DeviceId, Topology
+
+BLOCK_CELLS = 32
+_GAP = 2
+_LABEL_CELLS = 10
+# Colours that people with any kind of colour vision can tell apart (Okabe and Ito, 2008), the text on them legible.
+_COLOURS = (
+    ("black", "#e69f00"),
+    ("white", "#0072b2"),
+    ("black", "#009e73"),
+    ("black", "#cc79a7"),
+    ("black", "#f0e442"),
+    ("black", "#56b4e9"),
+    ("white", "#d55e00"),
+)
+_LETTERS = ascii_uppercase + ascii_lowercase
+_COPIES = "#%&=+*@~"  # one for each set of devices that hold a full copy of something
+
+Holders = tuple[DeviceId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the picture: who holds each cell of the left and of the right block.
+
+    Several holders of a cell hold a full copy each. The ends of the model have no heads, so they are one wide block.
+    """
+
+    label: str
+    left: tuple[Holders, ...]
+    right: tuple[Holders, ...] = ()
+
+
+def rows(placement: Placement, arch: ModelArch) -> list[Row]:
+    """The picture as data, from the embedding to the head."""
+    heads = min(arch.num_kv_heads, BLOCK_CELLS)
+    wide = _cell_width(heads) * heads + _GAP + BLOCK_CELLS
+    found = [Row("embedding", (placement.embedding,) * wide)]
+    for i, layer in enumerate(placement.layers):
+        left = cells(layer.attention, arch.num_kv_heads, heads)
+        found.append(Row(f"layer {i}", left, cells(layer.ffn, arch.ffn_dim, min(arch.ffn_dim, BLOCK_CELLS))))
+    return [*found, Row("head", cells(placement.head, arch.vocab, wide))]
+
+
+def cells(shares: Shares, total: int, num_cells: int) -> tuple[Holders, ...]:
+    """Who holds each of `num_cells` equal parts; where several share one, the device with most of it."""
+    if shares.is_replicated(total):
+        return (shares.devices,) * num_cells
+
+    def held(device: DeviceId, cell: Range) -> int:
+        return sum(max(0, min(r.stop, cell.stop) - max(r.start, cell.start)) for r in shares.ranges(device))
+
+    bounds = [round(i * total / num_cells) for i in range(num_cells + 1)]
+    parts = [Range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return tuple((max(shares.devices, key=partial(held, cell=part)),) for part in parts)
+
+
+def placement_picture(placement: Placement, arch: ModelArch, topology: Topology) -> RenderableType:
+    """The picture and its legend, at most 80 columns wide."""
+    drawn = rows(placement, arch)
+    marks = _Marks(topology.ids, drawn)
+    heads = min(arch.num_kv_heads, BLOCK_CELLS)
+    width = _cell_width(heads)
+    units = "experts" if arch.num_experts else "FFN columns"
+    left_title = f"{arch.num_kv_heads} head groups" if width * heads >= 14 else f"{arch.num_kv_heads} groups"
+    title = f"{'':{_LABEL_CELLS}} {left_title:<{width * heads + _GAP}}{arch.ffn_dim:,} {units}"
+    lines = [Text(title, style="dim")]
+    for row in drawn:
+        line = Text().append(f"{row.label:>{_LABEL_CELLS}} ", "dim")  # a style of the whole line would dim the cells
+        line.append_text(marks.block(row.left, width if row.right else 1))
+        if row.right:
+            line.append(" " * _GAP).append_text(marks.block(row.right, 1))
+        lines.append(line)
+    return Group(*lines, _legend(placement, arch, topology, marks))
+
+
+def _cell_width(num_cells: int) -> Literal[1, 2, 3]:
+    return 3 if num_cells <= 8 else 2 if num_cells <= 16 else 1
+
+
+class _Marks:
+    """A letter and a colour for each device, a sign and stripes for each set of devices with copies."""
+
+    def __init__(self, devices: Sequence[DeviceId], drawn: Sequence[Row]) -> None:
+        self._index = {d: i for i, d in enumerate(devices)}
+        sets = dict.fromkeys(c for row in drawn for c in (*row.left, *row.right) if len(c) > 1)
+        self.copies = dict(zip(sets, _repeat(_COPIES), strict=False))
+
+    def sign(self, holders: Holders) -> str:
+        """What stands in a cell."""
+        return self.copies[holders] if len(holders) > 1 else _LETTERS[self._index[holders[0]] % len(_LETTERS)]
+
+    def style(self, device: DeviceId) -> Style:
+        """A device's colours."""
+        text, ground = _COLOURS[self._index[device] % len(_COLOURS)]
+        return Style(color=text, bgcolor=ground)
+
+    def block(self, row: Sequence[Holders], width: int) -> Text:
+        """Cells side by side; a copy's cells take the colours of its holders in turn."""
+        block = Text()
+        for i, holders in enumerate(row):
+            block.append(self.sign(holders).center(width), self.style(holders[i % len(holders)]))
+        return block
+
+
+def _repeat(signs: str) -> Iterator[str]:
+    while True:
+        yield from signs
+
+
+def _legend(placement: Placement, arch: ModelArch, topology: Topology, marks: _Marks) -> RenderableType:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim", border_style="dim")
+    for name in ("", "device", "tier"):
+        table.add_column(name)
+    for name in ("heads", "experts" if arch.num_experts else "FFN", "vocabulary", "weights", "of model"):
+        table.add_column(name, justify="right")
+    weights = weight_bytes(placement, arch)
+    for device in topology.ids:
+        if device not in weights:
+            continue
+        attention = sum(x.attention.count(device) for x in placement.layers)
+        ffn = sum(x.ffn.count(device) for x in placement.layers)
+        table.add_row(
+            marks.block([(device,)], 3),
+            device,
+            topology.device(device).tier,
+            share_text(attention, arch.num_layers * arch.num_kv_heads),
+            share_text(ffn, arch.num_layers * arch.ffn_dim),
+            share_text(placement.head.count(device), arch.vocab),
+            bytes_text(weights[device]),
+            share_text(weights[device], arch.num_params * arch.dtype_bytes),
+        )
+    notes = [
+        Text.assemble(marks.block([holders] * 3, 1), f" a full copy on each of {', '.join(holders)}")
+        for holders in marks.copies
+    ]
+    return Group(table, *notes)

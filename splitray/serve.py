@@ -1,0 +1,76 @@
+"""`splitray serve`: the OpenAI API over a split model on this machine, until a signal ends it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from splitray.errors import InputError
+from splitray.local_ray import StartFailed, free_port, private_ray, served
+from splitray.report.picture import placement_picture
+from splitray.report.progress import progress
+
+_LOOK_S = 2.0
+
+
+def run(
+    console: Console,
+    *,
+    model: str,
+    topology: str | None,
+    devices: int | None,
+    planner: str | None,
+    placement: str | None,
+    runtime: str,
+    seed: int,
+    host: str,
+    port: int,
+) -> NoReturn:
+    """Check everything, then start Ray, Serve and the devices; show the placement and where to ask.
+
+    Raises:
+        InputError: something asked for cannot be, or the port is taken.
+        StartFailed: something did not come up, or stopped.
+    """
+    port = free_port(host, port)
+    with progress(Console(stderr=True), "Reading the model") as tell:
+        from splitray.runtime.launch import decide, read_model, read_tokenizer, read_topology
+
+        where = read_topology(topology, devices)
+        arch, _, _ = read_model(model)
+        chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
+        if read_tokenizer(model) is None:
+            raise InputError("--model", expected="a model with a tokenizer", actual=f"none in {model}",
+                             remedy="put the tokenizer's files beside the weights")  # fmt: skip
+        arguments: dict[str, Any] = {
+            "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
+            "runtime": runtime, "seed": seed,
+        }  # fmt: skip
+        tell("Starting Ray")
+        with private_ray(where):
+            tell("Starting Serve and the devices, which load their slices")
+            with served(arguments, host=host, port=port) as url:
+                tell("")
+                console.print(placement_picture(chosen, arch, where))
+                name = Path(model).name
+                body = json.dumps({"model": name, "prompt": "The list of", "max_tokens": 20})
+                console.print(Text(f"\n{name} answers at {url}/v1 until Ctrl-C. Try:\n"))
+                request = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+                console.print(Text(request), soft_wrap=True)
+                _watch(host, port)
+
+
+def _watch(host: str, port: int) -> NoReturn:
+    """Look now and then whether Serve still listens; what happens to devices behind it, Serve repairs itself."""
+    while True:
+        time.sleep(_LOOK_S)
+        try:
+            socket.create_connection((host, port), timeout=_LOOK_S).close()
+        except OSError as error:
+            raise StartFailed(f"Serve does not listen on {host}:{port} any more: {error}") from error
