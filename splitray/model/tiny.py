@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -494,6 +495,8 @@ def train(
 ) -> Outcome:
     """Train until the budget of steps or of processor time is spent; call ``save_best`` at each new best.
 
+    ``check`` is what has to fall; its own time is no part of the budget.
+
     Processor time and not wall-clock time counts, so a paused or crowded process still gets its share.
     """
     device = torch.device(recipe.device)
@@ -502,14 +505,14 @@ def train(
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon = Muon(matrices, recipe.decay)
     adam = torch.optim.AdamW(others, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    progress, best, checks, began, step = Progress(), math.inf, 0, time.process_time(), 0
+    progress, best, due, began, step = Progress(), math.inf, 0.4, time.process_time(), 0
     while True:
         spent = time.process_time() - began
         done = step / recipe.steps if recipe.steps is not None else spent / (60 * recipe.minutes)
-        if done >= 1 or done >= 0.4 + 0.1 * checks:
-            checks += 1
+        if done >= 1 or done >= due:
+            due = done + 0.1
             bits = check()
-            progress.tell(f"{done:4.0%}  step {step}  check {bits:.4f} bits per byte", always=True)
+            progress.tell(f"{done:4.0%}  step {step}  check {bits:.4f} bits per token", always=True)
             if bits < best:
                 best = bits
                 save_best()
@@ -567,6 +570,7 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
         The bits per byte on the held-out documents, under "neural" and "kneser_ney".
     """
     torch.manual_seed(recipe.seed)
+    torch.set_flush_denormal(True)
     parts = split(documents)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(parts.train, recipe)
@@ -574,6 +578,7 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
     train_ids, check_ids, held_ids = (encode(tokenizer, d) for d in (parts.train, parts.check, parts.held_out))
     chat_ids = encode_chats(tokenizer, parts.train, recipe.seed)
     held_bytes, check_bytes = _bytes(parts.held_out), _bytes(parts.check)
+    starts = [ids[: recipe.long_window + 1] for ids in check_ids]
     model = build_model(recipe, tokenizer)
 
     def save() -> None:
@@ -584,7 +589,7 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
     outcome = train(
         model,
         Batches(train_ids, chat_ids, recipe),
-        lambda: model_bits(model, check_ids, recipe.long_window) / check_bytes,
+        lambda: model_bits(model, starts, recipe.long_window) / sum(len(ids) - 1 for ids in starts),
         recipe,
         save,
     )
@@ -675,6 +680,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=Recipe.device)
     args = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
     recipe = Recipe(seed=args.seed, device=args.device, minutes=args.minutes, steps=args.steps)
     budget = f"--minutes {args.minutes:g}" if args.steps is None else f"--steps {args.steps}"
     texts = "".join(f"--text {path.name} " for path in args.text)
