@@ -19,6 +19,10 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
                 "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
 
 
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NUMPY_KNOWS = {torch.float32, torch.int32, torch.int64, torch.uint8, torch.float16}
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all frames of one step share; `keep` positions go on to the head."""
@@ -177,7 +181,7 @@ class Crossing:
     def stop(self) -> None:
         """Pass on the end of the run to every device that this one sends to in a step."""
         for peer in self.targets:
-            self.wire.channels[peer].send(self._header(Kind.STOP, 0, "", ()))
+            self.wire.tell(peer, self._header(Kind.STOP, 0, "", ()))
         self.wire.flush()
 
     def _header(self, kind: Kind, boundary: int, dtype: str, shape: tuple[int, ...]) -> tuple[object, ...]:
@@ -189,9 +193,8 @@ class Crossing:
     ) -> None:
         assert tensor is not None, "only tensors are sent"
         tensor, payload = payload_of(tensor)
-        name = str(tensor.dtype).removeprefix("torch.")
-        header = self._header(kind, 2 * index + (0 if inner else 1), name, tuple(tensor.shape))
-        self.wire.send(peer, header, payload)
+        boundary = 2 * index + (0 if inner else 1)
+        self.wire.send(peer, self._header(kind, boundary, _NAMES[tensor.dtype], tuple(tensor.shape)), payload)
 
     def _frame(self, peer: str, index: int, *, inner: bool) -> Frame:
         step = self.step
@@ -204,8 +207,12 @@ class Crossing:
 
 def payload_of(tensor: Tensor) -> tuple[Tensor, memoryview]:
     """A contiguous CPU view of a tensor, and its bytes (shared, not copied, where it was one already)."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    if not tensor.numel():
+        return tensor, memoryview(b"")
+    flat = tensor if tensor.dtype in _NUMPY_KNOWS else tensor.view(torch.uint8)
+    return tensor, memoryview(flat.reshape(-1).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def tensor_of(frame: Frame) -> Tensor:

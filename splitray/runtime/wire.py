@@ -249,6 +249,7 @@ class Wire:
         self.epoch = 0
         self.attempt = 0
         self._early: dict[tuple[str, Key], Frame] = {}
+        self._backlogged = False
 
     def begin(self, attempt: int) -> None:
         """Start a run: frames of earlier attempts are dropped from now on."""
@@ -257,10 +258,18 @@ class Wire:
 
     def send(self, peer: str, header: tuple[Any, ...], payload: Payload = b"") -> None:
         """Send a frame to a peer; counts it."""
-        traffic = self.traffic
-        traffic.wire_bytes += self.channels[peer].send(header, payload)
+        traffic, channel = self.traffic, self.channels[peer]
+        traffic.wire_bytes += channel.send(header, payload)
+        if channel.backlog:
+            self._backlogged = True
         traffic.payload_bytes += len(payload)
         traffic.messages += 1
+
+    def tell(self, peer: str, header: tuple[Any, ...]) -> None:
+        """Send a frame without payload that is control and not counted."""
+        channel = self.channels[peer]
+        channel.send(header)
+        self._backlogged = self._backlogged or bool(channel.backlog)
 
     def receive(self, peer: str, key: Key) -> Frame:
         """Wait for the peer's frame of this key; stale and repeated frames are dropped, early ones kept.
@@ -276,25 +285,26 @@ class Wire:
         channel = self.channels[peer]
         give_up = 0.0
         while True:
-            if not channel.pending and any(c.backlog for c in self.channels.values()):
+            if self._backlogged and not channel.pending:
                 give_up = give_up or time.monotonic() + channel.deadline_s
                 self._pump(give_up, peer)
                 continue
             frame = channel.read()
             assert frame is not None, "a blocking read returns a frame"
+            came = (frame.attempt, frame.position, frame.boundary)
+            if came == key and frame.epoch == self.epoch and frame.kind != Kind.STOP:
+                return frame
             if frame.attempt == self.attempt and frame.kind == Kind.STOP:
                 raise StopRun
-            if frame.epoch != self.epoch or frame.key < key or frame.kind == Kind.STOP:
+            if frame.epoch != self.epoch or came < key or frame.kind == Kind.STOP:
                 self.dropped += 1
-            elif frame.key == key:
-                return frame
             else:
                 self._early[(peer, frame.key)] = frame
 
     def flush(self) -> None:
         """Wait until every backlog is on its way, taking in what comes (so that two flushes cannot lock)."""
         give_up = 0.0
-        while any(c.backlog for c in self.channels.values()):
+        while self._backlogged:
             give_up = give_up or time.monotonic() + min(c.deadline_s for c in self.channels.values())
             self._pump(give_up, "a peer")
 
@@ -313,6 +323,7 @@ class Wire:
                 channel.drain()
             if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
                 channel.take_in()
+        self._backlogged = any(c.backlog for c in self.channels.values())
 
     def close(self) -> None:
         """Close every channel."""
