@@ -1,0 +1,36 @@
+# The whole contract of a developer with this project. `make` prints it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test install lint type format bench
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+install: $(STAMP)  ## make .venv and install everything, as pinned in constraints.txt
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || (command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV))
+	@echo "installing into $(VENV) (about two minutes, 2 GB)"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: install  ## split the shipped model over an edge and a cloud actor and chat with it
+	@$(BIN)/splitray demo
+
+test: install lint type  ## lint, types and all tests
+	@$(BIN)/python -m pytest
+
+lint: install  ## ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
+
+type: install  ## mypy
+	@$(BIN)/mypy
+
+format: install  ## rewrite the code in the house format
+	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+
+bench: install  ## the engine against one-thread transformers (idle machine, about six minutes)
+	@$(BIN)/splitray bench
