@@ -136,7 +136,7 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
         )  # fmt: skip
 
     with contextlib.ExitStack() as stack:
-        engines = {n: start(n, stack, ProcessFleet(), p) for n, p in chosen.items()}
+        engines = {n: start(n, stack, ProcessFleet(pin=True), p) for n, p in chosen.items()}
         if first:
             engines["split_half_ray"] = start("split_half_ray", stack, ray_fleet(), chosen["split_half"])
         memory = {n: e.stats() for n, e in engines.items()}
@@ -323,11 +323,16 @@ def _say(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
 
+_COLUMNS = {
+    "tpot_ms": ".1f", "ratio": ".2f", "bound_ms": ".1f", "cpu_ms_per_token": ".1f", "exchanges_per_token": "d",
+    "bytes_per_token": ",.0f", "wire_over_payload": ".3f",
+}  # fmt: skip
+
+
 def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield row["model"]
     yield row["name"]
-    for key, form in (("tpot_ms", ".1f"), ("ratio", ".2f"), ("bound_ms", ".1f"), ("cpu_ms_per_token", ".1f"),
-                      ("exchanges_per_token", "d"), ("bytes_per_token", ",.0f"), ("wire_over_payload", ".3f")):  # fmt: skip
+    for key, form in _COLUMNS.items():
         yield format(row[key], form) if key in row else ""
 
 

@@ -6,7 +6,6 @@ only, so that `splitray --help` is quick. Exit codes: 0 ok, 1 failure, 2 usage o
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -78,11 +77,12 @@ class Commands(TyperGroup):
             _fail(FAILED, error, f"{error}", as_json)
         except KeyboardInterrupt as error:
             _fail(INTERRUPTED, error, "interrupted; everything that was started has been stopped", as_json)
-        except Terminated as error:
+        except SystemExit as error:  # ours, or that of Ray's own handler while Ray starts
             _fail(TERMINATED, error, "terminated; everything that was started has been stopped", as_json)
+        except BrokenPipeError as error:
+            sys.stdout.flush()  # breaks again if it was our reader who left, as `head` does: then typer ends quietly
+            _fail(FAILED, error, "a process that was started has ended too early. Try `splitray doctor`.", as_json)
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # whoever read our output has left, as `head` does
             _fail(FAILED, error, f"{error}", as_json)
         except Exception as error:  # the program's boundary
             traceback.print_exc()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -96,6 +97,11 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         with progress(console, "Starting Serve and an actor for each device, which reads its slices only"):
             arguments = {"model": folder, "model_name": _MODEL_NAME, "devices": 2, "placement": file}
             url = stack.enter_context(served({**arguments, "runtime": runtime}))
+        actors = [
+            f"{d} is {topology.device(d).tier.capitalize()}Actor in process {facts['pid']}"
+            for d, facts in _get(url, "/v1/stats")["devices"].items()
+        ]
+        _say(console, f"\nRay {version('ray')} has them: {', '.join(sorted(actors, reverse=True))}.")
         _say(console, f"\nPOST {url}/v1/completions  {json.dumps(PROMPT)}, {NEW_TOKENS} tokens, streamed\n", "dim")
         answer = _ask(console, url)
         stats = _get(url, "/v1/stats")

@@ -70,9 +70,8 @@ def run(console: Console) -> dict[str, Any]:
     console.print(table)
     worst: Status = max((c.status for c in checks), key=list(_STYLES).index)
     counts = {s: sum(c.status == s for c in checks) for s in _STYLES}
-    console.print(
-        Text(f"\n{counts['ok']} ok, {counts['warning']} warnings, {counts['problem']} problems", _STYLES[worst])
-    )
+    told = ", ".join(f"{n} {s}" + ("s" if n != 1 and s != "ok" else "") for s, n in counts.items())
+    console.print(Text(f"\n{told}", _STYLES[worst]))
     return {"status": worst, "checks": [asdict(c) for c in checks]}
 
 
@@ -108,10 +107,11 @@ def _versions() -> Iterator[Check]:
 
 
 def _version(name: str, installed: str, requirement: Requirement) -> Check:
+    supported = ",".join(sorted(map(str, requirement.specifier), reverse=True))
     if installed != "not installed" and requirement.specifier.contains(installed, prereleases=True):
-        return Check(name, "ok", f"{installed} ({requirement.specifier} is supported)")
-    todo = "use that Python" if name == "python" else f"pip install '{requirement}'"
-    return Check(name, "problem", f"{installed}, but {requirement.specifier} is supported", todo)
+        return Check(name, "ok", f"{installed} ({supported} is supported)")
+    todo = "use that Python" if name == "python" else f"pip install '{requirement.name}{supported}'"
+    return Check(name, "problem", f"{installed}, but {supported} is supported", todo)
 
 
 def _cores() -> Iterator[Check]:
@@ -249,14 +249,19 @@ def _gpu() -> Iterator[Check]:
 
 def _model() -> Iterator[Check]:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    from splitray.model.reading import read_config
     from splitray.runtime.launch import launch_engine, model_path
     from splitray.runtime.sampling import Sampling
 
+    disable_progress_bar()  # it would draw on a stderr that is no terminal too
     try:
+        read_config(model_path("tiny"))
         whole: Any = AutoModelForCausalLM.from_pretrained(model_path("tiny"), dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         found = f"the shipped model does not load: {str(error).splitlines()[0]}"
         yield Check("model", "problem", found, "install splitray again")
         return

@@ -26,7 +26,7 @@ from splitray.topology import Topology
 _PR_SET_CHILD_SUBREAPER = 36
 _LAST_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 _CONNECT_S = 2.0
-_END_S = 10.0
+_END_S = 4.0
 _LONGEST_PREFIX = 24  # characters; the socket paths that Ray makes below its folder must stay under 108
 _OBJECT_STORE_BYTES = 100 * 2**20  # tensors travel outside the object store
 _QUIET = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,8 @@ def run(
         StartFailed: something did not come up, or stopped.
     """
     port = free_port(host, port)
-    with progress(Console(stderr=True), "Reading the model") as tell:
+    watcher = Console(stderr=True)
+    with progress(watcher, "Reading the model"):
         from splitray.runtime.launch import decide, read_model, read_tokenizer, read_topology
 
         where = read_topology(topology, devices)
@@ -48,22 +50,22 @@ def run(
         if read_tokenizer(model) is None:
             raise InputError("--model", expected="a model with a tokenizer", actual=f"none in {model}",
                              remedy="put the tokenizer's files beside the weights")  # fmt: skip
-        arguments: dict[str, Any] = {
-            "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
-            "runtime": runtime, "seed": seed,
-        }  # fmt: skip
-        tell("Starting Ray")
-        with private_ray(where):
+    console.print(placement_picture(chosen, arch, where))
+    arguments: dict[str, Any] = {
+        "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
+        "runtime": runtime, "seed": seed,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        with progress(watcher, "Starting Ray") as tell:
+            stack.enter_context(private_ray(where))
             tell("Starting Serve and the devices, which load their slices")
-            with served(arguments, host=host, port=port) as url:
-                tell("")
-                console.print(placement_picture(chosen, arch, where))
-                name = Path(model).name
-                body = json.dumps({"model": name, "prompt": "The list of", "max_tokens": 20})
-                console.print(Text(f"\n{name} answers at {url}/v1 until Ctrl-C. Try:\n"))
-                request = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
-                console.print(Text(request), soft_wrap=True)
-                _watch(host, port)
+            url = stack.enter_context(served(arguments, host=host, port=port))
+        name = Path(model).name
+        body = json.dumps({"model": name, "prompt": "The list of", "max_tokens": 20})
+        console.print(Text(f"\n{name} answers at {url}/v1 until Ctrl-C. Try:\n"))
+        request = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+        console.print(Text(request), soft_wrap=True)
+        _watch(host, port)
 
 
 def _watch(host: str, port: int) -> NoReturn:

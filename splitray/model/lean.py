@@ -72,7 +72,7 @@ def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
         rows = module.weight.shape[0]
         module.weight = nn.Parameter(weight[at : at + rows], requires_grad=False)
         at += rows
-    biases = [m.bias for m in linears if m.bias is not None]
+    biases: list[Tensor] = [m.bias for m in linears if m.bias is not None]
     return weight, torch.cat(biases) if biases else None
 
 

@@ -113,8 +113,10 @@ class Checkpoint:
         else:
             parts = [view[:, r.start : r.stop] for r in ranges]
         self.bytes_read += sum(p.numel() * p.element_size() for p in parts)
-        # a slice may be a view of the mapped file, strided if along axis 1: own it, or every token pays for the page faults
-        return parts[0].clone(memory_format=torch.contiguous_format) if len(parts) == 1 else torch.cat(parts, dim=axis)
+        if len(parts) > 1:
+            return torch.cat(parts, dim=axis)
+        # a slice may be a view of the mapped file, strided along axis 1: own it, or every token pays for that
+        return parts[0].clone(memory_format=torch.contiguous_format)
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused (gate_up [E, 2f, d], down [E, d, f]) of some experts, from a fused or an unfused checkpoint."""
