@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Training recipes for the learned placement policy."""
