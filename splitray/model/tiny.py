@@ -24,6 +24,7 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -192,15 +193,18 @@ def _compiled_documents() -> Iterator[Document]:
         yield Document(f"builtin {name}", "\n\n".join(parts), tuple(chats))
 
 
+def topic_documents() -> list[Document]:
+    """Collect the chapters of the language reference that ``help()`` shows."""
+    return [Document(f"topic {name}", _prose(text)) for name, text in sorted(topics.items())]
+
+
 def installation_documents() -> list[Document]:
     """Collect the English that comes with this Python: topics, docstrings, comments, licence.
 
     Source files are parsed, never imported. Tests and foreign packages are left out, since many
     installations lack them.
     """
-    from pydoc_data.topics import topics
-
-    documents = [Document(f"topic {name}", _prose(text)) for name, text in sorted(topics.items())]
+    documents = topic_documents()
     root = Path(sysconfig.get_paths()["stdlib"])
     apart = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
@@ -361,7 +365,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     with torch.no_grad():
         for name, module in model.named_modules():
             if name.endswith(("o_proj", "down_proj")):
-                module.weight.div_(math.sqrt(2 * recipe.layers))
+                module.weight.zero_()  # every block starts as the identity, which trains faster
             if name.endswith(("embed_tokens", "o_proj", "down_proj")):
                 module.register_forward_hook(drop)
     return model
@@ -651,7 +655,7 @@ context {recipe.context} |
 | this model | {scores["neural"]:.4f} |
 | modified Kneser-Ney 5-gram | {scores["kneser_ney"]:.4f} |
 
-The model is {lower:.1%} lower. Both see the same tokens of the same whole documents, chosen by the hash of
+The model is {abs(lower):.1%} {"below" if lower > 0 else "above"} the n-gram. Both see the same tokens of the same whole documents, chosen by the hash of
 their names; tokenizer, n-gram and model were trained without them, and paragraphs that also occur in the
 training text were dropped from them. The end of each document is predicted too. The model scores with a
 window of {recipe.long_window} tokens that moves by half its length; the n-gram sees the four tokens before.
