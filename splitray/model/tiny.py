@@ -655,7 +655,9 @@ context {recipe.context} |
 | this model | {scores["neural"]:.4f} |
 | modified Kneser-Ney 5-gram | {scores["kneser_ney"]:.4f} |
 
-The model is {abs(lower):.1%} {"below" if lower > 0 else "above"} the n-gram. Both see the same tokens of the same whole documents, chosen by the hash of
+The model is {abs(lower):.1%} {"below" if lower > 0 else "above"} the n-gram.
+
+Both see the same tokens of the same whole documents, chosen by the hash of
 their names; tokenizer, n-gram and model were trained without them, and paragraphs that also occur in the
 training text were dropped from them. The end of each document is predicted too. The model scores with a
 window of {recipe.long_window} tokens that moves by half its length; the n-gram sees the four tokens before.
