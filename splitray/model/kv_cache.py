@@ -6,7 +6,12 @@ repeated step harmless. Windows of sliding layers live in the mask; nothing is e
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float32]
 
 
 class KvCache:
@@ -24,6 +29,7 @@ class KvCache:
         self.is_dummy = [False] * num_layers
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
+        self._arrays: list[tuple[Array, Array] | None] = [None] * num_layers
 
     def begin(self, position: int, new_tokens: int) -> None:
         """Open a step: all layers write at `position`, whichever of them this device holds."""
@@ -41,6 +47,7 @@ class KvCache:
                     wider[:, :, : tensor.shape[2]] = tensor
                     stored[i] = wider
         self.capacity = capacity
+        self._arrays = [None] * len(self._arrays)
 
     def slots(self, layer: int, batch: int, groups: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """The whole key and value buffers of a layer, allocated on first use."""
@@ -49,6 +56,14 @@ class KvCache:
             keys = self.keys[layer] = like.new_empty((batch, groups, self.capacity, dims[0]))
             values = self.values[layer] = like.new_empty((batch, groups, self.capacity, dims[1]))
         return keys, values
+
+    def arrays(self, layer: int, groups: int, head_dim: int) -> tuple[Array, Array]:
+        """Keys and values of one sequence's layer as numpy views [groups, capacity, head_dim], allocated if need be."""
+        held = self._arrays[layer]
+        if held is None:
+            keys, values = self.slots(layer, 1, groups, (head_dim, head_dim), torch.empty(0))
+            held = self._arrays[layer] = (keys[0].numpy(), values[0].numpy())
+        return held
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write new keys and values [batch, groups, new, head_dim]; return all up to the step's end."""
@@ -76,6 +91,7 @@ class KvCache:
             for i, tensor in enumerate(stored):
                 if tensor is not None:
                     stored[i] = tensor.index_select(0, order.to(tensor.device))
+        self._arrays = [None] * len(self._arrays)
 
     @property
     def num_bytes(self) -> int:

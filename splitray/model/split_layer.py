@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from splitray.model.layout import LayerLayout
+
+Array = NDArray[np.float32]
 
 
 class Exchange(Protocol):
@@ -25,6 +29,9 @@ class Exchange(Protocol):
         settle: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Tensor | None:
         """Leave sub-block `index` with residual x and own partial y; return the next residual, or None."""
+
+    def cross_row(self, index: int, x_D: Array | None, y_D: Array | None) -> Array | None:
+        """The same for one token of one sequence of a pre-norm family, as a numpy row."""
 
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
         """Sum a small tensor over the holders of sub-block `index`, in device order."""

@@ -155,13 +155,16 @@ class Shard:
         rotary = getattr(self.decoder, "rotary_emb", None)
         norm = next((m for m in self.decoder.children() if is_norm(m)), None)
         layers = [layer for layer in self.layers if isinstance(layer, SplitLayer)]
-        if rotary is not None and can_be_lean(self.layout, self.arch, self.model.config, rotary, norm, layers):
+        if (
+            self.device.type == "cpu"
+            and rotary is not None
+            and can_be_lean(self.layout, self.arch, self.model.config, rotary, norm, layers)
+        ):
             self.lean = LeanLoop(
                 layers=layers,
-                layout=self.layout,
                 arch=self.arch,
                 rotary=rotary,
-                table=self.embedding.weight if self.spec.embedding else None,
+                embedding=self.embedding if self.spec.embedding else None,
                 norm=norm,
                 head=self.head if self.spec.vocab_rows else None,
                 exchange=self.exchange,
@@ -190,8 +193,8 @@ class Shard:
         Returns:
             This device's logits [batch, kept positions, its vocabulary rows]; no columns if it holds none.
         """
-        if self.lean is not None and new_tokens == 1 and attention_mask is None and position_ids is None:
-            return self.lean.step(cache, tokens_BT, batch)
+        if self.lean is not None and new_tokens == batch == 1 and attention_mask is None and position_ids is None:
+            return self.lean.step(cache, tokens_BT)
         inputs: dict[str, Any]
         if self.spec.embedding:
             assert tokens_BT is not None, "an embedding holder needs the tokens"

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from splitray.arch import ModelArch
+from splitray.model.split_layer import Array
 from splitray.route import Route
 from splitray.runtime.wire import Frame, Key, Kind, Wire
 
@@ -49,8 +51,9 @@ class _Plan:
     into_head: bool
 
     @property
-    def silent(self) -> bool:
-        return not (self.state_to or self.partial_to or self.both_to or self.state_from or len(self.parts) > 1)
+    def row_to(self) -> tuple[str, ...]:
+        """Whom this device sends a row: its partial, or the state."""
+        return self.partial_to if self.partitioned else self.state_to
 
 
 class Crossing:
@@ -153,6 +156,37 @@ class Crossing:
                 self.wire.flush()
             return x_BTD
         return self._receive(plan.state_from, index) if plan.state_from else None
+
+    def cross_row(self, index: int, x_D: Array | None, y_D: Array | None) -> Array | None:
+        """Leave sub-block `index` with one row: the hot path of decoding, see model/split_layer.py's Exchange."""
+        plan = self.plans[index]
+        mine = y_D
+        if plan.member:
+            assert x_D is not None, f"a holder of {index} without residual"
+            if y_D is None:
+                mine = x_D
+            elif plan.lead or not plan.partitioned:
+                y_D += x_D
+            for peer in plan.row_to:
+                self._send_row(peer, index, mine)
+        if plan.parts:
+            total: Array | None = None
+            for peer in plan.parts:
+                part = mine if peer == self.me else self._receive_row(peer, index)
+                assert part is not None, "own partial exists for a holder"
+                total = part if total is None else total + part
+            return total
+        if plan.partitioned:
+            return None
+        return mine if plan.state_from is None else self._receive_row(plan.state_from, index)
+
+    def _send_row(self, peer: str, index: int, row_D: Array | None) -> None:
+        assert row_D is not None, "a holder has a row"
+        header = self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, len(row_D)))
+        self.wire.send(peer, header, row_D.data.cast("B"))
+
+    def _receive_row(self, peer: str, index: int) -> Array:
+        return np.frombuffer(self._frame(peer, index, inner=False).payload, np.float32)
 
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
         """Sum a small tensor over the holders of a partitioned sub-block, in device order on every one."""

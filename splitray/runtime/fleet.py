@@ -22,6 +22,7 @@ from splitray.runtime.wire import Endpoint, new_token
 from splitray.topology import Device
 
 _START_S = 60.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Fleet(Protocol):
@@ -91,7 +92,7 @@ class ProcessFleet:
         cores = sorted(os.sched_getaffinity(0)) if self._pin else []
         for i, device in enumerate(devices):
             environment = dict(os.environ)
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            for name in THREAD_VARIABLES:
                 environment[name] = str(self._threads)
             order = {
                 "device": device.id,

@@ -111,6 +111,10 @@ class SplitModel(PreTrainedModel, GenerationMixin):
                           planner=planner, placement=placement, runtime=runtime, seed=seed, dtype=dtype, **options)
         )  # fmt: skip
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the devices run the experts; transformers asks every model that has them in its config
+
     def forward(
         self,
         input_ids: Tensor | None = None,
