@@ -219,7 +219,15 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup and `&` in a script ask to be spared
             signal.signal(number, _leave)
-    app(prog_name="splitray")
+    try:
+        app(prog_name="splitray")
+    except SystemExit as end:
+        if end.code in (INTERRUPTED, TERMINATED):
+            # All is cleaned up; a thread that some library left waiting must not keep an ended program.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code))
+        raise
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -241,6 +249,7 @@ def _leave_now(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(code: int, error: BaseException, text: str, as_json: bool, facts: dict[str, str] | None = None) -> NoReturn:
+    text = " ".join(text.split())  # some libraries' messages run over several lines
     console = Console(stderr=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=not console.is_terminal)
     if as_json:
