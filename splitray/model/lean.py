@@ -109,9 +109,8 @@ def _norm(module: Any) -> Callable[[Array], Array]:
     size = weight.shape[0]
 
     def norm(x: Array) -> Array:
-        scale = np.float32(1.0 / np.sqrt(np.dot(x, x) / size + eps))
         h: Array = x * weight
-        h *= scale
+        h *= np.float32(1.0 / np.sqrt(np.dot(x, x) / size + eps))
         return h
 
     return norm
@@ -169,7 +168,7 @@ class _Attention:
         weights_GRS /= weights_GRS.sum(-1, keepdims=True)
         y: Array = (weights_GRS @ values_GSd[:, : at + 1]).reshape(-1) @ self.out
         if self.out_bias is not None:
-            y += self.out_bias
+            np.add(y, self.out_bias, out=y)
         return y
 
 
@@ -194,7 +193,7 @@ class _Ffn:
         up_F /= gate_F
         y: Array = up_F @ self.out
         if self.out_bias is not None:
-            y += self.out_bias
+            np.add(y, self.out_bias, out=y)
         return y
 
 
@@ -242,7 +241,7 @@ class LeanLoop:
                 index += 2
         if self.head is None or self.norm is None or x is None:
             return torch.empty(1, 1, 0)
-        logits = self.norm(x) @ self.head
+        logits: Array = self.norm(x) @ self.head
         if self.head_bias is not None:
             logits += self.head_bias
         return torch.from_numpy(logits).view(1, 1, -1)

@@ -168,24 +168,26 @@ class Crossing:
             elif plan.lead or not plan.partitioned:
                 y_D += x_D
             for peer in plan.row_to:
-                self._send_row(peer, index, mine)
+                self.send_row(peer, index, mine)
         if plan.parts:
             total: Array | None = None
             for peer in plan.parts:
-                part = mine if peer == self.me else self._receive_row(peer, index)
+                part = mine if peer == self.me else self.receive_row(peer, index)
                 assert part is not None, "own partial exists for a holder"
                 total = part if total is None else total + part
             return total
         if plan.partitioned:
             return None
-        return mine if plan.state_from is None else self._receive_row(plan.state_from, index)
+        return mine if plan.state_from is None else self.receive_row(plan.state_from, index)
 
-    def _send_row(self, peer: str, index: int, row_D: Array | None) -> None:
+    def send_row(self, peer: str, index: int, row_D: Array | None) -> None:
+        """Send one row to a peer across the boundary of `index`."""
         assert row_D is not None, "a holder has a row"
         header = self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, len(row_D)))
         self.wire.send(peer, header, row_D.data.cast("B"))
 
-    def _receive_row(self, peer: str, index: int) -> Array:
+    def receive_row(self, peer: str, index: int) -> Array:
+        """Receive one row from a peer across the boundary of `index`."""
         return np.frombuffer(self._frame(peer, index, inner=False).payload, np.float32)
 
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import msgpack
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -252,18 +253,18 @@ class ShardHost:
             self.crossing.stop()
 
     def _echo(self, peer: str, size: int, rounds: int, first: bool) -> dict[str, Any]:
-        """Round trips of frames of one size with a peer, through the wire code: what the bench calls a boundary."""
-        tensor = torch.zeros(size // 4)
+        """Round trips with a peer of the frames that decoding sends: what the bench calls an exchange."""
+        row = np.zeros(size // 4, np.float32)
         self.wire.begin(self.wire.attempt + 1)
         times = []
         for i in range(rounds):
             self.crossing.step = Step(0, self.wire.epoch, self.wire.attempt, i, 1)
             start = time.perf_counter()
             if first:
-                self.crossing.send_end(peer, 0, tensor)
-            tensor, _ = self.crossing.receive_end(peer, 0)
+                self.crossing.send_row(peer, 0, row)
+            row = self.crossing.receive_row(peer, 0)
             if not first:
-                self.crossing.send_end(peer, 0, tensor)
+                self.crossing.send_row(peer, 0, row)
             times.append(time.perf_counter() - start)
         return {"round_trip_s": times if first else []}
 
