@@ -75,40 +75,41 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
     if out is not None:
         _make_folder(out)
     _say(console, "One language model over an edge device and a cloud worker, split inside its layers.\n")
-    with progress(console, "Reading the model and testing its architecture"):
-        from splitray.runtime.launch import model_path, read_model, read_tokenizer
-
-        arch, _, _ = read_model(model)
-        tokenizer = read_tokenizer(model)
-    if tokenizer is None:
-        raise InputError("model", expected="a checkpoint with a tokenizer", actual="none beside the weights",
-                         remedy="use another model, or `splitray generate --prompt-ids`")  # fmt: skip
-    folder = str(model_path(model).resolve())
     topology = Topology.uniform(2)
-    placement = uneven_placement(arch, topology)
-    picture = placement_picture(placement, arch, topology)
-    size = bytes_text(arch.num_params * arch.dtype_bytes)
-    _say(console, f"{model}: a {arch.name} model, {arch.num_layers} layers, {arch.num_params:,} weights, {size}\n")
-    console.print(picture)
+    references: list[Reference] = []
     with ExitStack() as stack:
-        with progress(console, "Starting Ray on this machine"):
+        with progress(console, "Starting Ray on this machine") as tell:
             stack.enter_context(private_ray(topology))
-            file = stack.enter_context(_saved(placement))
-        with progress(console, "Starting Serve and an actor for each device, which reads its slices only"):
+            tell("Reading the model and testing its architecture")
+            from splitray.runtime.launch import model_path, read_model, read_tokenizer
+
+            arch, _, _ = read_model(model)
+            tokenizer = read_tokenizer(model)
+        if tokenizer is None:
+            raise InputError("model", expected="a checkpoint with a tokenizer", actual="none beside the weights",
+                             remedy="use another model, or `splitray generate --prompt-ids`")  # fmt: skip
+        folder = str(model_path(model).resolve())
+        placement = uneven_placement(arch, topology)
+        picture = placement_picture(placement, arch, topology)
+        size = bytes_text(arch.num_params * arch.dtype_bytes)
+        _say(console, f"{model}: a {arch.name} model, {arch.num_layers} layers, {arch.num_params:,} weights, {size}\n")
+        console.print(picture)
+        file = stack.enter_context(_saved(placement))
+        with progress(console, "Starting Serve and an actor for each device, which reads its own slices"):
             arguments = {"model": folder, "model_name": _MODEL_NAME, "devices": 2, "placement": file}
-            url = stack.enter_context(served({**arguments, "runtime": runtime}))
-        actors = [
-            f"{d} is {topology.device(d).tier.capitalize()}Actor in process {facts['pid']}"
-            for d, facts in _get(url, "/v1/stats")["devices"].items()
-        ]
-        _say(console, f"\nRay {version('ray')} has them: {', '.join(sorted(actors, reverse=True))}.")
-        _say(console, f"\nPOST {url}/v1/completions  {json.dumps(PROMPT)}, {NEW_TOKENS} tokens, streamed\n", "dim")
+            url = stack.enter_context(
+                served(
+                    {**arguments, "runtime": runtime},
+                    meanwhile=lambda: references.append(ask_transformers(folder, tokenizer)),
+                )
+            )
+        _say(console, f"\nRay {version('ray')} runs {_actors(url, topology)}.")
+        _say(console, f"POST {url}/v1/completions, {NEW_TOKENS} tokens at most, streamed:\n")
         answer = _ask(console, url)
         stats = _get(url, "/v1/stats")
         with progress(console, "Stopping Serve and Ray"):
             stack.close()
-    with progress(console, "Asking transformers for the same"):
-        reference = ask_transformers(folder, tokenizer)
+    (reference,) = references
     problem = difference(answer, reference)
     run_facts = {**stats["run"], "ttft_s": answer.ttft_s, "tpot_s": answer.tpot_s}
     document = {
@@ -135,6 +136,11 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         _say(console, f"{out / 'demo.json'}, placement.txt and placement.svg beside it\n")
     _say(console, problem or IDENTICAL, "bold green" if problem is None else "bold red")
     return document
+
+
+def _actors(url: str, topology: Topology) -> str:
+    pids = {device: facts["pid"] for device, facts in _get(url, "/v1/stats")["devices"].items()}
+    return " and ".join(f"{d.id} ({d.tier.capitalize()}Actor, process {pids[d.id]})" for d in topology.devices)
 
 
 def uneven_placement(arch: ModelArch, topology: Topology) -> Placement:

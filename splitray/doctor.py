@@ -70,8 +70,8 @@ def run(console: Console) -> dict[str, Any]:
     console.print(table)
     worst: Status = max((c.status for c in checks), key=list(_STYLES).index)
     counts = {s: sum(c.status == s for c in checks) for s in _STYLES}
-    told = ", ".join(f"{n} {s}" + ("s" if n != 1 and s != "ok" else "") for s, n in counts.items())
-    console.print(Text(f"\n{told}", _STYLES[worst]))
+    summary = ", ".join(f"{n} {s}" + ("s" if n != 1 and s != "ok" else "") for s, n in counts.items())
+    console.print(Text(f"\n{summary}", _STYLES[worst]))
     return {"status": worst, "checks": [asdict(c) for c in checks]}
 
 

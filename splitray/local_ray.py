@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from splitray.topology import Topology
 _PR_SET_CHILD_SUBREAPER = 36
 _LAST_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 _CONNECT_S = 2.0
+_LOOK_S = 0.1
+_APPLICATION = "generate"
+_REFUSAL = re.compile(r"splitray\.errors\.\w+Error: (.+?): expected (.+), got (.+); (.+)")  # InputError as text
 _END_S = 4.0
 _LONGEST_PREFIX = 24  # characters; the socket paths that Ray makes below its folder must stay under 108
 _OBJECT_STORE_BYTES = 100 * 2**20  # tensors travel outside the object store
@@ -82,7 +87,7 @@ def some_ray(topology: Topology) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RuntimeError, OSError, ValueError) as error:
         remedy = "start that cluster, or unset RAY_ADDRESS to use this machine alone"
-        raise StartFailed(f"the Ray cluster at {address}: {_last_line(error)}; {remedy}") from error
+        raise StartFailed(f"the Ray cluster at {address}: {_last_line(str(error))}; {remedy}") from error
     try:
         signal.signal(signal.SIGTERM, on_sigterm)
         yield
@@ -123,7 +128,7 @@ def private_ray(topology: Topology) -> Iterator[None]:
                 )
             except (RuntimeError, OSError, ValueError) as error:
                 remedy = "run `splitray doctor`; a busy machine may only need another try"
-                raise StartFailed(f"Ray did not start: {_last_line(error)}; {remedy}") from error
+                raise StartFailed(f"Ray did not start: {_last_line(str(error))}; {remedy}") from error
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it over; the command knows better what to clean up
             yield
         finally:
@@ -133,27 +138,58 @@ def private_ray(topology: Topology) -> Iterator[None]:
 
 
 @contextmanager
-def served(arguments: Mapping[str, Any], *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def served(
+    arguments: Mapping[str, Any],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
     """The application `serve_apps.generate` on the Ray that runs; gives its URL. Port 0 means any free one.
 
+    Its processes load torch and the slices for many seconds, in which `meanwhile` can do something useful.
+
     Raises:
-        InputError: the port is taken.
+        InputError: the port is taken, or the application refuses what was asked for.
         StartFailed: the application did not come up.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     from serve_apps.generate import Args, build
 
     port = free_port(host, port)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.run(build(Args(**arguments)), name="generate")
-    except (RuntimeError, OSError) as error:
-        raise StartFailed(f"the application did not start: {_last_line(error)}") from error
+        application = serve.RunTarget(target=build(Args(**arguments)), name=_APPLICATION)
+        serve.run_many([application], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except (RayError, RuntimeError, OSError) as error:
+        raise StartFailed(f"Serve did not start: {_last_line(str(error))}") from error
+    meanwhile()
+    _wait_until_running()
     yield f"http://{host}:{port}"
+
+
+def _wait_until_running() -> None:
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while True:
+        now = serve.status().applications.get(_APPLICATION)
+        if now and now.status == ApplicationStatus.RUNNING:
+            return
+        if now:
+            told = [_last_line(d.message) for d in now.deployments.values() if d.message]
+            refusal = _REFUSAL.search(told[0]) if told else None
+            if refusal:  # Serve would try twice more, and hear the same
+                what, expected, actual, remedy = refusal.groups()
+                raise InputError(what, expected=expected, actual=actual, remedy=remedy)
+            if now.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise StartFailed(f"the application did not start: {(told or [now.message])[0]}")
+        time.sleep(_LOOK_S)
 
 
 def free_port(host: str, port: int) -> int:
@@ -208,6 +244,7 @@ def _if_there(process: psutil.Process, end: Any) -> None:
         return
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _last_line(message: str) -> str:
+    """Of a traceback, the line that tells the error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was given"
