@@ -132,11 +132,11 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
         _say(f"{model.name}: loading {name}")
         return stack.enter_context(
             Engine(fleet=fleet, model_path=path, arch=arch, layout=layout, topology=topology, placement=placement,
-                   lean=lean)
+                   lean=lean, pin=True)
         )  # fmt: skip
 
     with contextlib.ExitStack() as stack:
-        engines = {n: start(n, stack, ProcessFleet(pin=True), p) for n, p in chosen.items()}
+        engines = {n: start(n, stack, ProcessFleet(), p) for n, p in chosen.items()}
         if first:
             engines["split_half_ray"] = start("split_half_ray", stack, ray_fleet(), chosen["split_half"])
         memory = {n: e.stats() for n, e in engines.items()}

@@ -166,7 +166,7 @@ class _Attention:
         weights_GRS -= weights_GRS.max(-1, keepdims=True)
         np.exp(weights_GRS, out=weights_GRS)
         weights_GRS /= weights_GRS.sum(-1, keepdims=True)
-        y: Array = (weights_GRS @ values_GSd[:, : at + 1]).reshape(-1) @ self.out
+        y: Array = (weights_GRS @ values_GSd[:, : at + 1]).reshape(-1) @ self.out  # type: ignore[assignment]
         if self.out_bias is not None:
             np.add(y, self.out_bias, out=y)
         return y
@@ -191,7 +191,7 @@ class _Ffn:
         np.exp(gate_F, out=gate_F)  # overflows to inf where silu is 0
         gate_F += 1
         up_F /= gate_F
-        y: Array = up_F @ self.out
+        y: Array = up_F @ self.out  # type: ignore[assignment]
         if self.out_bias is not None:
             np.add(y, self.out_bias, out=y)
         return y

@@ -6,6 +6,7 @@ It awaits one value a token; between tokens the devices talk to each other. It d
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import threading
 import time
@@ -65,8 +66,12 @@ class Engine:
         tokenizer: Any = None,
         lean: bool = True,
         spin_s: float = 0.0,
+        pin: bool = False,
     ) -> None:
         """Start the fleet and load the shards.
+
+        `spin_s` is how long a receive polls before it sleeps; `pin` gives each device a core of its own. Both are
+        for devices on one machine with at least as many cores, where the scheduler may put two on one core.
 
         Raises:
             InputError: the placement, the topology or the model cannot be used as asked.
@@ -84,12 +89,12 @@ class Engine:
         self._attempt = 0
         self._channels: dict[str, Channel] = {}
         try:
-            self._start(lean, spin_s)
+            self._start(lean, spin_s, pin)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, lean: bool, spin_s: float) -> None:
+    def _start(self, lean: bool, spin_s: float, pin: bool) -> None:
         devices = [self.topology.device(d) for d in self.topology.ids if d in self.route.devices]
         endpoints = self.fleet.start(devices)
         for device in devices:
@@ -97,7 +102,8 @@ class Engine:
                 endpoints[device.id], me=CALLER, peer=device.id, token=self.fleet.token, deadline_s=DEADLINE_S
             )
         head_rows = {str(d): ranges for d, ranges in self.placement.head.by_device}
-        for device in devices:
+        cores = sorted(os.sched_getaffinity(0)) if pin else []
+        for i, device in enumerate(devices):
             order = LoadOrder(
                 model_path=device.model_path or self.model_path,
                 arch=self.arch,
@@ -107,6 +113,7 @@ class Engine:
                 head_rows=head_rows,
                 torch_device=device.torch_device,
                 lean=lean,
+                core=cores[i % len(cores)] if cores else None,
             )
             self._order(device.id, "load", order.to_plain())
         self.load_stats = self._replies()

@@ -81,16 +81,15 @@ class ThreadFleet:
 class ProcessFleet:
     """Devices as processes of this machine, each with one torch thread unless told otherwise."""
 
-    def __init__(self, *, threads: int = 1, pin: bool = False, deadline_s: float = DEADLINE_S) -> None:
-        """`pin` binds each process to a core of its own (for devices <= cores)."""
+    def __init__(self, *, threads: int = 1, deadline_s: float = DEADLINE_S) -> None:
+        """`threads` are the torch and BLAS threads of each process."""
         self.token = new_token()
-        self._threads, self._pin, self._deadline_s = threads, pin, deadline_s
+        self._threads, self._deadline_s = threads, deadline_s
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the processes side by side and wait until each one listens."""
-        cores = sorted(os.sched_getaffinity(0)) if self._pin else []
-        for i, device in enumerate(devices):
+        for device in devices:
             environment = dict(os.environ)
             for name in THREAD_VARIABLES:
                 environment[name] = str(self._threads)
@@ -99,7 +98,6 @@ class ProcessFleet:
                 "token": self.token.hex(),
                 "deadline_s": self._deadline_s,
                 "threads": self._threads,
-                "core": cores[i % len(cores)] if cores else None,
             }
             process = subprocess.Popen(
                 [sys.executable, "-m", "splitray.runtime.host_process"],

@@ -11,8 +11,6 @@ import threading
 def main() -> None:
     """Serve one device. The end of stdin means that the parent is gone: then this process ends at once."""
     order = json.loads(sys.stdin.readline())
-    if order["core"] is not None:
-        os.sched_setaffinity(0, {order["core"]})
     import torch
 
     from splitray.runtime.shard_host import ShardHost

@@ -90,12 +90,12 @@ def decide(
     return chosen
 
 
-def make_fleet(runtime: str, *, topology: Topology, pin: bool = False, threads: int = 1) -> Fleet:
+def make_fleet(runtime: str, *, threads: int = 1) -> Fleet:
     """The fleet of a runtime: threads, processes of this machine, or Ray actors."""
     if runtime == "local":
         return ThreadFleet()
     if runtime == "process":
-        return ProcessFleet(threads=threads, pin=pin)
+        return ProcessFleet(threads=threads)
     if runtime == "ray":
         return ray_fleet(threads=threads)
     raise InputError("runtime", expected=f"one of {list(RUNTIMES)}", actual=runtime, remedy="use one of the three")
@@ -121,6 +121,7 @@ def launch_engine(
     dtype: Dtype = "float32",
     fleet: Fleet | None = None,
     spin_s: float = 0.0,
+    pin: bool = False,
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -136,6 +137,7 @@ def launch_engine(
         dtype: of weights and activations; token identity is promised in float32.
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
+        pin: bind each device to a core of its own (likewise).
         progress: told what is being done.
 
     Raises:
@@ -143,7 +145,7 @@ def launch_engine(
         DeviceLost: a device did not come up.
     """
     if runtime not in RUNTIMES:
-        make_fleet(runtime, topology=Topology.uniform(1))
+        make_fleet(runtime)
     where = read_topology(topology, devices)
     progress("reading and testing the model")
     arch, layout, lean = read_model(model, dtype=dtype)
@@ -151,7 +153,7 @@ def launch_engine(
     chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
     progress("starting the devices and loading their slices")
     return Engine(
-        fleet=fleet or make_fleet(runtime, topology=where),
+        fleet=fleet or make_fleet(runtime),
         model_path=model_path(model).resolve(),
         arch=arch,
         layout=layout,
@@ -160,4 +162,5 @@ def launch_engine(
         tokenizer=read_tokenizer(model),
         lean=lean,
         spin_s=spin_s,
+        pin=pin,
     )

@@ -29,6 +29,7 @@ class LoadOrder:
     head_rows: dict[str, tuple[Range, ...]]
     torch_device: str = "cpu"
     lean: bool = True
+    core: int | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dicts and scalars only."""
@@ -50,6 +51,7 @@ class LoadOrder:
             head_rows={d: _ranges(r) for d, r in plain["head_rows"].items()},
             torch_device=plain["torch_device"],
             lean=plain["lean"],
+            core=plain["core"],
         )
 
 

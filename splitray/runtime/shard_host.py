@@ -147,6 +147,8 @@ class ShardHost:
     def _load(self, order: LoadOrder) -> dict[str, Any]:
         source = self._source or Checkpoint(order.model_path)
         self.order = order
+        if order.core is not None:
+            os.sched_setaffinity(0, {order.core})  # of this thread: the one that will run every order
         self.crossing = Crossing(self.device, order.route, order.arch, self.wire)
         self.crossing.torch_device = torch.device(order.torch_device)
         self._head_rows = {
