@@ -132,6 +132,47 @@ class KneserNey:
             probabilities = self._interpolate(level, grams, probabilities)
         return probabilities
 
+    def table(self) -> npt.NDArray[np.float32]:
+        """Return the bigram distributions after every token, one row each; ``spread`` starts from them."""
+        level = self._levels[1]
+        backoff, totals = np.ones(self.vocabulary), np.ones(self.vocabulary)
+        backoff[level.contexts], totals[level.contexts] = level.backoff, level.totals
+        rows = np.outer(backoff, self.distribution([]))
+        rows.reshape(-1)[level.grams] += level.discounted / totals[level.grams // self.vocabulary]
+        return rows.astype(np.float32)
+
+    def spread(self, windows: Ints, table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the distribution after each token of ``windows`` but the last ones, all rows in one matrix.
+
+        Args:
+            windows: rows of token ids; no history reaches before the start of a row.
+            table: what ``table`` returned.
+        """
+        count, length = windows.shape[0], windows.shape[1] - 1
+        rows = table[windows[:, :-1].reshape(-1)]
+        context = windows[:, :-1].astype(np.int64)
+        for k in range(3, self.order + 1):
+            before = np.full((count, length), -1, np.int64)
+            before[:, k - 2 :] = windows[:, : max(0, length - k + 2)]
+            known = (before >= 0) & (context >= 0)
+            context = np.where(known, before * self.vocabulary ** (k - 2) + context, -1)
+            level, wanted = self._levels[k - 1], context.reshape(-1)
+            if level.contexts.size == 0:
+                break
+            at = np.minimum(np.searchsorted(level.contexts, wanted), level.contexts.size - 1)
+            hit = np.flatnonzero(level.contexts[at] == wanted)
+            at = at[hit]
+            rows[hit] *= level.backoff[at].astype(np.float32)[:, None]
+            # The n-grams of one context lie side by side, since the keys are sorted.
+            first = np.searchsorted(level.grams, level.contexts[at] * self.vocabulary)
+            many = np.searchsorted(level.grams, (level.contexts[at] + 1) * self.vocabulary) - first
+            offset = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+            gram = np.repeat(first, many) + offset
+            rows[np.repeat(hit, many), level.grams[gram] % self.vocabulary] += (
+                level.discounted[gram] / np.repeat(level.totals[at], many)
+            ).astype(np.float32)
+        return rows
+
     def bits(self, sequences: Sequence[Sequence[int]]) -> float:
         """Return the total of -log2 p over all tokens of ``sequences`` but their leading bos."""
         stream = self._stream(sequences)

@@ -76,7 +76,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result but the text; the defaults are those of the shipped model."""
+    """Everything that decides the result but the text; the defaults are those of the shipped model.
+
+    ``teaching`` is the share of the loss, falling to 0, that is taken against n-gram teachers. Their
+    distributions tell far more per token than the one token that follows, and so save most of the early steps.
+    """
 
     vocabulary: int = 2048
     hidden: int = 128
@@ -90,6 +94,7 @@ class Recipe:
     long_share: float = 0.15
     batch_tokens: int = 2048
     chat_share: float = 0.15
+    teaching: float = 0.6
     dropout: float = 0.05
     matrix_rate: float = 0.02
     vector_rate: float = 0.01
@@ -411,12 +416,21 @@ class Muon:
 
 
 class Batches:
-    """An endless stream of training windows, reshuffled by document at every pass over the text."""
+    """An endless stream of training windows, reshuffled by document at every pass over the text.
 
-    def __init__(self, documents: list[list[int]], chats: list[list[int]], recipe: Recipe):
+    The training documents come in two folds. An n-gram model of each fold teaches the other: on text that a
+    teacher knows by heart its probabilities would be no honest ones.
+    """
+
+    def __init__(self, documents: list[list[int]], chats: list[list[int]], recipe: Recipe, vocabulary: int):
         self.random = np.random.default_rng(recipe.seed)
         self.recipe, self.tokens = recipe, 0
-        self.streams = [self._stream(documents), self._stream(chats)] if chats else [self._stream(documents)]
+        folds = [documents[0::2], documents[1::2]]
+        self.teachers = [KneserNey(fold, vocabulary, documents[0][0]) for fold in reversed(folds)]
+        self.tables = [teacher.table() for teacher in self.teachers]
+        self.streams = [self._stream(part) for part in [*folds, chats] if part]
+        chat = recipe.chat_share if chats else 0.0
+        self.shares = [(1 - chat) / 2, (1 - chat) / 2, chat][: len(self.streams)]
 
     def _stream(self, sequences: list[list[int]]) -> Iterator[Callable[[int], np.ndarray]]:
         while True:
@@ -433,14 +447,32 @@ class Batches:
                 yield take
                 at += taken[0]
 
-    def next(self, window: int) -> torch.Tensor:
-        """Return the next batch of windows, ``window + 1`` tokens each."""
-        rows = []
-        for _ in range(max(1, self.recipe.batch_tokens // window)):
-            chat = len(self.streams) > 1 and self.random.random() < self.recipe.chat_share
-            rows.append(next(self.streams[chat])(window + 1))
+    def next(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next windows, ``window + 1`` tokens each, and what the teachers expect of the first ones.
+
+        The rows that have teachers come first; the teachers' rows are one distribution for each token.
+        """
+        rows, taught = [], []
+        counts = self.random.multinomial(max(1, self.recipe.batch_tokens // window), self.shares)
+        for source, count in enumerate(counts):
+            part = [next(self.streams[source])(window + 1) for _ in range(count)]
+            rows.extend(part)
+            if part and source < len(self.teachers):
+                taught.append(self.teachers[source].spread(np.stack(part), self.tables[source]))
         self.tokens += len(rows) * window
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return ids, torch.from_numpy(np.concatenate(taught)) if taught else torch.empty(0, 0)
+
+
+def mixed_loss(logits: torch.Tensor, ids: torch.Tensor, taught: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return the mean cross-entropy per token, a ``weight`` of it against the teachers where there are any."""
+    likely = torch.log_softmax(logits.float().flatten(0, 1), -1)
+    hard = nn.functional.nll_loss(likely, ids[:, 1:].flatten(), reduction="none")
+    count = taught.shape[0]
+    if count == 0 or weight == 0:
+        return hard.mean()
+    soft = -(taught * likely[:count]).sum()
+    return (hard.sum() + weight * (soft - hard[:count].sum())) / hard.numel()
 
 
 def model_bits(model: LlamaForCausalLM, sequences: Sequence[Sequence[int]], context: int) -> float:
@@ -526,10 +558,10 @@ def train(
         model.train()
         rate = min(1.0, (step + 1) / 20, max(0.0, (1 - done) / 0.7))
         window = recipe.long_window if done >= 1 - recipe.long_share else recipe.window
-        ids = batches.next(window).to(device)
+        ids, taught = (tensor.to(device) for tensor in batches.next(window))
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = mixed_loss(logits, ids, taught, recipe.teaching * (1 - done))
         loss.backward()
         muon.step(recipe.matrix_rate * rate)
         for group in adam.param_groups:
@@ -592,7 +624,7 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
 
     outcome = train(
         model,
-        Batches(train_ids, chat_ids, recipe),
+        Batches(train_ids, chat_ids, recipe, len(tokenizer)),
         lambda: model_bits(model, starts, recipe.long_window) / sum(len(ids) - 1 for ids in starts),
         recipe,
         save,
@@ -608,6 +640,8 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
     facts = {
         "Text": f"{source}; {_bytes(parts.train):,} bytes ({sum(map(len, train_ids)):,} tokens) to train on, "
         f"{check_bytes:,} to choose the checkpoint, {held_bytes:,} ({sum(map(len, held_ids)):,} tokens) held out",
+        "Teachers": "5-grams of one half of the training documents for the other half, their weight in the loss "
+        f"falling from {recipe.teaching:g} to 0; neither saw the held-out documents",
         "Chat examples": f"{len(chat_ids):,}, made from the training documents",
         "Tokens seen": f"{outcome.tokens:,} in {outcome.steps:,} steps",
         "Processor time": f"{outcome.cpu_seconds / 60:.1f} minutes of training ({recipe.device})",
