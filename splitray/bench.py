@@ -25,7 +25,7 @@ from splitray.topology import Topology
 
 if TYPE_CHECKING:
     from splitray.arch import ModelArch
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine import Engine, RunReport
 
 SUITES = ("engine",)
 _ROUNDS, _NEW_TOKENS, _PROMPT_TOKENS, _PREFILL_TOKENS = 5, 48, 16, 512
@@ -127,6 +127,7 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
     times: dict[str, list[float]] = {}
     prefill: dict[str, list[float]] = {}
     cpu_s: dict[str, list[float]] = {}
+    reports: dict[str, RunReport] = {}
 
     def start(name: str, stack: contextlib.ExitStack, fleet: Any, placement: Placement) -> Engine:
         _say(f"{model.name}: loading {name}")
@@ -150,6 +151,7 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
                     raise RuntimeError(f"{name} gave other tokens than transformers: {ids} and not {reference}")
                 report = engine.report
                 assert report is not None and report.tpot_s is not None, "a run of several tokens was made"
+                reports[name] = report
                 times.setdefault(name, []).append(report.tpot_s)
                 cpu_s.setdefault(name, []).append(report.decode_cpu_s / (_NEW_TOKENS - 1))
             if first:
@@ -166,12 +168,14 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
                 t / 2 for t in engines["split_half"].echo(a, b, size=4 * arch.hidden_dim, rounds=_ECHO_ROUNDS)
             )
             result["exchange_us"] = {"median": trips[len(trips) // 2] * 1e6, "p95": trips[int(len(trips) * 0.95)] * 1e6}
-        bandwidth = _read_bandwidth_bytes_per_s(whole)
+        bandwidth = _read_bandwidth_bytes_per_s()
         base = statistics.median(times["transformers"])
         result["rows"].append({"model": model.name, "name": "transformers", "tpot_ms": base * 1e3, "ratio": 1.0,
                                "read_bandwidth_bytes_per_s": bandwidth})  # fmt: skip
         for name, engine in engines.items():
-            row = _row(model, name, engine, base, times[name], cpu_s[name], memory[name], idle[name], bandwidth)
+            row = _row(
+                model, name, engine, reports[name], base, times[name], cpu_s[name], memory[name], idle[name], bandwidth
+            )
             result["rows"].append(row)
     _ratios(model, result, times, cpu_s, prefill)
 
@@ -180,8 +184,7 @@ def _row(
     model: Model, name: str, engine: Engine, base: float, times: list[float], cpu_s: list[float],
     memory: dict[str, dict[str, Any]], idle: float, bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
-    report, arch = engine.report, engine.arch
-    assert report is not None, "the engine has run"
+    arch = engine.arch
     share = {str(d): n for d, n in weight_bytes(engine.placement, arch).items()}
     return {
         "model": model.name,
@@ -274,20 +277,12 @@ def _transformers_tpot(model: Any, prompt: list[int]) -> float:
     return (_timed(lambda: _transformers_tokens(model, prompt, _NEW_TOKENS)) - short) / (_NEW_TOKENS - 1)
 
 
-def _read_bandwidth_bytes_per_s(model: Any) -> float:
-    """What one thread reads of weights in a second: matrix-vector products over all linears, best of five."""
-    import torch
+def _read_bandwidth_bytes_per_s() -> float:
+    """What one thread reads of memory in a second: a row times a matrix far larger than any cache, best of ten."""
+    import numpy as np
 
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    vectors = [torch.ones(w.shape[1]) for w in weights]
-    num_bytes = sum(w.numel() * w.element_size() for w in weights)
-
-    @torch.inference_mode()
-    def read() -> None:
-        for weight, vector in zip(weights, vectors, strict=True):
-            torch.mv(weight, vector)
-
-    return num_bytes / min(_timed(read) for _ in range(5))
+    matrix, row = np.ones((1024, 1 << 16), np.float32), np.ones(1024, np.float32)
+    return float(matrix.nbytes / min(_timed(lambda: row @ matrix) for _ in range(10)))
 
 
 def _idle_fraction(engines: dict[str, Engine]) -> dict[str, float]:
@@ -340,9 +335,9 @@ def _table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=max(110, Console().width))
     heads = ("model", "placement", "ms/token", "speed", "bound ms", "CPU ms", "exchanges", "bytes/token", "wire")
-    table = Table(*heads, title="decode against one-thread transformers")
+    table = Table(*heads, title="decode against one-thread transformers", box=None)
     for row in result["rows"]:
         table.add_row(*_cells(row))
     console.print(table)
