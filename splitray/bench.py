@@ -181,7 +181,7 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
 
 
 def _row(
-    model: Model, name: str, engine: Engine, base: float, times: list[float], cpu_s: list[float],
+    model: Model, name: str, engine: Engine, report: RunReport, base: float, times: list[float], cpu_s: list[float],
     memory: dict[str, dict[str, Any]], idle: float, bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
     arch = engine.arch
