@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Devices as Ray actors: the control plane of a cluster. Tensors go over splitray's own sockets."""

@@ -9,16 +9,21 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ray"))
 
-from conformance import Conformance, Lab, ProcessLab, ThreadLab
+from conformance import FEW, Conformance, Lab, ProcessLab, ThreadLab
 
 
 class TestThreads(Conformance):
     @pytest.fixture(scope="class")
-    def lab(self) -> Lab:
+    @classmethod
+    def lab(cls) -> Lab:
         return ThreadLab()
 
 
+@pytest.mark.slow
 class TestProcesses(Conformance):
+    placements = FEW
+
     @pytest.fixture(scope="class")
-    def lab(self) -> Lab:
+    @classmethod
+    def lab(cls) -> Lab:
         return ProcessLab()

@@ -1,0 +1,9 @@
+"""The actor of a cloud worker. The name is what `ray list actors` shows; the work is DeviceHost's."""
+
+from __future__ import annotations
+
+from actors.device import DeviceHost
+
+
+class CloudActor(DeviceHost):
+    """A device of tier `cloud`."""
