@@ -220,15 +220,19 @@ def _joined(address: str) -> Check:
 
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, OSError, ValueError) as error:
+        todo = "see `ray status` there; RAY_AUTH_MODE, RAY_AUTH_TOKEN and Ray's version must be the cluster's"
+        return Check("cluster", "problem", str(error).strip(), todo)
     try:
         nodes = [n for n in ray.nodes() if n["Alive"]]
         total = ray.cluster_resources()
     finally:
         ray.shutdown()
     kinds = ", ".join(f"{total[k]:g} {k}" for k in ("CPU", "GPU", "edge", "cloud") if k in total)
-    names = ", ".join(f"{n['NodeManagerHostname']}" for n in nodes)
-    found = f"{address}: {len(nodes)} nodes ({names}) with {kinds}"
+    names = ", ".join(n["NodeManagerHostname"] for n in nodes)
+    found = f"{address}: {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({names}) with {kinds}"
     if "edge" not in total and "cloud" not in total:
         todo = "start nodes with --resources='{\"edge\": 1}' or '{\"cloud\": 1}': devices are placed by them"
         return Check("cluster", "warning", found, todo)

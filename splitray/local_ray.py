@@ -86,7 +86,7 @@ def some_ray(topology: Topology) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RuntimeError, OSError, ValueError) as error:
-        remedy = "start that cluster, or unset RAY_ADDRESS to use this machine alone"
+        remedy = "start that cluster, give its RAY_AUTH_TOKEN, or unset RAY_ADDRESS to use this machine alone"
         raise StartFailed(f"the Ray cluster at {address}: {_last_line(str(error))}; {remedy}") from error
     try:
         signal.signal(signal.SIGTERM, on_sigterm)
