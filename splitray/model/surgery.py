@@ -7,40 +7,24 @@ placement of one device, not the wire.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import ModelError
 from splitray.model.layout import LayerLayout, is_norm, layer_arguments
 from splitray.model.lean import LeanLoop, can_be_lean
 from splitray.model.qk_norm import share_norm_sums
-from splitray.model.slicing import Cut, read_cuts
+from splitray.model.slice_reader import SliceReader, Source
+from splitray.model.slicing import read_cuts
 from splitray.model.split_layer import Exchange, SplitLayer, SubBlock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOCAL_COUNTS = ("num_heads", "num_attention_heads")
-
-
-class Source(Protocol):
-    """Where slices come from: model/source.py's Checkpoint, or a state dict in memory."""
-
-    bytes_read: int
-
-    def key(self, name: str) -> str | None:
-        """The source's key for a parameter, or None."""
-
-    def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
-        """A tensor or joined ranges of it."""
-
-    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fused gate_up and down weights of some experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +118,7 @@ class Shard:
         self.device, self.dtype = torch.device(torch_device), DTYPES[arch.dtype]
         self.model = meta_model(config, self.dtype)
         self._names = {module: name for name, module in self.model.named_modules()}
+        self.reader = SliceReader(source=source, names=self._names, arch=arch, dtype=self.dtype)
         decoder, layers_name = decoder_of(self.model, arch.num_layers)
         layers = getattr(decoder, layers_name)
         self.cuts = read_cuts(layers[0], self.model.config, arch)
@@ -222,12 +207,12 @@ class Shard:
                 continue
             if is_norm(child):
                 if spec.vocab_rows:
-                    self._read_all(child)
+                    self.reader.read_all(child)
                 else:
                     setattr(decoder, name, nn.Identity())
             elif isinstance(child, nn.Embedding):
                 if spec.embedding:
-                    self._read_all(child)
+                    self.reader.read_all(child)
                 elif child is self.embedding:
                     child.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
                 else:
@@ -260,7 +245,7 @@ class Shard:
         head.weight = nn.Parameter(weight, requires_grad=False)
         head.out_features = weight.shape[0]
         if getattr(head, "bias", None) is not None:
-            head.bias = self._parameter(self.source.read(f"{name}.bias", ranges=rows))
+            head.bias = self.reader.parameter(self.source.read(f"{name}.bias", ranges=rows))
 
     def _layer(self, layer: nn.Module, i: int) -> SplitLayer:
         layout, share = self.layout, self.spec.layers[i]
@@ -272,7 +257,7 @@ class Shard:
             if name is None or not needed:
                 return None
             module = getattr(layer, name)
-            self._read_all(module)
+            self.reader.read_all(module)
             return module
 
         parts = [
@@ -311,13 +296,13 @@ class Shard:
         attention = getattr(layer, name)
         held = sum(r.count for r in share.groups)
         if held != arch.num_kv_heads:
-            self._narrow_counts(attention, held)
+            self.reader.narrow_counts(attention, held)
         for path, module in attention.named_modules():
             cut = self.cuts.get(f"{name}.{path}")
             if cut is not None:
-                self._cut(module, cut, share.groups, arch.num_kv_heads, share.attention_bias)
+                self.reader.read_cut(module, cut, share.groups, arch.num_kv_heads, share.attention_bias)
             else:
-                self._per_head(module, share.groups)
+                self.reader.read_per_head(module, share.groups)
         if arch.qk_norm_over_heads:
             index = 1 + 2 * i
             share_norm_sums(
@@ -333,52 +318,6 @@ class Shard:
 
         return body
 
-    def _narrow_counts(self, attention: Any, held: int) -> None:
-        heads = held * self.arch.heads_per_group
-        module: Any  # counts live in attributes that nn.Module does not declare
-        for module in attention.modules():
-            values = vars(module)
-            for name in _LOCAL_COUNTS:
-                if name in values:
-                    setattr(module, name, heads)
-            if "num_key_value_heads" in values:
-                module.num_key_value_heads = held
-            if "split_size" in values:
-                module.split_size = heads * self.arch.head_dim
-            for name in ("embed_dim", "hidden_size"):
-                if name in values:
-                    setattr(module, name, heads * self.arch.head_dim)
-            if "config" in values:
-                config = copy.copy(module.config)
-                config.num_attention_heads = heads
-                if hasattr(config, "num_key_value_heads"):
-                    config.num_key_value_heads = held
-                module.config = config
-
-    def _per_head(self, module: nn.Module, groups: tuple[Range, ...]) -> None:
-        arch = self.arch
-        units = {arch.num_heads: arch.heads_per_group, arch.num_kv_heads: 1}
-        if isinstance(module, nn.ModuleList) and len(module) in units:  # stablelm: one norm a head
-            each = units[len(module)]
-            kept = [m for r in groups for m in list(module)[r.start * each : r.stop * each]]
-            for child in kept:
-                self._read_all(child)
-            module._modules = {str(j): m for j, m in enumerate(kept)}
-            return
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
-            rows = parameter.shape[0]
-            by_head = parameter.ndim == 2 and rows in units
-            over_heads = arch.qk_norm_over_heads and rows in {n * arch.head_dim for n in units}
-            full = f"{self._names[module]}.{name}"
-            if by_head or over_heads:
-                per_group = rows // arch.num_kv_heads
-                ranges = [Range(r.start * per_group, r.stop * per_group) for r in groups]
-                setattr(module, name, self._parameter(self.source.read(full, ranges=ranges)))
-            else:
-                setattr(module, name, self._parameter(self.source.read(full)))
-
     def _ffn(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
         arch, share = self.arch, self.spec.layers[i]
         modules = [getattr(layer, name) for name in self.layout.ffn]
@@ -393,14 +332,14 @@ class Shard:
                         remedy="use another model",
                     )
                 if cut is not None:
-                    self._cut(module, cut, share.columns, arch.ffn_dim, share.ffn_bias)
+                    self.reader.read_cut(module, cut, share.columns, arch.ffn_dim, share.ffn_bias)
                 elif hasattr(module, "gate_up_proj") and path.split(".")[-1] == "experts":
-                    self._experts(module, share.columns)
+                    self.reader.read_experts(module, share.columns)
                 else:
                     for p_name, parameter in list(module.named_parameters(recurse=False)):
                         if parameter.is_meta:  # a router: every holder needs all of it
                             full = f"{self._names[module]}.{p_name}"
-                            setattr(module, p_name, self._parameter(self.source.read(full)))
+                            setattr(module, p_name, self.reader.parameter(self.source.read(full)))
 
         def body(x_BTD: Tensor) -> Tensor:
             h = x_BTD
@@ -409,51 +348,3 @@ class Shard:
             return h[0] if isinstance(h, tuple) else h
 
         return body
-
-    def _experts(self, module: Any, held: tuple[Range, ...]) -> None:
-        experts = [e for r in held for e in range(r.start, r.stop)]
-        gate_up, down = self.source.read_experts(self._names[module], experts)
-        module.gate_up_proj, module.down_proj = self._parameter(gate_up), self._parameter(down)
-        module.num_experts = len(experts)
-        module._is_expert_parallel = True  # tells HF that an index past the end means "not here"
-        if len(experts) == self.arch.num_experts:
-            return
-        local = torch.full((self.arch.num_experts,), len(experts), dtype=torch.long)
-        local[torch.tensor(experts)] = torch.arange(len(experts))
-
-        def to_local(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, chosen, weights = args
-            mine = local.to(chosen.device)[chosen]
-            absent = mine == len(experts)  # HF skips this index; weight 0 guards the kernels that do not
-            return hidden, mine, weights.masked_fill(absent, 0.0)
-
-        module.register_forward_pre_hook(to_local)
-
-    def _cut(self, module: Any, cut: Cut, held: tuple[Range, ...], total: int, bias: bool) -> None:
-        name = self._names[module]
-        ranges = cut.ranges(held, total)
-        count = sum(r.count for r in ranges)
-        transposed = isinstance(module, Conv1D)
-        axis = (0 if cut.side == "out" else 1) ^ int(transposed)
-        module.weight = self._parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
-        if getattr(module, "bias", None) is not None:
-            if cut.side == "out":
-                module.bias = self._parameter(self.source.read(f"{name}.bias", ranges=ranges))
-            elif bias:
-                module.bias = self._parameter(self.source.read(f"{name}.bias"))
-            else:
-                module.bias = self._parameter(torch.zeros(module.bias.shape)) if transposed else None
-        if transposed:
-            setattr(module, "nf" if cut.side == "out" else "nx", count)
-        else:
-            setattr(module, "out_features" if cut.side == "out" else "in_features", count)
-
-    def _read_all(self, module: nn.Module) -> None:
-        for child in module.modules():
-            for name, parameter in list(child.named_parameters(recurse=False)):
-                if parameter.is_meta:
-                    full = f"{self._names[child]}.{name}"
-                    setattr(child, name, self._parameter(self.source.read(full)))
-
-    def _parameter(self, tensor: Tensor) -> nn.Parameter:
-        return nn.Parameter(tensor.to(self.dtype), requires_grad=False)

@@ -26,10 +26,11 @@ from splitray.placement import Placement, validate
 from splitray.route import Route, compile_route
 from splitray.runtime.crossing import tensor_of
 from splitray.runtime.fleet import Fleet
+from splitray.runtime.listener import dial
 from splitray.runtime.messages import DecodeOrder, LoadOrder, StepOrder, error_from_plain, shard_spec
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.shard_host import CALLER, DEADLINE_S
-from splitray.runtime.wire import Channel, Endpoint, Frame, Kind, dial
+from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
 from splitray.topology import DeviceId, Topology
 
 Runtime = Literal["local", "process", "ray"]

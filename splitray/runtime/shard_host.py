@@ -25,8 +25,9 @@ from splitray.model.source import Checkpoint
 from splitray.model.surgery import Shard
 from splitray.runtime.crossing import Crossing, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
+from splitray.runtime.listener import Listener, dial
 from splitray.runtime.messages import DecodeOrder, LoadOrder, StepOrder, error_to_plain
-from splitray.runtime.wire import Channel, Endpoint, Kind, Listener, Wire, dial
+from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
 
 CALLER = "caller"
 DEADLINE_S = 60.0

@@ -7,18 +7,14 @@ receive has a deadline. It knows peers by name and frames by key, and nothing of
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import select
 import socket
 import struct
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
 import msgpack
@@ -27,7 +23,6 @@ from splitray.errors import DeviceLost
 
 _PREFIX = struct.Struct("<IH")
 _BUFFER_BYTES = 1 << 16
-_HANDSHAKE_S = 10.0
 Payload = bytes | bytearray | memoryview
 
 
@@ -107,7 +102,7 @@ class Channel:
         self._start = self._end = 0
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _receive_timeout(sock, deadline_s)
+        receive_timeout(sock, deadline_s)
 
     def send(self, header: tuple[Any, ...], payload: Payload = b"") -> int:
         """Send a frame without ever blocking; what the socket does not take waits in the backlog.
@@ -162,7 +157,7 @@ class Channel:
 
     def wait_forever(self) -> None:
         """Lift the receive deadline: an idle device sleeps until its caller's next order."""
-        _receive_timeout(self.sock, 0.0)
+        receive_timeout(self.sock, 0.0)
 
     def read(self, *, block: bool = True) -> Frame | None:
         """The next frame, or None if `block` is False and no whole frame has come.
@@ -331,103 +326,8 @@ class Wire:
             channel.close()
 
 
-class Listener:
-    """Accepts authenticated connections in a thread that sleeps in accept."""
-
-    def __init__(self, *, token: bytes, host: str, deadline_s: float, accept: Callable[[Channel], None]) -> None:
-        """Listen on an abstract Unix socket and a free TCP port of `host`; `accept` gets each new channel."""
-        self._token, self._deadline_s, self._accept = token, deadline_s, accept
-        self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        name = f"splitray-{secrets.token_hex(12)}"
-        self._unix.bind(f"\0{name}")
-        self._tcp = socket.create_server((host, 0))
-        self._unix.listen(64)
-        self.endpoint = Endpoint(name, host, self._tcp.getsockname()[1])
-        self._wake, self._woken = os.pipe()
-        self._thread = threading.Thread(target=self._serve, name="splitray-accept", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            ready = select.select([self._unix.fileno(), self._tcp.fileno(), self._wake], [], [])[0]
-            if self._wake in ready:
-                return
-            for server in (self._unix, self._tcp):
-                if server.fileno() not in ready:
-                    continue
-                sock, _ = server.accept()
-                try:
-                    channel = _answer(sock, self._token, self._deadline_s)
-                except (OSError, EOFError, DeviceLost, ValueError, RuntimeError):
-                    sock.close()  # a stranger, or a peer that went away: the next one is served
-                    continue
-                self._accept(channel)
-
-    def close(self) -> None:
-        """Stop accepting and free the addresses."""
-        os.write(self._woken, b"x")
-        self._thread.join()
-        for sock in (self._unix, self._tcp):
-            sock.close()
-        os.close(self._wake)
-        os.close(self._woken)
-
-
-def dial(endpoint: Endpoint, *, me: str, peer: str, token: bytes, deadline_s: float) -> Channel:
-    """Connect to a device: by its Unix socket if it is on this node, by TCP otherwise.
-
-    Raises:
-        DeviceLost: nobody answers there, or the cluster's token is not shared.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(f"\0{endpoint.unix}")
-    except OSError:
-        sock.close()
-        try:
-            sock = socket.create_connection((endpoint.host, endpoint.port), timeout=_HANDSHAKE_S)
-        except OSError as error:
-            raise DeviceLost(f"cannot reach {peer} at {endpoint.host}:{endpoint.port}: {error}") from error
-        sock.settimeout(None)
-    try:
-        _receive_timeout(sock, _HANDSHAKE_S)
-        _challenge(sock, token, first=False)
-    except (OSError, EOFError, ValueError, RuntimeError) as error:
-        sock.close()
-        raise DeviceLost(f"{peer} refused the connection (another cluster's token?): {error!r}") from error
-    channel = Channel(sock, peer, deadline_s)
-    channel.send((int(Kind.HELLO), 0, 0, 0, 0, 0, "", ()), me.encode())
-    if channel.read() is None:
-        raise DeviceLost(f"{peer} did not answer")
-    return channel
-
-
-def _answer(sock: socket.socket, token: bytes, deadline_s: float) -> Channel:
-    _receive_timeout(sock, _HANDSHAKE_S)
-    _challenge(sock, token, first=True)
-    channel = Channel(sock, "", deadline_s)
-    hello = channel.read()
-    if hello is None or hello.kind != Kind.HELLO:
-        raise ValueError("no hello")
-    channel.peer = hello.payload.decode()
-    channel.send((int(Kind.HELLO), 0, 0, 0, 0, 0, "", ()))
-    return channel
-
-
-def _challenge(sock: socket.socket, token: bytes, *, first: bool) -> None:
-    """Both sides prove that they know the token (HMAC challenges of the standard library)."""
-    connection = Connection(os.dup(sock.fileno()))
-    steps = [deliver_challenge, answer_challenge]
-    try:
-        for step in steps if first else reversed(steps):
-            step(connection, token)
-    except Exception as error:  # AuthenticationError has no common base with OSError
-        raise ValueError(str(error)) from error
-    finally:
-        connection.close()
-
-
-def _receive_timeout(sock: socket.socket, seconds: float) -> None:
+def receive_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let a blocking receive give up after `seconds` (0: never)."""
     whole = int(seconds)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole, int((seconds - whole) * 1e6)))
 

@@ -8,8 +8,8 @@ from families import IDS, family_config
 from transformers import CONFIG_MAPPING
 
 from splitray.errors import ModelError
-from splitray.model import surgery
 from splitray.model.reading import read_arch
+from splitray.model.slice_reader import SliceReader
 from splitray.runtime import selftest
 from splitray.runtime.selftest import self_test
 
@@ -64,14 +64,14 @@ def test_a_post_norm_residual_layer_is_refused_with_the_reason():
 
 def test_the_self_test_refuses_a_model_that_does_not_come_out_exact(monkeypatch):
     monkeypatch.setattr(selftest, "_passed", {})
-    cut = surgery.Shard._cut
+    cut = SliceReader.read_cut
 
     def wrong(self, module, cut_, held, total, bias):
         cut(self, module, cut_, held, total, bias)
         if cut_.by == "columns" and cut_.side == "in":
             module.weight.data.mul_(1.05)
 
-    monkeypatch.setattr(surgery.Shard, "_cut", wrong)
+    monkeypatch.setattr(SliceReader, "read_cut", wrong)
     with pytest.raises(ModelError, match="difference of .* in the self-test"):
         self_test(family_config("llama"))
 

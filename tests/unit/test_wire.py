@@ -9,7 +9,8 @@ import time
 import pytest
 
 from splitray.errors import DeviceLost
-from splitray.runtime.wire import Channel, Endpoint, Key, Kind, Listener, StopRun, Wire, dial, new_token
+from splitray.runtime.listener import Listener, dial
+from splitray.runtime.wire import Channel, Endpoint, Key, Kind, StopRun, Wire, new_token
 
 
 def _pair(deadline_s: float = 5.0) -> tuple[Wire, Wire]:

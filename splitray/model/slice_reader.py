@@ -1,0 +1,142 @@
+"""Fills HF modules with slices: each parameter read from a source, cut to what one device holds.
+
+Knows modules and ranges, not layers' wiring, devices or the wire.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from splitray.arch import ModelArch, Range
+from splitray.model.slicing import Cut
+
+_LOCAL_COUNTS = ("num_heads", "num_attention_heads")
+
+
+class Source(Protocol):
+    """Where slices come from: model/source.py's Checkpoint, or a state dict in memory."""
+
+    bytes_read: int
+
+    def key(self, name: str) -> str | None:
+        """The source's key for a parameter, or None."""
+
+    def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
+        """A tensor or joined ranges of it."""
+
+    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fused gate_up and down weights of some experts."""
+
+
+class SliceReader:
+    """Reads the parameters of modules that were built on the meta device."""
+
+    def __init__(self, *, source: Source, names: Mapping[nn.Module, str], arch: ModelArch, dtype: torch.dtype) -> None:
+        """`names` gives each module's path in the whole model."""
+        self.source, self.names, self.arch, self.dtype = source, names, arch, dtype
+
+    def narrow_counts(self, attention: Any, held: int) -> None:
+        """Write the counts of the held heads on an attention module, wherever it keeps such a count."""
+        heads = held * self.arch.heads_per_group
+        module: Any  # counts live in attributes that nn.Module does not declare
+        for module in attention.modules():
+            values = vars(module)
+            for name in _LOCAL_COUNTS:
+                if name in values:
+                    setattr(module, name, heads)
+            if "num_key_value_heads" in values:
+                module.num_key_value_heads = held
+            if "split_size" in values:
+                module.split_size = heads * self.arch.head_dim
+            for name in ("embed_dim", "hidden_size"):
+                if name in values:
+                    setattr(module, name, heads * self.arch.head_dim)
+            if "config" in values:
+                config = copy.copy(module.config)
+                config.num_attention_heads = heads
+                if hasattr(config, "num_key_value_heads"):
+                    config.num_key_value_heads = held
+                module.config = config
+
+    def read_per_head(self, module: nn.Module, groups: tuple[Range, ...]) -> None:
+        """Read what the plan does not name inside attention: norms for each head are cut, others read whole."""
+        arch = self.arch
+        units = {arch.num_heads: arch.heads_per_group, arch.num_kv_heads: 1}
+        if isinstance(module, nn.ModuleList) and len(module) in units:  # stablelm: one norm a head
+            each = units[len(module)]
+            kept = [m for r in groups for m in list(module)[r.start * each : r.stop * each]]
+            for child in kept:
+                self.read_all(child)
+            module._modules = {str(j): m for j, m in enumerate(kept)}
+            return
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            rows = parameter.shape[0]
+            by_head = parameter.ndim == 2 and rows in units
+            over_heads = arch.qk_norm_over_heads and rows in {n * arch.head_dim for n in units}
+            full = f"{self.names[module]}.{name}"
+            if by_head or over_heads:
+                per_group = rows // arch.num_kv_heads
+                ranges = [Range(r.start * per_group, r.stop * per_group) for r in groups]
+                setattr(module, name, self.parameter(self.source.read(full, ranges=ranges)))
+            else:
+                setattr(module, name, self.parameter(self.source.read(full)))
+
+    def read_experts(self, module: Any, held: tuple[Range, ...]) -> None:
+        """Read some whole experts and translate the router's choices to them."""
+        experts = [e for r in held for e in range(r.start, r.stop)]
+        gate_up, down = self.source.read_experts(self.names[module], experts)
+        module.gate_up_proj, module.down_proj = self.parameter(gate_up), self.parameter(down)
+        module.num_experts = len(experts)
+        module._is_expert_parallel = True  # tells HF that an index past the end means "not here"
+        if len(experts) == self.arch.num_experts:
+            return
+        local = torch.full((self.arch.num_experts,), len(experts), dtype=torch.long)
+        local[torch.tensor(experts)] = torch.arange(len(experts))
+
+        def to_local(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, chosen, weights = args
+            mine = local.to(chosen.device)[chosen]
+            absent = mine == len(experts)  # HF skips this index; weight 0 guards the kernels that do not
+            return hidden, mine, weights.masked_fill(absent, 0.0)
+
+        module.register_forward_pre_hook(to_local)
+
+    def read_cut(self, module: Any, cut: Cut, held: tuple[Range, ...], total: int, bias: bool) -> None:
+        """Read the held part of a projection; `bias` says whether this device adds a row-parallel one's."""
+        name = self.names[module]
+        ranges = cut.ranges(held, total)
+        count = sum(r.count for r in ranges)
+        transposed = isinstance(module, Conv1D)
+        axis = (0 if cut.side == "out" else 1) ^ int(transposed)
+        module.weight = self.parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
+        if getattr(module, "bias", None) is not None:
+            if cut.side == "out":
+                module.bias = self.parameter(self.source.read(f"{name}.bias", ranges=ranges))
+            elif bias:
+                module.bias = self.parameter(self.source.read(f"{name}.bias"))
+            else:
+                module.bias = self.parameter(torch.zeros(module.bias.shape)) if transposed else None
+        if transposed:
+            setattr(module, "nf" if cut.side == "out" else "nx", count)
+        else:
+            setattr(module, "out_features" if cut.side == "out" else "in_features", count)
+
+    def read_all(self, module: nn.Module) -> None:
+        """Read every parameter of a module and its children whole."""
+        for child in module.modules():
+            for name, parameter in list(child.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    full = f"{self.names[child]}.{name}"
+                    setattr(child, name, self.parameter(self.source.read(full)))
+
+    def parameter(self, tensor: Tensor) -> nn.Parameter:
+        """A parameter of the shard's dtype that nobody trains."""
+        return nn.Parameter(tensor.to(self.dtype), requires_grad=False)
