@@ -24,7 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from splitray.errors import DeviceLost, InputError
-from splitray.local_ray import StartFailed
+from splitray.local_ray import StartFailed, Terminated
 
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _QUIET = {
@@ -51,10 +51,6 @@ Seed = Annotated[int, typer.Option(help="Of planner and sampling.", metavar="N")
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 
 
-class Terminated(SystemExit):
-    """SIGTERM leaves as Ctrl-C does: through every cleanup."""
-
-
 class Commands(TyperGroup):
     """Turns every error into one paragraph on stderr, a document on stdout with --json, and an exit code."""
 
@@ -71,13 +67,13 @@ class Commands(TyperGroup):
             _fail(MISUSED, error, text, as_json, facts)
         except typer.TyperException as error:
             path = getattr(getattr(error, "ctx", None), "command_path", "splitray")
-            text = f"{error.format_message()} See `{path} --help`."
+            text = f"{error.format_message().removesuffix('.')}. See `{path} --help`."
             _fail(error.exit_code, error, text, as_json)
         except (DeviceLost, StartFailed) as error:
             _fail(FAILED, error, f"{error}", as_json)
         except KeyboardInterrupt as error:
             _fail(INTERRUPTED, error, "interrupted; everything that was started has been stopped", as_json)
-        except SystemExit as error:  # ours, or that of Ray's own handler while Ray starts
+        except Terminated as error:
             _fail(TERMINATED, error, "terminated; everything that was started has been stopped", as_json)
         except BrokenPipeError as error:
             sys.stdout.flush()  # breaks again if it was our reader who left, as `head` does: then typer ends quietly
@@ -236,7 +232,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(each, _leave_now)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise Terminated(TERMINATED)
+    raise Terminated
 
 
 def _leave_now(number: int, frame: FrameType | None) -> NoReturn:

@@ -74,7 +74,7 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
     started = time.monotonic()
     if out is not None:
         _make_folder(out)
-    _say(console, "One language model over an edge device and a cloud worker, split inside its layers.\n")
+    _say(console, "One language model on an edge device and a cloud worker, split inside layers.\n")
     topology = Topology.uniform(2)
     references: list[Reference] = []
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
 
 def _actors(url: str, topology: Topology) -> str:
     pids = {device: facts["pid"] for device, facts in _get(url, "/v1/stats")["devices"].items()}
-    return " and ".join(f"{d.id} ({d.tier.capitalize()}Actor, process {pids[d.id]})" for d in topology.devices)
+    return " and ".join(f"{d.tier.capitalize()}Actor {d.id} (pid {pids[d.id]})" for d in topology.devices)
 
 
 def uneven_placement(arch: ModelArch, topology: Topology) -> Placement:

@@ -46,6 +46,10 @@ class StartFailed(RuntimeError):  # noqa: N818 - a state of the world, like Devi
     """Ray or Serve did not come up on this machine."""
 
 
+class Terminated(SystemExit):
+    """SIGTERM: leaves as Ctrl-C does, through every cleanup."""
+
+
 def running_cluster() -> str | None:
     """The address of RAY_ADDRESS, or of the last `ray start` on this machine if something listens there.
 
@@ -126,6 +130,8 @@ def private_ray(topology: Topology) -> Iterator[None]:
                     _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                 )
+            except SystemExit as error:  # while Ray starts, its own handler of SIGTERM stands in for ours
+                raise Terminated from error
             except (RuntimeError, OSError, ValueError) as error:
                 remedy = "run `splitray doctor`; a busy machine may only need another try"
                 raise StartFailed(f"Ray did not start: {_last_line(str(error))}; {remedy}") from error

@@ -153,7 +153,7 @@ def _legend(placement: Placement, arch: ModelArch, topology: Topology, marks: _M
             share_text(weights[device], arch.num_params * arch.dtype_bytes),
         )
     notes = [
-        Text.assemble(marks.block([holders] * 3, 1), f" a full copy on each of {', '.join(holders)}")
+        Text.assemble(" ", marks.block([holders] * 3, 1), f" a full copy on each of {', '.join(holders)}")
         for holders in marks.copies
     ]
     return Group(table, *notes)

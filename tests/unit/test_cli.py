@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from splitray.cli import app
+from splitray.demo import Answer, Reference, difference
 from splitray.runtime.engine import Engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -387,3 +388,22 @@ def test_serve_refuses_a_port_that_is_taken() -> None:
         result = run("serve", "--port", taken.getsockname()[1])
     assert result.exit_code == 2
     assert "--port" in result.stderr
+
+
+REFERENCE = Reference(token_ids=(4, 5, 0), pieces=(" a", " cat"))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "num_tokens", "words"),
+    [
+        ((" a", " cat"), 3, None),
+        ((" a", " hat"), 3, "piece 1 of the text is ' hat' and not ' cat'"),
+        ((" a",), 2, "2 came and not 3"),
+        ((" a", " cat"), 2, "2 came and not 3"),
+        ((" a", " cat", " sat"), 3, "tokens differ"),
+    ],
+    ids=["the same", "another word", "too short", "no end of sequence", "too long"],
+)
+def test_the_demo_names_the_first_difference(pieces: tuple[str, ...], num_tokens: int, words: str | None) -> None:
+    found = difference(Answer(pieces=pieces, num_tokens=num_tokens, ttft_s=0.1, tpot_s=None), REFERENCE)
+    assert found is None if words is None else words in str(found)

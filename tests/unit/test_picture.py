@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from splitray.arch import ModelArch
-from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.demo import uneven_placement
+from splitray.placement import LayerPlacement, Placement, Shares, validate
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import BLOCK_CELLS, cells, placement_picture, rows
 from splitray.report.quantities import bytes_text, seconds_text, share_text
@@ -49,11 +50,11 @@ def test_letters_alone_tell_every_piece_and_its_copies() -> None:
         f"   layer 1  A  B  B  B   {'A' * 8}{'B' * 24}",
         f"      head {'A' * 23}{'B' * 23}",
     ]
-    assert lines[-1] == "### a full copy on each of edge0, cloud0"
+    assert lines[-1] == " ### a full copy on each of edge0, cloud0"
 
 
 def test_the_legend_gives_each_device_its_shares_and_bytes() -> None:
-    legend = {line.split()[1]: line.split()[2:] for line in drawn(arch()).splitlines() if line.startswith("  ")}
+    legend = {line.split()[1]: line.split()[2:] for line in drawn(arch()).splitlines() if "%" in line}
     assert legend["edge0"] == ["edge", "62", "%", "25", "%", "50", "%", "344", "kB", "62", "%"]
     assert legend["cloud0"][:7] == ["cloud", "88", "%", "75", "%", "50", "%"]
 
@@ -101,6 +102,22 @@ def test_the_svg_needs_no_network() -> None:
     assert "@font-face" not in svg
     assert "url(http" not in svg and 'url("http' not in svg
     assert "#e69f00" in svg and "#0072b2" in svg
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_heads": 1, "num_kv_heads": 1}, {"parallel_block": True}, {"ffn_dim": 3, "num_experts": 3}, {"vocab": 2}],
+    ids=str,
+)
+def test_the_placement_of_the_demo_is_valid_and_uneven(changes: dict[str, object]) -> None:
+    of = arch(**changes)
+    topology = Topology.uniform(2)
+    chosen = uneven_placement(of, topology)
+    validate(chosen, of, topology)
+    assert chosen.embedding == (EDGE,)
+    last = chosen.layers[-1]
+    assert last.ffn.count(EDGE) < last.ffn.count(CLOUD)
+    assert last.attention.count(EDGE) < last.attention.count(CLOUD)
 
 
 @pytest.mark.parametrize(
