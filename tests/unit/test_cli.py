@@ -322,7 +322,8 @@ def _start(*arguments: object) -> subprocess.Popen[str]:
 def test_as_a_program_it_prints_one_document_and_not_a_word_more(
     model: Path, greedy: tuple[list[int], list[int]]
 ) -> None:
-    with _start("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NUM_NEW, "--json") as program:
+    options = ("--prompt", PROMPT, "--max-new-tokens", NUM_NEW, "--devices", 1, "--json")
+    with _start("generate", "--model", model, *options) as program:
         out, err = program.communicate(timeout=100)
     assert (program.returncode, err) == (0, "")
     document = json.loads(out)
