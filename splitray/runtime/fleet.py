@@ -108,17 +108,21 @@ class ProcessFleet:
             )
             self._processes[device.id] = process
             assert process.stdin is not None, "stdin is a pipe"
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already: reading its endpoint says so
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+                process.stdin.flush()
         return {device.id: self._endpoint(device.id) for device in devices}
 
     def _endpoint(self, device: str) -> Endpoint:
         process = self._processes[device]
         assert process.stdout is not None, "stdout is a pipe"
         timer = threading.Timer(_START_S, process.kill)
+        timer.daemon = True
         timer.start()
-        line = process.stdout.readline()
-        timer.cancel()
+        try:
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
         if not line:
             code = process.wait()
             self.close()

@@ -11,26 +11,22 @@ import threading
 def main() -> None:
     """Serve one device. The end of stdin means that the parent is gone: then this process ends at once."""
     order = json.loads(sys.stdin.readline())
+
+    def leave_with_parent() -> None:
+        sys.stdin.read()
+        os._exit(0)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()  # before the slow imports: a parent may not wait
     import torch
 
     from splitray.runtime.shard_host import ShardHost
 
     torch.set_num_threads(order["threads"])
     host = ShardHost(order["device"], token=bytes.fromhex(order["token"]), deadline_s=order["deadline_s"])
-    sys.stdout.write(json.dumps(list(vars_of(host.endpoint))) + "\n")
+    sys.stdout.write(json.dumps([host.endpoint.unix, host.endpoint.host, host.endpoint.port]) + "\n")
     sys.stdout.flush()
 
-    def leave_with_parent() -> None:
-        sys.stdin.read()
-        os._exit(0)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
     host.serve()
-
-
-def vars_of(endpoint: object) -> tuple[object, ...]:
-    """An endpoint's fields in order."""
-    return tuple(getattr(endpoint, name) for name in ("unix", "host", "port"))
 
 
 if __name__ == "__main__":
