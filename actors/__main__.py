@@ -13,9 +13,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from splitray.errors import DeviceLost, InputError
+
+if TYPE_CHECKING:
+    from splitray.runtime.fleet import Fleet
 
 _LOOK_S = 1.0  # how often an idle command looks whether its devices live
 
@@ -24,10 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    interrupt = Interrupt()
+    signal.signal(signal.SIGINT, interrupt)
     try:
         # Ray's threads report on stdout, which with --json is for the document alone.
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            _run(options, document_to=sys.__stdout__ or sys.stdout)
+            _run(options, interrupt, document_to=sys.__stdout__ or sys.stdout)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,7 +63,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, *, document_to: TextIO) -> None:
+class Interrupt:
+    """Ctrl-C, remembered: where Python runs a callback of a library, the exception alone would be lost."""
+
+    def __init__(self) -> None:
+        self._came = threading.Event()
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Be the handler of SIGINT."""
+        self._came.set()
+        raise KeyboardInterrupt
+
+    def wait(self, timeout_s: float = 0.0) -> None:
+        """Let time pass.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came, now or before.
+        """
+        if self._came.wait(timeout_s):
+            raise KeyboardInterrupt
+
+
+def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: TextIO) -> None:
     # Imported here, so that --help and a wrong option answer at once.
     from actors.fleet import RayFleet
     from actors.roster import pieces, roster
@@ -77,6 +103,7 @@ def _run(options: argparse.Namespace, *, document_to: TextIO) -> None:
         fleet=fleet,
         progress=lambda what: print(f"{what} ...", file=sys.stderr),
     ) as engine:
+        interrupt.wait()
         stats = engine.stats()
         print(roster(engine.placement, fleet.seats, stats), flush=True)
         document: dict[str, Any] = {"devices": {d: {"weight_bytes": s["weight_bytes"]} for d, s in stats.items()}}
@@ -85,6 +112,7 @@ def _run(options: argparse.Namespace, *, document_to: TextIO) -> None:
             for token_id in engine.stream(prompt_ids, sampling):
                 token_ids.append(token_id)
                 print(token_id, end=" ", flush=True)
+                interrupt.wait()
             assert engine.report is not None, "a finished run has a report"
             text = engine.tokenizer.decode(token_ids, skip_special_tokens=True) if engine.tokenizer else None
             print("" if text is None else f"\n{text}")
@@ -102,16 +130,13 @@ def _run(options: argparse.Namespace, *, document_to: TextIO) -> None:
             print(json.dumps(document), file=document_to, flush=True)
         if prompt_ids is None:
             print("the devices are loaded and stay until Ctrl-C; `ray list actors` shows them", flush=True)
-            _stay(fleet)
+            _stay(fleet, interrupt)
 
 
-def _stay(fleet: Any) -> NoReturn:
-    nobody = threading.Event()
-    while not nobody.wait(_LOOK_S):
-        dead = fleet.dead()
-        if dead:
-            raise DeviceLost("; ".join(f"{device}: {why}" for device, why in dead.items()))
-    raise AssertionError("nobody sets this event")
+def _stay(fleet: Fleet, interrupt: Interrupt) -> None:
+    while not (dead := fleet.dead()):
+        interrupt.wait(_LOOK_S)
+    raise DeviceLost("; ".join(f"{device}: {why}" for device, why in dead.items()))
 
 
 def _prompt_ids(options: argparse.Namespace) -> list[int] | None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import ClassVar
 
+import psutil
 import ray
 from ray._private.services import get_ray_address_from_environment
 
@@ -131,6 +132,7 @@ def _start_local(namespace: str | None) -> None:
     # The paths of Ray's sockets must stay under 108 characters.
     root = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_ROOT else None
     folder = tempfile.TemporaryDirectory(prefix="ray-", dir=root, ignore_cleanup_errors=True)
+    before = set(psutil.Process().children(recursive=True))
     try:
         ray.init(
             address=LOCAL,
@@ -142,10 +144,21 @@ def _start_local(namespace: str | None) -> None:
             logging_level=logging.ERROR,
             _temp_dir=folder.name,
         )
-    except Exception as error:  # Ray raises a bare Exception if a slow machine misses its start deadline of 30 s
+    except BaseException as error:  # Ctrl-C too: a Ray that is half started does not end itself
+        ray.shutdown()
+        _kill([p for p in psutil.Process().children(recursive=True) if p not in before])
         folder.cleanup()
-        raise DeviceLost(f"Ray did not start on this machine: {_first_line(error)}") from error
+        if isinstance(error, Exception):  # a bare one if a slow machine misses Ray's start deadline of 30 s
+            raise DeviceLost(f"Ray did not start on this machine: {_first_line(error)}") from error
+        raise
     Membership._local_dir = folder
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_ANSWER_S)
 
 
 def _disconnect() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import yaml
 from conformance import FFN_2, GROUPS, HEADS_3, PROMPT, SOON_S, eventually, expected, on, placed, small_model
 from transformers import PreTrainedModel
 
-from actors.__main__ import _stay, main
+from actors.__main__ import Interrupt, _stay, main
 from actors.cluster import Membership
 from actors.roster import pieces
 
@@ -99,7 +100,7 @@ class DyingFleet:
 
 def test_a_device_that_dies_ends_a_waiting_command_with_its_reason(monkeypatch, capsys) -> None:
     monkeypatch.setattr("actors.__main__._LOOK_S", 0.01)
-    monkeypatch.setattr("actors.__main__._run", lambda *_, **__: _stay(DyingFleet()))
+    monkeypatch.setattr("actors.__main__._run", lambda *_, **__: _stay(DyingFleet(), Interrupt()))
     assert run("--model", "tiny", "--topology", "any.yaml") == 1
     assert capsys.readouterr().err == "a device was lost: edge0: its actor died: for a reason\n"
 
@@ -146,12 +147,23 @@ def test_bad_input_is_told_with_a_remedy_and_exit_code_2(arguments, says, model,
 
 
 def run(*arguments: str) -> int:
-    """The command in this process, whose SIGTERM handler it leaves as it was."""
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    """The command in this process, whose signal handlers it leaves as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return main(arguments)
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_ctrl_c_counts_although_a_callback_has_swallowed_it(monkeypatch) -> None:
+    def swallowed(_: object, interrupt: Interrupt, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        interrupt.wait()
+
+    monkeypatch.setattr("actors.__main__._run", swallowed)
+    assert run("--model", "tiny", "--topology", "any.yaml") == 130
 
 
 def test_pieces_name_what_a_device_holds_with_equal_layers_in_one_line() -> None:
