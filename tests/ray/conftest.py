@@ -16,7 +16,7 @@ EDGES = {"edge": 2}
 OWN = {"edge1": 1}  # a resource with a device's id: only that device sits there
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def nodes() -> Iterator[RayNodes]:
     """Three node processes: clouds, edges, and one that only edge1 may use. This process is in their cluster."""
     from actors.cluster import Membership

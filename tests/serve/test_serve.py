@@ -25,6 +25,7 @@ def url() -> Iterator[str]:
     import ray
     from ray import serve
 
+    ray.shutdown()  # of the cluster that the tests of the fleets may still hold this process in
     before = set(psutil.Process().children(recursive=True))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
