@@ -67,6 +67,7 @@ class ShardHost:
             self.caller = channel
             self._serve(channel)
             channel.close()
+            self._forget()
             if once:
                 break
         self._release()
@@ -79,11 +80,16 @@ class ShardHost:
 
     def _release(self) -> None:
         self._listener.close()
-        self.wire.close()
+        self._forget()
         while not self._callers.empty():
             left = self._callers.get()
             if left is not None:
                 left.close()
+
+    def _forget(self) -> None:
+        """Leave nothing of one caller's model, sessions and peers to the next one."""
+        self.wire.close()
+        self.wire.channels.clear()
         self._caches.clear()
         self.shard = None
 
