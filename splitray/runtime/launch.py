@@ -144,8 +144,7 @@ def launch_engine(
         InputError: something asked for cannot be; says what.
         DeviceLost: a device did not come up.
     """
-    if runtime not in RUNTIMES:
-        make_fleet(runtime)
+    fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
     progress("reading and testing the model")
     arch, layout, lean = read_model(model, dtype=dtype)
@@ -153,7 +152,7 @@ def launch_engine(
     chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
     progress("starting the devices and loading their slices")
     return Engine(
-        fleet=fleet or make_fleet(runtime),
+        fleet=fleet,
         model_path=model_path(model).resolve(),
         arch=arch,
         layout=layout,

@@ -62,7 +62,6 @@ def test_the_placement_example_is_valid_for_its_model_and_its_topology() -> None
     compile_route(placement, TINY, topology)
 
 
-@pytest.mark.skipif(not SHIPPED_CONFIG.exists(), reason="the shipped model is not in the tree")
 def test_the_example_s_model_is_the_shipped_one() -> None:
     config = json.loads(SHIPPED_CONFIG.read_text(encoding="utf-8"))
     shipped = {
