@@ -15,7 +15,7 @@ from torch import Tensor
 from splitray.arch import ModelArch
 from splitray.model.split_layer import Array
 from splitray.route import Route
-from splitray.runtime.wire import Frame, Key, Kind, Wire
+from splitray.runtime.wire import Frame, Key, Kind, Wire, frame_start
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
                 "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
@@ -49,11 +49,8 @@ class _Plan:
     state_from: str | None
     parts: tuple[str, ...]
     into_head: bool
-
-    @property
-    def row_to(self) -> tuple[str, ...]:
-        """Whom this device sends a row: its partial, or the state."""
-        return self.partial_to if self.partitioned else self.state_to
+    row_to: tuple[str, ...]
+    """Whom this device sends a row: its partial, or the state."""
 
 
 class Crossing:
@@ -70,7 +67,7 @@ class Crossing:
             for b in route.boundaries if b.inner and any(m.source == me for m in b.messages)
         }  # fmt: skip
         self._holders = {b.index: [d for d in b.devices] for b in route.sub_blocks}
-        self._dtype = arch.dtype
+        self._hidden = arch.hidden_dim
         targets = [m.target for b in route.boundaries for m in b.messages if m.source == me]
         self.targets = tuple(dict.fromkeys(targets))
 
@@ -93,6 +90,7 @@ class Crossing:
             state_from=state_from[0] if state_from else None,
             parts=tuple(here.devices) if partitioned and self.me in there.devices else (),
             into_head=there.kind == "head",
+            row_to=to("partial") if partitioned else to("state"),
         )
 
     def cross(
@@ -171,24 +169,30 @@ class Crossing:
                 self.send_row(peer, index, mine)
         if plan.parts:
             total: Array | None = None
-            for peer in plan.parts:
+            for peer in plan.parts:  # two or more, so the sum is no view of what a channel received
                 part = mine if peer == self.me else self.receive_row(peer, index)
                 assert part is not None, "own partial exists for a holder"
                 total = part if total is None else total + part
             return total
         if plan.partitioned:
             return None
-        return mine if plan.state_from is None else self.receive_row(plan.state_from, index)
+        return mine if plan.state_from is None else self.receive_row(plan.state_from, index).copy()
 
     def send_row(self, peer: str, index: int, row_D: Array | None) -> None:
         """Send one row to a peer across the boundary of `index`."""
         assert row_D is not None, "a holder has a row"
-        header = self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, len(row_D)))
-        self.wire.send(peer, header, row_D.data.cast("B"))
+        self.wire.put(peer, self._row_start(index, len(row_D)), row_D.data.cast("B"))
 
     def receive_row(self, peer: str, index: int) -> Array:
-        """Receive one row from a peer across the boundary of `index`."""
-        return np.frombuffer(self._frame(peer, index, inner=False).payload, np.float32)
+        """Receive one row from a peer across the boundary of `index`; valid until the next receive from it."""
+        step, hidden = self.step, self._hidden
+        key = Key(step.attempt, step.position, 2 * index + 1)
+        payload = self.wire.receive_expected(peer, key, self._row_start(index, hidden), 4 * hidden)
+        return np.frombuffer(payload, np.float32)
+
+    def _row_start(self, index: int, hidden: int) -> bytes:
+        header = self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, hidden))
+        return frame_start(header, 4 * hidden)
 
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
         """Sum a small tensor over the holders of a partitioned sub-block, in device order on every one."""
