@@ -141,10 +141,10 @@ def card_scores(card: str) -> tuple[float, float]:
     return float(neural[1]), float(ngram[1])
 
 
-def test_shipped_card_gives_both_scores_and_says_in_words_who_is_ahead():
+def test_shipped_card_gives_both_scores_and_the_model_is_clearly_ahead():
     card = (SHIPPED / "MODEL_CARD.md").read_text(encoding="utf-8")
     neural, ngram = card_scores(card)
-    assert 0.5 < neural < 8 and 0.5 < ngram < 8
+    assert 0.5 < neural < 0.95 * ngram < 8
     lead = 100 * (1 - neural / ngram)
     assert f"{abs(lead):.1f}%" in card.replace(" %", "%")
     assert "/home/" not in card and "/work/" not in card and "/tmp/" not in card
