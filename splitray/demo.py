@@ -32,7 +32,7 @@ from splitray.report.quantities import bytes_text
 from splitray.report.run import run_document, run_table
 from splitray.topology import Topology
 
-PROMPT = "The list of"
+PROMPT = "Return the"
 NEW_TOKENS = 48
 IDENTICAL = "tokens identical to transformers"
 _MODEL_NAME = "demo"

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
-PROMPT = "The list of"
+PROMPT = "Return the"
 NUM_NEW = 24
 
 
