@@ -11,6 +11,7 @@ Shapes: D hidden, H heads here, G KV groups here, R = H / G, d head_dim, S posit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,16 @@ def _transpose(linears: Sequence[nn.Linear]) -> tuple[Array, Array | None]:
         rows = module.weight.shape[0]
         joint[:, at : at + rows] = module.weight.t()
         module.weight = nn.Parameter(joint[:, at : at + rows].t(), requires_grad=False)
+        module.forward = partial(_multiply, joint.numpy()[:, at : at + rows], module.bias)  # type: ignore[method-assign]
         at += rows
     biases: list[Tensor] = [m.bias for m in linears if m.bias is not None]
     return joint.numpy(), _array(torch.cat(biases)) if biases else None
+
+
+def _multiply(weight_IO: Array, bias_O: Tensor | None, x_BTI: Tensor) -> Tensor:
+    """What the linear computes, for prompts and batches too: OpenBLAS multiplies a sixth faster than torch on a core."""
+    y = torch.from_numpy(x_BTI.reshape(-1, weight_IO.shape[0]).numpy() @ weight_IO)
+    return (y if bias_O is None else y.add_(bias_O)).view(*x_BTI.shape[:-1], weight_IO.shape[1])
 
 
 def _head(head: Any, embedding: nn.Embedding | None) -> tuple[Array | None, Array | None]:
