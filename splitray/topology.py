@@ -27,6 +27,9 @@ class Device:
     active_w: float = 0.0
     radio_w: float = 0.0
     price_per_s: float = 0.0
+    compute_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    launch_s: float = 0.0
     torch_device: str = "cpu"
     model_path: str | None = None
 
@@ -46,7 +49,15 @@ class Device:
                     actual=getattr(self, name),
                     remedy=f"give the device's {name}",
                 )
-        for name in ("idle_w", "active_w", "radio_w", "price_per_s"):
+        for name in ("compute_efficiency", "memory_efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise TopologyError(
+                    f"device {self.id}: {name}",
+                    expected="a fraction of the peak rate, above 0 and at most 1",
+                    actual=getattr(self, name),
+                    remedy="correct it, or run `splitray profile`",
+                )
+        for name in ("idle_w", "active_w", "radio_w", "price_per_s", "launch_s"):
             if not getattr(self, name) >= 0:
                 raise TopologyError(
                     f"device {self.id}: {name}",

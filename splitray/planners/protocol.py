@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from splitray.arch import ModelArch
 from splitray.placement import Placement
+from splitray.queues import QueueState
 from splitray.topology import DeviceId, Topology
 
 
@@ -15,13 +16,19 @@ class ClusterState:
     """Everything a planner may look at; it goes in as an argument and nothing else does.
 
     `context_tokens` are the tokens whose KV cache must fit beside the weights, summed over the sequences of a
-    batch. `current` is the active placement, None before the first one.
+    batch. `current` is the active placement, None before the first one. `interval_tokens` are the tokens until the
+    next decision, over which a migration must pay. `average` is the topology with the mean rates of the whole run,
+    for planners that decide once; None where nothing is known but the present.
     """
 
     arch: ModelArch
     topology: Topology
     context_tokens: int = 0
     current: Placement | None = None
+    interval_tokens: int = 64
+    slot_s: float = 1.0
+    queues: QueueState = QueueState()
+    average: Topology | None = None
 
     @property
     def pinned_embedding(self) -> DeviceId | None:
@@ -32,6 +39,15 @@ class ClusterState:
     def pinned_head(self) -> DeviceId | None:
         """The origin where it must hold the head, else None."""
         return self.topology.origin if self.topology.origin_holds == "embedding_and_head" else None
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A planner that learns from what its last placement cost; the executor tells it after each interval."""
+
+    def observe(self, state: ClusterState, placement: Placement, *, tpot_s: float, energy_j_per_token: float) -> None:
+        """Take in the outcome of one interval."""
+        ...
 
 
 class Planner(Protocol):
