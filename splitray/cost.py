@@ -4,8 +4,8 @@ A placement becomes a `Load` (bytes, operations and messages, no seconds), a top
 runs one clock a device over the route. All three carry a leading axis N, so that a simulator prices many instances at
 once; a single placement has N = 1. FLOPs count a multiply-add as two. Equation numbers are those of SPEC section 1.
 
-Shapes: N instances, B stages (sub-blocks in order, an inner boundary a stage of its own), D devices. A matrix [.., D, D]
-is indexed [source, target].
+Shapes: N instances, B stages (sub-blocks in order, an inner boundary a stage of its own), D devices. A matrix
+[.., D, D] is indexed [source, target].
 """
 
 from __future__ import annotations
@@ -226,9 +226,7 @@ def step_cost(
         time_model: `flops` ignores memory bandwidth, as SPEC 4 does; real devices follow the roofline (1.14).
     """
     n, (num_stages, num_devices) = load.num_instances, load.flops.shape[1:]
-    work = work_s(
-        load, rates, context_tokens=context_tokens, new_tokens=new_tokens, batch=batch, time_model=time_model
-    )
+    work = work_s(load, rates, context_tokens=context_tokens, new_tokens=new_tokens, batch=batch, time_model=time_model)
     tokens = _column(np.asarray(new_tokens) * np.asarray(batch), 4)
     payload = load.position_bytes * tokens + load.sequence_bytes * _column(batch, 4)
     with np.errstate(divide="ignore", invalid="ignore"):

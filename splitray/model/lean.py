@@ -88,7 +88,7 @@ def _transpose(linears: Sequence[nn.Linear]) -> tuple[Array, Array | None]:
 
 
 def _multiply(weight_IO: Array, bias_O: Tensor | None, x_BTI: Tensor) -> Tensor:
-    """What the linear computes, for prompts and batches too: OpenBLAS multiplies a sixth faster than torch on a core."""
+    """What the linear computes, for prompts and batches too: OpenBLAS multiplies a sixth faster than torch here."""
     y = torch.from_numpy(x_BTI.reshape(-1, weight_IO.shape[0]).numpy() @ weight_IO)
     return (y if bias_O is None else y.add_(bias_O)).view(*x_BTI.shape[:-1], weight_IO.shape[1])
 
