@@ -56,12 +56,14 @@ class Load:
 
     def take(self, rows: Any) -> Load:
         """The instances that a numpy index of the first axis selects."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
+        taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
+        return replace(self, **taken)
 
     @staticmethod
     def stack(loads: Sequence[Load]) -> Load:
         """Loads of one arch and topology side by side."""
-        return replace(loads[0], **{n: np.concatenate([getattr(x, n) for x in loads]) for n in _ARRAYS})
+        joined: dict[str, Any] = {n: np.concatenate([getattr(x, n) for x in loads]) for n in _ARRAYS}
+        return replace(loads[0], **joined)
 
 
 _ARRAYS = (
@@ -231,7 +233,7 @@ def step_cost(
     payload = load.position_bytes * tokens + load.sequence_bytes * _column(batch, 4)
     with np.errstate(divide="ignore", invalid="ignore"):
         transfer = np.where(load.sends, payload / rates.link_bytes_per_s[:, None], 0.0)
-    active = load.sends.any(axis=(0, 3))  # [B, D]: whoever sends in any instance
+    active: NDArray[np.bool_] = np.any(load.sends, axis=(0, 3))  # [B, D]: whoever sends in any instance
     media = {s: _groups(rates.medium[s]) for s in range(num_devices)}
     clock = np.zeros((n, num_devices))
     for stage in range(num_stages):
@@ -241,7 +243,7 @@ def step_cost(
             continue
         arrival, free = clock.copy(), np.full((n, num_devices), -np.inf)
         medium_free: dict[int, Floats] = {}
-        for s in senders:
+        for s in map(int, senders):
             sends, busy = load.sends[:, stage, s], transfer[:, stage, s]
             for group, targets in media[s]:
                 begin = clock[:, s]
