@@ -241,7 +241,7 @@ def step_cost(
         senders = np.flatnonzero(active[stage])
         if not len(senders):
             continue
-        arrival, free = clock.copy(), np.full((n, num_devices), -np.inf)
+        arrival, free = clock.copy(), np.zeros((n, num_devices))
         medium_free: dict[int, Floats] = {}
         for s in map(int, senders):
             sends, busy = load.sends[:, stage, s], transfer[:, stage, s]
