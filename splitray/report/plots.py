@@ -1,0 +1,148 @@
+"""Plots of a simulation that a person can read. Knows the document of `splitray simulate`, and no planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Samples = Mapping[str, Sequence[float]]
+_COLOURS = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
+_GREY = "0.4"
+
+
+def latency_plot(latency_s: Samples) -> Figure:
+    """The share of requests answered within a time, a line a planner; time on a logarithmic axis."""
+    figure, axes = _figure("Latency of requests", "seconds from arrival to the last token", "share of requests")
+    for colour, (name, values) in zip(_colours(), latency_s.items(), strict=False):
+        ordered = np.sort(np.asarray(values, float))
+        if not len(ordered):
+            continue
+        share = np.arange(1, len(ordered) + 1) / len(ordered)
+        axes.step(ordered, share, where="post", color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1.01)
+    _legend(axes)
+    return figure
+
+
+def backlog_plot(time_s: Sequence[float], backlog_tokens: Samples) -> Figure:
+    """Output tokens waited for over time, a line a planner."""
+    figure, axes = _figure("Backlog", "time, s", "output tokens waited for")
+    for colour, (name, values) in zip(_colours(), backlog_tokens.items(), strict=False):
+        axes.plot(time_s, values, color=colour, label=name, linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def placement_plot(
+    name: str,
+    time_s: Sequence[float],
+    share_LT: Sequence[Sequence[float]],
+    bandwidth_bytes_per_s: Sequence[float],
+    device: str,
+) -> Figure:
+    """What share of each layer a device holds over time, below the bandwidth that the planner saw.
+
+    Args:
+        name: of the planner.
+        time_s: beginning of each slot, [T].
+        share_LT: share of the layer's weights on the device, layers by slots.
+        bandwidth_bytes_per_s: of the link, [T].
+        device: whose share it is.
+    """
+    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, map_axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
+    top.plot(time_s, np.asarray(bandwidth_bytes_per_s) * 8e-6, color=_GREY, linewidth=1)
+    top.set_ylabel("Mbit/s")
+    top.set_ylim(bottom=0)
+    top.set_title(f"{name}: share of each layer on {device}", loc="left")
+    step = time_s[1] - time_s[0] if len(time_s) > 1 else 1.0
+    layers = len(share_LT)
+    image = map_axes.imshow(
+        np.asarray(share_LT, float), aspect="auto", origin="lower", interpolation="nearest", cmap="cividis",
+        vmin=0, vmax=1, extent=(time_s[0], time_s[-1] + step, 0, layers),
+    )  # fmt: skip
+    map_axes.set_ylabel("layer")
+    map_axes.set_xlabel("time, s")
+    figure.colorbar(image, ax=map_axes, label=f"share on {device}", fraction=0.04, pad=0.01)
+    _plain(top)
+    return figure
+
+
+def energy_plot(energy_j: Mapping[str, float]) -> Figure:
+    """Energy of a request, a bar a planner, least first."""
+    ordered = sorted(energy_j.items(), key=lambda item: item[1])
+    figure, axes = _figure("Energy of a request", "joule", "")
+    bars = axes.barh([n for n, _ in ordered], [e for _, e in ordered], color=_COLOURS[0])
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    return figure
+
+
+def front_plot(latency_s: Mapping[str, float], energy_j: Mapping[str, float]) -> Figure:
+    """Mean latency against energy; planners that none beats in both are joined by a line."""
+    figure, axes = _figure("Latency against energy", "mean seconds of a request", "joule of a request")
+    names = [n for n in latency_s if np.isfinite(latency_s[n]) and np.isfinite(energy_j[n])]
+    front = pareto_front([(latency_s[n], energy_j[n]) for n in names])
+    axes.plot([p[0] for p in front], [p[1] for p in front], color=_GREY, linewidth=1, linestyle="--", zorder=1)
+    for colour, name in zip(_colours(), names, strict=False):
+        axes.scatter(latency_s[name], energy_j[name], color=colour, zorder=2)
+        axes.annotate(name, (latency_s[name], energy_j[name]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(0.15)
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in one coordinate without losing in the other, by the first coordinate."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def save_plots(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as `NAME.png` into an existing folder."""
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1])
+    return paths
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _colours() -> list[Any]:
+    """Enough distinct colours for every planner at once."""
+    return [*_COLOURS, *mpl.colormaps["Dark2"].colors]  # type: ignore[attr-defined]
