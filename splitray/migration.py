@@ -53,8 +53,8 @@ def _moves(old: Placement, new: Placement, arch: ModelArch, context_tokens: int)
                     weight_bytes=n * weight, kv_bytes=n * cache,
                 )  # fmt: skip
 
-    tables = (Shares.whole(arch.vocab, *p.embedding) for p in (old, new))
-    yield from moves("embedding", -1, *tables, row, 0)
+    table_before, table_after = (Shares.whole(arch.vocab, *p.embedding) for p in (old, new))
+    yield from moves("embedding", -1, table_before, table_after, row, 0)
     for i, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
         yield from moves("attention", i, before.attention, after.attention, group, kv)
         yield from moves("ffn", i, before.ffn, after.ffn, unit, 0)
