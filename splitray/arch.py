@@ -44,6 +44,7 @@ class ModelArch:
     `parallel_block`: attention and FFN read the same input and form one sub-block (GPT-NeoX, GPT-J, Cohere).
     `post_norm`: the sum of a sub-block is normalised before the residual is added (Gemma 2, OLMo 2).
     `qk_norm_over_heads`: q and k are normalised over all heads together (OLMo 2), one more small exchange.
+    `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelArch:
     post_norm: bool = False
     qk_norm_over_heads: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    weight_bits: float | None = None
 
     def __post_init__(self) -> None:
         counts = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "ffn_dim", "vocab")
@@ -86,6 +88,10 @@ class ModelArch:
     def dtype_bytes(self) -> int:
         """Bytes of one weight or activation element."""
         return 4 if self.dtype == "float32" else 2
+
+    def weight_bytes(self, num_params: int) -> int:
+        """Bytes of so many weights."""
+        return num_params * self.dtype_bytes if self.weight_bits is None else round(num_params * self.weight_bits / 8)
 
     @property
     def heads_per_group(self) -> int:

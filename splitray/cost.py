@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.codecs import Codec
 from splitray.placement import Placement, weight_bytes
 from splitray.route import Message, Route, SubBlock, compile_route, message_bytes
 from splitray.topology import DeviceId, Topology
@@ -72,13 +73,17 @@ _ARRAYS = (
 )  # fmt: skip
 
 
-def load_of(placement: Placement, arch: ModelArch, topology: Topology, *, greedy: bool = True) -> Load:
-    """The load of one placement (N = 1).
+def load_of(
+    placement: Placement, arch: ModelArch, topology: Topology, *, greedy: bool = True, codec: Codec = "none"
+) -> Load:
+    """The load of one placement (N = 1); coding and decoding count as no work.
 
     Raises:
         TopologyError: two devices that must exchange have no link.
     """
-    return load_of_route(compile_route(placement, arch, topology, greedy=greedy), placement, arch, topology)
+    return load_of_route(
+        compile_route(placement, arch, topology, greedy=greedy, codec=codec), placement, arch, topology
+    )
 
 
 def load_of_route(route: Route, placement: Placement, arch: ModelArch, topology: Topology) -> Load:
@@ -101,7 +106,7 @@ def load_of_route(route: Route, placement: Placement, arch: ModelArch, topology:
             at = stage, index[m.source], index[m.target]
             sends[at] = True
             once = into_head or m.content in ("best", "logits", "token")
-            (sequence if once else position)[at] += message_bytes(m, arch)
+            (sequence if once else position)[at] += message_bytes(m, arch, codec=route.codec)
 
     head = route.sub_blocks[-1]
     for stage, (block, is_inner) in enumerate(stages):
@@ -117,7 +122,7 @@ def load_of_route(route: Route, placement: Placement, arch: ModelArch, topology:
             work["attention_flops"][stage, d] = 4 * groups * arch.heads_per_group * arch.head_dim
             params = groups * arch.group_params + units * arch.ffn_unit_params
             work["flops"][stage, d] = 2 * params
-            work["weight_bytes"][stage, d] = (params + rows * arch.vocab_row_params) * arch.dtype_bytes
+            work["weight_bytes"][stage, d] = arch.weight_bytes(params + rows * arch.vocab_row_params)
             head_flops[d] += 2 * rows * arch.vocab_row_params
     put(num_stages - 1, route.boundary(head.index + 1).messages, into_head=False)
     embeds = np.isin(np.array(topology.ids), placement.embedding)
@@ -148,7 +153,8 @@ def _held(block: SubBlock, placement: Placement, device: DeviceId) -> tuple[int,
 class Rates:
     """How fast devices and links are, for N instances or for one (N = 1, broadcast).
 
-    `latency_s` is half the round trip and the link's fixed cost of an exchange; a pair without a link has rate 0.
+    `latency_s` is half the round trip; `exchange_s` is the fixed cost of a message, which the messages of one device pay
+    one after the other; a pair without a link has rate 0.
     `medium` numbers the shared media, -1 where a link shares nothing but its ends' interfaces.
     """
 
@@ -157,18 +163,19 @@ class Rates:
     launch_s: Floats  # [N, D]
     link_bytes_per_s: Floats  # [N, D, D]
     latency_s: Floats  # [N, D, D]
+    exchange_s: Floats  # [N, D, D]
     medium: NDArray[np.int64]  # [D, D]
 
     @staticmethod
     def of(topology: Topology) -> Rates:
         """The rates of a topology, its devices' efficiencies included (N = 1)."""
         ids = topology.ids
-        rate, latency = np.zeros((len(ids), len(ids))), np.zeros((len(ids), len(ids)))
+        rate, latency, exchange = (np.zeros((len(ids), len(ids))) for _ in range(3))
         medium = np.full(rate.shape, -1)
         names = sorted({x.medium for x in topology.links if x.medium is not None})
         for link in topology.links:
             at = ids.index(link.source), ids.index(link.target)
-            rate[at], latency[at] = link.bandwidth_bytes_per_s, link.rtt_s / 2 + link.exchange_s
+            rate[at], latency[at], exchange[at] = link.bandwidth_bytes_per_s, link.rtt_s / 2, link.exchange_s
             medium[at] = -1 if link.medium is None else names.index(link.medium)
         devices = topology.devices
         return Rates(
@@ -177,6 +184,7 @@ class Rates:
             launch_s=np.array([[d.launch_s for d in devices]]),
             link_bytes_per_s=rate[None],
             latency_s=latency[None],
+            exchange_s=exchange[None],
             medium=medium,
         )
 
@@ -232,7 +240,8 @@ def step_cost(
     tokens = _column(np.asarray(new_tokens) * np.asarray(batch), 4)
     payload = load.position_bytes * tokens + load.sequence_bytes * _column(batch, 4)
     with np.errstate(divide="ignore", invalid="ignore"):
-        transfer = np.where(load.sends, payload / rates.link_bytes_per_s[:, None], 0.0)
+        on_air = np.where(load.sends, payload / rates.link_bytes_per_s[:, None], 0.0)
+    transfer = on_air + load.sends * rates.exchange_s[:, None]
     active: NDArray[np.bool_] = np.any(load.sends, axis=(0, 3))  # [B, D]: whoever sends in any instance
     media = {s: _groups(rates.medium[s]) for s in range(num_devices)}
     clock = np.zeros((n, num_devices))
@@ -258,7 +267,7 @@ def step_cost(
                 came = np.where(mine, end + rates.latency_s[:, s, targets], -np.inf)
                 arrival[:, targets] = np.maximum(arrival[:, targets], came)
         clock = arrival
-    sent = transfer.sum(1)
+    sent = on_air.sum(1)
     return StepCost(
         cycle_s=np.where(load.embeds, clock, -np.inf).max(1),
         origin_s=clock[:, load.origin],
@@ -313,9 +322,11 @@ class Prediction:
 class CostModel:
     """Prices placements of one model on one topology."""
 
-    def __init__(self, arch: ModelArch, topology: Topology, *, time_model: TimeModel = "roofline") -> None:
+    def __init__(
+        self, arch: ModelArch, topology: Topology, *, time_model: TimeModel = "roofline", codec: Codec = "none"
+    ) -> None:
         """Keep what every price needs."""
-        self.arch, self.topology, self.time_model = arch, topology, time_model
+        self.arch, self.topology, self.time_model, self.codec = arch, topology, time_model, codec
 
     @cached_property
     def rates(self) -> Rates:
@@ -324,7 +335,7 @@ class CostModel:
 
     def decode(self, placement: Placement, *, context_tokens: float, batch: int = 1) -> StepCost:
         """One decode step with `context_tokens` cached tokens, the new one included."""
-        load = load_of(placement, self.arch, self.topology)
+        load = load_of(placement, self.arch, self.topology, codec=self.codec)
         return step_cost(load, self.rates, context_tokens=context_tokens, batch=batch, time_model=self.time_model)
 
     def tpot_s(self, placement: Placement, *, context_tokens: float) -> float:
@@ -333,7 +344,7 @@ class CostModel:
 
     def ttft_s(self, placement: Placement, *, prompt_tokens: int) -> float:
         """Predicted time from the prompt at the origin to the first token there, in seconds."""
-        load = load_of(placement, self.arch, self.topology)
+        load = load_of(placement, self.arch, self.topology, codec=self.codec)
         step = step_cost(
             load, self.rates, context_tokens=prompt_tokens, new_tokens=prompt_tokens, time_model=self.time_model
         )
@@ -354,7 +365,8 @@ def prompt_s(load: Load, rates: Rates, prompt_tokens: float | Floats) -> Floats:
     """Time for the prompt's ids (4 bytes each) from the origin to the last embedding holder, [N]."""
     there = np.arange(len(load.devices)) == load.origin
     with np.errstate(divide="ignore", invalid="ignore"):
-        way = _column(prompt_tokens, 2) * 4 / rates.link_bytes_per_s[:, load.origin] + rates.latency_s[:, load.origin]
+        way = _column(prompt_tokens, 2) * 4 / rates.link_bytes_per_s[:, load.origin]
+        way = way + rates.latency_s[:, load.origin] + rates.exchange_s[:, load.origin]
     needed: Floats = np.where(load.embeds & ~there, way, 0.0).max(1)
     return needed
 

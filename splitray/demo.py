@@ -91,7 +91,7 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         folder = str(model_path(model).resolve())
         placement = uneven_placement(arch, topology)
         picture = placement_picture(placement, arch, topology)
-        size = f"{arch.num_params / 1e6:,.1f} million weights, {bytes_text(arch.num_params * arch.dtype_bytes)}"
+        size = f"{arch.num_params / 1e6:,.1f} million weights, {bytes_text(arch.weight_bytes(arch.num_params))}"
         _say(console, f"{model}: a {arch.name} model, {arch.num_layers} layers, {size}\n")
         console.print(picture)
         file = stack.enter_context(_saved(placement))

@@ -40,9 +40,9 @@ def diff(old: Placement, new: Placement, arch: ModelArch, context_tokens: int) -
 
 
 def _moves(old: Placement, new: Placement, arch: ModelArch, context_tokens: int) -> Iterator[Move]:
-    row = arch.vocab_row_params * arch.dtype_bytes
-    group, kv = arch.group_params * arch.dtype_bytes, arch.kv_bytes_per_token * context_tokens
-    unit = arch.ffn_unit_params * arch.dtype_bytes
+    row = arch.weight_bytes(arch.vocab_row_params)
+    group, kv = arch.weight_bytes(arch.group_params), arch.kv_bytes_per_token * context_tokens
+    unit = arch.weight_bytes(arch.ffn_unit_params)
 
     def moves(piece: Piece, layer: int, before: Shares, after: Shares, weight: int, cache: int) -> Iterator[Move]:
         for target in after.devices:

@@ -214,7 +214,7 @@ def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
     for device, _ in placement.head.by_device:
         if not (arch.tied_embeddings and device in placement.embedding):
             params[device] += placement.head.count(device) * arch.vocab_row_params
-    return {d: n * arch.dtype_bytes for d, n in params.items()}
+    return {d: arch.weight_bytes(n) for d, n in params.items()}
 
 
 def _covered(shares: Shares, total: int, where: str, unit: str) -> None:

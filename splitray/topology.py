@@ -9,6 +9,7 @@ from typing import Any, Literal, NewType
 
 import yaml
 
+from splitray.catalog import DEVICES, LINKS, device_values, link_values
 from splitray.errors import TopologyError, did_you_mean
 
 DeviceId = NewType("DeviceId", str)
@@ -191,7 +192,7 @@ class Topology:
         return Topology(devices=devices, links=links, origin=devices[0].id)
 
     @staticmethod
-    def load(path: str | Path, *, catalog: Mapping[str, Mapping[str, float]] | None = None) -> Topology:
+    def load(path: str | Path) -> Topology:
         """Read a topology file (YAML or JSON).
 
         Raises:
@@ -206,12 +207,13 @@ class Topology:
                 actual=error,
                 remedy="give the path of a topology file",
             ) from error
-        return parse_topology(document, catalog=catalog or {})
+        return parse_topology(document)
 
 
 _DEVICE_KEYS = tuple(f.name for f in fields(Device))
 _LINK_KEYS = (
     "between",
+    "catalog",
     "bandwidth_bytes_per_s",
     "rtt_s",
     "uplink_bytes_per_s",
@@ -221,10 +223,10 @@ _LINK_KEYS = (
 )
 
 
-def parse_topology(document: Any, *, catalog: Mapping[str, Mapping[str, float]]) -> Topology:
+def parse_topology(document: Any) -> Topology:
     """Build a Topology from the parsed document; unknown keys are refused with the key's path."""
     _keys(document, ("origin", "origin_holds", "devices", "links"), "topology")
-    devices = tuple(_device(d, f"devices[{i}]", catalog) for i, d in enumerate(_list(document, "devices")))
+    devices = tuple(_device(d, f"devices[{i}]") for i, d in enumerate(_list(document, "devices")))
     links = [link for i, d in enumerate(_list(document, "links")) for link in _links(d, f"links[{i}]")]
     edges = [d.id for d in devices if d.tier == "edge"]
     default = edges[0] if edges else devices[0].id if devices else DeviceId("")
@@ -236,19 +238,12 @@ def parse_topology(document: Any, *, catalog: Mapping[str, Mapping[str, float]])
     )
 
 
-def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) -> Device:
+def _device(entry: Any, where: str) -> Device:
     _keys(entry, (*_DEVICE_KEYS, "catalog"), where)
     values = dict(entry)
     name = values.pop("catalog", None)
     if name is not None:
-        if str(name) not in catalog:
-            raise TopologyError(
-                f"{where}.catalog",
-                expected=f"one of {sorted(catalog)}",
-                actual=name,
-                remedy=f"use a catalogue name{did_you_mean(name, catalog)}, or give explicit values",
-            )
-        values = {**catalog[str(name)], **values}
+        values = {**device_values(_known_name(name, DEVICES, where)), **values}
     missing = [
         k for k in ("id", "tier", "memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s") if k not in values
     ]
@@ -257,7 +252,7 @@ def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) 
             where,
             expected=f"{missing}",
             actual=f"only {sorted(values)}",
-            remedy="add the missing keys" + (" or a `catalog:` name" if catalog else ""),
+            remedy="add the missing keys or a `catalog:` name",
         )
     values["id"] = DeviceId(str(values["id"]))  # YAML reads a bare 7 or yes as no string
     texts = ("id", "tier", "torch_device", "model_path")
@@ -265,12 +260,27 @@ def _device(entry: Any, where: str, catalog: Mapping[str, Mapping[str, float]]) 
     return Device(**checked)
 
 
+def _known_name(name: Any, known: Mapping[str, Any], where: str) -> str:
+    if str(name) not in known:
+        raise TopologyError(
+            f"{where}.catalog",
+            expected=f"one of {sorted(known)}",
+            actual=name,
+            remedy=f"use a catalogue name{did_you_mean(name, known)}, or give explicit values",
+        )
+    return str(name)
+
+
 def _links(entry: Any, where: str) -> list[Link]:
     _keys(entry, _LINK_KEYS, where)
     between = entry.get("between")
     if not isinstance(between, list) or len(between) != 2:
         raise TopologyError(f"{where}.between", expected="two device ids", actual=between, remedy="write [a, b]")
-    numbers = {k: _number(entry[k], f"{where}.{k}") for k in _LINK_KEYS[1:6] if k in entry}
+    numbers = {k: _number(entry[k], f"{where}.{k}") for k in _LINK_KEYS[2:7] if k in entry}
+    if entry.get("catalog") is not None:
+        listed = link_values(_known_name(entry["catalog"], LINKS, where))
+        rates = ("uplink_bytes_per_s", "downlink_bytes_per_s") if "bandwidth_bytes_per_s" in numbers else ()
+        numbers = {**{k: v for k, v in listed.items() if k not in rates}, **numbers}
     rate = numbers.get("bandwidth_bytes_per_s")
     up, down = numbers.get("uplink_bytes_per_s", rate), numbers.get("downlink_bytes_per_s", rate)
     if up is None or down is None or "rtt_s" not in numbers:
@@ -278,7 +288,7 @@ def _links(entry: Any, where: str) -> list[Link]:
             where,
             expected="rtt_s and bandwidth_bytes_per_s (or uplink and downlink)",
             actual=f"only {sorted(entry)}",
-            remedy="add the missing keys",
+            remedy="add the missing keys or a `catalog:` name",
         )
     a, b = (DeviceId(str(d)) for d in between)
     fixed = {"rtt_s": numbers["rtt_s"], "exchange_s": numbers.get("exchange_s", 0.0)}

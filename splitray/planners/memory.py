@@ -13,24 +13,24 @@ from splitray.topology import Device, DeviceId
 
 def group_bytes(arch: ModelArch, context_tokens: int) -> int:
     """One head group of one layer: its weights and the KV of `context_tokens` tokens."""
-    return arch.group_params * arch.dtype_bytes + arch.kv_bytes_per_token * context_tokens
+    return arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context_tokens
 
 
 def ffn_unit_bytes(arch: ModelArch) -> int:
     """One FFN column, or one whole expert."""
-    return arch.ffn_unit_params * arch.dtype_bytes
+    return arch.weight_bytes(arch.ffn_unit_params)
 
 
 def vocab_row_bytes(arch: ModelArch) -> int:
     """One vocabulary row of the embedding or of the head."""
-    return arch.vocab_row_params * arch.dtype_bytes
+    return arch.weight_bytes(arch.vocab_row_params)
 
 
 def model_bytes(state: ClusterState) -> int:
     """The whole model with its KV cache, nothing replicated, a tied table counted once."""
     arch = state.arch
     kv = arch.num_layers * arch.num_kv_heads * arch.kv_bytes_per_token * state.context_tokens
-    return arch.num_params * arch.dtype_bytes + kv
+    return arch.weight_bytes(arch.num_params) + kv
 
 
 def needed_bytes(placement: Placement, state: ClusterState) -> dict[DeviceId, int]:

@@ -20,11 +20,12 @@ PACKAGES = (("splitray",), ("actors",), ("serve_apps", "rllib_configs"))
 # floors. A new unit needs a place here; one marked with a later issue may not exist yet.
 FLOORS = (
     ("errors",),
-    ("arch", "catalog"),
+    ("arch", "codecs"),
+    ("catalog",),
     ("topology",),
     ("placement",),
     ("route", "migration", "profile"),
-    ("channel", "codecs", "energy", "queues"),
+    ("accuracy", "channel", "energy", "queues"),
     ("cost",),
     ("planners", "model"),
     ("runtime",),
@@ -32,13 +33,13 @@ FLOORS = (
     ("rl",),
     ("report",),
     ("local_ray",),
-    ("generate", "serve", "demo", "bench", "doctor"),
+    ("generate", "perplexity", "serve", "demo", "bench", "doctor"),
     ("cli", "__main__"),
 )
 FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}
 # The command line stands on everything, and imports actors and serve_apps inside its functions only.
 COMMAND_LINE = tuple(unit for units in FLOORS[-3:] for unit in units)
-WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "route", "planners")
+WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "codecs", "route", "accuracy", "planners")
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner",)
 

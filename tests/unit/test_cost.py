@@ -73,7 +73,7 @@ def clocks(placement: Placement, arch: ModelArch, where: Topology, context: int)
         for m in sorted(messages, key=lambda m: (ids.index(m.source), ids.index(m.target))):
             link = where.link(m.source, m.target)
             assert link is not None
-            busy = message_bytes(m, arch) / link.bandwidth_bytes_per_s
+            busy = link.exchange_s + message_bytes(m, arch) / link.bandwidth_bytes_per_s
             if link.medium is None:
                 start = uplink.get(m.source, clock[m.source])
                 end = uplink[m.source] = start + busy
@@ -82,7 +82,7 @@ def clocks(placement: Placement, arch: ModelArch, where: Topology, context: int)
                 end = medium[link.medium] = start + busy
             end = max(end, downlink[m.target] + busy if downlink[m.target] else end)
             downlink[m.target] = end
-            arrival[m.target] = max(arrival[m.target], end + link.rtt_s / 2 + link.exchange_s)
+            arrival[m.target] = max(arrival[m.target], end + link.rtt_s / 2)
         clock = arrival
     return {str(d): t for d, t in clock.items()}
 

@@ -15,15 +15,6 @@ from splitray.errors import TopologyError
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 
 EDGE_A, EDGE_B, CLOUD_A = DeviceId("edge_a"), DeviceId("edge_b"), DeviceId("cloud_a")
-CATALOG = {
-    "toy-board": {
-        "memory_bytes": 4e9,
-        "compute_flops": 1e10,
-        "memory_bandwidth_bytes_per_s": 5e9,
-        "idle_w": 2.0,
-        "active_w": 6.0,
-    }
-}
 
 
 def entry(name: str, tier: str = "edge", **more: Any) -> dict[str, Any]:
@@ -41,7 +32,7 @@ def document(**more: Any) -> dict[str, Any]:
 
 
 def parse(**more: Any) -> Topology:
-    return parse_topology(document(**more), catalog=CATALOG)
+    return parse_topology(document(**more))
 
 
 def test_a_file_is_read_with_its_units_and_its_order(tmp_path: Path) -> None:
@@ -53,18 +44,18 @@ def test_a_file_is_read_with_its_units_and_its_order(tmp_path: Path) -> None:
         devices:
           - {id: cloud_a, tier: cloud, memory_bytes: 8e9, compute_flops: 1e12,
              memory_bandwidth_bytes_per_s: 1e11}
-          - {id: edge_b, tier: edge, catalog: toy-board, active_w: 5, torch_device: cpu, model_path: /m}
+          - {id: edge_b, tier: edge, catalog: raspberry-pi-5, active_w: 5, torch_device: cpu, model_path: /m}
         links:
           - {between: [cloud_a, edge_b], uplink_bytes_per_s: 5e6, downlink_bytes_per_s: 1e6, rtt_s: 0.04,
              exchange_s: 1e-4, medium: radio}
         """
     )
-    topology = Topology.load(path, catalog=CATALOG)
+    topology = Topology.load(path)
     assert topology.ids == (CLOUD_A, EDGE_B)
     assert (topology.origin, topology.origin_holds) == (EDGE_B, "embedding")
     assert topology.tier("cloud") == (CLOUD_A,)
     board = topology.device(EDGE_B)
-    assert (board.memory_bytes, board.idle_w, board.active_w, board.model_path) == (4e9, 2.0, 5.0, "/m")
+    assert (board.memory_bytes, board.idle_w, board.active_w, board.model_path) == (8e9, 3.0, 5.0, "/m")
     there, back = topology.link(CLOUD_A, EDGE_B), topology.link(EDGE_B, CLOUD_A)
     assert there and back and (there.bandwidth_bytes_per_s, back.bandwidth_bytes_per_s) == (5e6, 1e6)
     assert back.rtt_s == 0.04 and back.exchange_s == 1e-4 and back.medium == "radio"
@@ -168,8 +159,8 @@ REFUSED_DOCUMENTS = {
         ("devices[0].memory_byte", "expected one of", "remove the key (did you mean memory_bytes?)"),
     ),
     "an unknown catalogue name": (
-        {"devices": [{"id": EDGE_A, "tier": "edge", "catalog": "toy-bord"}], "links": []},
-        ("devices[0].catalog", "['toy-board']", "toy-bord", "did you mean toy-board?", "explicit values"),
+        {"devices": [{"id": EDGE_A, "tier": "edge", "catalog": "raspbery-pi-5"}], "links": []},
+        ("devices[0].catalog", "raspberry-pi-4", "raspbery-pi-5", "did you mean raspberry-pi-5?", "explicit values"),
     ),
     "an unknown key at the top": (
         {"orign": EDGE_A},
@@ -247,7 +238,7 @@ def test_asking_for_an_unknown_device_names_the_known_ones() -> None:
 
 def test_a_written_document_reads_back_the_same() -> None:
     text = yaml.safe_dump(document(devices=THREE_ENTRIES))
-    assert parse_topology(yaml.safe_load(text), catalog={}) == parse(devices=THREE_ENTRIES)
+    assert parse_topology(yaml.safe_load(text)) == parse(devices=THREE_ENTRIES)
 
 
 def test_a_device_is_checked_however_it_is_made() -> None:
