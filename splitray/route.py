@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitray.arch import ModelArch
+from splitray.codecs import Codec, encoded_bytes
 from splitray.errors import TopologyError
 from splitray.placement import Placement, Shares
 from splitray.topology import DeviceId, Topology
@@ -65,12 +66,16 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Execution order of one decode step: sub-blocks, and the boundaries between them."""
+    """Execution order of one decode step: sub-blocks, and the boundaries between them.
+
+    `codec` is how partials and states travel (codecs.py), the same at every boundary.
+    """
 
     sub_blocks: tuple[SubBlock, ...]
     boundaries: tuple[Boundary, ...]
     origin: DeviceId
     greedy: bool
+    codec: Codec = "none"
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
@@ -95,7 +100,7 @@ class Route:
 
     def bytes_per_token(self, arch: ModelArch, *, batch: int = 1) -> int:
         """Tensor payload of one decode step over all devices, in bytes, without headers."""
-        return sum(message_bytes(m, arch, batch=batch) for b in self.boundaries for m in b.messages)
+        return sum(message_bytes(m, arch, batch=batch, codec=self.codec) for b in self.boundaries for m in b.messages)
 
     def boundary(self, after: int, *, inner: bool = False) -> Boundary:
         """The boundary after a sub-block (empty if nothing crosses)."""
@@ -103,14 +108,17 @@ class Route:
         return next(found, Boundary(after, (), inner))
 
 
-def message_bytes(message: Message, arch: ModelArch, *, batch: int = 1, positions: int = 1) -> int:
+def message_bytes(
+    message: Message, arch: ModelArch, *, batch: int = 1, positions: int = 1, codec: Codec = "none"
+) -> int:
     """Payload of one message for `positions` new tokens of each of `batch` sequences, in bytes."""
     tokens = batch * positions
     match message.content:
         case "state" | "partial":
-            return tokens * arch.hidden_dim * arch.dtype_bytes
+            return encoded_bytes(codec, tokens, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
         case "partial_and_state":
-            return 2 * tokens * arch.hidden_dim * arch.dtype_bytes
+            coded = encoded_bytes(codec, tokens, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+            return coded + tokens * arch.hidden_dim * arch.dtype_bytes
         case "norm_sums":
             return tokens * NORM_SUMS_BYTES
         case "best":
@@ -121,7 +129,9 @@ def message_bytes(message: Message, arch: ModelArch, *, batch: int = 1, position
             return batch * TOKEN_BYTES
 
 
-def compile_route(placement: Placement, arch: ModelArch, topology: Topology, *, greedy: bool = True) -> Route:
+def compile_route(
+    placement: Placement, arch: ModelArch, topology: Topology, *, greedy: bool = True, codec: Codec = "none"
+) -> Route:
     """Compile a valid placement into its Route.
 
     Args:
@@ -129,6 +139,7 @@ def compile_route(placement: Placement, arch: ModelArch, topology: Topology, *, 
         arch: the model's counts and traits.
         topology: device order, links and origin.
         greedy: whether a partitioned head sends (max, id) or its logits to the sampler.
+        codec: how partials and states travel; a lossy one keeps the residual apart from the lead's partial.
 
     Raises:
         TopologyError: two devices that must exchange have no link.
@@ -139,7 +150,7 @@ def compile_route(placement: Placement, arch: ModelArch, topology: Topology, *, 
         if arch.qk_norm_over_heads and here.kind == "attention" and here.mode == "partitioned":
             pairs = [(a, b) for a in here.devices for b in here.devices if a != b]
             boundaries.append(Boundary(here.index, tuple(Message(a, b, "norm_sums") for a, b in pairs), inner=True))
-        boundaries.append(Boundary(here.index, _crossing(here, there, arch, topology)))
+        boundaries.append(Boundary(here.index, _crossing(here, there, arch, topology, codec)))
     head = blocks[-1]
     content: Content = "best" if greedy else "logits"
     boundaries.append(
@@ -159,7 +170,7 @@ def compile_route(placement: Placement, arch: ModelArch, topology: Topology, *, 
                     actual="none in the topology",
                     remedy="add the link, or place the pieces elsewhere",
                 )
-    return Route(tuple(blocks), tuple(boundaries), topology.origin, greedy)
+    return Route(tuple(blocks), tuple(boundaries), topology.origin, greedy, codec)
 
 
 def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]) -> list[SubBlock]:
@@ -184,23 +195,25 @@ def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]
     return blocks
 
 
-def _crossing(here: SubBlock, there: SubBlock, arch: ModelArch, topology: Topology) -> tuple[Message, ...]:
+def _crossing(
+    here: SubBlock, there: SubBlock, arch: ModelArch, topology: Topology, codec: Codec
+) -> tuple[Message, ...]:
     lacking = [d for d in there.devices if d not in here.devices]
     if here.mode != "partitioned":
-        return tuple(Message(_cheapest(here.devices, d, arch, topology), d, "state") for d in lacking)
+        num_bytes = encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+        return tuple(Message(_cheapest(here.devices, d, num_bytes, topology), d, "state") for d in lacking)
+    unfolded = arch.post_norm or codec != "none"
     messages = []
     for source in here.devices:
         for target in there.devices:
             if source == target:
                 continue
-            apart = arch.post_norm and source == here.lead and target in lacking
+            apart = unfolded and source == here.lead and target in lacking
             messages.append(Message(source, target, "partial_and_state" if apart else "partial"))
     return tuple(messages)
 
 
-def _cheapest(holders: Sequence[DeviceId], target: DeviceId, arch: ModelArch, topology: Topology) -> DeviceId:
-    num_bytes = arch.hidden_dim * arch.dtype_bytes
-
+def _cheapest(holders: Sequence[DeviceId], target: DeviceId, num_bytes: int, topology: Topology) -> DeviceId:
     def price(holder: DeviceId) -> float:
         link = topology.link(holder, target)
         return float("inf") if link is None else link.transfer_s(num_bytes)

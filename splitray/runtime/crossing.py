@@ -37,7 +37,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """This device's part in one boundary. `parts` are the holders whose partials it adds, in device order."""
 
     member: bool
@@ -71,7 +71,7 @@ class Crossing:
         targets = [m.target for b in route.boundaries for m in b.messages if m.source == me]
         self.targets = tuple(dict.fromkeys(targets))
 
-    def _plan(self, index: int) -> _Plan:
+    def _plan(self, index: int) -> Plan:
         here, there = self.route.sub_blocks[index], self.route.sub_blocks[index + 1]
         messages = self.route.boundary(index).messages
 
@@ -80,7 +80,7 @@ class Crossing:
 
         state_from = [m.source for m in messages if m.target == self.me and m.content == "state"]
         partitioned = here.mode == "partitioned"
-        return _Plan(
+        return Plan(
             member=self.me in here.devices,
             lead=self.me == here.lead,
             partitioned=partitioned,
@@ -106,8 +106,17 @@ class Crossing:
             keep = self.step.keep
             x_BTD = None if x_BTD is None else x_BTD[:, -keep:]
             y_BTD = None if y_BTD is None else y_BTD[:, -keep:]
-        if not plan.partitioned:
-            return self._whole(index, plan, x_BTD, y_BTD, settle)
+        leave = self._partitioned if plan.partitioned else self._whole
+        return leave(index, plan, x_BTD, y_BTD, settle)
+
+    def _partitioned(
+        self,
+        index: int,
+        plan: Plan,
+        x_BTD: Tensor | None,
+        y_BTD: Tensor | None,
+        settle: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor | None:
         mine = y_BTD
         if plan.member:
             assert x_BTD is not None and y_BTD is not None, f"a holder of {index} without residual or partial"
@@ -139,7 +148,7 @@ class Crossing:
     def _whole(
         self,
         index: int,
-        plan: _Plan,
+        plan: Plan,
         x_BTD: Tensor | None,
         y_BTD: Tensor | None,
         settle: Callable[[Tensor, Tensor], Tensor] | None,
@@ -148,12 +157,19 @@ class Crossing:
             assert x_BTD is not None, f"a holder of {index} without residual"
             if y_BTD is not None:
                 x_BTD = x_BTD + y_BTD if settle is None else settle(x_BTD, y_BTD)
-            for peer in plan.state_to:
-                self._send(peer, index, x_BTD)
-            if plan.state_to:
-                self.wire.flush()
-            return x_BTD
-        return self._receive(plan.state_from, index) if plan.state_from else None
+            return self._send_state(index, plan, x_BTD)
+        return self._receive_state(plan.state_from, index) if plan.state_from else None
+
+    def _send_state(self, index: int, plan: Plan, x_BTD: Tensor) -> Tensor:
+        """Send the residual to whoever gets it from here; returns the one that this device goes on with."""
+        for peer in plan.state_to:
+            self._send(peer, index, x_BTD)
+        if plan.state_to:
+            self.wire.flush()
+        return x_BTD
+
+    def _receive_state(self, peer: str, index: int) -> Tensor:
+        return self._receive(peer, index)
 
     def cross_row(self, index: int, x_D: Array | None, y_D: Array | None) -> Array | None:
         """Leave sub-block `index` with one row: the hot path of decoding, see model/split_layer.py's Exchange."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from splitray.arch import ModelArch
+from splitray.codecs import Codec
 from splitray.errors import DeviceLost, InputError, ModelError
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement, validate
@@ -68,11 +69,13 @@ class Engine:
         lean: bool = True,
         spin_s: float = 0.0,
         pin: bool = False,
+        codec: Codec = "none",
     ) -> None:
         """Start the fleet and load the shards.
 
         `spin_s` is how long a receive polls before it sleeps; `pin` gives each device a core of its own. Both are
-        for devices on one machine with at least as many cores, where the scheduler may put two on one core.
+        for devices on one machine with at least as many cores, where the scheduler may put two on one core. `codec` is
+        how partials and states travel (codecs.py): exactly unless it says otherwise.
 
         Raises:
             InputError: the placement, the topology or the model cannot be used as asked.
@@ -80,7 +83,7 @@ class Engine:
         """
         validate(placement, arch, topology)
         self.arch, self.layout, self.topology, self.placement = arch, layout, topology, placement
-        self.route: Route = compile_route(placement, arch, topology)
+        self.route: Route = compile_route(placement, arch, topology, codec=codec)
         self.tokenizer, self.model_path, self.fleet = tokenizer, str(model_path), fleet
         self.epoch = 0
         self.report: RunReport | None = None

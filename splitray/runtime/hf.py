@@ -103,12 +103,14 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         runtime: str = "process",
         seed: int = 0,
         dtype: Dtype = "float32",
+        codec: str = "none",
         **options: Any,
     ) -> Self:
         """Split a model folder (or `tiny`) over devices; the arguments are those of `launch_engine`."""
         return cls(
             launch_engine(model=model_path(pretrained_model_name_or_path), topology=topology, devices=devices,
-                          planner=planner, placement=placement, runtime=runtime, seed=seed, dtype=dtype, **options)
+                          planner=planner, placement=placement, runtime=runtime, seed=seed, dtype=dtype, codec=codec,
+                          **options)
         )  # fmt: skip
 
     @classmethod

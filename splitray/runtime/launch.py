@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from splitray.arch import ModelArch
+from splitray.codecs import as_codec
 from splitray.errors import InputError
 from splitray.model.layout import LayerLayout
 from splitray.model.reading import read_arch, read_config
@@ -122,6 +123,7 @@ def launch_engine(
     fleet: Fleet | None = None,
     spin_s: float = 0.0,
     pin: bool = False,
+    codec: str = "none",
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -138,12 +140,14 @@ def launch_engine(
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
         pin: bind each device to a core of its own (likewise).
+        codec: how partials and states travel between devices; `none` is exact.
         progress: told what is being done.
 
     Raises:
         InputError: something asked for cannot be; says what.
         DeviceLost: a device did not come up.
     """
+    coded = as_codec(codec)
     fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
     progress("reading and testing the model")
@@ -162,4 +166,5 @@ def launch_engine(
         lean=lean,
         spin_s=spin_s,
         pin=pin,
+        codec=coded,
     )

@@ -167,4 +167,4 @@ def _route(plain: Mapping[str, Any]) -> Route:
     boundaries = tuple(
         Boundary(b["after"], tuple(Message(**m) for m in b["messages"]), b["inner"]) for b in plain["boundaries"]
     )
-    return Route(blocks, boundaries, plain["origin"], plain["greedy"])
+    return Route(blocks, boundaries, plain["origin"], plain["greedy"], plain["codec"])

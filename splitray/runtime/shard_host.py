@@ -23,6 +23,7 @@ from splitray.model.kv_cache import KvCache, sliding_windows
 from splitray.model.reading import StateDictSource, read_config
 from splitray.model.source import Checkpoint
 from splitray.model.surgery import Shard
+from splitray.runtime.coded import CodedCrossing
 from splitray.runtime.crossing import Crossing, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.listener import Listener, dial
@@ -156,7 +157,8 @@ class ShardHost:
         self.order = order
         if order.core is not None:
             os.sched_setaffinity(0, {order.core})  # of this thread: the one that will run every order
-        self.crossing = Crossing(self.device, order.route, order.arch, self.wire)
+        kind = Crossing if order.route.codec == "none" else CodedCrossing
+        self.crossing = kind(self.device, order.route, order.arch, self.wire)
         self.crossing.torch_device = torch.device(order.torch_device)
         self._head_rows = {
             device: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for device, rows in order.head_rows.items()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from splitray.codecs import Codec
 from splitray.model.reading import StateDictSource, read_arch
 from splitray.placement import Placement
 from splitray.planners import make_planner
@@ -36,6 +37,7 @@ def split(
     placement: Placement | None = None,
     lean: bool | None = None,
     topology: Topology | None = None,
+    codec: Codec = "none",
 ) -> Iterator[Engine]:
     """The model in memory, split over threads."""
     arch, layout = read_arch(model.config)
@@ -45,5 +47,5 @@ def split(
     lean = self_test(model.config) if lean is None else lean
     fleet = ThreadFleet(source=StateDictSource(model), deadline_s=20)
     with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=where, placement=chosen,
-                lean=lean) as engine:  # fmt: skip
+                lean=lean, codec=codec) as engine:  # fmt: skip
         yield engine
