@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from splitray.errors import PlacementError, did_you_mean
 from splitray.placement import Placement
-from splitray.planners.cut import FixedCut
+from splitray.planners.cut import BestCut, FixedCut
+from splitray.planners.dealt import Greedy, RoundRobin
+from splitray.planners.layer_dp import LayerDp
 from splitray.planners.memory import check
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.planners.random import RandomPlanner
 from splitray.planners.shares import Even, Proportional
-from splitray.planners.whole import BestDevice, CloudOnly, EdgeOnly
+from splitray.planners.ucb import Ucb
+from splitray.planners.whole import BestDevice, CloudOnly, CloudOnlyRtt, EdgeOnly
 
 __all__ = ["PLANNER_USAGES", "CheckedPlanner", "ClusterState", "Planner", "make_planner"]
 
@@ -41,8 +45,8 @@ class _Entry:
     build: Callable[[str, int], Planner]
 
     @property
-    def takes_argument(self) -> bool:
-        return ":" in self.usage
+    def argument(self) -> Literal["none", "needed", "optional"]:
+        return "none" if ":" not in self.usage else "optional" if "[" in self.usage else "needed"
 
 
 def _fixed_cut(argument: str, _: int) -> Planner:
@@ -56,13 +60,32 @@ def _fixed_cut(argument: str, _: int) -> Planner:
     return FixedCut(int(argument))
 
 
+def _layer_dp(argument: str, _: int) -> Planner:
+    if argument not in ("", "throughput"):
+        raise PlacementError(
+            "planner layer_dp",
+            expected="layer_dp, or layer_dp:throughput",
+            actual=repr(argument),
+            remedy="write one of the two",
+        )
+    return LayerDp(throughput=bool(argument))
+
+
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly()),
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly()),
+    "cloud_only_rtt": _Entry("cloud_only_rtt", lambda _, __: CloudOnlyRtt()),
     "best_device": _Entry("best_device", lambda _, __: BestDevice()),
     "even": _Entry("even", lambda _, __: Even()),
     "proportional": _Entry("proportional", lambda _, __: Proportional()),
     "fixed_cut": _Entry("fixed_cut:P", _fixed_cut),
+    "round_robin": _Entry("round_robin", lambda _, __: RoundRobin()),
+    "greedy": _Entry("greedy", lambda _, __: Greedy()),
+    "static_cut": _Entry("static_cut", lambda _, __: BestCut(static=True)),
+    "layer_cut": _Entry("layer_cut", lambda _, __: BestCut()),
+    "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp),
+    "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
+    "ucb": _Entry("ucb", lambda _, __: Ucb()),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed))),
 }
 PLANNER_USAGES = tuple(entry.usage for entry in _PLANNERS.values())
@@ -87,10 +110,13 @@ def make_planner(spec: str, *, seed: int = 0) -> CheckedPlanner:
             actual=repr(spec),
             remedy=f"correct the name{did_you_mean(name, _PLANNERS)}",
         )
-    if bool(colon) != entry.takes_argument or bool(argument) != entry.takes_argument:
+    wrong = (
+        bool(colon) != bool(argument) or {"none": bool(colon), "needed": not colon, "optional": False}[entry.argument]
+    )
+    if wrong:
         raise PlacementError(
             f"planner {name}",
-            expected=entry.usage + ("" if entry.takes_argument else " without an argument"),
+            expected=entry.usage + (" without an argument" if entry.argument == "none" else ""),
             actual=repr(spec),
             remedy=f"write {entry.usage}",
         )

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.layer_times import layer_times
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, vocab_row_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.topology import DeviceId
@@ -31,10 +32,15 @@ class Even:
 
 @dataclass(frozen=True, slots=True)
 class Proportional:
-    """Shares in proportion to memory bandwidth, capped by memory; the embedding on the origin.
+    """Shares in proportion to speed, capped by memory; the embedding on the origin.
+
+    Speed is memory bandwidth, or with `priced` that of a layer in the cost model: the heterogeneity-aware shares of
+    tensor parallelism in Galaxy (arXiv 2405.17245, abstract), whose overlap and sequence parallelism are not built.
 
     A device that its share would overfill is filled, and the rest goes to the others in the same proportion.
     """
+
+    priced: bool = False
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where the devices together are too small."""
@@ -54,7 +60,10 @@ class Proportional:
             head = 0 if head_is_free or state.pinned_head else table
             room.append(left)
             caps.append(left / (layers + head))
-        fractions = _water_fill([d.memory_bandwidth_bytes_per_s for d in devices], caps)
+        speeds = [d.memory_bandwidth_bytes_per_s for d in devices]
+        if self.priced:
+            speeds = [1 / float(s) for s in layer_times(state).layer_s]
+        fractions = _water_fill(speeds, caps)
         if fractions is None:
             raise _too_small(state, f"{model_bytes(state):,} bytes")
         return _split_all(state, [Fraction(f) for f in fractions], room)

@@ -31,6 +31,16 @@ class CloudOnly:
 
 
 @dataclass(frozen=True, slots=True)
+class CloudOnlyRtt:
+    """The embedding on the origin, all else on the cloud: a round trip a token, as where clients hold the loop."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where there is no cloud device or none has room."""
+        origin, layers = state.topology.origin, state.arch.num_layers
+        return first_fit(clouds(state), lambda d: layers_on([d] * layers, origin, d, state), state)
+
+
+@dataclass(frozen=True, slots=True)
 class BestDevice:
     """Everything on the device of the highest memory bandwidth that has room, whatever its tier."""
 
@@ -44,13 +54,16 @@ def whole_on(device: DeviceId, state: ClusterState) -> Placement:
     return layers_on([device] * state.arch.num_layers, device, device, state)
 
 
-def layers_on(devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState) -> Placement:
+def layers_on(
+    devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState, *, pinned: bool = True
+) -> Placement:
     """Whole layers, one device each, and the two ends where nothing pins them to the origin."""
     arch = state.arch
+    pins = (state.pinned_embedding, state.pinned_head) if pinned else (None, None)
     return Placement(
         tuple(LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in devices),
-        (state.pinned_embedding or embedding,),
-        Shares.whole(arch.vocab, state.pinned_head or head),
+        (pins[0] or embedding,),
+        Shares.whole(arch.vocab, pins[1] or head),
     )
 
 

@@ -93,8 +93,8 @@ def tokens_per_s(device: str, arch: ModelArch, *, context: int = 128, prompt: in
     return 1 / model.tpot_s(placement, context_tokens=context)
 
 
-# Measured by others, batch 1; a band where sources disagree. Sources: geerlingguy/ai-benchmarks @ bdf9441 (Pi 5), vendor
-# container README and public llama.cpp reports (Orin NX), llama.rn (Galaxy S23).
+# Measured by others, batch 1; a band where sources disagree. Sources: geerlingguy/ai-benchmarks @ bdf9441 (Pi 5), the
+# vendor's container README and public llama.cpp reports (Orin NX), llama.rn (Galaxy S23).
 @pytest.mark.parametrize(
     ("device", "arch", "low", "high"),
     [

@@ -1,0 +1,87 @@
+"""Two baselines that deal pieces out without a cost: in turn, and to the fastest device that has room."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from splitray.errors import PlacementError
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.layer_times import layer_bytes, table_bytes
+from splitray.planners.memory import fastest_first, ffn_unit_bytes, group_bytes
+from splitray.planners.protocol import ClusterState
+from splitray.planners.whole import layers_on
+from splitray.topology import DeviceId
+
+
+class _Room:
+    """Bytes left on each device, and how a piece finds its place."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self.state = state
+        self.left = {d.id: d.memory_bytes for d in state.topology.devices}
+
+    def take(self, candidates: list[DeviceId], num_bytes: float, piece: str) -> DeviceId:
+        """The first candidate with room.
+
+        Raises:
+            PlacementError: none has room.
+        """
+        for device in candidates:
+            if self.left[device] >= num_bytes:
+                self.left[device] -= num_bytes
+                return device
+        raise PlacementError(
+            "memory",
+            expected=f"room for {piece} of {self.state.arch.name}: {num_bytes:,.0f} bytes on one device",
+            actual=f"left are {', '.join(f'{b:,.0f} on {d}' for d, b in self.left.items())}",
+            remedy="add a device or memory, shorten the context, or use the planner proportional",
+        )
+
+    def head(self, first: DeviceId, embedding: DeviceId) -> DeviceId:
+        """The head's device: pinned, or the first with room from `first` on; free beside a tied embedding."""
+        state = self.state
+        if state.arch.tied_embeddings and embedding in (first, state.pinned_head):
+            return embedding
+        candidates = [state.pinned_head] if state.pinned_head else [first, *self.left]
+        return self.take(candidates, table_bytes(state), "the head")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRobin:
+    """Every head group and every FFN to the next device in turn that has room; the embedding on the origin."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where no device has room for a piece."""
+        arch, ids, room = state.arch, list(state.topology.ids), _Room(state)
+        embedding = room.take([state.topology.origin], table_bytes(state), "the embedding")
+        turn = 0
+
+        def next_one(num_bytes: float, piece: str) -> DeviceId:
+            nonlocal turn
+            chosen = room.take(ids[turn:] + ids[:turn], num_bytes, piece)
+            turn = (ids.index(chosen) + 1) % len(ids)
+            return chosen
+
+        layers = []
+        for _ in range(arch.num_layers):
+            groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
+            for g in range(arch.num_kv_heads):
+                groups[next_one(group_bytes(arch, state.context_tokens), "a head group")].append((g, g + 1))
+            ffn = next_one(arch.ffn_dim * ffn_unit_bytes(arch), "an FFN")
+            layers.append(LayerPlacement(Shares.of(groups), Shares.whole(arch.ffn_dim, ffn)))
+        head = room.head(ids[turn], embedding)
+        return Placement(tuple(layers), (embedding,), Shares.whole(arch.vocab, head))
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """Whole layers in order, each to the fastest device that still has room; links are not looked at."""
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where no device has room for a layer."""
+        order, room = fastest_first(state.topology.devices), _Room(state)
+        first = [state.pinned_embedding] if state.pinned_embedding else order
+        embedding = room.take(first, table_bytes(state), "the embedding")
+        layers = [room.take(order, layer_bytes(state), "a layer") for _ in range(state.arch.num_layers)]
+        return layers_on(layers, embedding, room.head(layers[-1], embedding), state)

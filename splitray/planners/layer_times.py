@@ -1,0 +1,67 @@
+"""What whole layers cost on each device, and hidden states between devices: the additive view of layer-wise papers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.cost import Rates, load_of, work_s
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, vocab_row_bytes
+from splitray.planners.protocol import ClusterState
+from splitray.planners.whole import layers_on
+from splitray.topology import Topology
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimes:
+    """Seconds of one decode step, by device in device order; matrices are [source, target], infinite without a link."""
+
+    layer_s: Floats  # [D]
+    head_s: Floats  # [D]
+    state_s: Floats  # [D, D] one hidden state
+    token_s: Floats  # [D, D] one token id
+
+    def chain_s(self, embedding: int, layers: Sequence[int], head: int) -> float:
+        """One decode step of whole layers: every stage, the states between them, the token back to the embedding."""
+        stops = [embedding, *layers, head]
+        moves = sum(self.state_s[a, b] for a, b in zip(stops, stops[1:], strict=False))
+        return float(sum(self.layer_s[d] for d in layers) + self.head_s[head] + moves + self.token_s[head, embedding])
+
+
+def layer_times(state: ClusterState, topology: Topology | None = None) -> LayerTimes:
+    """The times at the state's context, on the state's topology or on another one of the same devices."""
+    where, arch = topology or state.topology, state.arch
+    rates, n = Rates.of(where), len(where.ids)
+    layer, head = np.zeros(n), np.zeros(n)
+    for i, device in enumerate(where.ids):
+        placement = layers_on([device] * arch.num_layers, device, device, state, pinned=False)
+        work = work_s(load_of(placement, arch, where), rates, context_tokens=max(1, state.context_tokens))[0, :, i]
+        head[i] = work[-2]
+        layer[i] = (work.sum() - head[i]) / arch.num_layers
+
+    def transfer(num_bytes: int) -> Floats:
+        seconds = np.full((n, n), np.inf)
+        for link in where.links:
+            seconds[where.ids.index(link.source), where.ids.index(link.target)] = link.transfer_s(num_bytes)
+        np.fill_diagonal(seconds, 0.0)
+        return seconds
+
+    return LayerTimes(
+        layer_s=layer, head_s=head, state_s=transfer(arch.hidden_dim * arch.dtype_bytes), token_s=transfer(4)
+    )
+
+
+def layer_bytes(state: ClusterState) -> int:
+    """One whole layer: its weights and the KV of the state's context."""
+    arch = state.arch
+    return arch.num_kv_heads * group_bytes(arch, state.context_tokens) + arch.ffn_dim * ffn_unit_bytes(arch)
+
+
+def table_bytes(state: ClusterState) -> int:
+    """The embedding, or the head."""
+    return state.arch.vocab * vocab_row_bytes(state.arch)
