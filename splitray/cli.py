@@ -143,6 +143,41 @@ def generate(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="gpt2-xl, llama-7b, llama-13b, llama-3-8b, `tiny`, or a model's folder.", metavar="NAME")
+    ],
+    topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
+    planner: Annotated[str, typer.Option(help="Decides where what runs.", metavar="NAME[:ARG]")],
+    context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of a planner that draws.", metavar="N")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the placement file.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where a planner would put a model, and what that is predicted to cost."""
+    from splitray.plan import run
+    from splitray.report.picture import placement_picture
+    from splitray.report.plan import plan_table
+
+    with _stdout_kept(as_json):
+        found = run(
+            model=model, topology=topology, planner=planner, context_tokens=context, dtype=dtype, seed=seed
+        )  # fmt: skip
+    if out is not None:
+        found.placement.save(out)
+    if as_json:
+        _print_json(found.document())
+        return
+    console = Console(highlight=False)
+    console.print(placement_picture(found.placement, found.arch, found.topology))
+    console.print()
+    console.print(plan_table(found.document(), found.topology))
+
+
+@app.command()
 def serve(
     model: Model = "tiny",
     topology: TopologyFile = None,

@@ -32,8 +32,8 @@ FLOORS = (
     ("sim",),
     ("rl",),
     ("report",),
-    ("local_ray",),
-    ("generate", "perplexity", "serve", "demo", "bench", "doctor"),
+    ("local_ray", "perplexity"),
+    ("codec_loss", "generate", "plan", "serve", "demo", "bench", "doctor"),
     ("cli", "__main__"),
 )
 FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}

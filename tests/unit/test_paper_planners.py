@@ -1,4 +1,4 @@
-"""Layer-wise planners of the literature: equal to brute force in their own action spaces, and what they are known for."""
+"""Layer-wise planners of the literature: equal to brute force in their own action spaces, and what each does."""
 
 from __future__ import annotations
 

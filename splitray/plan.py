@@ -1,0 +1,96 @@
+"""`splitray plan`: what a planner would do with a model on a topology, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from splitray.arch import ModelArch
+from splitray.catalog import ARCHITECTURES, architecture
+from splitray.cost import CostModel, Prediction
+from splitray.placement import Placement
+from splitray.planners import ClusterState, make_planner
+from splitray.route import compile_route
+from splitray.topology import Topology
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A placement and its price; `predicted` comes from the cost model and from no measurement."""
+
+    arch: ModelArch
+    topology: Topology
+    planner: str
+    placement: Placement
+    predicted: Prediction
+    exchanges_per_token: int
+    decision_s: float
+
+    def document(self) -> dict[str, Any]:
+        """What `splitray plan --json` prints."""
+        predicted = self.predicted
+        return {
+            "model": self.arch.name,
+            "planner": self.planner,
+            "placement": self.placement.to_document(),
+            "predicted": {
+                "ttft_s": predicted.ttft_s,
+                "tpot_s": predicted.tpot_s,
+                "energy_j_per_token": predicted.energy_j_per_token,
+                "memory_bytes": {str(d): n for d, n in predicted.memory_bytes.items()},
+            },
+            "exchanges_per_token": self.exchanges_per_token,
+            "decision_s": self.decision_s,
+        }
+
+
+def run(
+    *, model: str, topology: str, planner: str, context_tokens: int, dtype: Dtype | None = None, seed: int = 0
+) -> Plan:
+    """Plan without starting anything.
+
+    Args:
+        model: a decoder's name, `tiny` or a folder.
+        topology: a file.
+        planner: `NAME` or `NAME:ARG`.
+        context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
+        dtype: of weights and activations; None for bfloat16 of a named decoder and float32 of a folder.
+        seed: of a planner that draws.
+
+    Raises:
+        InputError: a name, a file or the instance is wrong; says what.
+    """
+    where = Topology.load(topology)
+    arch = read_model_arch(model, dtype=dtype)
+    chosen = make_planner(planner, seed=seed)
+    started = time.perf_counter()
+    placement = chosen.propose(ClusterState(arch=arch, topology=where, context_tokens=context_tokens))
+    decision_s = time.perf_counter() - started
+    cost = CostModel(arch, where)
+    return Plan(
+        arch=arch,
+        topology=where,
+        planner=planner,
+        placement=placement,
+        predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
+        exchanges_per_token=compile_route(placement, arch, where).exchanges_per_token,
+        decision_s=decision_s,
+    )
+
+
+def read_model_arch(model: str, *, dtype: Dtype | None = None) -> ModelArch:
+    """The counts of a named decoder, or of a model's folder, whose weights are not read.
+
+    Raises:
+        ModelError: neither a name nor a usable folder.
+    """
+    if model in ARCHITECTURES:
+        return architecture(model, dtype=dtype or "bfloat16")
+    from splitray.model.reading import read_arch, read_config
+    from splitray.runtime.launch import model_path
+
+    arch, _ = read_arch(read_config(model_path(model)), dtype=dtype or "float32")
+    return arch
