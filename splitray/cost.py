@@ -153,7 +153,7 @@ def _held(block: SubBlock, placement: Placement, device: DeviceId) -> tuple[int,
 class Rates:
     """How fast devices and links are, for N instances or for one (N = 1, broadcast).
 
-    `latency_s` is half the round trip; `exchange_s` is the fixed cost of a message, and messages of one device pay it one
+    `latency_s` is half the round trip; `exchange_s` is the fixed cost of a message, which a device's messages pay one
     after the other; a pair without a link has rate 0.
     `medium` numbers the shared media, -1 where a link shares nothing but its ends' interfaces.
     """

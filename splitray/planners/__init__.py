@@ -14,6 +14,7 @@ from splitray.planners.cut import BestCut, FixedCut
 from splitray.planners.dealt import Greedy, RoundRobin
 from splitray.planners.layer_dp import LayerDp
 from splitray.planners.memory import check
+from splitray.planners.myopic import Myopic
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.planners.random import RandomPlanner
 from splitray.planners.shares import Even, Proportional
@@ -85,6 +86,7 @@ _PLANNERS = {
     "layer_cut": _Entry("layer_cut", lambda _, __: BestCut()),
     "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp),
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
+    "myopic": _Entry("myopic", lambda _, __: Myopic()),
     "ucb": _Entry("ucb", lambda _, __: Ucb()),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed))),
 }

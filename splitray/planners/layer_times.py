@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,15 @@ class LayerTimes:
 
 def layer_times(state: ClusterState, topology: Topology | None = None) -> LayerTimes:
     """The times at the state's context, on the state's topology or on another one of the same devices."""
-    where, arch = topology or state.topology, state.arch
+    where, arch = topology or state.topology, replace(state.arch, num_layers=1)  # all layers are alike
+    one = replace(state, arch=arch)
     rates, n = Rates.of(where), len(where.ids)
     layer, head = np.zeros(n), np.zeros(n)
     for i, device in enumerate(where.ids):
-        placement = layers_on([device] * arch.num_layers, device, device, state, pinned=False)
+        placement = layers_on([device], device, device, one, pinned=False)
         work = work_s(load_of(placement, arch, where), rates, context_tokens=max(1, state.context_tokens))[0, :, i]
         head[i] = work[-2]
-        layer[i] = (work.sum() - head[i]) / arch.num_layers
+        layer[i] = work.sum() - head[i]
 
     def transfer(num_bytes: int) -> Floats:
         seconds = np.full((n, n), np.inf)

@@ -1,0 +1,224 @@
+"""Head-level partitioning from what is available now, with migration charged (Kafetzis et al., arXiv 2505.02533).
+
+Head groups go one by one to the device on which they are done first, given the load and the memory already placed
+there (the remaining-capacity score of SPEC 4.7 in seconds); the FFN with the output projection's sum stays whole, as in
+the paper. A layer that finds no place backtracks into the layer before. The released code scores total capacity, never
+backtracks and never charges migration (SPEC 4.3, 4.9); those three are corrected here. Ours beyond the paper: for each
+holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides.
+
+Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.cost import CostModel, Rates, load_of, work_s
+from splitray.errors import PlacementError
+from splitray.migration import delay_s, diff
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.layer_times import table_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, shortfall
+from splitray.planners.protocol import ClusterState
+from splitray.planners.whole import layers_on
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+_WIDTHS = 8  # devices that share the heads of a layer: the quickest, or those after the very quickest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Times:
+    """Seconds: one head group, an FFN, the head and the fixed cost of a sub-block [D]; of a hidden state [D, D]."""
+
+    group_s: Floats
+    ffn_s: Floats
+    head_s: Floats
+    launch_s: Floats
+    busy_s: Floats
+    latency_s: Floats
+
+
+def _times(state: ClusterState) -> _Times:
+    where, rates = state.topology, Rates.of(state.topology)
+    arch = replace(state.arch, num_layers=1)  # all layers are alike
+    one = replace(state, arch=arch)
+    work = []
+    for i, d in enumerate(where.ids):
+        load = load_of(layers_on([d], d, d, one, pinned=False), arch, where)
+        work.append(work_s(load, rates, context_tokens=max(1, state.context_tokens))[0, :, i])
+    seconds, launch = np.array(work), rates.launch_s[0]
+    attention = seconds[:, 1] - launch if not arch.parallel_block else seconds[:, 1] * 0
+    ffn = seconds[:, 1:-2].sum(1) - attention - launch * (1 if arch.parallel_block else 2)
+    with np.errstate(divide="ignore"):
+        busy = arch.hidden_dim * arch.dtype_bytes / rates.link_bytes_per_s[0] + rates.exchange_s[0]
+    np.fill_diagonal(busy, 0.0)
+    return _Times(
+        group_s=attention / arch.num_kv_heads, ffn_s=ffn, head_s=seconds[:, -2], launch_s=launch,
+        busy_s=busy, latency_s=rates.latency_s[0],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Myopic:
+    """A placement for the next interval from the present rates alone.
+
+    Args:
+        backtrack_limit: layers that may be taken back before the instance counts as infeasible.
+        staged: weights lie on every device, so that only the KV moves.
+    """
+
+    backtrack_limit: int = 200
+    staged: bool = True
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; keeps the current placement where moving does not pay within the interval.
+
+        Memory is checked at the end of the interval (SPEC 4.8). Fails where backtracking finds no place.
+        """
+        arch = state.arch
+        end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)
+        fresh = self._place(end)
+        if fresh is None:
+            raise PlacementError(
+                "memory",
+                expected=f"room for head groups and FFNs of {arch.name} at the end of the interval",
+                actual=f"a need of {model_bytes(end):,} bytes, no place within {self.backtrack_limit} steps back",
+                remedy="add memory or a device, or shorten the context",
+            )
+        if state.current is None or state.current == fresh or shortfall(state.current, end):
+            return fresh
+        cost = CostModel(arch, state.topology)
+        before, after = (cost.tpot_s(p, context_tokens=max(1, state.context_tokens)) for p in (state.current, fresh))
+        moves = diff(state.current, fresh, arch, state.context_tokens)
+        pays = state.interval_tokens * (before - after) > delay_s(moves, state.topology, staged=self.staged)
+        return fresh if pays else state.current
+
+    def _place(self, state: ClusterState) -> Placement | None:
+        arch, where = state.arch, state.topology
+        times = _times(state)
+        left = np.array([d.memory_bytes for d in where.devices], float)
+        ends = _ends(state, times, left)
+        if ends is None:
+            return None
+        embedding, head = ends
+        sizes = float(group_bytes(arch, state.context_tokens)), float(arch.ffn_dim * ffn_unit_bytes(arch))
+        layers: list[tuple[Counts, int]] = []
+        options: list[Iterator[tuple[Counts, int]]] = []
+        known: dict[tuple[int, int | None], tuple[Counts, int]] = {}
+        steps_back = 0
+        while len(layers) < arch.num_layers:
+            residual = layers[-1][1] if layers else embedding
+            after = head if len(layers) == arch.num_layers - 1 else None
+            if len(options) == len(layers):
+                options.append(
+                    _layer_options(times, left, sizes, arch.num_kv_heads, residual, after, known.get((residual, after)))
+                )
+            chosen = next(options[-1], None)
+            if chosen is not None:
+                known[residual, after] = chosen
+                layers.append(chosen)
+                left = left - _taken(chosen, sizes)
+                continue
+            options.pop()
+            steps_back += 1
+            if not layers or steps_back > self.backtrack_limit:
+                return None
+            left = left + _taken(layers.pop(), sizes)
+        found = []
+        for counts, ffn in layers:
+            edges = np.concatenate([[0], np.cumsum(counts)])
+            heads = {str(d): [(int(edges[i]), int(edges[i + 1]))] for i, d in enumerate(where.ids)}
+            found.append(LayerPlacement(Shares.of(heads), Shares.whole(arch.ffn_dim, where.ids[ffn])))
+        return Placement(tuple(found), (where.ids[embedding],), Shares.whole(arch.vocab, where.ids[head]))
+
+
+def _taken(layer: tuple[Counts, int], sizes: tuple[float, float]) -> Floats:
+    counts, ffn = layer
+    taken = counts.astype(np.float64) * sizes[0]
+    taken[ffn] += sizes[1]
+    return taken
+
+
+def _ends(state: ClusterState, times: _Times, left: Floats) -> tuple[int, int] | None:
+    """Devices of embedding and head; takes their memory. Unpinned ends stay together, where the head is fastest."""
+    ids, table = state.topology.ids, table_bytes(state)
+    pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
+    for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.argsort(times.head_s, kind="stable")]:
+        embedding = head if pins[0] is None else pins[0]
+        need = np.zeros(len(ids))
+        need[embedding] += table
+        need[head] += 0 if state.arch.tied_embeddings and embedding == head else table
+        if (need <= left).all():
+            left -= need
+            return embedding, head
+    return None
+
+
+def _layer_options(
+    times: _Times,
+    left: Floats,
+    sizes: tuple[float, float],
+    num_groups: int,
+    residual: int,
+    after: int | None,
+    known: tuple[Counts, int] | None,
+) -> Iterator[tuple[Counts, int]]:
+    """Feasible ways to place one layer, quickest first: head groups by device, and the holder of the FFN.
+
+    `residual` holds the input; the output goes on to `after` if that is known. `known` was the choice of an earlier layer
+    of the same kind, and still is the quickest if there is room for it.
+    """
+    if known is not None and (_taken(known, sizes) <= left).all():
+        yield known
+    num_devices = len(left)
+    way = times.busy_s + times.latency_s * (1 - np.eye(num_devices))
+    holders = np.flatnonzero(left >= sizes[1])
+    widths = [(skip, skip + w) for skip in (0, 1) for w in range(1, min(num_devices - skip, _WIDTHS) + 1)]
+    if not len(holders):
+        return
+    ffn = np.repeat(holders, len(widths))
+    alone = way[residual] + times.launch_s + times.group_s + way[:, ffn].T
+    rank = np.argsort(np.argsort(alone, axis=1, kind="stable"), axis=1)
+    first, last = np.tile(widths, (len(holders), 1)).T
+    allowed = (rank >= first[:, None]) & (rank < last[:, None])
+    room = np.broadcast_to(left, alone.shape).copy()
+    room[np.arange(len(ffn)), ffn] -= sizes[1]
+    most = np.where(allowed, np.floor(room / sizes[0]), 0)
+    counts = np.zeros(alone.shape, np.int64)
+    done = alone.copy()
+    rows = np.arange(len(ffn))
+    for _ in range(num_groups):
+        score = np.where(counts < most, done, np.inf)
+        best = score.argmin(1)
+        ok = np.isfinite(score[rows, best])
+        counts[rows[ok], best[ok]] += 1
+        done[rows[ok], best[ok]] += times.group_s[best[ok]]
+    seconds = _layer_s(times, counts, ffn, residual) + (way[ffn, after] if after is not None else 0.0)
+    seconds = np.where(counts.sum(1) == num_groups, seconds, np.inf)
+    for row in np.argsort(seconds, kind="stable"):
+        if not np.isfinite(seconds[row]):
+            return
+        yield counts[row], int(ffn[row])
+
+
+def _layer_s(times: _Times, counts: Counts, ffn: NDArray[np.int64], residual: int) -> Floats:
+    """The clock of one layer, [C]: sends share the uplink, receipts the downlink, in device order."""
+    used = counts > 0
+    sent = np.cumsum(np.where(used, times.busy_s[residual], 0.0), axis=1) + times.latency_s[residual]
+    sent[:, residual] = 0.0
+    clock = np.where(used, sent + times.launch_s + counts * times.group_s, 0.0)
+    rows = np.arange(len(ffn))
+    ready, free = clock[rows, ffn], np.zeros(len(ffn))
+    for d in range(counts.shape[1]):
+        busy = times.busy_s[d, ffn]
+        sends = used[:, d] & (ffn != d)
+        end = np.maximum(clock[:, d] + busy, free + busy)
+        free = np.where(sends, end, free)
+        ready = np.where(sends, np.maximum(ready, end + times.latency_s[d, ffn]), ready)
+    seconds: Floats = ready + times.launch_s[ffn] + times.ffn_s[ffn]
+    return seconds
