@@ -170,8 +170,8 @@ def _layer_options(
 ) -> Iterator[tuple[Counts, int]]:
     """Feasible ways to place one layer, quickest first: head groups by device, and the holder of the FFN.
 
-    `residual` holds the input; the output goes on to `after` if that is known. `known` was the choice of an earlier layer
-    of the same kind, and still is the quickest if there is room for it.
+    `residual` holds the input; the output goes on to `after` if that is known. `known` was the choice of an earlier
+    layer of the same kind, and still is the quickest if there is room for it.
     """
     if known is not None and (_taken(known, sizes) <= left).all():
         yield known
