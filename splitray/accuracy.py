@@ -1,0 +1,110 @@
+"""What a codec costs in quality: a table of relative perplexities that were measured on one model and one text.
+
+`python -m splitray.codec_loss` measures it; planners read it. Nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from splitray.codecs import Codec, as_codec
+from splitray.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyRow:
+    """One measurement. `cut`: layers on the edge; None where all sub-blocks are partitioned over two devices."""
+
+    codec: Codec
+    cut: int | None
+    perplexity: float
+    standard_error: float
+    """Of the relative perplexity: over tokens, each compared with itself in the exact run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyTable:
+    """Perplexities of one model on one text by codec and cut, and of the exact model on the same tokens."""
+
+    model: str
+    num_layers: int
+    text: str
+    tokens: int
+    window: int
+    stride: int
+    measured_at: str
+    perplexity: float
+    rows: tuple[AccuracyRow, ...]
+
+    def relative_perplexity(self, codec: Codec, cut: int | None) -> float:
+        """Perplexity with this codec at this cut over the exact one; 1 for `none`, which is exact.
+
+        A cut between two measured ones counts as the worse of them.
+
+        Raises:
+            InputError: nothing was measured for this codec, or not on both sides of this cut.
+        """
+        if codec == "none":
+            return 1.0
+        measured = {r.cut: r.perplexity / self.perplexity for r in self.rows if r.codec == codec}
+        if cut in measured:
+            return measured[cut]
+        cuts = [c for c in measured if c is not None]
+        below = [c for c in cuts if cut is not None and c < cut]
+        above = [c for c in cuts if cut is not None and c > cut]
+        if not below or not above:
+            raise InputError(
+                f"accuracy of {codec} at {'every sub-block' if cut is None else f'cut {cut}'}",
+                expected=f"one of the measured cuts {list(measured)} of {self.model}, or one between them",
+                actual="no measurement",
+                remedy="measure it with `python -m splitray.codec_loss`",
+            )
+        return max(measured[max(below)], measured[min(above)])
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> AccuracyTable:
+        """Read a table that `save` wrote.
+
+        Raises:
+            InputError: the file cannot be read, or is no such table.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _unfit(path, "a readable JSON file", error) from error
+        _exactly(document, AccuracyTable, path)
+        if not isinstance(document["rows"], list):
+            raise _unfit(path, "a list of rows", type(document["rows"]).__name__)
+        rows = []
+        for entry in document["rows"]:
+            _exactly(entry, AccuracyRow, path)
+            rows.append(AccuracyRow(**{**entry, "codec": as_codec(entry["codec"])}))
+        table = AccuracyTable(**{**document, "rows": tuple(rows)})
+        values = [table.perplexity, *(r.perplexity for r in rows)]
+        if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in values):
+            raise _unfit(path, "perplexities above 0", values)
+        return table
+
+
+def _exactly(entry: Any, kind: type, path: str | Path) -> None:
+    names = {f.name for f in fields(kind)}
+    if not isinstance(entry, Mapping) or set(entry) != names:
+        actual = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise _unfit(path, f"the keys {sorted(names)}", actual)
+
+
+def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
+    return InputError(
+        f"accuracy table {path}",
+        expected=expected,
+        actual=actual,
+        remedy="measure it with `python -m splitray.codec_loss`",
+    )

@@ -1,0 +1,218 @@
+"""`splitray perplexity`: how well a model predicts a text, whole or split, exact or through a codec.
+
+A window slides over the text by a stride; each token is scored once, with all of the window before it as context.
+Every token weighs the same, wherever the windows end, and nothing that is not finite is left out (SPEC 3.8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from splitray.codecs import Codec, as_codec
+from splitray.errors import InputError, ModelError
+from splitray.model.reading import read_config
+from splitray.placement import Placement
+from splitray.runtime.hf import SplitModel
+from splitray.runtime.launch import model_path, read_tokenizer
+from splitray.topology import Link, Topology
+
+WINDOW_TOKENS, STRIDE_TOKENS = 2048, 512
+Forward = Callable[[Tensor, int], Tensor]
+"""Ids [1, T] and how many last positions are wanted, to their logits [1, positions, vocab]."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for on the command line. At most one of `cut` and `placement`; neither is one device.
+
+    `window` is at most the model's context (default: that, or 2048), `stride` less than it (512, or half the window).
+    """
+
+    model: str
+    text: str
+    cut: int | None = None
+    placement: str | Path | Placement | None = None
+    codec: str = "none"
+    channel: str = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    window: int | None = None
+    stride: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens [begin, stop) are read, those of [first, stop) are scored."""
+
+    begin: int
+    first: int
+    stop: int
+
+
+def run(request: Request, *, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Score a text file.
+
+    A codec without a cut is tried at the middle one: on one device nothing would cross.
+
+    Returns:
+        `perplexity`, `tokens` (how many were scored), `channel`, `codec`, `cut`, `placement` (its document, null for
+        one device), `seed`.
+
+    Raises:
+        InputError: the text, the cut, the placement, the codec or the channel cannot be used.
+        ModelError: no such model, or it gave something that is not finite.
+        DeviceLost: a device died.
+    """
+    codec = as_codec(request.codec)
+    if request.channel != "none":
+        raise InputError("channel", expected="none", actual=request.channel, remedy="leave --channel out")
+    if request.cut is not None and request.placement is not None:
+        raise InputError("placement", expected="either --cut or --placement", actual="both", remedy="leave one out")
+    config = read_config(model_path(request.model))
+    num_layers = config.num_hidden_layers
+    cut = request.cut
+    if cut is None and request.placement is None and codec != "none":
+        cut = num_layers // 2
+    if cut is not None and not 0 <= cut <= num_layers:
+        raise InputError("cut", expected=f"0 to {num_layers}, the layers of {request.model}", actual=cut,
+                         remedy="cut within the model")  # fmt: skip
+    ids_T = read_ids(request.model, read_text(request.text))
+    window, stride = window_and_stride(config, request.window, request.stride)
+    with ExitStack() as stack:
+        placement: Placement | None = None
+        progress("Reading the model")
+        if cut is None and request.placement is None:
+            forward = whole(request.model, request.dtype)
+        else:
+            model = stack.enter_context(split(request, cut, codec))
+            placement = model.engine.placement
+            forward = of_split(model)
+        nll_T = losses(ids_T, forward, window, stride, progress=progress)
+    return {
+        "perplexity": math.exp(float(nll_T.mean())),
+        "tokens": len(nll_T),
+        "channel": request.channel,
+        "codec": codec,
+        "cut": cut,
+        "placement": None if placement is None else placement.to_document(),
+        "seed": request.seed,
+    }
+
+
+def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
+    """The windows over a text; the first scores all but its first token, each later one its new tokens."""
+    first = 1
+    for begin in range(0, num_tokens, stride):
+        stop = min(begin + window, num_tokens)
+        if stop > first:
+            yield Window(begin, first, stop)
+        first = stop
+        if stop == num_tokens:
+            return
+
+
+def losses(
+    ids_T: Sequence[int], forward: Forward, window: int, stride: int, *, progress: Progress = lambda _: None
+) -> NDArray[np.float64]:
+    """Negative log-likelihood of every token but the first, in nats.
+
+    Raises:
+        ModelError: one of them is not finite.
+    """
+    parts = []
+    todo = list(windows(len(ids_T), window, stride))
+    for i, w in enumerate(todo):
+        progress(f"Window {i + 1} of {len(todo)}")
+        ids = torch.tensor([list(ids_T[w.begin : w.stop])])
+        keep = w.stop - w.first + 1  # the last position before the first scored token predicts it
+        with torch.inference_mode():
+            log_p_KV = forward(ids, keep)[0, -keep:-1].float().log_softmax(-1)
+            nll_K = -log_p_KV.gather(-1, ids[0, 1 - keep :, None]).squeeze(-1).double().numpy()
+        wrong = np.flatnonzero(~np.isfinite(nll_K))
+        if len(wrong):
+            raise ModelError(
+                f"perplexity at token {w.first + int(wrong[0])}",
+                expected="a finite likelihood for every token",
+                actual=f"{nll_K[wrong[0]]} there and {len(wrong)} such tokens in window {i + 1} of {len(todo)}",
+                remedy="use --dtype float32 and --codec none, and check the weights",
+            )
+        parts.append(nll_K)
+    return np.concatenate(parts)
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text {path}", expected="a readable UTF-8 file", actual=error,
+                         remedy="give the path of a plain text file") from error  # fmt: skip
+
+
+def read_ids(model: str, text: str) -> list[int]:
+    """The text's tokens, with whatever the tokenizer puts before them."""
+    tokenizer = read_tokenizer(model)
+    if tokenizer is None:
+        raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}",
+                         remedy="put the tokenizer's files beside the weights")  # fmt: skip
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise InputError("text", expected="at least two tokens", actual=len(ids), remedy="give a longer text")
+    return ids
+
+
+def window_and_stride(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
+    """What was asked for, or the defaults of `Request`, within the model's context."""
+    context = getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS
+    size = min(WINDOW_TOKENS, context) if window is None else window
+    if not 2 <= size <= context:
+        raise InputError("window", expected=f"2 to {context} tokens, the model's context", actual=size,
+                         remedy="choose a window within it")  # fmt: skip
+    step = min(STRIDE_TOKENS, size // 2) if stride is None else stride
+    if not 1 <= step < size:
+        raise InputError("stride", expected=f"1 to {size - 1}, less than the window", actual=step,
+                         remedy="choose a smaller stride")  # fmt: skip
+    return size, step
+
+
+def whole(model: str, dtype: str) -> Forward:
+    """The unsplit model in transformers."""
+    loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=getattr(torch, dtype)).eval()
+    return lambda ids, keep: loaded(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+
+
+def split(request: Request, cut: int | None, codec: Codec) -> SplitModel:
+    """The model over threads: two devices for a cut, those that it names for a placement."""
+    options: dict[str, Any] = {"runtime": "local", "dtype": request.dtype, "seed": request.seed, "codec": codec}
+    if cut is not None:
+        return SplitModel.from_pretrained(request.model, devices=2, planner=f"fixed_cut:{cut}", **options)
+    placement = request.placement
+    assert placement is not None, "a split model has a cut or a placement"
+    chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
+    return SplitModel.from_pretrained(request.model, topology=_devices_of(chosen), placement=chosen, **options)
+
+
+def of_split(model: SplitModel) -> Forward:
+    """The split model's logits."""
+    return lambda ids, keep: model(ids, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+
+
+def _devices_of(placement: Placement) -> Topology:
+    """Equal devices with the names in the placement, all linked."""
+    like = Topology.uniform(1).devices[0]
+    devices = tuple(replace(like, id=d) for d in placement.devices)
+    ids = [d.id for d in devices]
+    links = (Link(source=a, target=b, bandwidth_bytes_per_s=1e9, rtt_s=0) for a in ids for b in ids if a != b)
+    return Topology(devices=devices, links=tuple(links), origin=ids[0])
