@@ -78,7 +78,8 @@ def test_exact_values_of_a_bf16_model_take_two_bytes():
 
 
 def test_bf16_is_torch_s_bfloat16_specials_included():
-    x = np.concatenate([rows(50, 64).ravel(), np.float32([0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, np.nan])])
+    ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    x = np.concatenate([rows(50, 64).ravel(), ties, np.float32([0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, np.nan])])
     expected = torch.from_numpy(x).bfloat16().float().numpy()
     np.testing.assert_array_equal(round_trip("bf16", x[None])[0], expected)
 
