@@ -47,6 +47,9 @@ Runtime = Annotated[
     Literal["local", "process", "ray"], typer.Option(help="Devices are threads, processes or Ray actors.")
 ]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")]
+Codec = Annotated[
+    Literal["none", "bf16", "int8", "int4"], typer.Option(help="How partial sums travel; all but none lose accuracy.")
+]
 Seed = Annotated[int, typer.Option(help="Of planner and sampling.", metavar="N")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 
@@ -105,6 +108,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
     runtime: Runtime = "process",
     dtype: Dtype = "float32",
+    codec: Codec = "none",
     seed: Seed = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", metavar="X")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is off.", metavar="N")] = 0,
@@ -119,7 +123,7 @@ def generate(
 
     request = Request(
         model=model, prompt=prompt, prompt_ids=prompt_ids, topology=topology, devices=devices, planner=planner,
-        placement=placement, runtime=runtime, dtype=dtype, seed=seed,
+        placement=placement, runtime=runtime, dtype=dtype, codec=codec, seed=seed,
         sampling={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
                   "repetition_penalty": repetition_penalty},
     )  # fmt: skip
@@ -214,6 +218,36 @@ def demo(
         _print_json(document)
     if not document["identical"]:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    text: Annotated[str, typer.Option(help="A UTF-8 file to score.", metavar="FILE")],
+    cut: Annotated[int | None, typer.Option(help="Two devices, the first P layers on one.", metavar="P")] = None,
+    placement: PlacementFile = None,
+    codec: Codec = "none",
+    channel: Annotated[str, typer.Option(help="Only none so far.", metavar="NAME")] = "none",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a text with a model, whole or split, exact or through a codec."""
+    from splitray.perplexity import Request, run
+    from splitray.report.progress import progress
+
+    request = Request(
+        model=model, text=text, cut=cut, placement=placement, codec=codec, channel=channel, dtype=dtype, seed=seed
+    )
+    with _stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin:
+        document = run(request, progress=spin)
+    if as_json:
+        _print_json(document)
+        return
+    where = "one device" if document["placement"] is None else f"split, codec {document['codec']}"
+    Console(highlight=False).print(
+        f"perplexity {document['perplexity']:.4f} over {document['tokens']:,} tokens ({where})"
+    )
 
 
 @app.command()

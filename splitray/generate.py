@@ -28,6 +28,7 @@ class Request:
     placement: str | None
     runtime: str
     dtype: Literal["float32", "bfloat16"]
+    codec: str
     seed: int
     sampling: dict[str, Any]
 
@@ -79,6 +80,7 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
                 runtime=request.runtime,
                 seed=request.seed,
                 dtype=request.dtype,
+                codec=request.codec,
                 progress=lambda what: progress(what.capitalize()),
             )
         )

@@ -408,3 +408,19 @@ REFERENCE = Reference(token_ids=(4, 5, 0), pieces=(" a", " cat"))
 def test_the_demo_names_the_first_difference(pieces: tuple[str, ...], num_tokens: int, words: str | None) -> None:
     found = difference(Answer(pieces=pieces, num_tokens=num_tokens, ttft_s=0.1, tpot_s=None), REFERENCE)
     assert found is None if words is None else words in str(found)
+
+
+def test_a_text_is_scored_whole_and_cut_alike(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the other cat sat on that hat " * 4)
+    whole, cut, coded = (
+        json.loads(
+            CliRunner().invoke(app, ["perplexity", "--model", str(model), "--text", str(text), "--json", *more]).stdout
+        )
+        for more in ((), ("--cut", "1"), ("--cut", "1", "--codec", "int4"))
+    )
+    assert {"perplexity", "tokens", "channel", "codec", "cut", "placement", "seed"} <= set(whole)
+    assert cut["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+    assert coded["perplexity"] != pytest.approx(whole["perplexity"], rel=1e-5)
+    wrong = CliRunner().invoke(app, ["perplexity", "--model", str(model), "--text", str(text), "--cut", "9"])
+    assert wrong.exit_code == 2 and "cut" in wrong.stderr
