@@ -275,11 +275,11 @@ Crossing = Callable[..., tuple[Message, ...]]
 def _residual_twice(crossing: Crossing) -> Crossing:
     """The lead folds the residual and sends it apart as well."""
 
-    def mutant(here, there, arch, topology):
-        folded = not arch.post_norm and here.mode == "partitioned"
+    def mutant(here, there, *rest):
+        folded = not rest[0].post_norm and here.mode == "partitioned"
         return tuple(
             dataclasses.replace(m, content="partial_and_state") if folded and m.source == here.lead else m
-            for m in crossing(here, there, arch, topology)
+            for m in crossing(here, there, *rest)
         )
 
     return mutant
@@ -288,8 +288,8 @@ def _residual_twice(crossing: Crossing) -> Crossing:
 def _residual_left_out(crossing: Crossing) -> Crossing:
     """A receiver that lacks x does not get it apart."""
 
-    def mutant(here, there, arch, topology):
-        messages = crossing(here, there, arch, topology)
+    def mutant(here, there, *rest):
+        messages = crossing(here, there, *rest)
         return tuple(
             dataclasses.replace(m, content="partial") if m.content == "partial_and_state" else m for m in messages
         )
@@ -300,10 +300,10 @@ def _residual_left_out(crossing: Crossing) -> Crossing:
 def _holders_told_again(crossing: Crossing) -> Crossing:
     """A replica that has the state receives it from the lead once more."""
 
-    def mutant(here, there, arch, topology):
+    def mutant(here, there, *rest):
         again = [d for d in there.devices if d in here.devices[1:] and here.mode == "replicated"]
         extra = tuple(Message(here.lead, d, "state") for d in again)
-        return crossing(here, there, arch, topology) + extra
+        return crossing(here, there, *rest) + extra
 
     return mutant
 
@@ -311,8 +311,8 @@ def _holders_told_again(crossing: Crossing) -> Crossing:
 def _gathered_at_the_lead(crossing: Crossing) -> Crossing:
     """Partials go to the lead only, which never passes the sum on."""
 
-    def mutant(here, there, arch, topology):
-        messages = crossing(here, there, arch, topology)
+    def mutant(here, there, *rest):
+        messages = crossing(here, there, *rest)
         return tuple(m for m in messages if here.mode != "partitioned" or m.target == here.lead)
 
     return mutant
@@ -321,10 +321,10 @@ def _gathered_at_the_lead(crossing: Crossing) -> Crossing:
 def _everyone_told(crossing: Crossing) -> Crossing:
     """Holders of the last sub-block that have no part in the next receive as well."""
 
-    def mutant(here, there, arch, topology):
+    def mutant(here, there, *rest):
         left_out = [d for d in here.devices if d not in there.devices and d != here.lead]
         extra = tuple(Message(here.lead, d, "partial") for d in left_out)
-        return crossing(here, there, arch, topology) + extra
+        return crossing(here, there, *rest) + extra
 
     return mutant
 
