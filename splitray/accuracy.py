@@ -65,6 +65,24 @@ class AccuracyTable:
             )
         return max(measured[max(below)], measured[min(above)])
 
+    def boundary_loss(self, codec: Codec, depth: float, boundaries: int) -> tuple[float, float]:
+        """The relative rise of perplexity by one coded crossing, of a whole state and of partial sums.
+
+        The first is what the cut nearest to this depth was measured to cost; the second is the measured cost of coding
+        every boundary, spread evenly. For another model than the measured one this is a stand-in, and is called that.
+
+        Args:
+            codec: how what crosses is coded.
+            depth: share of the model before the crossing, 0 to 1.
+            boundaries: of the model at hand.
+        """
+        if codec == "none":
+            return 0.0, 0.0
+        cuts = [r.cut for r in self.rows if r.codec == codec and r.cut is not None]
+        nearest = min(cuts, key=lambda c: abs(c / self.num_layers - depth))
+        everywhere = self.relative_perplexity(codec, None) - 1
+        return self.relative_perplexity(codec, nearest) - 1, everywhere / max(1, boundaries)
+
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

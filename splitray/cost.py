@@ -149,7 +149,7 @@ def _held(block: SubBlock, placement: Placement, device: DeviceId) -> tuple[int,
             return layer.attention.count(device), layer.ffn.count(device), 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """How fast devices and links are, for N instances or for one (N = 1, broadcast).
 
@@ -165,6 +165,15 @@ class Rates:
     latency_s: Floats  # [N, D, D]
     exchange_s: Floats  # [N, D, D]
     medium: NDArray[np.int64]  # [D, D]
+
+    @cached_property
+    def groups(self) -> tuple[tuple[tuple[int, Any], ...], ...]:
+        """Each device's targets by the medium that leads to them, -1 for its own uplink."""
+        everyone = slice(None)
+        return tuple(
+            tuple((int(g), everyone if (row == g).all() else np.flatnonzero(row == g)) for g in np.unique(row))
+            for row in self.medium
+        )
 
     @staticmethod
     def of(topology: Topology) -> Rates:
@@ -243,30 +252,11 @@ def step_cost(
         on_air = np.where(load.sends, payload / rates.link_bytes_per_s[:, None], 0.0)
     transfer = on_air + load.sends * rates.exchange_s[:, None]
     active: NDArray[np.bool_] = np.any(load.sends, axis=(0, 3))  # [B, D]: whoever sends in any instance
-    media = {s: _groups(rates.medium[s]) for s in range(num_devices)}
     clock = np.zeros((n, num_devices))
     for stage in range(num_stages):
         clock = clock + work[:, stage]
-        senders = np.flatnonzero(active[stage])
-        if not len(senders):
-            continue
-        arrival, free = clock.copy(), np.zeros((n, num_devices))
-        medium_free: dict[int, Floats] = {}
-        for s in map(int, senders):
-            sends, busy = load.sends[:, stage, s], transfer[:, stage, s]
-            for group, targets in media[s]:
-                begin = clock[:, s]
-                if group >= 0:
-                    begin = np.maximum(begin, medium_free.get(group, begin))
-                end = begin[:, None] + np.cumsum(busy[:, targets], axis=1)
-                if group >= 0:
-                    medium_free[group] = end[:, -1]
-                end = np.maximum(end, free[:, targets] + busy[:, targets])
-                mine = sends[:, targets]
-                free[:, targets] = np.where(mine, end, free[:, targets])
-                came = np.where(mine, end + rates.latency_s[:, s, targets], -np.inf)
-                arrival[:, targets] = np.maximum(arrival[:, targets], came)
-        clock = arrival
+        if active[stage].any():
+            clock = exchange(clock, load.sends[:, stage], transfer[:, stage], rates, active[stage])
     sent = on_air.sum(1)
     return StepCost(
         cycle_s=np.where(load.embeds, clock, -np.inf).max(1),
@@ -275,6 +265,38 @@ def step_cost(
         radio_s=sent.sum(2) + sent.sum(1),
         sent_bytes=(payload * load.sends).sum(1),
     )
+
+
+def exchange(
+    finish: Floats, sends: NDArray[np.bool_], transfer_s: Floats, rates: Rates, active: NDArray[np.bool_] | None = None
+) -> Floats:
+    """When each device has what one boundary brings it, [N, D]: maximum and plus alone, so it is linear in those.
+
+    Args:
+        finish: when each device has done its part, [N, D].
+        sends: who sends to whom, [N, D, D].
+        transfer_s: what each message occupies its sender's uplink, its receiver's downlink and a medium, [N, D, D].
+        rates: for latency and media.
+        active: who sends in any instance, [D], if that is known.
+    """
+    if active is None:
+        active = sends.any((0, 2))
+    arrival, free = finish.copy(), np.full(finish.shape, -np.inf)
+    medium_free: dict[int, Floats] = {}
+    for s in map(int, np.flatnonzero(active)):
+        for group, targets in rates.groups[s]:
+            begin, busy = finish[:, s], transfer_s[:, s, targets]
+            if group >= 0:
+                begin = np.maximum(begin, medium_free.get(group, begin))
+            end = begin[:, None] + np.cumsum(busy, axis=1)
+            if group >= 0:
+                medium_free[group] = end[:, -1]
+            end = np.maximum(end, free[:, targets] + busy)
+            mine = sends[:, s, targets]
+            free[:, targets] = np.where(mine, end, free[:, targets])
+            came = np.where(mine, end + rates.latency_s[:, s, targets], -np.inf)
+            arrival[:, targets] = np.maximum(arrival[:, targets], came)
+    return arrival
 
 
 def work_s(
@@ -302,11 +324,6 @@ def _column(value: float | Floats, ndim: int) -> Floats:
     """A number or [N] as [N or 1, 1, ...], to broadcast over instances."""
     array = np.atleast_1d(np.asarray(value, float))
     return array.reshape(-1, *([1] * (ndim - 1)))
-
-
-def _groups(medium_D: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-    """One device's targets by the medium that leads to them, -1 for its own uplink."""
-    return [(int(g), np.flatnonzero(medium_D == g)) for g in np.unique(medium_D)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,7 +150,7 @@ def compile_route(
         if arch.qk_norm_over_heads and here.kind == "attention" and here.mode == "partitioned":
             pairs = [(a, b) for a in here.devices for b in here.devices if a != b]
             boundaries.append(Boundary(here.index, tuple(Message(a, b, "norm_sums") for a, b in pairs), inner=True))
-        boundaries.append(Boundary(here.index, _crossing(here, there, arch, topology, codec)))
+        boundaries.append(Boundary(here.index, crossing(here, there, arch, topology, codec)))
     head = blocks[-1]
     content: Content = "best" if greedy else "logits"
     boundaries.append(
@@ -195,9 +195,10 @@ def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]
     return blocks
 
 
-def _crossing(
+def crossing(
     here: SubBlock, there: SubBlock, arch: ModelArch, topology: Topology, codec: Codec
 ) -> tuple[Message, ...]:
+    """The messages between two sub-blocks that follow each other, by the exchange rule (DESIGN section 3)."""
     lacking = [d for d in there.devices if d not in here.devices]
     if here.mode != "partitioned":
         num_bytes = encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)

@@ -12,6 +12,8 @@ from splitray.errors import PlacementError, did_you_mean
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut, FixedCut
 from splitray.planners.dealt import Greedy, RoundRobin
+from splitray.planners.drift_plus_penalty import DriftPlusPenalty
+from splitray.planners.exact import Exact
 from splitray.planners.layer_dp import LayerDp
 from splitray.planners.memory import check
 from splitray.planners.myopic import Myopic
@@ -72,6 +74,21 @@ def _layer_dp(argument: str, _: int) -> Planner:
     return LayerDp(throughput=bool(argument))
 
 
+def _drift_plus_penalty(argument: str, _: int) -> Planner:
+    try:
+        v = float(argument or 0)
+    except ValueError:
+        v = float("nan")
+    if not 0 <= v < float("inf"):
+        raise PlacementError(
+            "planner drift_plus_penalty",
+            expected="drift_plus_penalty, or drift_plus_penalty:V with V a number of 0 or more",
+            actual=repr(argument),
+            remedy="write for example drift_plus_penalty:10",
+        )
+    return DriftPlusPenalty(v)
+
+
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly()),
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly()),
@@ -86,6 +103,8 @@ _PLANNERS = {
     "layer_cut": _Entry("layer_cut", lambda _, __: BestCut()),
     "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp),
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
+    "exact": _Entry("exact", lambda _, __: Exact()),
+    "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty),
     "myopic": _Entry("myopic", lambda _, __: Myopic()),
     "ucb": _Entry("ucb", lambda _, __: Ucb()),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed))),

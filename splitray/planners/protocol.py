@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from splitray.accuracy import AccuracyTable
 from splitray.arch import ModelArch
+from splitray.codecs import Codec
 from splitray.placement import Placement
 from splitray.queues import QueueState
 from splitray.topology import DeviceId, Topology
@@ -18,7 +20,8 @@ class ClusterState:
     `context_tokens` are the tokens whose KV cache must fit beside the weights, summed over the sequences of a
     batch. `current` is the active placement, None before the first one. `interval_tokens` are the tokens until the
     next decision, over which a migration must pay. `average` is the topology with the mean rates of the whole run,
-    for planners that decide once; None where nothing is known but the present.
+    for planners that decide once; None where nothing is known but the present. `codec` is how partials travel, and
+    `accuracy` what that was measured to cost.
     """
 
     arch: ModelArch
@@ -29,6 +32,8 @@ class ClusterState:
     slot_s: float = 1.0
     queues: QueueState = QueueState()
     average: Topology | None = None
+    codec: Codec = "none"
+    accuracy: AccuracyTable | None = None
 
     @property
     def pinned_embedding(self) -> DeviceId | None:

@@ -342,7 +342,7 @@ MUTATED_RULES = {
 def test_the_simulation_refuses_a_mutated_rule(
     mutate: Callable[[Crossing], Crossing], trait: str, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(route_module, "_crossing", mutate(route_module._crossing))
+    monkeypatch.setattr(route_module, "crossing", mutate(route_module.crossing))
     found: list[str] = []
     for seed in range(30):
         placement, arch, topology = random_case(np.random.default_rng(seed), trait)

@@ -1,0 +1,79 @@
+"""Ours: each slot the placement of the least drift plus penalty, by an exact dynamic program (SPEC 2.11 to 2.18).
+
+A token that takes T seconds, E joule and an accuracy loss D costs
+
+    (1 + Q + A / 2) T / slot + (V + Z) E + (V + Y) D
+
+with the backlog Q in tokens, the arrivals A of the last slot, and the debts Z and Y of the virtual queues. The waiting
+of the backlog is priced while a token is served (a frame of length T), and half of the arrivals beside it: with Q
+alone an empty queue is blind to the burst that the slot itself brings. V weighs energy and accuracy against delay; at
+its default of 0 only delay counts until a budget is overdrawn.
+
+The program is exact for costs that add up over sub-blocks (optimum/additive.py). Where memory binds, bytes are priced
+until the placement fits, and nothing is proven.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitray.cost import CostModel
+from splitray.errors import PlacementError
+from splitray.placement import Placement
+from splitray.planners.exact import priced, simple
+from splitray.planners.optimum.additive import Additive, Prices
+from splitray.planners.optimum.space import MISSING_S, Space
+from splitray.planners.protocol import ClusterState
+
+
+@dataclass(frozen=True, slots=True)
+class DriftPlusPenalty:
+    """One slot at a time; migration is not charged, as nothing of the next slot is known.
+
+    Args:
+        v: weight of a joule (and of a relative perplexity) against a token that waits for a slot.
+    """
+
+    v: float = 0.0
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where nothing fits into memory."""
+        space, prices = Space(state), self.prices(state)
+        chosen = Additive(space, prices).best()
+        if (chosen.held_bytes <= space.memory_bytes).all() and chosen.seconds < MISSING_S / 2:
+            return space.placement(chosen.path, chosen.embedding)
+        cost = CostModel(state.arch, state.topology, codec=state.codec)
+        idle_w = sum(d.idle_w for d in state.topology.devices)
+
+        def price(placement: Placement) -> float:
+            step = cost.decode(placement, context_tokens=max(1, state.context_tokens))
+            seconds = float(step.cycle_s[0])
+            active_j = float(step.energy_j(state.topology).sum()) - idle_w * seconds
+            return prices.per_second * seconds + prices.per_joule * active_j
+
+        fitting = [
+            space.placement(each.path, each.embedding)
+            for _, each, _ in priced(space, chosen, prices)
+            if (each.held_bytes <= space.memory_bytes).all() and each.seconds < MISSING_S / 2
+        ]
+        candidates = [*dict.fromkeys(fitting), *simple(space)]
+        if not candidates:
+            raise PlacementError(
+                "memory",
+                expected=f"room for {state.arch.name} with {state.context_tokens} tokens on linked devices",
+                actual="no placement found that fits",
+                remedy="add memory or a link, shorten the context, or try the planner exact",
+            )
+        return min(candidates, key=price)
+
+    def prices(self, state: ClusterState) -> Prices:
+        """What a second, a joule and a loss weigh in this slot; idling is paid by the second."""
+        q = state.queues
+        per_joule = self.v + q.energy_debt_j
+        idle_w = sum(d.idle_w for d in state.topology.devices)
+        waiting = 1 + q.backlog_tokens + q.arrived_tokens / 2
+        return Prices(
+            per_second=waiting / state.slot_s + per_joule * idle_w,
+            per_joule=per_joule,
+            per_loss=self.v + q.accuracy_debt,
+        )

@@ -1,0 +1,329 @@
+"""What a decode step costs, sub-block by sub-block, as tables: the ground that exact and drift_plus_penalty stand on.
+
+A sub-block is done by a `Holding`: one device, several that share it by count, or several that each do all of it. Its
+work is affine in the counts, and a boundary maps the times at which its senders have finished to the times at which
+its receivers may begin by maxima of sums: arrival_j = max_i(finish_i + crossing[i, j]). Both come from cost.py, so a
+path through the tables takes exactly the time that `CostModel.tpot_s` gives its placement.
+
+Shapes: S holdings, D devices. Times in seconds; -inf where nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.arch import ModelArch
+from splitray.codecs import Codec
+from splitray.cost import Rates, exchange
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.memory import ffn_unit_bytes, group_bytes
+from splitray.planners.protocol import ClusterState
+from splitray.route import BEST_BYTES, NORM_SUMS_BYTES, TOKEN_BYTES, Mode, SubBlock, crossing, message_bytes
+from splitray.topology import Topology
+
+Floats = NDArray[np.float64]
+Counts = tuple[int, ...]
+Kind = Literal["attention", "ffn", "layer", "head"]
+Part = Literal["attention", "ffn", "head"]
+Messages = Sequence[tuple[int, int, int]]  # source, target, bytes
+Freedom = Literal["one_device", "layers", "heads", "all"]
+MISSING_S = 1e15  # what a boundary takes that needs a link which is not there
+MOST_SHARED = 5  # more devices than these are used for whole sub-blocks only
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Who does a sub-block: device indices in order, and whether each of several does all of it."""
+
+    devices: tuple[int, ...]
+    replicated: bool = False
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether several devices share it."""
+        return len(self.devices) > 1 and not self.replicated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """The equal pieces of one part of a sub-block: how many, seconds of one on each device, and its bytes."""
+
+    part: Part
+    count: int
+    total: int
+    piece_s: Floats  # [D]
+    piece_bytes: float
+
+    def ranges(self, counts: Sequence[int], ids: Sequence[str]) -> Shares:
+        """Contiguous ranges in device order."""
+        edges = np.concatenate([[0], np.cumsum(counts)]) * self.total // self.count
+        return Shares.of({str(d): [(int(edges[i]), int(edges[i + 1]))] for i, d in enumerate(ids)})
+
+
+class Space:
+    """The placements that a planner may choose from, for one state.
+
+    A replicated sub-block is followed by one on the same devices, which is what replication is for.
+
+    `freedom`: `one_device`; `layers` whole on any device in any order; `heads` by count with the FFN whole (the space
+    of arXiv 2505.02533); `all` heads by count, FFN by columns and the head by rows, attention and FFN replicated or not. `blocks` coarsens
+    columns and rows to so many equal blocks, for searches that enumerate them.
+    """
+
+    def __init__(
+        self,
+        state: ClusterState,
+        freedom: Freedom = "all",
+        *,
+        blocks: int | None = None,
+        most_shared: int = MOST_SHARED,
+    ) -> None:
+        """Price pieces and boundaries; the tables are made when they are first asked for."""
+        self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
+        self.rates = Rates.of(state.topology)
+        self.num_devices = len(state.topology.devices)
+        self.rhythms: dict[tuple[Kind, int, int], Floats | None] = {}
+        self.launch_s = self.rates.launch_s[0]
+        self.memory_bytes = np.array([d.memory_bytes for d in state.topology.devices])
+        arch, context = self.arch, max(1, state.context_tokens)
+        self._attention = self._pieces(
+            "attention", arch.num_kv_heads, arch.num_kv_heads,
+            2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * context,
+            arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context,
+            group_bytes(arch, state.context_tokens),
+        )  # fmt: skip
+        self._ffn = self._weights(
+            "ffn", min(arch.ffn_dim, blocks or arch.ffn_dim), arch.ffn_dim, arch.ffn_unit_params, ffn_unit_bytes(arch)
+        )
+        row = arch.weight_bytes(arch.vocab_row_params)
+        self.table_bytes = float(arch.vocab * row)
+        whole_head = freedom != "all" or state.pinned_head is not None
+        rows = 1 if whole_head else min(arch.vocab, blocks or arch.vocab)
+        self._head = self._weights("head", rows, arch.vocab, arch.vocab_row_params, row)
+        self.holdings = self._holdings(most_shared)
+        layer: tuple[Kind, ...] = ("layer",) if arch.parallel_block else ("attention", "ffn")
+        self.kinds: tuple[Kind, ...] = layer * arch.num_layers + ("head",)
+        ids = state.topology.ids
+        pinned = state.pinned_embedding
+        self.embeddings = [i for i, d in enumerate(ids) if pinned is None or d == pinned]
+
+    def _pieces(
+        self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float
+    ) -> Pieces:
+        seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
+        return Pieces(part=part, count=count, total=total, piece_s=seconds, piece_bytes=held_bytes)
+
+    def _weights(self, part: Part, count: int, total: int, params: int, unit_bytes: int) -> Pieces:
+        each = total / count
+        return self._pieces(part, count, total, 2 * params * each, self.arch.weight_bytes(params) * each, unit_bytes * each)
+
+    def _holdings(self, most_shared: int) -> tuple[Holding, ...]:
+        single = [Holding((d,)) for d in range(self.num_devices)]
+        fast = np.argsort(-self.rates.bytes_per_s[0], kind="stable")[:most_shared]
+        self.shared = few = sorted(map(int, fast))
+        if self.freedom in ("one_device", "layers"):
+            return tuple(single)
+        sets = [c for n in range(2, len(few) + 1) for c in combinations(few, n)]
+        linked = [c for c in sets if all(self._linked(a, b) for a in c for b in c if a != b)]
+        shared = [Holding(c) for c in linked]
+        copies = [Holding(c, True) for c in linked] if self.freedom == "all" else []
+        return tuple(single + shared + copies)
+
+    def _linked(self, a: int, b: int) -> bool:
+        ids = self.topology.ids
+        return self.topology.link(ids[a], ids[b]) is not None
+
+    def pieces(self, kind: Kind) -> tuple[Pieces, ...]:
+        """What a sub-block of this kind consists of."""
+        match kind:
+            case "attention":
+                return (self._attention,)
+            case "ffn":
+                return (self._ffn,)
+            case "layer":
+                return self._attention, self._ffn
+            case "head":
+                return (self._head,)
+
+    def allowed(self, kind: Kind) -> NDArray[np.bool_]:
+        """Which holdings may do a sub-block of this kind, [S]."""
+        most = min(p.count for p in self.pieces(kind))
+        pinned = self.state.pinned_head
+        return np.array(
+            [
+                not (kind == "head" and h.replicated)
+                and not (kind == "ffn" and self.freedom == "heads" and len(h.devices) > 1)
+                and not (h.partitioned and len(h.devices) > most)
+                and not (kind == "head" and pinned is not None and self.topology.ids[h.devices[0]] != pinned)
+                for h in self.holdings
+            ]
+        )
+
+    def free_rows(self, kind: Kind, embedding: int) -> NDArray[np.bool_]:
+        """Where pieces of this kind take no memory: rows of a tied table beside the embedding, [D]."""
+        return (np.arange(self.num_devices) == embedding) & (kind == "head" and self.arch.tied_embeddings)
+
+    @cached_property
+    def _tables(self) -> dict[str, Floats]:
+        """Every boundary of the space at once, each a max-plus matrix [D, D]."""
+        lists = _patterns(self.arch, self.topology, self.holdings, self.state.codec)
+        every = [each for name in lists for each in lists[name]]
+        matrices, on_air = self._exchanged(every)
+        n, s = self.num_devices, len(self.holdings)
+        sizes = np.cumsum([len(v) for v in lists.values()])[:-1]
+        found = dict(zip(lists, np.split(matrices, sizes), strict=True))
+        air = dict(zip(lists, np.split(on_air, sizes), strict=True))
+        gathered, sent = found["best"], found["token"].reshape(s, n, n, n)  # [S, source, sampler], [S, E, ..]
+        leads = [h.devices[0] for h in self.holdings]
+        to_lead = gathered[np.arange(s), :, leads]
+        from_lead = sent[np.arange(s)[:, None], np.arange(n)[None], np.array(leads)[:, None], np.arange(n)[None]]
+        return {
+            "crossing": np.where(self._useless()[..., None, None], MISSING_S, found["crossing"].reshape(s, s, n, n)),
+            "entry": found["entry"].reshape(n, s, n, n)[np.arange(n), :, np.arange(n)],
+            "inner": found["inner"],
+            # the embedding's device must also have done what it does itself
+            "exit": np.maximum(to_lead[:, :, None] + from_lead[:, None, :], np.where(np.eye(n), 0.0, -np.inf)),
+            "crossing_air": air["crossing"].reshape(s, s, n),
+            "entry_air": air["entry"].reshape(n, s, n),
+            "exit_air": air["best"][:, None] + air["token"].reshape(s, n, n),
+        }
+
+    def _useless(self) -> NDArray[np.bool_]:
+        """Where copies are followed by a sub-block on other devices, [S, S]: on fewer, some copies serve nothing."""
+        same = np.array([[a.devices == b.devices for b in self.holdings] for a in self.holdings])
+        return np.array([[h.replicated] for h in self.holdings]) & ~same
+
+    @cached_property
+    def crosses(self) -> NDArray[np.bool_]:
+        """Whether anything is sent from one holding to the next, [S, S]."""
+        patterns = _patterns(self.arch, self.topology, self.holdings, self.state.codec)["crossing"]
+        return np.array([bool(p) for p in patterns]).reshape(len(self.holdings), -1)
+
+    def radio_s(self, where: Literal["crossing", "entry", "exit"]) -> Floats:
+        """Seconds that each device sends or receives at a boundary: [S, S, D], [D, S, D] or [S, D, D]."""
+        return self._tables[f"{where}_air"]
+
+    def crossing_s(self, into: Kind) -> Floats:
+        """From any holding of a sub-block to any of the next, which is of that kind, [S, S, D, D]."""
+        table = self._tables["crossing"]
+        if not (self.arch.qk_norm_over_heads and into == "attention"):
+            return table
+        return np.max(table[..., None] + self._tables["inner"][None, :, None], axis=-2)
+
+    @cached_property
+    def entry_s(self) -> Floats:
+        """From the embedding on a device at time 0 to any holding of the first sub-block, [D, S, D]."""
+        table = self._tables["entry"]
+        if self.arch.qk_norm_over_heads:
+            table = np.max(table[..., None] + self._tables["inner"][None], axis=-2)
+        return np.maximum(table, 0.0)  # a device that waits for nothing begins at 0
+
+    @property
+    def exit_s(self) -> Floats:
+        """From any holding of the head to the next token on the device of the embedding, [S, D, D]: max_i(f_i + it)."""
+        return self._tables["exit"]
+
+    def _exchanged(self, messages: Sequence[Messages]) -> tuple[Floats, Floats]:
+        """For each list of messages what arrives if one device finishes at 0, [len, D, D], and time on air, [len, D]."""
+        n, d = len(messages), self.num_devices
+        sends, payload = np.zeros((n, d, d), bool), np.zeros((n, d, d))
+        flat = [(k, *m) for k, each in enumerate(messages) for m in each]
+        if flat:
+            k, source, target, num_bytes = np.array(flat).T
+            sends[k, source, target], payload[k, source, target] = True, num_bytes
+        rate = self.rates.link_bytes_per_s
+        on_air = np.where(sends, payload / np.where(rate > 0, rate, 1.0), 0.0)
+        transfer = on_air + sends * self.rates.exchange_s
+        unit = np.where(np.eye(d, dtype=bool), 0.0, -np.inf)
+        rows = np.repeat(np.arange(n), d)
+        arrival = exchange(np.tile(unit, (n, 1)), sends[rows], transfer[rows], self.rates).reshape(n, d, d)
+        missing = (sends & (rate <= 0)).any((1, 2))
+        if missing.any():
+            arrival[missing] = np.where(np.isfinite(arrival[missing]), MISSING_S, -np.inf)
+        return arrival, on_air.sum(2) + on_air.sum(1)
+
+    def seconds(self, path: Sequence[tuple[int, Sequence[Counts]]], embedding: int) -> float:
+        """The time of a path by its true clocks, as `CostModel.tpot_s` of its placement."""
+        clock: Floats = np.zeros(self.num_devices)
+        before = -1
+        for i, (kind, (holding, counts)) in enumerate(zip(self.kinds, path, strict=True)):
+            if i:
+                clock = np.max(clock[:, None] + self.crossing_s(kind)[before, holding], axis=0)
+            else:
+                clock = self.entry_s[embedding, holding].copy()
+            devices = list(self.holdings[holding].devices)
+            clock[devices] += self.launch_s[devices]
+            for part, count in zip(self.pieces(kind), counts, strict=True):
+                clock = clock + np.array(count) * part.piece_s
+            before = holding
+        return float(np.max(clock + self.exit_s[before, :, embedding]))
+
+    def placement(self, path: Sequence[tuple[int, Sequence[Counts]]], embedding: int) -> Placement:
+        """The placement of a path: for each sub-block its holding and, for each part, pieces by device."""
+        ids = self.topology.ids
+        shares = [
+            [
+                Shares.whole(p.total, *(ids[d] for d in self.holdings[h].devices))
+                if self.holdings[h].replicated
+                else p.ranges(c, ids)
+                for p, c in zip(self.pieces(kind), counts, strict=True)
+            ]
+            for kind, (h, counts) in zip(self.kinds, path, strict=True)
+        ]
+        flat = [x for each in shares[:-1] for x in each]
+        layers = tuple(LayerPlacement(a, f) for a, f in zip(flat[::2], flat[1::2], strict=True))
+        return Placement(layers, (ids[embedding],), shares[-1][0])
+
+
+_known_patterns: dict[Hashable, dict[str, list[Messages]]] = {}
+
+
+def _patterns(
+    arch: ModelArch, where: Topology, holdings: tuple[Holding, ...], codec: Codec
+) -> dict[str, list[Messages]]:
+    """Who sends how much to whom at every boundary; remembered, as it hardly changes while rates do."""
+    links = tuple((x.source, x.target) for x in where.links) if len(where.ids) < 3 else where  # no choice of a holder
+    key = (arch, where.ids, where.origin, links, holdings, codec)
+    if key not in _known_patterns:
+        if len(_known_patterns) > 64:
+            _known_patterns.clear()
+        _known_patterns[key] = _make_patterns(arch, where, holdings, codec)
+    return _known_patterns[key]
+
+
+def _make_patterns(
+    arch: ModelArch, where: Topology, holdings: tuple[Holding, ...], codec: Codec
+) -> dict[str, list[Messages]]:
+    ids = where.ids
+    index = {d: i for i, d in enumerate(ids)}
+
+    def block(h: Holding) -> SubBlock:
+        mode: Mode = "partitioned" if h.partitioned else "replicated" if h.replicated else "whole"
+        return SubBlock(0, "ffn", 0, tuple(ids[d] for d in h.devices), mode)
+
+    def between(here: Holding, there: Holding) -> Messages:
+        found = crossing(block(here), block(there), arch, where, codec)
+        return [(index[m.source], index[m.target], message_bytes(m, arch, codec=codec)) for m in found]
+
+    every, origin = range(len(ids)), index[where.origin]
+    return {
+        "crossing": [between(a, b) for a in holdings for b in holdings],
+        "entry": [between(Holding((e,)), b) for e in every for b in holdings],
+        "inner": [
+            [(a, b, NORM_SUMS_BYTES) for a in h.devices for b in h.devices if a != b] if h.partitioned else []
+            for h in holdings
+        ],
+        "best": [[(i, h.devices[0], BEST_BYTES) for i in h.devices[1:]] for h in holdings],
+        "token": [
+            [(h.devices[0], d, TOKEN_BYTES) for d in every if d in (e, origin) and d != h.devices[0]]
+            for h in holdings
+            for e in every
+        ],
+    }
