@@ -135,7 +135,7 @@ class Additive:
         for stage in self._stages:
             total = value[:, :, None] + stage.cost  # [E, S, S]
             came = total.argmin(1)
-            value = np.take_along_axis(total, came[:, None], 1)[:, 0]
+            value = total.min(1)
             values.append(value)
             history.append(came)
         return values, history

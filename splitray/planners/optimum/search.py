@@ -256,11 +256,13 @@ def pour(offset: Floats, part: Pieces, devices: list[int], room: Floats) -> Ints
     The level of water gives the bulk; what rounding leaves is given one by one to where it is done first.
     """
     each, total = part.piece_s[devices], part.count
+    offset = np.minimum(offset, MISSING_S / 1e9)  # beyond reach: whatever it gets, the step costs MISSING_S
     level = (total + (offset / each).sum(1)) / (1 / each).sum()
     counts = np.clip(np.floor((level[:, None] - offset) / each), np.minimum(1, room), room)
     rows = np.arange(len(offset))
     excess = counts.sum(1) - total
-    while (over := excess > 0).any():  # some would have got less than the one piece that they must have
+    able = (offset < MISSING_S / 2e9).all(1)
+    while (over := able & (excess > 0)).any():  # some would have got less than the one piece that they must have
         last = np.where(counts > 1, offset + counts * each, -np.inf)
         worst = last.argmax(1)
         take = np.minimum(excess, np.maximum(1, np.floor(excess / 2)))
@@ -270,7 +272,7 @@ def pour(offset: Floats, part: Pieces, devices: list[int], room: Floats) -> Ints
         counts[rows, worst] -= take
         excess = excess - take
     missing = total - counts.sum(1)
-    while (short := missing > 0).any():
+    while (short := able & (missing > 0)).any():
         done = np.where(counts < room, offset + (counts + 1) * each, np.inf)
         best = done.argmin(1)
         open_ = short & np.isfinite(done[rows, best])

@@ -268,15 +268,17 @@ class Space:
     def placement(self, path: Sequence[tuple[int, Sequence[Counts]]], embedding: int) -> Placement:
         """The placement of a path: for each sub-block its holding and, for each part, pieces by device."""
         ids = self.topology.ids
-        shares = [
-            [
-                Shares.whole(p.total, *(ids[d] for d in self.holdings[h].devices))
-                if self.holdings[h].replicated
-                else p.ranges(c, ids)
-                for p, c in zip(self.pieces(kind), counts, strict=True)
-            ]
-            for kind, (h, counts) in zip(self.kinds, path, strict=True)
-        ]
+        known: dict[tuple[str, int, Sequence[Counts]], list[Shares]] = {}
+        shares = []
+        for kind, (h, counts) in zip(self.kinds, path, strict=True):
+            key = kind, h, tuple(counts)
+            if key not in known:
+                holders = [ids[d] for d in self.holdings[h].devices]
+                known[key] = [
+                    p.ranges(c, ids) if self.holdings[h].partitioned else Shares.whole(p.total, *holders)
+                    for p, c in zip(self.pieces(kind), counts, strict=True)
+                ]
+            shares.append(known[key])
         flat = [x for each in shares[:-1] for x in each]
         layers = tuple(LayerPlacement(a, f) for a, f in zip(flat[::2], flat[1::2], strict=True))
         return Placement(layers, (ids[embedding],), shares[-1][0])
