@@ -11,7 +11,7 @@ Shapes: N instances, B stages (sub-blocks in order, an inner boundary a stage of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -167,6 +167,22 @@ class Rates:
     medium: NDArray[np.int64]  # [D, D]
 
     @cached_property
+    def shares_media(self) -> bool:
+        """Whether any link is part of a shared medium."""
+        return bool((self.medium >= 0).any())
+
+    def take(self, rows: Any) -> Rates:
+        """The instances that a numpy index of the first axis selects."""
+        names = [f.name for f in fields(self) if f.name != "medium"]
+        return replace(self, **{n: getattr(self, n)[rows] for n in names})
+
+    @staticmethod
+    def stack(rates: Sequence[Rates]) -> Rates:
+        """Rates of one topology's devices and links side by side."""
+        names = [f.name for f in fields(Rates) if f.name != "medium"]
+        return replace(rates[0], **{n: np.concatenate([getattr(r, n) for r in rates]) for n in names})
+
+    @cached_property
     def groups(self) -> tuple[tuple[tuple[int, Any], ...], ...]:
         """Each device's targets by the medium that leads to them, -1 for its own uplink."""
         everyone = slice(None)
@@ -279,11 +295,14 @@ def exchange(
         rates: for latency and media.
         active: who sends in any instance, [D], if that is known.
     """
-    if active is None:
-        active = sends.any((0, 2))
+    if finish.shape[1] == 2 and not rates.shares_media:  # nothing to serialise: at most one message each way
+        came = np.where(sends, finish[:, :, None] + transfer_s + rates.latency_s, -np.inf)
+        met: Floats = np.maximum(finish, came.max(1))
+        return met
     arrival, free = finish.copy(), np.full(finish.shape, -np.inf)
     medium_free: dict[int, Floats] = {}
-    for s in map(int, np.flatnonzero(active)):
+    senders = sends.any((0, 2)) if active is None else active
+    for s in map(int, np.flatnonzero(senders)):
         for group, targets in rates.groups[s]:
             begin, busy = finish[:, s], transfer_s[:, s, targets]
             if group >= 0:

@@ -11,6 +11,7 @@ from splitray.catalog import ARCHITECTURES, architecture
 from splitray.cost import CostModel, Prediction
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
+from splitray.planners.exact import ExactResult, solve
 from splitray.route import compile_route
 from splitray.topology import Topology
 
@@ -27,6 +28,10 @@ class Plan:
     placement: Placement
     predicted: Prediction
     exchanges_per_token: int
+    optimum: ExactResult
+    """Over the planner's own action space."""
+    global_optimum: ExactResult
+    """Over ours: heads by count, columns and rows, replication."""
     decision_s: float
 
     def document(self) -> dict[str, Any]:
@@ -43,6 +48,12 @@ class Plan:
                 "memory_bytes": {str(d): n for d, n in predicted.memory_bytes.items()},
             },
             "exchanges_per_token": self.exchanges_per_token,
+            "optimal_tpot_s": self.optimum.tpot_s,
+            "gap": predicted.tpot_s / self.optimum.tpot_s - 1,
+            "global_optimal_tpot_s": self.global_optimum.tpot_s,
+            "global_gap": predicted.tpot_s / self.global_optimum.tpot_s - 1,
+            "lower_bound": self.global_optimum.lower_bound_s,
+            "proven": self.global_optimum.proven,
             "decision_s": self.decision_s,
         }
 
@@ -67,8 +78,11 @@ def run(
     arch = read_model_arch(model, dtype=dtype)
     chosen = make_planner(planner, seed=seed)
     started = time.perf_counter()
-    placement = chosen.propose(ClusterState(arch=arch, topology=where, context_tokens=context_tokens))
+    state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens)
+    placement = chosen.propose(state)
     decision_s = time.perf_counter() - started
+    overall = solve(state)
+    own = overall if chosen.space == "all" else solve(state, chosen.space)
     cost = CostModel(arch, where)
     return Plan(
         arch=arch,
@@ -77,6 +91,8 @@ def run(
         placement=placement,
         predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
         exchanges_per_token=compile_route(placement, arch, where).exchanges_per_token,
+        optimum=own,
+        global_optimum=overall,
         decision_s=decision_s,
     )
 

@@ -54,9 +54,7 @@ def advance(queues: QueueState, outcome: SlotOutcome, budgets: Budgets, *, slot_
 def lyapunov(queues: QueueState, *, energy_weight: float = 1.0, accuracy_weight: float = 1.0) -> float:
     """Half the weighted sum of squares of the queues (2.15)."""
     return 0.5 * (
-        queues.backlog_tokens**2
-        + energy_weight * queues.energy_debt_j**2
-        + accuracy_weight * queues.accuracy_debt**2
+        queues.backlog_tokens**2 + energy_weight * queues.energy_debt_j**2 + accuracy_weight * queues.accuracy_debt**2
     )
 
 

@@ -195,9 +195,7 @@ def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]
     return blocks
 
 
-def crossing(
-    here: SubBlock, there: SubBlock, arch: ModelArch, topology: Topology, codec: Codec
-) -> tuple[Message, ...]:
+def crossing(here: SubBlock, there: SubBlock, arch: ModelArch, topology: Topology, codec: Codec) -> tuple[Message, ...]:
     """The messages between two sub-blocks that follow each other, by the exchange rule (DESIGN section 3)."""
     lacking = [d for d in there.devices if d not in here.devices]
     if here.mode != "partitioned":

@@ -17,6 +17,7 @@ from splitray.planners.exact import Exact
 from splitray.planners.layer_dp import LayerDp
 from splitray.planners.memory import check
 from splitray.planners.myopic import Myopic
+from splitray.planners.optimum.space import Freedom
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.planners.random import RandomPlanner
 from splitray.planners.shares import Even, Proportional
@@ -32,6 +33,7 @@ class CheckedPlanner:
 
     spec: str
     planner: Planner
+    space: Freedom = "all"
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`."""
@@ -42,10 +44,11 @@ class CheckedPlanner:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """How a name is written and built from its argument (empty if it takes none) and the seed."""
+    """How a name is written and built from its argument (empty if it takes none) and the seed, and what it may do."""
 
     usage: str
     build: Callable[[str, int], Planner]
+    space: Freedom = "all"
 
     @property
     def argument(self) -> Literal["none", "needed", "optional"]:
@@ -90,23 +93,23 @@ def _drift_plus_penalty(argument: str, _: int) -> Planner:
 
 
 _PLANNERS = {
-    "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly()),
-    "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly()),
-    "cloud_only_rtt": _Entry("cloud_only_rtt", lambda _, __: CloudOnlyRtt()),
-    "best_device": _Entry("best_device", lambda _, __: BestDevice()),
+    "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly(), "one_device"),
+    "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly(), "one_device"),
+    "cloud_only_rtt": _Entry("cloud_only_rtt", lambda _, __: CloudOnlyRtt(), "layers"),
+    "best_device": _Entry("best_device", lambda _, __: BestDevice(), "one_device"),
     "even": _Entry("even", lambda _, __: Even()),
     "proportional": _Entry("proportional", lambda _, __: Proportional()),
-    "fixed_cut": _Entry("fixed_cut:P", _fixed_cut),
+    "fixed_cut": _Entry("fixed_cut:P", _fixed_cut, "layers"),
     "round_robin": _Entry("round_robin", lambda _, __: RoundRobin()),
-    "greedy": _Entry("greedy", lambda _, __: Greedy()),
-    "static_cut": _Entry("static_cut", lambda _, __: BestCut(static=True)),
-    "layer_cut": _Entry("layer_cut", lambda _, __: BestCut()),
-    "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp),
+    "greedy": _Entry("greedy", lambda _, __: Greedy(), "layers"),
+    "static_cut": _Entry("static_cut", lambda _, __: BestCut(static=True), "layers"),
+    "layer_cut": _Entry("layer_cut", lambda _, __: BestCut(), "layers"),
+    "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp, "layers"),
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
     "exact": _Entry("exact", lambda _, __: Exact()),
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty),
-    "myopic": _Entry("myopic", lambda _, __: Myopic()),
-    "ucb": _Entry("ucb", lambda _, __: Ucb()),
+    "myopic": _Entry("myopic", lambda _, __: Myopic(), "heads"),
+    "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device"),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed))),
 }
 PLANNER_USAGES = tuple(entry.usage for entry in _PLANNERS.values())
@@ -141,4 +144,4 @@ def make_planner(spec: str, *, seed: int = 0) -> CheckedPlanner:
             actual=repr(spec),
             remedy=f"write {entry.usage}",
         )
-    return CheckedPlanner(spec, entry.build(argument, seed))
+    return CheckedPlanner(spec, entry.build(argument, seed), entry.space)

@@ -23,6 +23,10 @@ def plan_table(document: Mapping[str, Any], topology: Topology) -> RenderableTyp
     facts.add_row("predicted time to first token", seconds_text(predicted["ttft_s"]))
     facts.add_row("predicted time per later token", seconds_text(predicted["tpot_s"]))
     facts.add_row("predicted energy per token", f"{predicted['energy_j_per_token']:.3g} J")
+    facts.add_row("best of its kind", f"{seconds_text(document['optimal_tpot_s'])}, gap {document['gap']:.1%}")
+    best, bound = document["global_optimal_tpot_s"], document["lower_bound"]
+    proof = "proven" if document["proven"] else "no bound" if bound is None else f"none below {seconds_text(bound)}"
+    facts.add_row("best of all kinds", f"{seconds_text(best)} ({proof}), gap {document['global_gap']:.1%}")
     facts.add_row("exchanges per token", f"{document['exchanges_per_token']}")
     memory = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim", border_style="dim")
     for name in ("device", "weights and KV cache", "of its memory"):

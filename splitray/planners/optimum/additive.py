@@ -162,7 +162,9 @@ class Additive:
             if i:
                 rest = (self._stages[i - 1].cost[None] + rest[:, None]).min(2)
         by_embedding = (values[-1] + self.exit.T).min(1)
-        chosen = {k: np.sort(np.argsort(v, kind="stable")[:many][np.isfinite(np.sort(v)[:many])]) for k, v in through.items()}
+        chosen = {
+            k: np.sort(np.argsort(v, kind="stable")[:many][np.isfinite(np.sort(v)[:many])]) for k, v in through.items()
+        }
         order = [int(e) for e in np.argsort(by_embedding, kind="stable") if np.isfinite(by_embedding[e])]
         return chosen, order
 
@@ -177,8 +179,10 @@ class Additive:
                 at = key[1:]
                 each = tuple(tuple(c[at].tolist()) for c in stage.counts)
                 free = space.free_rows(kind, embedding)
-                parts = zip(stage.counts, space.pieces(kind), strict=True)
-                known[key] = float(stage.seconds[at]), each, sum(np.where(free, 0.0, c[at] * p.piece_bytes) for c, p in parts)  # fmt: skip
+                grown = np.zeros(space.num_devices)
+                for count, part in zip(stage.counts, space.pieces(kind), strict=True):
+                    grown = grown + np.where(free, 0.0, count[at] * part.piece_bytes)
+                known[key] = float(stage.seconds[at]), each, grown
             step_s, counts, grown = known[key]
             seconds, held = seconds + step_s, held + grown
             path.append((holdings[i], counts))

@@ -106,8 +106,10 @@ def by_counts(space: Space) -> Found | None:
             sources = labels if stage else [(np.zeros(0), first, ())]
             for clock, held, path in sources:
                 for o in known[kind]:
-                    came = entry[embedding, o.holding] if not stage else np.max(
-                        clock[:, None] + table[path[-1][0], o.holding], axis=0
+                    came = (
+                        entry[embedding, o.holding]
+                        if not stage
+                        else np.max(clock[:, None] + table[path[-1][0], o.holding], axis=0)
                     )
                     total = held + o.held_bytes
                     finish = came + o.work_s
@@ -221,9 +223,9 @@ def _milp(space: Space, embedding: int, time_limit_s: float) -> Found | None:
         rows.append(([y(s, o) for o in range(len(each))], [1.0] * len(each), 1.0, 1.0))
         for h in range(holdings):
             mine = [(y(s, i), 1.0) for i, o in enumerate(each) if o.holding == h]
-            for side, pairs in (
-                (s, [z(s, h, b) for b in range(holdings)] if s < stages - 1 else None),
-                (s - 1, [z(s - 1, a, h) for a in range(holdings)] if s else None),
+            for pairs in (
+                [z(s, h, b) for b in range(holdings)] if s < stages - 1 else None,
+                [z(s - 1, a, h) for a in range(holdings)] if s else None,
             ):
                 if pairs is not None:
                     both = mine + [(v, -1.0) for v in pairs]
@@ -243,7 +245,8 @@ def _milp(space: Space, embedding: int, time_limit_s: float) -> Found | None:
         for j in range(num_devices):
             if not s:
                 terms = [
-                    (y(0, i), -_weight(float(entry[embedding, o.holding, j]), scale, big)) for i, o in enumerate(known[0])
+                    (y(0, i), -_weight(float(entry[embedding, o.holding, j]), scale, big))
+                    for i, o in enumerate(known[0])
                 ]
                 rows.append(([c(0, j), *[v for v, _ in terms]], [1.0, *[w for _, w in terms]], 0.0, np.inf))
                 continue

@@ -2,7 +2,8 @@
 
 A label is the time at which each device has finished its part, the bytes it holds, and the steps that led there. The
 shares of a partitioned sub-block are poured like water: pieces go where they are done first, given the clocks, or
-so that devices finish as far apart as in the best steady rhythm of two holdings that take turns. The bound of bound.py says how far from the optimum the result can be.
+so that devices finish as far apart as in the best steady rhythm of two holdings that take turns. The bound of bound.py
+says how far from the optimum the result can be.
 
 Shapes: K labels, D devices.
 """
@@ -238,7 +239,12 @@ def _steady_slack_s(space: Space, kind: Kind, target: int, partner: int) -> Floa
     # Among equals the rhythm that is done early: clocks weigh next to nothing.
     goal[2 * d : 4 * d] = 1e-6
     solved = linprog(
-        goal, A_ub=np.array(rows), b_ub=right, A_eq=np.array(equal) if equal else None, b_eq=total or None, bounds=bounds
+        goal,
+        A_ub=np.array(rows),
+        b_ub=right,
+        A_eq=np.array(equal) if equal else None,
+        b_eq=total or None,
+        bounds=bounds,
     )
     if solved.status != 0:
         return None

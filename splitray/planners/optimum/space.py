@@ -73,8 +73,8 @@ class Space:
     A replicated sub-block is followed by one on the same devices, which is what replication is for.
 
     `freedom`: `one_device`; `layers` whole on any device in any order; `heads` by count with the FFN whole (the space
-    of arXiv 2505.02533); `all` heads by count, FFN by columns and the head by rows, attention and FFN replicated or not. `blocks` coarsens
-    columns and rows to so many equal blocks, for searches that enumerate them.
+    of arXiv 2505.02533); `all` heads by count, FFN by columns and the head by rows, attention and FFN replicated or
+    not. `blocks` coarsens columns and rows to so many equal blocks, for searches that enumerate them.
     """
 
     def __init__(
@@ -114,15 +114,15 @@ class Space:
         pinned = state.pinned_embedding
         self.embeddings = [i for i, d in enumerate(ids) if pinned is None or d == pinned]
 
-    def _pieces(
-        self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float
-    ) -> Pieces:
+    def _pieces(self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float) -> Pieces:
         seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
         return Pieces(part=part, count=count, total=total, piece_s=seconds, piece_bytes=held_bytes)
 
     def _weights(self, part: Part, count: int, total: int, params: int, unit_bytes: int) -> Pieces:
         each = total / count
-        return self._pieces(part, count, total, 2 * params * each, self.arch.weight_bytes(params) * each, unit_bytes * each)
+        return self._pieces(
+            part, count, total, 2 * params * each, self.arch.weight_bytes(params) * each, unit_bytes * each
+        )
 
     def _holdings(self, most_shared: int) -> tuple[Holding, ...]:
         single = [Holding((d,)) for d in range(self.num_devices)]
@@ -231,7 +231,7 @@ class Space:
         return self._tables["exit"]
 
     def _exchanged(self, messages: Sequence[Messages]) -> tuple[Floats, Floats]:
-        """For each list of messages what arrives if one device finishes at 0, [len, D, D], and time on air, [len, D]."""
+        """For each list what arrives if one device finishes at 0, [len, D, D], and time on air, [len, D]."""
         n, d = len(messages), self.num_devices
         sends, payload = np.zeros((n, d, d), bool), np.zeros((n, d, d))
         flat = [(k, *m) for k, each in enumerate(messages) for m in each]
