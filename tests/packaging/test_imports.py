@@ -27,6 +27,7 @@ FLOORS = (
     ("route", "migration", "profile"),
     ("accuracy", "channel", "energy", "queues"),
     ("cost",),
+    ("papers",),
     ("planners", "model"),
     ("runtime",),
     ("sim",),
@@ -39,7 +40,7 @@ FLOORS = (
 FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}
 # The command line stands on everything, and imports actors and serve_apps inside its functions only.
 COMMAND_LINE = tuple(unit for units in FLOORS[-3:] for unit in units)
-WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "codecs", "route", "accuracy", "planners")
+WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "codecs", "route", "accuracy", "papers", "planners")
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner",)
 
@@ -205,7 +206,7 @@ def test_the_rules_allow(rule, importer: str, source: str) -> None:
     assert rule(imports_of(source, importer, is_package=importer == "splitray")) == []
 
 
-@pytest.mark.parametrize("module", ["splitray", "splitray.route", "splitray.planners"])
+@pytest.mark.parametrize("module", ["splitray", "splitray.route", "splitray.papers.splitwise_drl", "splitray.planners"])
 def test_a_fresh_interpreter_loads_neither_torch_nor_ray(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
