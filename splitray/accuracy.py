@@ -13,6 +13,7 @@ from typing import Any
 
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
+from splitray.route import Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,17 @@ class AccuracyTable:
         everywhere = self.relative_perplexity(codec, None) - 1
         return self.relative_perplexity(codec, nearest) - 1, everywhere / max(1, boundaries)
 
+    def route_loss(self, route: Route) -> float:
+        """The relative rise of perplexity by all coded crossings of a route, summed; 0 for a codec that is exact."""
+        blocks, total = route.sub_blocks, 0.0
+        if route.codec == "none":
+            return total
+        for block, boundary in ((blocks[b.after], b) for b in route.boundaries if b.after + 1 < len(blocks)):
+            if boundary.messages and not boundary.inner and block.kind != "embedding":
+                at = self.boundary_loss(route.codec, block.index / (len(blocks) - 1), len(blocks) - 2)
+                total += at[block.mode == "partitioned"]
+        return total
+
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -110,6 +122,11 @@ class AccuracyTable:
         if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in values):
             raise _unfit(path, "perplexities above 0", values)
         return table
+
+
+def shipped_table() -> AccuracyTable:
+    """What was measured on the model that ships with splitray."""
+    return AccuracyTable.load(Path(__file__).parent / "model" / "shipped" / "accuracy.json")
 
 
 def _exactly(entry: Any, kind: type, path: str | Path) -> None:

@@ -50,6 +50,12 @@ Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights 
 Codec = Annotated[
     Literal["none", "bf16", "int8", "int4"], typer.Option(help="How partial sums travel; all but none lose accuracy.")
 ]
+PlanModel = Annotated[
+    str, typer.Option(help="gpt2-xl, llama-7b, llama-13b, llama-3-8b, `tiny`, or a model's folder.", metavar="NAME")
+]
+PlanDtype = Annotated[
+    Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")
+]
 Seed = Annotated[int, typer.Option(help="Of planner and sampling.", metavar="N")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 
@@ -148,15 +154,11 @@ def generate(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Option(help="gpt2-xl, llama-7b, llama-13b, llama-3-8b, `tiny`, or a model's folder.", metavar="NAME")
-    ],
+    model: PlanModel,
     topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
     planner: Annotated[str, typer.Option(help="Decides where what runs.", metavar="NAME[:ARG]")],
     context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")
-    ] = None,
+    dtype: PlanDtype = None,
     seed: Annotated[int, typer.Option(help="Of a planner that draws.", metavar="N")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the placement file.", metavar="FILE")] = None,
     as_json: Json = False,
@@ -179,6 +181,69 @@ def plan(
     console.print(placement_picture(found.placement, found.arch, found.topology))
     console.print()
     console.print(plan_table(found.document(), found.topology))
+
+
+@app.command()
+def simulate(
+    model: PlanModel,
+    topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
+    planners: Annotated[
+        str, typer.Option(help="Planners to compare, with commas between them.", metavar="A,B")
+    ] = "cloud_only,cloud_only_rtt,layer_cut,layer_dp,myopic,drift_plus_penalty",
+    bandwidth_trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Of every edge-cloud link; 0 is an outage. A file (time [s], Mbit/s), READER:FILE with "
+            "columns, with_ping or packets, or a model: log_ar1[:SIGMA], gilbert_elliott, or both with +.",
+            metavar="TRACE",
+        ),
+    ] = None,
+    rtt_trace: Annotated[str | None, typer.Option(help="Likewise (time [s], ms).", metavar="TRACE")] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            help="CSV arrival_s,prompt_tokens,output_tokens, azure:FILE, poisson[:PER_S] (0.2 of the best "
+            "device's rate) or bursty[:PER_S].",
+            metavar="ARRIVALS",
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Slots with arrivals.", min=1, metavar="N")] = 600,
+    slot_s: Annotated[float, typer.Option(help="Seconds of a slot.", metavar="S")] = 1.0,
+    background: Annotated[float, typer.Option(help="Other work takes up to this share of devices.", metavar="X")] = 0.0,
+    lose: Annotated[
+        str | None, typer.Option(help="Devices that are gone for a while, with commas.", metavar="ID:FROM_S:TO_S")
+    ] = None,
+    codec: Codec = "none",
+    dtype: PlanDtype = None,
+    seed: Annotated[int, typer.Option(help="Of traces, arrivals and planners that draw.", metavar="N")] = 0,
+    staged: Annotated[bool, typer.Option("--staged/--not-staged", help="Weights lie on every device's disk.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write results, samples and plots into it.", metavar="DIR")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare planners under a virtual clock, on a trace and on arrivals."""
+    from splitray.report.progress import bar
+    from splitray.report.simulation import simulation_table
+    from splitray.simulate import Request, simulate, write
+
+    request = Request(
+        model=model, topology=topology, planners=planners, bandwidth_trace=bandwidth_trace, rtt_trace=rtt_trace,
+        arrivals=arrivals, slots=slots, slot_s=slot_s, background=background, lose=lose, codec=codec, dtype=dtype,
+        seed=seed, staged=staged,
+    )  # fmt: skip
+    with _stdout_kept(as_json), bar(Console(stderr=True), "Simulating") as tell:
+        document, outcomes = simulate(request, tell=tell)
+        written = [] if out is None else write(document, outcomes, out)
+    if as_json:
+        _print_json(document)
+        return
+    console = Console(highlight=False)
+    console.print(simulation_table(document))
+    for name, found in document["planners"].items():
+        if found["refusal"]:
+            console.print(Text(f"{name}: {found['refusal']}", "dim"))
+    console.print(Text("simulated; backlog in output tokens; decision is measured", "dim"))
+    if written:
+        console.print(Text(f"{out}: {', '.join(p.name for p in written)}", "dim"))
 
 
 @app.command()

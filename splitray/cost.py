@@ -60,6 +60,11 @@ class Load:
         taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
         return replace(self, **taken)
 
+    def put(self, row: int, load: Load) -> None:
+        """Give one instance another load (N = 1), in place."""
+        for name in _ARRAYS:
+            getattr(self, name)[row] = getattr(load, name)[0]
+
     @staticmethod
     def stack(loads: Sequence[Load]) -> Load:
         """Loads of one arch and topology side by side."""

@@ -34,6 +34,10 @@ class CheckedPlanner:
     spec: str
     planner: Planner
     space: Freedom = "all"
+    once: bool = False
+    """It decides at the start of a run, and again only where a device of its placement is gone."""
+    heeds_queues: bool = False
+    """Its proposal depends on more than rates, context and the current placement."""
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`."""
@@ -49,6 +53,8 @@ class _Entry:
     usage: str
     build: Callable[[str, int], Planner]
     space: Freedom = "all"
+    once: bool = False
+    heeds_queues: bool = False
 
     @property
     def argument(self) -> Literal["none", "needed", "optional"]:
@@ -97,20 +103,20 @@ _PLANNERS = {
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly(), "one_device"),
     "cloud_only_rtt": _Entry("cloud_only_rtt", lambda _, __: CloudOnlyRtt(), "layers"),
     "best_device": _Entry("best_device", lambda _, __: BestDevice(), "one_device"),
-    "even": _Entry("even", lambda _, __: Even()),
-    "proportional": _Entry("proportional", lambda _, __: Proportional()),
-    "fixed_cut": _Entry("fixed_cut:P", _fixed_cut, "layers"),
-    "round_robin": _Entry("round_robin", lambda _, __: RoundRobin()),
+    "even": _Entry("even", lambda _, __: Even(), once=True),
+    "proportional": _Entry("proportional", lambda _, __: Proportional(), once=True),
+    "fixed_cut": _Entry("fixed_cut:P", _fixed_cut, "layers", once=True),
+    "round_robin": _Entry("round_robin", lambda _, __: RoundRobin(), once=True),
     "greedy": _Entry("greedy", lambda _, __: Greedy(), "layers"),
-    "static_cut": _Entry("static_cut", lambda _, __: BestCut(static=True), "layers"),
+    "static_cut": _Entry("static_cut", lambda _, __: BestCut(static=True), "layers", once=True),
     "layer_cut": _Entry("layer_cut", lambda _, __: BestCut(), "layers"),
     "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp, "layers"),
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
     "exact": _Entry("exact", lambda _, __: Exact()),
-    "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty),
+    "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True),
     "myopic": _Entry("myopic", lambda _, __: Myopic(), "heads"),
-    "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device"),
-    "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed))),
+    "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True),
+    "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed)), once=True),
 }
 PLANNER_USAGES = tuple(entry.usage for entry in _PLANNERS.values())
 
@@ -144,4 +150,4 @@ def make_planner(spec: str, *, seed: int = 0) -> CheckedPlanner:
             actual=repr(spec),
             remedy=f"write {entry.usage}",
         )
-    return CheckedPlanner(spec, entry.build(argument, seed), entry.space)
+    return CheckedPlanner(spec, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -16,3 +17,15 @@ def progress(console: Console, first: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(f"{first} ...") as status:
         yield lambda text: status.update(f"{text} ...") if text else status.stop()
+
+
+@contextmanager
+def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time that is left; gives the function that is told how many of how many are done."""
+    if not console.is_terminal:
+        yield lambda done, of: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, of: shown.update(task, completed=done, total=of)

@@ -26,24 +26,25 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """What one slot brought, [N]: tokens asked for and generated, joule, and the price of a token at its beginning."""
+    """What one slot brought: tokens asked for and generated, joule by device, and the price of a token, [N]."""
 
     arrived_tokens: Floats
     served_tokens: Floats
-    energy_j: Floats
+    energy_j: Floats  # [N, D]
     tpot_s: Floats
-    energy_j_per_token: Floats
+    token_j: Floats
 
 
 class Simulator:
     """The lines of N instances and a virtual clock.
 
-    `first_token_s` and `finish_s` are [N, R], NaN where a request has not got that far (or is not there).
+    `first_token_s` and `finish_s` are [N, R], NaN where a request has not got that far (or is not there); `failed`
+    marks those that were given up.
     """
 
     def __init__(self, topology: Topology, requests: Sequence[Requests], *, slot_s: float = 1.0) -> None:
         """Begin at time 0 with empty lines."""
-        self.topology, self.slot_s, self.now_s = topology, slot_s, 0.0
+        self.slot_s, self.now_s = slot_s, 0.0
         n, most = len(requests), max((len(r) for r in requests), default=0) + 1
         self.arrival_s = np.full((n, most), np.inf)
         self.prompt_tokens, self.output_tokens = np.ones((n, most)), np.ones((n, most))
@@ -52,22 +53,33 @@ class Simulator:
             self.prompt_tokens[i, : len(r)] = r.prompt_tokens
             self.output_tokens[i, : len(r)] = r.output_tokens
         self.first_token_s, self.finish_s = np.full((n, most), np.nan), np.full((n, most), np.nan)
-        self.energy_j = np.zeros(n)
+        self.failed = np.zeros((n, most), bool)
         self._head = np.zeros(n, np.int64)
         self._done = np.zeros(n)  # tokens of the head that exist
         self._prefill_left = np.ones(n)
         self._pause_s = np.zeros(n)
         self._rows, self._tpot_s = np.arange(n), np.zeros(n)
+        self._busy_s = np.zeros((n, len(topology.devices)))
         self._power = [np.array([getattr(d, k) for d in topology.devices]) for k in ("idle_w", "active_w", "radio_w")]
         self._asked = np.cumsum(np.concatenate([np.zeros((n, 1)), self.output_tokens], axis=1), axis=1)
         self._arrived = np.zeros(n)
 
     @property
+    def serving(self) -> NDArray[np.bool_]:
+        """Whether the head of each line has a KV cache, whole or in part, [N]."""
+        return (self.arrival_s[self._rows, self._head] <= self.now_s) & (self._prefill_left < 1)
+
+    @property
     def context_tokens(self) -> Floats:
         """Tokens in the KV cache of the sequence at the head of each line, 1 if there is none, [N]."""
-        busy = self.arrival_s[self._rows, self._head] <= self.now_s
         known = self.prompt_tokens[self._rows, self._head] + self._done
-        return np.where(busy & (self._prefill_left < 1), known, 1.0)
+        return np.where(self.serving, known, 1.0)
+
+    @property
+    def next_tokens(self) -> Floats:
+        """Tokens that the next step of each line will have in its cache, begun or not, 1 where nobody waits, [N]."""
+        waits = self.arrival_s[self._rows, self._head] < self.now_s + self.slot_s
+        return np.where(waits, self.prompt_tokens[self._rows, self._head] + self._done, 1.0)
 
     @property
     def backlog_tokens(self) -> Floats:
@@ -80,6 +92,11 @@ class Simulator:
         came: Ints = (self.arrival_s <= self.now_s).sum(1) - self._head
         return came
 
+    @property
+    def device_backlog_s(self) -> Floats:
+        """Each device's queue: the seconds of computing that the tokens waited for will take of it, [N, D]."""
+        return self.backlog_tokens[:, None] * self._busy_s
+
     def pause(self, instance: int, seconds: float) -> None:
         """Nothing is generated for so long: a migration."""
         self._pause_s[instance] += seconds
@@ -87,6 +104,12 @@ class Simulator:
     def lose_cache(self, instance: int) -> None:
         """The KV cache of the head of the line is gone: its prompt and tokens are prefilled anew."""
         self._prefill_left[instance] = 1.0
+
+    def fail_head(self, instance: int) -> None:
+        """Give the request at the head of a line up; the next one moves up."""
+        self.failed[instance, self._head[instance]] = True
+        self._head[instance] += 1
+        self._done[instance], self._prefill_left[instance] = 0.0, 1.0
 
     def step(self, load: Load, rates: Rates, *, up: NDArray[np.bool_] | None = None) -> Slot:
         """One slot.
@@ -107,45 +130,43 @@ class Simulator:
         clock = self.now_s + np.minimum(self._pause_s, self.slot_s)
         self._pause_s = np.maximum(0.0, self._pause_s - self.slot_s)
         clock = np.where(able, clock, slot_end)
-        served, spent = np.zeros(len(rows)), np.zeros(len(rows))
-        with np.errstate(invalid="ignore"):
-            while True:
-                clock = np.maximum(clock, self.arrival_s[rows, self._head])
-                active = clock < slot_end
-                if not active.any():
-                    break
-                length = self.prompt_tokens[rows, self._head] + self._done
-                need = np.where(active, fill_s * length, 0.0)
-                share = np.where(
-                    active, np.minimum(self._prefill_left, (slot_end - clock) / np.maximum(need, 1e-12)), 0.0
-                )
-                clock = np.where(active, clock + share * need, clock)
-                spent += np.where(active, share * fill_j * length, 0.0)
-                self._prefill_left = np.where(active, self._prefill_left - share, self._prefill_left)
-                ready = active & (self._prefill_left <= 1e-12)
-                first = ready & (self._done == 0)
-                self.first_token_s[rows[first], self._head[first]] = clock[first]
-                self._done = np.where(first, 1.0, self._done)
-                served += first
-                left = np.where(ready, self.output_tokens[rows, self._head] - self._done, 0.0)
-                tokens = np.where(ready, np.minimum(left, np.maximum(0.0, slot_end - clock) / tpot), 0.0)
-                clock = np.where(ready, clock + tokens * np.where(ready, tpot, 0.0), clock)
-                self._done, served = self._done + tokens, served + tokens
-                spent += np.where(ready, tokens * np.where(ready, token_j, 0.0), 0.0)
-                ended = ready & (left - tokens <= 1e-9)
-                self.finish_s[rows[ended], self._head[ended]] = clock[ended]
-                self._head = self._head + ended
-                self._done = np.where(ended, 0.0, self._done)
-                self._prefill_left = np.where(ended, 1.0, self._prefill_left)
-                clock = np.where(active & ~ended, slot_end, clock)
-        self.energy_j += spent
+        served, spent = np.zeros(len(rows)), np.zeros(token_j.shape)
+        token_s = np.where(able, tpot, 1.0)
+        while True:
+            clock = np.maximum(clock, self.arrival_s[rows, self._head])
+            active = clock < slot_end
+            if not active.any():
+                break
+            length = self.prompt_tokens[rows, self._head] + self._done
+            need = np.maximum(fill_s * length, 1e-12)
+            time_left = np.where(active, slot_end - clock, 0.0)
+            share = np.minimum(self._prefill_left, time_left / need)
+            clock = clock + np.where(share > 0, share * np.where(np.isfinite(need), need, 0.0), 0.0)
+            spent += (share * length)[:, None] * fill_j
+            self._prefill_left = self._prefill_left - share
+            ready = active & (self._prefill_left <= 1e-12)
+            first = ready & (self._done == 0)
+            self.first_token_s[rows[first], self._head[first]] = clock[first]
+            self._done = np.where(first, 1.0, self._done)
+            served += first
+            left = np.where(ready, self.output_tokens[rows, self._head] - self._done, 0.0)
+            tokens = np.where(ready, np.minimum(left, np.maximum(0.0, slot_end - clock) / token_s), 0.0)
+            clock = clock + tokens * token_s
+            self._done, served = self._done + tokens, served + tokens
+            spent += tokens[:, None] * token_j
+            ended = ready & (left - tokens <= 1e-9)
+            self.finish_s[rows[ended], self._head[ended]] = clock[ended]
+            self._head = self._head + ended
+            self._done = np.where(ended, 0.0, self._done)
+            self._prefill_left = np.where(ended, 1.0, self._prefill_left)
+            clock = np.where(active & ~ended, slot_end, clock)
         self.now_s = slot_end
-        return Slot(arrived_tokens=fresh, served_tokens=served, energy_j=spent, tpot_s=tpot, energy_j_per_token=token_j)
+        return Slot(arrived_tokens=fresh, served_tokens=served, energy_j=spent, tpot_s=tpot, token_j=token_j.sum(1))
 
     def _prices(
         self, load: Load, rates: Rates, prompt: Floats, slot_end: float
     ) -> tuple[Floats, Floats, Floats, Floats]:
-        """Seconds and joule of a token, and of a token of the prompt for those that may prefill in this slot, [N]."""
+        """Seconds [N] and joule [N, D] of a token, and of a token of the prompt for those that may prefill now."""
         n, rows = len(prompt), self._rows
         coming = self.arrival_s[rows, self._head] < slot_end
         left = self.output_tokens[rows, self._head] - self._done
@@ -157,15 +178,17 @@ class Simulator:
         here = rates.take(both) if len(fills) and len(rates.flops_per_s) > 1 else rates
         step = step_cost(part, here, context_tokens=np.concatenate([prompt, prompt[fills]]), new_tokens=new)
         joule = self._joule(step)
-        fill_s, fill_j = np.full(n, np.inf), np.zeros(n)  # who has no price waits for the next slot
+        fill_s, fill_j = np.full(n, np.inf), np.zeros((n, joule.shape[1]))  # who has no price waits for the next slot
         fill_s[fills] = (step.origin_s + prompt_s(part, here, new))[n:] / prompt[fills]
-        fill_j[fills] = joule[n:] / prompt[fills]
+        fill_j[fills] = joule[n:] / prompt[fills, None]
         self._tpot_s = np.where(np.isfinite(step.cycle_s[:n]), step.cycle_s[:n], 0.0)
+        self._busy_s = step.busy_s[:n]
         return step.cycle_s[:n], joule[:n], fill_s, fill_j
 
     def _joule(self, step: StepCost) -> Floats:
+        """Idle, active and radio energy of each device during a step, [.., D]; 0 where a step never ends."""
         idle, active, radio = self._power
-        with np.errstate(invalid="ignore"):
-            total = idle.sum() * step.cycle_s + step.busy_s @ (active - idle) + step.radio_s @ radio
-        joule: Floats = np.where(np.isfinite(step.cycle_s), total, 0.0)
-        return joule
+        ends = np.isfinite(step.cycle_s)[:, None]
+        seconds = np.where(ends, step.cycle_s[:, None], 0.0)
+        joule: Floats = idle * seconds + (active - idle) * step.busy_s + radio * np.where(ends, step.radio_s, 0.0)
+        return np.where(ends, joule, 0.0)

@@ -1,0 +1,86 @@
+"""A simulation as a person reads it: one table of planners, and plots. Every figure is simulated but decision_s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from splitray.report.plots import backlog_plot, energy_plot, front_plot, latency_plot, placement_plot
+from splitray.report.quantities import seconds_text
+from splitray.sim.outcome import Outcome
+from splitray.sim.scenario import edge_cloud_links
+
+COLUMNS = ("planner", "latency", "p95", "ttft", "tpot", "J/request", "moves", "decision", "done")
+
+
+def simulation_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of the table, quickest planner first; what has no value is a dash."""
+    planners = document["planners"]
+
+    def order(name: str) -> tuple[bool, float]:
+        requests, latency = planners[name]["requests"], planners[name]["latency_s"]["mean"]
+        return requests["finished"] == 0, float("inf") if latency is None else latency
+
+    return [(name, *_cells(planners[name])) for name in sorted(planners, key=order)]
+
+
+def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
+    requests = found["requests"]
+    done = f"{requests['finished']}/{requests['arrived']}"
+    if requests["finished"] == 0:
+        return ("-",) * (len(COLUMNS) - 2) + (done,)
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else seconds_text(value)
+
+    return (
+        seconds(found["latency_s"]["mean"]), seconds(found["latency_s"]["p95"]), seconds(found["ttft_s"]["mean"]),
+        seconds(found["tpot_s"]["mean"]), f"{found['energy_j_per_request']:.4g}",
+        f"{found['migrations']}", seconds_text(found["decision_s"]), done,
+    )  # fmt: skip
+
+
+def simulation_table(document: Mapping[str, Any]) -> Table:
+    """One row a planner."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim", border_style="dim")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "planner" else "right", no_wrap=True)
+    for row in simulation_rows(document):
+        table.add_row(*row)
+    return table
+
+
+def plots_of(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """Latency, backlog, energy, the front of the two, and what each planner that moved held when."""
+    placed = [o for o in outcomes if (~np.isnan(o.finish_s)).any()]
+    slots, slot_s = outcomes[0].scenario.num_slots, outcomes[0].scenario.slot_s
+    time_s = (np.arange(slots) * slot_s).tolist()
+    latency = {o.planner: float(o.latency_s[~o.failed].mean()) for o in placed}
+    energy = {o.planner: o.energy_j_per_request for o in placed}
+    figures = {
+        "latency": latency_plot({o.planner: o.latency_s[~o.failed].tolist() for o in placed}),
+        "backlog": backlog_plot(time_s, {o.planner: o.backlog_tokens[:slots].tolist() for o in placed}),
+        "energy": energy_plot(energy),
+        "front": front_plot(latency, energy),
+    }
+    moved = [o for o in placed if np.nanmax(np.ptp(o.edge_share, axis=0)) > 0]
+    for o in moved or placed[-1:]:
+        figures[f"placement-{o.planner.replace(':', '-')}"] = _map(o, time_s)
+    return figures
+
+
+def _map(outcome: Outcome, time_s: list[float]) -> Figure:
+    scenario = outcome.scenario
+    ids, pairs = scenario.topology.ids, edge_cloud_links(scenario.topology)
+    rates = scenario.rates.link_bytes_per_s
+    a, b = pairs[0] if pairs else (ids[0], ids[-1])
+    seen = rates[:, ids.index(a), ids.index(b)]
+    edges = scenario.topology.tier("edge")
+    return placement_plot(
+        outcome.planner, time_s, outcome.edge_share.T.tolist(), seen.tolist(), ", ".join(edges) or "no edge"
+    )

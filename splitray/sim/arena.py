@@ -1,0 +1,289 @@
+"""The one executor of planners under the virtual clock: each decides slot by slot, and pays for what it moves.
+
+All cases run side by side in one `Simulator`. At the beginning of a slot a planner sees that slot's rates, the queues
+and its own placement. A move stops its line for the time that `migration.delay_s` says; a move over a missing link
+does not happen. What does not fit at the present context gives up the request that it serves, as a device that runs
+out of memory would.
+
+Shapes: N cases, T slots, D devices, L layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.arch import ModelArch
+from splitray.cost import Load, Rates, load_of
+from splitray.errors import InputError, PlacementError
+from splitray.migration import delay_s, diff, moved_bytes
+from splitray.placement import LayerPlacement, Placement, weight_bytes
+from splitray.planners import CheckedPlanner, ClusterState, make_planner
+from splitray.planners.protocol import Learner
+from splitray.planners.whole import layers_on
+from splitray.queues import QueueState, SlotOutcome, advance
+from splitray.route import compile_route
+from splitray.sim.outcome import Outcome
+from splitray.sim.scenario import Scenario
+from splitray.sim.simulator import Simulator
+from splitray.topology import DeviceId, Topology
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One planner put to one scenario; `every` slots it may decide anew."""
+
+    planner: str
+    scenario: Scenario
+    seed: int = 0
+    every: int = 1
+
+
+@dataclass(slots=True)
+class _Line:
+    """A case while it runs."""
+
+    case: Case
+    planner: CheckedPlanner
+    placement: Placement | None = None
+    queues: QueueState = QueueState()
+    last: tuple[ClusterState, Placement] | None = None
+    refusal: InputError | None = None
+    loss: float = 0.0
+    decisions_s: list[float] = field(default_factory=list)
+    migrations: int = 0
+    migration_bytes: int = 0
+    migration_s: float = 0.0
+    records: list[tuple[float, ...]] = field(default_factory=list)
+    shares: list[Floats] = field(default_factory=list)
+
+
+def run(
+    cases: Sequence[Case], *, drain: bool = True, tell: Callable[[int, int], None] = lambda done, of: None
+) -> list[Outcome]:
+    """Run all cases side by side.
+
+    Args:
+        cases: of the same devices, number of slots and slot length; models may differ in nothing but their scenario.
+        drain: go on without new requests, at most as long again, until every line is empty.
+        tell: is told how many slots of how many are done.
+
+    Raises:
+        InputError: a planner's name is wrong, or the cases do not go together.
+    """
+    first = cases[0].scenario
+    for case in cases:
+        s = case.scenario
+        if (s.topology.ids, s.num_slots, s.slot_s, s.arch) != (
+            first.topology.ids, first.num_slots, first.slot_s, first.arch,
+        ):  # fmt: skip
+            raise InputError("cases", expected="one model, the same devices and slots", actual=s.name,
+                             remedy="run them one after the other")  # fmt: skip
+    lines = [_Line(c, make_planner(c.planner, seed=c.seed)) for c in cases]
+    arena = _Arena(lines)
+    total = first.num_slots
+    for t in range(2 * total if drain else total):
+        if t >= total and not arena.simulator.backlog_requests.any():
+            break
+        arena.slot(min(t, total - 1), recorded=t < total)
+        tell(min(t + 1, total), total)
+    return [arena.outcome(i) for i in range(len(lines))]
+
+
+class _Arena:
+    def __init__(self, lines: list[_Line]) -> None:
+        scenarios = [x.case.scenario for x in lines]
+        self.lines, self.scenarios = lines, scenarios
+        self.topology = scenarios[0].topology
+        self.arch = scenarios[0].arch
+        self.simulator = Simulator(self.topology, [s.requests for s in scenarios], slot_s=scenarios[0].slot_s)
+        different = list({id(s): s for s in scenarios}.values())
+        at = {id(s): i for i, s in enumerate(different)}
+        self._of = np.array([at[id(s)] for s in scenarios])
+        names = [f.name for f in fields(Rates) if f.name != "medium"]
+        self._rates = {n: np.stack([getattr(s.rates, n) for s in different]) for n in names}
+        self._medium = different[0].rates.medium
+        self._loads: dict[Placement, tuple[Load, Floats, Floats]] = {}
+        origin, state = self.topology.origin, ClusterState(arch=self.arch, topology=self.topology)
+        stand_in = layers_on([origin] * self.arch.num_layers, origin, origin, state)  # of a line that is not up
+        self._now = Load.stack([load_of(stand_in, self.arch, self.topology)] * len(lines))
+        self._up = np.zeros(len(lines), bool)
+        d = len(self.topology.ids)
+        self._held, self._held_per_token = np.zeros((len(lines), d)), np.zeros((len(lines), d))
+
+    def slot(self, t: int, *, recorded: bool) -> None:
+        """Decide, generate, and write down what came of it."""
+        simulator, topologies = self.simulator, {}
+        for i, line in enumerate(self.lines):
+            scenario = line.case.scenario
+            if id(scenario) not in topologies:
+                topologies[id(scenario)] = scenario.topology_at(t)
+            self._decide(i, line, topologies[id(scenario)], t)
+        self._give_up(t)
+        rates = Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
+        states = [x.last for x in self.lines]
+        slot = simulator.step(self._now, rates, up=self._up)
+        energy = slot.energy_j.sum(1)
+        backlog, waiting = simulator.backlog_tokens, simulator.backlog_requests
+        for i, line in enumerate(self.lines):
+            seen = states[i]
+            if seen is not None and isinstance(line.planner.planner, Learner):
+                line.planner.planner.observe(
+                    seen[0], seen[1], tpot_s=float(slot.tpot_s[i]), energy_j_per_token=float(slot.token_j[i])
+                )
+            outcome = SlotOutcome(
+                arrived_tokens=float(slot.arrived_tokens[i]), served_tokens=float(slot.served_tokens[i]),
+                energy_j=float(energy[i]), accuracy_loss=line.loss,
+            )  # fmt: skip
+            line.queues = replace(
+                advance(line.queues, outcome, self.scenarios[i].budgets, slot_s=simulator.slot_s),
+                backlog_tokens=float(backlog[i]),
+            )
+            line.records.append(
+                (backlog[i], waiting[i], slot.tpot_s[i] if self._up[i] else np.nan, line.loss, *slot.energy_j[i])
+            )
+            if recorded:
+                line.shares.append(
+                    np.full(self.arch.num_layers, np.nan)
+                    if line.placement is None
+                    else edge_share(line.placement, self.arch, self.topology)
+                )
+
+    def _decide(self, i: int, line: _Line, topology: Topology, t: int) -> None:
+        current = line.placement
+        here = set(topology.ids)
+        whole = current is not None and here.issuperset(current.devices)
+        if current is not None and not whole and not keeps_cache(current, self.arch, here):
+            self.simulator.lose_cache(i)
+        due = t % line.case.every == 0 or not whole
+        if due and not (line.planner.once and whole):
+            state = self._state(i, line, topology)
+            proposal = self._propose(line, state)
+            if proposal is not None and proposal != current:
+                self._move(i, line, state, proposal, free=current is None or not whole)
+        self._up[i] = line.placement is not None and here.issuperset(line.placement.devices)
+
+    def _state(self, i: int, line: _Line, topology: Topology) -> ClusterState:
+        scenario, simulator = self.scenarios[i], self.simulator
+        present = float(simulator.next_tokens[i])
+        context = scenario.longest_tokens if scenario.reserve else int(present) + scenario.interval_tokens
+        current = line.placement
+        if current is not None and not set(topology.ids).issuperset(current.devices):
+            current = None
+        return ClusterState(
+            arch=scenario.arch, topology=topology, context_tokens=context, current=current,
+            interval_tokens=scenario.interval_tokens, slot_s=scenario.slot_s, queues=line.queues,
+            average=scenario.average, codec=scenario.codec, accuracy=scenario.accuracy,
+        )  # fmt: skip
+
+    def _propose(self, line: _Line, state: ClusterState) -> Placement | None:
+        """What the planner says, or said to the very same state; None where it finds nothing."""
+        key = state if line.planner.heeds_queues else replace(state, queues=QueueState())
+        if line.last is not None and line.last[0] == key and not isinstance(line.planner.planner, Learner):
+            return line.last[1]
+        started = time.perf_counter()
+        try:
+            placement = line.planner.propose(state)
+        except PlacementError as error:
+            line.refusal, line.last = error, None
+            return None
+        finally:
+            line.decisions_s.append(time.perf_counter() - started)
+        line.last = key, placement
+        return placement
+
+    def _move(self, i: int, line: _Line, state: ClusterState, new: Placement, *, free: bool) -> None:
+        scenario = self.scenarios[i]
+        try:
+            load, held, per_token = self._known(new, scenario)
+        except InputError as error:  # a link that was never there
+            line.refusal = error
+            return
+        if not free and line.placement is not None:
+            context = int(self.simulator.context_tokens[i]) if self.simulator.serving[i] else 0
+            moves = diff(line.placement, new, self.arch, context)
+            seconds = delay_s(moves, state.topology, staged=scenario.staged)
+            if not np.isfinite(seconds):
+                return
+            num_bytes = moved_bytes(moves, staged=scenario.staged)
+            line.migrations += 1
+            line.migration_bytes += num_bytes
+            if num_bytes:
+                line.migration_s += seconds
+                self.simulator.pause(i, seconds)
+        line.placement = new
+        if scenario.accuracy is not None:
+            route = compile_route(new, scenario.arch, scenario.topology, codec=scenario.codec)
+            line.loss = scenario.accuracy.route_loss(route)
+        self._now.put(i, load)
+        self._held[i], self._held_per_token[i] = held, per_token
+
+    def _known(self, placement: Placement, scenario: Scenario) -> tuple[Load, Floats, Floats]:
+        """The load of a placement and the bytes that it needs on each device: fixed, and for a token of context."""
+        if placement not in self._loads:
+            load = load_of(placement, self.arch, self.topology, codec=scenario.codec)
+            fixed = weight_bytes(placement, self.arch)
+            per_token = dict.fromkeys(self.topology.ids, 0)
+            for layer in placement.layers:
+                for device in layer.attention.devices:
+                    per_token[device] += layer.attention.count(device) * self.arch.kv_bytes_per_token
+            ids = self.topology.ids
+            self._loads[placement] = (
+                load,
+                np.array([float(fixed.get(d, 0)) for d in ids]),
+                np.array([float(per_token[d]) for d in ids]),
+            )
+        return self._loads[placement]
+
+    def _give_up(self, t: int) -> None:
+        """Fail the request of each line that no longer fits the memory there is."""
+        context = self.simulator.next_tokens
+        free = np.stack([s.free_share[t] for s in self.scenarios])
+        room = free * np.array([d.memory_bytes for d in self.topology.devices])
+        over = (self._held + self._held_per_token * context[:, None] > room).any(1) & self._up
+        for i in np.flatnonzero(over & (context > 1)):
+            self.simulator.fail_head(int(i))
+
+    def outcome(self, i: int) -> Outcome:
+        """The case's line as it stands."""
+        line, s, scenario = self.lines[i], self.simulator, self.scenarios[i]
+        count = len(scenario.requests)
+        records = np.array(line.records)
+        return Outcome(
+            planner=line.case.planner, scenario=scenario, now_s=s.now_s,
+            arrival_s=s.arrival_s[i, :count], first_token_s=s.first_token_s[i, :count],
+            finish_s=s.finish_s[i, :count], failed=s.failed[i, :count], output_tokens=s.output_tokens[i, :count],
+            backlog_tokens=records[:, 0], backlog_requests=records[:, 1], tpot_s=records[:, 2],
+            accuracy_loss=records[:, 3], energy_j=records[:, 4:], edge_share=np.array(line.shares),
+            decisions_s=np.array(line.decisions_s), migrations=line.migrations,
+            migration_bytes=line.migration_bytes, migration_s=line.migration_s, refusal=line.refusal,
+        )  # fmt: skip
+
+
+def keeps_cache(placement: Placement, arch: ModelArch, here: set[DeviceId]) -> bool:
+    """Whether every head group's KV is still on some device: replicated attention keeps a copy."""
+    return all(
+        here & set(x.attention.devices)
+        if x.attention.is_replicated(arch.num_kv_heads)
+        else here.issuperset(x.attention.devices)
+        for x in placement.layers
+    )
+
+
+def edge_share(placement: Placement, arch: ModelArch, topology: Topology) -> Floats:
+    """The share of each layer's weights that edge devices hold, [L]; a copy counts as holding."""
+    edges = topology.tier("edge")
+    whole = arch.num_kv_heads * arch.group_params + arch.ffn_dim * arch.ffn_unit_params
+    known: dict[LayerPlacement, float] = {}
+    for layer in placement.layers:
+        if layer not in known:
+            groups = min(arch.num_kv_heads, sum(layer.attention.count(e) for e in edges))
+            units = min(arch.ffn_dim, sum(layer.ffn.count(e) for e in edges))
+            known[layer] = (groups * arch.group_params + units * arch.ffn_unit_params) / whole
+    return np.array([known[x] for x in placement.layers])

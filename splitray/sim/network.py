@@ -1,0 +1,107 @@
+"""From what a user writes to arrays over slots: a model of a link's rate or round trip, or a trace file; arrivals."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.errors import InputError
+from splitray.sim.traces import gilbert_elliott, log_ar1, read_trace
+from splitray.sim.workload import Requests, bursty, poisson, read_requests
+from splitray.topology import DeviceId, Topology
+
+Floats = NDArray[np.float64]
+_AR1, _OUTAGES = "log_ar1", "gilbert_elliott"
+TRACE_USAGE = f"FILE, READER:FILE, {_AR1}[:SIGMA], {_OUTAGES}, or {_AR1}[:SIGMA]+{_OUTAGES}"
+ARRIVAL_USAGE = "FILE, azure:FILE, poisson[:PER_S] or bursty[:PER_S]"
+
+
+def varied(spec: str, base: float, num_slots: int, slot_s: float, rng: np.random.Generator, *, what: str) -> Floats:
+    """The values of one link over the slots, [T].
+
+    Args:
+        spec: see `TRACE_USAGE`; models vary around `base`, a file replaces it.
+        base: the link's own rate in byte/s, or round trip in s.
+        num_slots: T.
+        slot_s: length of a slot.
+        rng: of the models.
+        what: `bandwidth` or `rtt`; a round trip has no outages.
+
+    Raises:
+        InputError: the file cannot be used, or a parameter is wrong.
+    """
+    parts = spec.split("+")
+    if not all(p.partition(":")[0] in (_AR1, _OUTAGES) for p in parts):
+        return read_trace(spec, quantity=what).sampled(num_slots, slot_s)
+    values = np.full(num_slots, float(base))
+    for part in parts:
+        name, _, argument = part.partition(":")
+        if name == _OUTAGES:
+            if argument or what != "bandwidth":
+                raise _wrong(spec, f"{_OUTAGES} without an argument, for a bandwidth", part)
+            values = values * gilbert_elliott(num_slots, slot_s, rng=rng)
+            continue
+        sigma = _number(spec, argument, 0.4)
+        values = values * log_ar1(num_slots, slot_s, mean=1.0, sigma_log=sigma, rng=rng)
+    return values
+
+
+def links_varied(
+    spec: str | None,
+    topology: Topology,
+    pairs: list[tuple[DeviceId, DeviceId]],
+    num_slots: int,
+    slot_s: float,
+    rng: np.random.Generator,
+    *,
+    what: str,
+) -> dict[tuple[DeviceId, DeviceId], Floats]:
+    """The same spec for several links; both ways of a pair of devices change together."""
+    if spec is None:
+        return {}
+    found: dict[tuple[DeviceId, DeviceId], Floats] = {}
+    for a, b in pairs:
+        link = topology.link(a, b)
+        assert link is not None, "pairs are links of the topology"
+        base = link.bandwidth_bytes_per_s if what == "bandwidth" else link.rtt_s
+        other, back = found.get((b, a)), topology.link(b, a)
+        if other is not None and back is not None:
+            there = back.bandwidth_bytes_per_s if what == "bandwidth" else back.rtt_s
+            modelled = spec.partition(":")[0].partition("+")[0] in (_AR1, _OUTAGES)
+            found[a, b] = other * (base / there) if modelled and there else other
+        else:
+            found[a, b] = varied(spec, base, num_slots, slot_s, rng, what=what)
+    return found
+
+
+def arrivals(spec: str | None, until_s: float, rate_per_s: float, rng: np.random.Generator) -> Requests:
+    """Requests before a time.
+
+    Args:
+        spec: see `ARRIVAL_USAGE`; None is `poisson`.
+        until_s: the end.
+        rate_per_s: of `poisson` and `bursty` without a rate of their own.
+        rng: of the models.
+
+    Raises:
+        InputError: the file cannot be used, or the rate is no number above 0.
+    """
+    name, _, argument = (spec or "poisson").partition(":")
+    if name not in ("poisson", "bursty"):
+        return read_requests(spec or "").before(until_s)
+    rate = _number(spec or "", argument, rate_per_s)
+    return (poisson if name == "poisson" else bursty)(rate, until_s, rng=rng)
+
+
+def _number(spec: str, text: str, default: float) -> float:
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise _wrong(spec, "a number above 0 after the colon", repr(text))
+    return value
+
+
+def _wrong(spec: str, expected: str, actual: object) -> InputError:
+    return InputError(spec, expected=expected, actual=actual, remedy=f"write {TRACE_USAGE}, or {ARRIVAL_USAGE}")

@@ -1,0 +1,147 @@
+"""What one planner did to one scenario: raw samples, and the figures that are made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import linregress
+
+from splitray.errors import InputError
+from splitray.sim.scenario import Scenario
+
+Floats = NDArray[np.float64]
+_BLOCKS = 20  # of the slope test
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Samples of a run. Requests are [R], slots [T] or longer while lines were drained, devices [D].
+
+    `backlog_tokens` and `backlog_requests` are taken at the end of each slot, `tpot_s` at its beginning (NaN without a
+    placement, infinite in an outage), `edge_share` is [T, L]. `refusal` is the planner's last word where it found no
+    placement.
+    """
+
+    planner: str
+    scenario: Scenario
+    now_s: float
+    arrival_s: Floats
+    first_token_s: Floats
+    finish_s: Floats
+    failed: NDArray[np.bool_]
+    output_tokens: Floats
+    backlog_tokens: Floats
+    backlog_requests: Floats
+    tpot_s: Floats
+    accuracy_loss: Floats
+    energy_j: Floats  # [T, D]
+    edge_share: Floats
+    decisions_s: Floats
+    migrations: int
+    migration_bytes: int
+    migration_s: float
+    refusal: InputError | None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that came and neither ended nor failed."""
+        return int((np.isnan(self.finish_s) & ~self.failed).sum())
+
+    @property
+    def latency_s(self) -> Floats:
+        """From arrival to last token; a request that has not ended counts with its age, which is a lower bound, [R]."""
+        latency: Floats = np.where(np.isnan(self.finish_s), self.now_s, self.finish_s) - self.arrival_s
+        return latency
+
+    @property
+    def ttft_s(self) -> Floats:
+        """From arrival to first token, likewise, [R]."""
+        ttft: Floats = np.where(np.isnan(self.first_token_s), self.now_s, self.first_token_s) - self.arrival_s
+        return ttft
+
+    @property
+    def request_tpot_s(self) -> Floats:
+        """Mean time per later token of the requests that ended and have one, [..]."""
+        later = (self.output_tokens > 1) & ~np.isnan(self.finish_s)
+        tpot: Floats = (self.finish_s - self.first_token_s)[later] / (self.output_tokens[later] - 1)
+        return tpot
+
+    @property
+    def energy_j_per_request(self) -> float:
+        """Joule of all devices for each request that ended, idling included while a token is made."""
+        return _mean(self.energy_j.sum(), int((~np.isnan(self.finish_s)).sum()))
+
+    @property
+    def edge_energy_j_per_request(self) -> float:
+        """The edge devices' part of it."""
+        edges = [d.tier == "edge" for d in self.scenario.topology.devices]
+        return _mean(self.energy_j[:, edges].sum(), int((~np.isnan(self.finish_s)).sum()))
+
+    @property
+    def cost_per_request(self) -> float:
+        """What the devices' prices say for the time that requests took, in the topology's currency."""
+        price = sum(d.price_per_s for d in self.scenario.topology.devices)
+        served = ~np.isnan(self.finish_s)
+        return _mean(price * float(np.nansum(self.finish_s - self.first_token_s)), int(served.sum()))
+
+    @property
+    def backlog_slope_p(self) -> float:
+        """The chance of such a rise of the backlog in the second half of the run if it has no drift (NaN: no backlog).
+
+        A one-sided test on the means of `_BLOCKS` blocks, which are less dependent than slots.
+        """
+        slots = self.scenario.num_slots
+        tail = self.backlog_tokens[slots // 2 : slots]
+        if len(tail) < 2 * _BLOCKS or not np.ptp(tail):
+            return float("nan")
+        means = [b.mean() for b in np.array_split(tail, _BLOCKS)]
+        return float(linregress(np.arange(_BLOCKS), means, alternative="greater").pvalue)
+
+    def document(self) -> dict[str, Any]:
+        """The figures of `splitray simulate` (DESIGN section 7) and how many requests they stand for."""
+        slots = self.scenario.num_slots
+        backlog = self.backlog_tokens[:slots]
+        return {
+            "latency_s": _spread(self.latency_s[~self.failed]),
+            "ttft_s": _spread(self.ttft_s[~self.failed]),
+            "tpot_s": _spread(self.request_tpot_s),
+            "energy_j_per_request": _finite(self.energy_j_per_request),
+            "edge_energy_j_per_request": _finite(self.edge_energy_j_per_request),
+            "accuracy_loss": float(self.accuracy_loss[:slots].mean()),
+            "backlog": {
+                "mean": float(backlog.mean()),
+                "max": float(backlog.max()),
+                "slope_p": _finite(self.backlog_slope_p),
+            },
+            "migrations": self.migrations,
+            "migration_bytes": self.migration_bytes,
+            "migration_s": self.migration_s,
+            "decision_s": float(self.decisions_s.mean()) if len(self.decisions_s) else 0.0,
+            "decisions": len(self.decisions_s),
+            "requests": {
+                "arrived": len(self.arrival_s),
+                "finished": int((~np.isnan(self.finish_s)).sum()),
+                "unfinished": self.num_unfinished,
+                "failed": int(self.failed.sum()),
+                "cut_to_window": self.scenario.num_cut,
+            },
+            "refusal": None if self.refusal is None else str(self.refusal),
+        }
+
+
+def _spread(values: Floats) -> dict[str, float | None]:
+    if not len(values):
+        return {"mean": None, "p50": None, "p95": None, "p99": None}
+    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    return {"mean": float(values.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def _mean(total: float, count: int) -> float:
+    return float(total / count) if count else float("nan")
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,184 @@
+"""What a planner is put to: one model on one topology, requests, and everything that changes while they are served.
+
+Arrays over time are given slot by slot and hold for the slot. A planner sees the present slot's rates and nothing of
+the next one. Shapes: T slots, D devices in the topology's order; links are [source, target].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.accuracy import AccuracyTable
+from splitray.arch import ModelArch
+from splitray.codecs import Codec
+from splitray.cost import Rates
+from splitray.errors import InputError
+from splitray.queues import Budgets
+from splitray.sim.workload import Requests
+from splitray.topology import DeviceId, Topology
+
+Floats = NDArray[np.float64]
+_MOST_BACKGROUND = 0.95  # of a device, that other work may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One run: `name` and `topology` say where, the rest what happens.
+
+    Args:
+        requests: longer ones than the model's window are cut to it (`num_cut` counts them).
+        bandwidth_bytes_per_s: of the links whose rate changes, [T] each; 0 is an outage.
+        rtt_s: of the links whose round trip changes, [T] each.
+        background: share of a device's compute, memory bandwidth and memory that other work takes, [T, D].
+        lost: devices that are gone, [T, D]; never the origin.
+        budgets: what the virtual queues hold the means to.
+        staged: every device has the weights on its own disk, so that only KV moves.
+        reserve: planners keep room for the longest request from the start; otherwise for the present one and the
+            tokens of an interval only.
+    """
+
+    name: str
+    arch: ModelArch
+    topology: Topology
+    requests: Requests
+    num_slots: int
+    slot_s: float = 1.0
+    bandwidth_bytes_per_s: dict[tuple[DeviceId, DeviceId], Floats] = field(default_factory=dict)
+    rtt_s: dict[tuple[DeviceId, DeviceId], Floats] = field(default_factory=dict)
+    background: Floats | None = None
+    lost: NDArray[np.bool_] | None = None
+    budgets: Budgets = Budgets()
+    codec: Codec = "none"
+    accuracy: AccuracyTable | None = None
+    staged: bool = True
+    reserve: bool = True
+    interval_tokens: int = 64
+    num_cut: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        """Check the arrays and cut requests to the model's window."""
+        shape = (self.num_slots, len(self.topology.ids))
+        if self.num_slots < 1 or not self.slot_s > 0:
+            raise _wrong("slots", "at least one slot longer than 0 s", f"{self.num_slots} of {self.slot_s} s")
+        for what in ("bandwidth_bytes_per_s", "rtt_s"):
+            for pair, values in getattr(self, what).items():
+                if self.topology.link(*pair) is None:
+                    raise _wrong(what, "a link of the topology", f"{pair[0]} -> {pair[1]}")
+                if values.shape != shape[:1] or not (np.isfinite(values).all() and (values >= 0).all()):
+                    raise _wrong(f"{what} of {pair[0]} -> {pair[1]}", f"{shape[0]} values of 0 or more", values)
+        if self.background is not None and not (
+            self.background.shape == shape and (self.background >= 0).all() and (self.background <= 1).all()
+        ):
+            raise _wrong("background", f"shares from 0 to 1, {shape}", self.background.shape)
+        if self.lost is not None:
+            if self.lost.shape != shape:
+                raise _wrong("lost", f"flags, {shape}", self.lost.shape)
+            if self.lost[:, self.topology.ids.index(self.topology.origin)].any():
+                raise _wrong("lost", "devices other than the origin, where requests start and end", "the origin")
+        window = self.arch.context_tokens
+        prompt = np.minimum(self.requests.prompt_tokens, max(1, window - 1))
+        output = np.minimum(self.requests.output_tokens, np.maximum(1, window - prompt))
+        cut = (prompt < self.requests.prompt_tokens) | (output < self.requests.output_tokens)
+        object.__setattr__(self, "num_cut", int(cut.sum()))
+        object.__setattr__(self, "requests", Requests(self.requests.arrival_s, prompt, output))
+
+    @property
+    def longest_tokens(self) -> int:
+        """Prompt and output of the longest request, 1 if there is none."""
+        return int((self.requests.prompt_tokens + self.requests.output_tokens).max(initial=1))
+
+    @property
+    def varies(self) -> bool:
+        """Whether anything but the queues changes."""
+        return bool(self.bandwidth_bytes_per_s or self.rtt_s) or self.background is not None or self.lost is not None
+
+    @cached_property
+    def free_share(self) -> Floats:
+        """What is left of each device, [T, D]."""
+        if self.background is None:
+            return np.ones((self.num_slots, len(self.topology.ids)))
+        left: Floats = 1 - np.minimum(self.background, _MOST_BACKGROUND)
+        return left
+
+    @cached_property
+    def rates(self) -> Rates:
+        """The rates of every slot (N = T)."""
+        base, ids = Rates.of(self.topology), self.topology.ids
+        many: dict[str, Any] = {
+            f.name: np.repeat(getattr(base, f.name), self.num_slots, axis=0)
+            for f in fields(Rates)
+            if f.name != "medium"
+        }
+        many["flops_per_s"] *= self.free_share
+        many["bytes_per_s"] *= self.free_share
+        for (a, b), values in self.bandwidth_bytes_per_s.items():
+            many["link_bytes_per_s"][:, ids.index(a), ids.index(b)] = values
+        for (a, b), values in self.rtt_s.items():
+            many["latency_s"][:, ids.index(a), ids.index(b)] = values / 2
+        return replace(base, **many)
+
+    def topology_at(self, slot: int) -> Topology:
+        """What there is in a slot: a link in an outage and a lost device are not."""
+        return self._build(slot) if self.varies else self.topology
+
+    def _build(self, slot: int) -> Topology:
+        ids = self.topology.ids
+        gone = set() if self.lost is None else {ids[i] for i in np.flatnonzero(self.lost[slot])}
+        links = []
+        for link in self.topology.links:
+            pair = link.source, link.target
+            rate = self.bandwidth_bytes_per_s.get(pair)
+            rtt = self.rtt_s.get(pair)
+            if gone & set(pair) or (rate is not None and rate[slot] <= 0):
+                continue
+            if rate is not None:
+                link = replace(link, bandwidth_bytes_per_s=float(rate[slot]))
+            links.append(link if rtt is None else replace(link, rtt_s=float(rtt[slot])))
+        devices = [d for d in self.topology.devices if d.id not in gone]
+        if self.background is not None:
+            free = dict(zip(ids, self.free_share[slot], strict=True))
+            devices = [
+                replace(
+                    d,
+                    memory_bytes=d.memory_bytes * free[d.id],
+                    compute_flops=d.compute_flops * free[d.id],
+                    memory_bandwidth_bytes_per_s=d.memory_bandwidth_bytes_per_s * free[d.id],
+                )
+                for d in devices
+            ]
+        return replace(self.topology, devices=tuple(devices), links=tuple(links))
+
+    @cached_property
+    def average(self) -> Topology:
+        """The topology with the mean rates of the run, for planners that decide once."""
+        links = tuple(
+            replace(
+                x,
+                bandwidth_bytes_per_s=max(1.0, float(self.bandwidth_bytes_per_s[x.source, x.target].mean()))
+                if (x.source, x.target) in self.bandwidth_bytes_per_s
+                else x.bandwidth_bytes_per_s,
+                rtt_s=float(self.rtt_s[x.source, x.target].mean()) if (x.source, x.target) in self.rtt_s else x.rtt_s,
+            )
+            for x in self.topology.links
+        )
+        return replace(self.topology, links=links)
+
+
+def edge_cloud_links(topology: Topology) -> list[tuple[DeviceId, DeviceId]]:
+    """The directed links between the two tiers, which a bandwidth trace drives."""
+    tier = {d.id: d.tier for d in topology.devices}
+    return [(x.source, x.target) for x in topology.links if tier[x.source] != tier[x.target]]
+
+
+def background_load(num_slots: int, num_devices: int, *, most: float = 0.3, rng: np.random.Generator) -> Floats:
+    """Uniform shares from 0 to `most` for every slot and device, [T, D] (CODE-3 of arXiv 2505.02533: 0 to 0.3)."""
+    return rng.uniform(0.0, most, (num_slots, num_devices))
+
+
+def _wrong(what: str, expected: str, actual: object) -> InputError:
+    return InputError(f"scenario {what}", expected=expected, actual=actual, remedy="correct the scenario")
