@@ -20,6 +20,11 @@ def seconds_text(seconds: float) -> str:
     return f"{_digits(seconds * 1e3)} ms" if seconds >= 0.9995e-3 else f"{_digits(seconds * 1e6)} us"
 
 
+def joule_text(joule: float) -> str:
+    """`12.3 J` or `1.23 kJ`."""
+    return f"{_digits(joule / 1e3)} kJ" if joule >= 999.5 else f"{_digits(joule)} J"
+
+
 def share_text(part: float, whole: float) -> str:
     """`25 %`; something is never shown as nothing."""
     percent = 100 * part / whole if whole else 0.0

@@ -190,5 +190,6 @@ class Simulator:
         idle, active, radio = self._power
         ends = np.isfinite(step.cycle_s)[:, None]
         seconds = np.where(ends, step.cycle_s[:, None], 0.0)
-        joule: Floats = idle * seconds + (active - idle) * step.busy_s + radio * np.where(ends, step.radio_s, 0.0)
+        sends = np.where(np.isfinite(step.radio_s), step.radio_s, 0.0)  # over a link that is down nothing is sent
+        joule: Floats = idle * seconds + (active - idle) * step.busy_s + radio * sends
         return np.where(ends, joule, 0.0)
