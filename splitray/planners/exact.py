@@ -9,8 +9,9 @@ every placement from below. Small instances are also solved by enumeration and b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import comb, prod
 
 import numpy as np
 
@@ -23,18 +24,20 @@ from splitray.planners.memory import check, model_bytes
 from splitray.planners.myopic import Myopic
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.bound import Potentials
-from splitray.planners.optimum.enumerate import Found
+from splitray.planners.optimum.enumerate import Found, by_counts
 from splitray.planners.optimum.search import beam
-from splitray.planners.optimum.space import MISSING_S, Floats, Freedom, Space
+from splitray.planners.optimum.space import MISSING_S, Floats, Freedom, Kind, Space
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.planners.shares import Proportional
-from splitray.planners.whole import BestDevice
+from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route
 
+_GUIDED = 3  # searches along the bound's own path
 _ROUNDS = 40  # of pricing memory
 _TRIED = 10  # holdings of each kind that the beam may use
 _WIDTH = 8
 _ENDS = 2  # devices of the embedding that the beam tries
+_MOST_WAYS = 600  # to do all sub-blocks, which are then enumerated
 PROVEN = 1e-6  # a gap below this counts as none
 
 
@@ -59,55 +62,127 @@ class Exact:
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where nothing fits into memory."""
-        return _search(Space(state))[0]
+        return solve(state).placement
 
 
-def solve(state: ClusterState, space: Freedom = "all") -> ExactResult:
+def solve(
+    state: ClusterState, space: Freedom = "all", *, blocks: int | None = None, known: Sequence[Placement] = ()
+) -> ExactResult:
     """The best placement of an action space and a bound on the optimum.
 
     Args:
         state: arch, topology and context.
         space: see `Space`.
+        blocks: see `Space`; None for single columns and rows.
+        known: valid placements of other planners, which the result is to be no worse than.
 
     Raises:
         PlacementError: no placement found that fits; says what is needed and available.
     """
     started = time.perf_counter()
-    tables = Space(state, space)
-    placement, tpot_s, price = _search(tables)
-    bound = _bound(tables, price, tpot_s)
-    cut_down = len(tables.topology.ids) > len(tables.shared) and space in ("heads", "all")
+    search = _Search(Space(state, space, blocks=blocks))
+    search.offer(known)
+    bound = search.enumerate() if space == "one_device" or _is_small(search.space) else search.run()
+    if search.best is None:
+        raise _too_small(search.space)
+    tpot_s, placement = search.best
+    cut_down = len(state.topology.ids) > len(search.space.shared) and space in ("heads", "all")
     return ExactResult(
         placement=placement,
         tpot_s=tpot_s,
-        lower_bound_s=None if cut_down else bound,
+        lower_bound_s=None if cut_down else min(bound, tpot_s),
         proven=not cut_down and tpot_s <= bound * (1 + PROVEN),
         decision_s=time.perf_counter() - started,
     )
 
 
-def _search(space: Space) -> tuple[Placement, float, Floats]:
-    """The best placement found, its time, and the price of memory under which it was."""
-    free = Additive(space, Prices())
-    chosen = free.best()
-    found = [_true(space, chosen)]
-    price = np.zeros(space.num_devices)
-    programs = [free]
-    if found[0] is None:
-        for program, each, paid in priced(space, chosen, Prices()):
-            programs, price = [free, program], paid
-            found.append(_true(space, each))
-    for program in programs:
-        holdings, ends = program.near_best(_TRIED)
-        found.append(beam(space, width=_WIDTH, holdings=holdings, embeddings=ends[:_ENDS], price_s_per_byte=price))
-    built = [(f.tpot_s, space.placement(f.path, f.embedding)) for f in found if f is not None]
-    built += [(seconds, p) for p in simple(space) for seconds in [_seconds(space, p)]]
-    if not built and (last := beam(space, width=2, price_s_per_byte=price)) is not None:
-        built = [(last.tpot_s, space.placement(last.path, last.embedding))]
-    if not built:
-        raise _too_small(space)
-    best_s, placement = min(built, key=lambda item: item[0])
-    return placement, best_s, price
+def _is_small(space: Space) -> bool:
+    """Whether counting every way to do every sub-block takes a moment."""
+    ways = [prod(comb(p.count + space.num_devices, space.num_devices) for p in space.pieces(k)) for k in space.kinds]
+    return sum(ways) <= _MOST_WAYS
+
+
+class _Search:
+    """Collects placements of one space and keeps the quickest that fits."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.best: tuple[float, Placement] | None = None
+        self._price = np.zeros(space.num_devices)  # of memory, seconds a byte
+
+    def offer(self, placements: Iterable[Placement]) -> None:
+        """Keep the quickest."""
+        for placement in placements:
+            seconds = _seconds(self.space, placement)
+            if self.best is None or seconds < self.best[0]:
+                self.best = seconds, placement
+
+    def _offer(self, found: Found | None) -> None:
+        if found is not None and (self.best is None or found.tpot_s < self.best[0]):
+            self.best = found.tpot_s, self.space.placement(found.path, found.embedding)
+
+    def enumerate(self) -> float:
+        """The optimum of a small space, which bounds itself."""
+        state = self.space.state
+        if self.space.freedom == "one_device":
+            whole = [whole_on(d, state) for d in state.topology.ids]
+            self.offer(p for p in whole if _fits(p, state))
+        else:
+            self._offer(by_counts(self.space))
+        return self.best[0] if self.best is not None else np.inf
+
+    def run(self) -> float:
+        """Search, let the bound's own path say what else to try, and return the bound."""
+        space = self.space
+        programs = self._additive()
+        self.offer(simple(space))
+        for program in programs:
+            holdings, ends = program.near_best(_TRIED)
+            first, second = [h[:4] for h in holdings.values()][:2]
+            near = [(a, f) for a in first for f in second] if len(holdings) > 2 else []
+            self._beam(holdings, near, ends[:_ENDS])
+        if self.best is None:
+            self._offer(beam(space, width=2, price_s_per_byte=self._price))
+        if self.best is None:
+            return np.inf
+        potentials, tried = Potentials(space), set[tuple[int, int]]()
+        for _ in range(_GUIDED):
+            bound = potentials.lower_bound_s(self._price)
+            pairs = [p for p in potentials.weakest[:3] if p not in tried]
+            if bound * (1 + PROVEN) >= self.best[0] or not pairs:
+                break
+            tried.update(pairs)
+            few, ends = programs[-1].near_best(4)
+            added = dict(zip(space.kinds[:2], zip(*pairs, strict=True), strict=False))
+            self._beam({k: [*dict.fromkeys([*added.get(k, ()), *few[k]])] for k in few}, pairs, ends[:_ENDS])
+        return potentials.climb_s(self._price, self.best[0])
+
+    def _additive(self) -> list[Additive]:
+        """The additive program without and, where memory binds, with a price of memory; offers what they choose."""
+        free = Additive(self.space, Prices())
+        chosen = free.best()
+        programs = [free]
+        if (fits := _true(self.space, chosen)) is not None:
+            self._offer(fits)
+            return programs
+        for program, each, price in priced(self.space, chosen, Prices()):
+            programs[1:], self._price = [program], price
+            self._offer(_true(self.space, each))
+        return programs
+
+    def _beam(
+        self, holdings: Mapping[Kind, Sequence[int]], pairs: Sequence[tuple[int, int]], embeddings: Sequence[int]
+    ) -> None:
+        self._offer(
+            beam(
+                self.space,
+                width=_WIDTH,
+                holdings=holdings,
+                pairs=pairs,
+                embeddings=embeddings,
+                price_s_per_byte=self._price,
+            )
+        )
 
 
 def simple(space: Space) -> Iterator[Placement]:
@@ -117,17 +192,26 @@ def simple(space: Space) -> Iterator[Placement]:
         kinds += [BestCut(), LayerDp()]
     if space.freedom in ("heads", "all"):
         kinds.append(Myopic())
-    if space.freedom == "all":
+    if space.freedom == "all" and not space.coarse:
         kinds.append(Proportional(priced=True))
     state = replace(space.state, current=None)
     for planner in kinds:
         try:
             placement = planner.propose(state)
-            check(placement, state)
-            compile_route(placement, state.arch, state.topology)
         except InputError:
             continue
-        yield placement
+        if _fits(placement, state):
+            yield placement
+
+
+def _fits(placement: Placement, state: ClusterState) -> bool:
+    """Whether it fits into memory and every link that it needs is there."""
+    try:
+        check(placement, state)
+        compile_route(placement, state.arch, state.topology)
+    except InputError:
+        return False
+    return True
 
 
 def _seconds(space: Space, placement: Placement) -> float:
@@ -157,24 +241,6 @@ def _true(space: Space, chosen: Chosen) -> Found | None:
         return None
     seconds = space.seconds(chosen.path, chosen.embedding)
     return Found(tpot_s=seconds, path=chosen.path, embedding=chosen.embedding)
-
-
-def _bound(space: Space, price: Floats, upper: float) -> float:
-    potentials = Potentials(space)
-    best = potentials.lower_bound_s()
-    if price.any() and best < upper * (1 - PROVEN):
-        scale, stride = 1.0, 0.5
-        value = potentials.lower_bound_s(price)
-        for _ in range(12):  # the bound is concave in the price: climb along its direction
-            higher, lower = scale * (1 + stride), scale / (1 + stride)
-            tried = {s: potentials.lower_bound_s(s * price) for s in (higher, lower)}
-            top = max(tried, key=lambda s: tried[s])
-            if tried[top] > value:
-                scale, value = top, tried[top]
-            else:
-                stride /= 2
-        best = max(best, value)
-    return min(best, upper)
 
 
 def _too_small(space: Space) -> PlacementError:

@@ -151,8 +151,8 @@ class Additive:
             holdings.append(at)
         return self._chosen(float(end[embedding, last]), holdings[::-1], embedding)
 
-    def near_best(self, many: int) -> tuple[dict[Kind, Ints], list[int]]:
-        """The holdings of each kind, and the devices of the embedding, with the cheapest paths through them."""
+    def near_best(self, many: int) -> tuple[dict[Kind, list[int]], list[int]]:
+        """The holdings of each kind and the embedding's devices with the cheapest paths through them, best first."""
         values, _ = self._forward
         rest = self.exit.T  # [E, S]
         through = {k: np.full(len(self.space.holdings), np.inf) for k in self.space.kinds}
@@ -163,7 +163,7 @@ class Additive:
                 rest = (self._stages[i - 1].cost[None] + rest[:, None]).min(2)
         by_embedding = (values[-1] + self.exit.T).min(1)
         chosen = {
-            k: np.sort(np.argsort(v, kind="stable")[:many][np.isfinite(np.sort(v)[:many])]) for k, v in through.items()
+            k: [int(h) for h in np.argsort(v, kind="stable")[:many] if np.isfinite(v[h])] for k, v in through.items()
         }
         order = [int(e) for e in np.argsort(by_embedding, kind="stable") if np.isfinite(by_embedding[e])]
         return chosen, order

@@ -2,143 +2,289 @@
 
 For weights that sum to 1, the weighted mean of the receivers' clocks is at least a weighted mean of the senders'
 clocks plus work plus transfers, for any coupling of the two weightings: a maximum is no less than any mean. So each
-holding gets a few weightings (each device alone, and one in proportion to speed, which makes every share of a
-partitioned sub-block cost the same), and a dynamic program over holdings keeps, for each weighting, the least that any
-path can have: the minimum over the holdings before, each bounded by its best weighting. Memory enters by Lagrange
-multipliers: a price on bytes less its value on the capacity bounds the constrained problem for any price of 0 or more.
-Shares are relaxed to real numbers, so the bound holds for any granularity of columns and rows.
+holding gets a few weightings, and a dynamic program over holdings keeps, for each weighting, the least that any path
+can have: the minimum over the holdings before, each bounded by its best weighting. Any weights are valid. The first
+are each device alone, and all in proportion to speed; where the bound is weak, those of the steady rhythm of the two
+holdings in question are added (rhythm.py), for which a chain of them costs what it really costs.
 
-Shapes: P weighted holdings, S holdings, E devices of the embedding, D devices.
+Memory enters twice. A price on bytes less its value on the capacity bounds the constrained problem for any price of 0
+or more (Lagrange). And the program remembers the set of devices used so far while that set is too small for the model,
+since a path must leave it. Shares are relaxed to real numbers, so the bound holds for any granularity of columns.
+
+Shapes: P weighted holdings, N of them with a set of devices so far, S holdings, E devices of the embedding, D devices.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linprog
+from scipy.sparse import coo_array
 
+from splitray.planners.optimum.rhythm import steady
 from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Space
 
 _NONE = -1e18  # no coupling of these two weightings exists
+_FORBIDDEN = 1e30  # not inf, which times a weight of 0 is not a number
+_MOST_SETS = 24  # sets of devices that are remembered
+_REFINED = 12  # rounds of adding weightings
+
+Way = tuple[int, bytes, int, bytes]  # a coupling: holding and weights on either side
 
 
 class Potentials:
     """The bound of one space."""
 
     def __init__(self, space: Space) -> None:
-        """Choose the weightings."""
+        """Choose the first weightings and the sets of devices to remember."""
         self.space = space
         layer_s = sum(
             (p.count * p.piece_s for k in space.kinds[:-1][:2] for p in space.pieces(k)), np.zeros(space.num_devices)
         )
-        rows, owner, balanced = [], [], []
-        for s, h in enumerate(space.holdings):
-            for d in h.devices:
-                rows.append(np.eye(space.num_devices)[d])
-                owner.append(s)
-                balanced.append(False)
-            if len(h.devices) > 1:
-                fair = np.where(np.isin(np.arange(space.num_devices), h.devices), 1 / layer_s, 0.0)
-                rows.append(fair / fair.sum())
-                owner.append(s)
-                balanced.append(True)
-        self.weights = np.array(rows)  # [P, D]
-        self.owner = np.array(owner)
-        self._balanced = np.array(balanced)
-        self._starts = np.searchsorted(self.owner, np.arange(len(space.holdings)))
-        self._alone = [np.flatnonzero((self.owner == s) & ~self._balanced) for s in range(len(space.holdings))]
+        unit = np.eye(space.num_devices)
+        self._weightings: list[list[Floats]] = []
+        for h in space.holdings:
+            fair = unit[list(h.devices)].sum(0) / layer_s
+            self._weightings.append([unit[d] for d in h.devices] + ([fair / fair.sum()] if len(h.devices) > 1 else []))
+        self._sets = _too_small(space)
+        self._coupled: dict[tuple[bool, Way], float] = {}
+        self._of_embedding = np.full(space.num_devices, _FORBIDDEN)  # the best bound so far of each
+        self._of_embedding[space.embeddings] = -np.inf
+        self.weakest: list[tuple[int, int]] = []  # holdings of attention and FFN on the path of the last bound
+        self._build()
+
+    def climb_s(self, price_s_per_byte: Floats, upper_s: float) -> float:
+        """The best bound found at multiples of a price of memory, [D], with better weightings; at most `upper_s`."""
+        self._upper = upper_s
+        if not price_s_per_byte.any():
+            return self._refined(price_s_per_byte)
+        self.lower_bound_s(0 * price_s_per_byte)
+        scale, stride = 1.0, 0.5
+        value = self.lower_bound_s(price_s_per_byte)
+        for _ in range(6):  # concave in the price: climb along its direction
+            tried = {s: self.lower_bound_s(s * price_s_per_byte) for s in (scale * (1 + stride), scale / (1 + stride))}
+            top = max(tried, key=lambda s: tried[s])
+            if tried[top] > value:
+                scale, value = top, tried[top]
+            else:
+                stride /= 2
+        return self._refined(scale * price_s_per_byte)
+
+    def _refined(self, price: Floats) -> float:
+        known: set[tuple[int, int]] = set()
+        for _ in range(_REFINED):
+            best = self.lower_bound_s(price)
+            pairs = [p for p in dict.fromkeys(self.weakest) if p not in known]
+            if not pairs or best >= self._upper:
+                break
+            for pair in pairs[:4]:
+                known.add(pair)
+                rhythm = steady(self.space, *pair, price)
+                for holding, weights in zip(pair, rhythm.weights if rhythm else (), strict=False):
+                    if weights.any():
+                        self._weightings[holding].append(weights)
+            self._build()
+        return min(self._upper, float(self._of_embedding.min()))
+
+    _upper = np.inf
 
     def lower_bound_s(self, price_s_per_byte: Floats | None = None) -> float:
-        """The bound at one price of memory, [D]."""
+        """The bound at one price of memory, [D], where that is the best so far of an embedding's device."""
         space = self.space
         price = np.zeros(space.num_devices) if price_s_per_byte is None else price_s_per_byte
-        value = np.full((space.num_devices, len(self.owner)), np.inf)
-        entry = np.where(space.entry_s > MISSING_S / 2, MISSING_S, space.entry_s)
-        for e in space.embeddings:
-            value[e] = np.einsum("pd,pd->p", self.weights, entry[e][self.owner]) + price[e] * space.table_bytes
+        least, capacity = np.full(space.num_devices, _FORBIDDEN), float(price @ space.memory_bytes)
+        rows = [e for e in space.embeddings if self._of_embedding[e] < self._upper]
+        if not rows:
+            return float(self._of_embedding.min())
+        value = np.full((len(rows), len(self._base)), _FORBIDDEN)
+        for row, e in enumerate(rows):
+            entered = np.einsum("nd,nd->n", self._weight, np.minimum(space.entry_s[e], MISSING_S)[self._holding])
+            value[row] = np.where(self._starts_at(e), entered + price[e] * space.table_bytes, _FORBIDDEN)
         first = space.kinds[0]
-        work = {k: self._work(k, price) for k in set(space.kinds)}
-        value = self._mixed(value + work[first][self._free_rows(first)])
+        work = {k: self._work(k, price, rows) for k in set(space.kinds)}
+        transfer = {k: np.where(self._allowed, self._transfer(k)[np.ix_(self._base, self._base)], _FORBIDDEN)
+                    for k in set(space.kinds)}  # fmt: skip
+        value = self._mixed(value + work[first])
+        history = [value]
         for kind in space.kinds[1:]:
-            step = value[:, :, None] + self._transfer(kind)[None]  # [E, P, P]
-            best = np.maximum.reduceat(step, self._starts, axis=1).min(1)
-            value = self._mixed(best + work[kind][self._free_rows(kind)])
-        way = np.where(np.isfinite(space.exit_s), space.exit_s, _NONE)[self.owner]  # [P, D, E]
-        end = value + np.einsum("pd,pde->ep", self.weights, np.where(self.weights[:, :, None] > 0, way, 0.0))
-        least = np.maximum.reduceat(end, self._starts, axis=1).min(1)
-        return float(least.min() - price @ space.memory_bytes)
+            step = np.minimum(value[:, :, None] + transfer[kind][None], _FORBIDDEN)  # [E, N, N]
+            best = np.maximum.reduceat(step, self._first, axis=1).min(1)
+            value = self._mixed(best + work[kind])
+            history.append(value)
+        way = np.where(np.isfinite(space.exit_s), space.exit_s, _NONE)[self._holding][..., rows]  # [N, D, E]
+        out = np.einsum("nd,nde->en", self._weight, np.where(self._weight[:, :, None] > 0, way, 0.0))
+        end = np.where(self._complete, np.minimum(value + out, _FORBIDDEN), _FORBIDDEN)
+        by_state = np.maximum.reduceat(end, self._first, axis=1)
+        least[rows] = by_state.min(1) - capacity
+        self._of_embedding = np.maximum(self._of_embedding, least)
+        row = int(least[rows].argmin())
+        self._trace([v[row] for v in history], transfer, end[row])
+        return float(least[rows].min())
 
-    def _free_rows(self, kind: Kind) -> slice:
-        return slice(None) if kind == "head" else slice(0, 1)
+    def _trace(self, values: list[Floats], transfer: dict[Kind, Floats], end: Floats) -> None:
+        """The pairs of shared holdings on the path that attains the bound, the most frequent first."""
+        path: list[int] = []
+        onward = end
+        for i in range(len(values) - 1, -1, -1):
+            state = int(np.maximum.reduceat(onward, self._first).argmin())
+            mine = np.flatnonzero(self._state == state)
+            node = int(mine[onward[mine].argmax()])
+            path.append(int(self._holding[node]))
+            if i:
+                onward = values[i - 1] + transfer[self.space.kinds[i]][:, node]
+        path.reverse()
+        kinds = self.space.kinds
+        if len(kinds) < 3 or kinds[0] == kinds[1]:
+            self.weakest = []
+            return
+        pairs = Counter(
+            (path[i], path[i + 1]) if kinds[i] == kinds[0] else (path[i + 1], path[i]) for i in range(len(path) - 2)
+        )
+        self.weakest = [p for p, _ in pairs.most_common() if any(len(self.space.holdings[h].devices) > 1 for h in p)]
+
+    def _build(self) -> None:
+        """Lay out weighted holdings, and each of them once for every remembered set that it can stand in."""
+        space, flat = self.space, [(s, w) for s, ws in enumerate(self._weightings) for w in ws]
+        self._p_weights = np.array([w for _, w in flat])
+        self._p_owner = np.array([s for s, _ in flat])
+        self._transfers: dict[bool, Floats] = {}
+        free = len(self._sets)
+        index = {s: i for i, s in enumerate(self._sets)}
+        states = [
+            (label, s)
+            for label in range(free + 1)
+            for s, h in enumerate(space.holdings)
+            if label == free or set(h.devices) <= self._sets[label]
+        ]
+        after = {
+            (label, s): free if label == free else index.get(self._sets[label] | set(h.devices), free)
+            for label in range(free + 1)
+            for s, h in enumerate(space.holdings)
+        }
+        nodes = [(k, p) for k, (_, s) in enumerate(states) for p in np.flatnonzero(self._p_owner == s)]
+        self._state = np.array([k for k, _ in nodes])
+        self._base = np.array([p for _, p in nodes])
+        self._holding = self._p_owner[self._base]
+        self._weight = self._p_weights[self._base]
+        self._first = np.searchsorted(self._state, np.arange(len(states)))
+        label = np.array([states[k][0] for k in self._state])
+        self._label, self._complete = label, label == free
+        leads = np.array([[after[a, s] == b for b, s in states] for a in range(free + 1)])
+        self._allowed = leads[label][:, self._state]
+        self._index = index
+        alone = {(k, int(w.argmax())): n for n, (k, w) in enumerate(zip(self._state, self._weight, strict=True))
+                 if w.max() == 1.0}  # fmt: skip
+        self._mean = np.zeros((len(nodes), len(nodes)))
+        for n, (k, w) in enumerate(zip(self._state, self._weight, strict=True)):
+            for d in np.flatnonzero(w):
+                self._mean[alone[k, int(d)], n] = w[d]
+
+    def _starts_at(self, embedding: int) -> NDArray[np.bool_]:
+        """Which nodes may follow an embedding on this device, [N]."""
+        free = len(self._sets)
+        labels = [self._index.get(frozenset({embedding, *h.devices}), free) for h in self.space.holdings]
+        return self._label == np.array(labels)[self._holding]
 
     def _mixed(self, value: Floats) -> Floats:
-        """A balanced weighting is at least the mean of the bounds of its devices."""
-        for p in np.flatnonzero(self._balanced):
-            alone = self._alone[self.owner[p]]
-            mean = value[:, alone] @ self.weights[p][self.weights[p] > 0]
-            value[:, p] = np.maximum(value[:, p], mean)
-        return value
+        """A weighting is at least the mean of the bounds of its devices alone."""
+        return np.maximum(value, np.minimum(value, _FORBIDDEN) @ self._mean)
 
-    def _work(self, kind: Kind, price: Floats) -> Floats:
-        """The least that doing a sub-block adds, [E or 1, P]; infinite where a holding may not do it."""
+    def _work(self, kind: Kind, price: Floats, rows: Sequence[int]) -> Floats:
+        """The least that doing a sub-block adds, [E or 1, N]; forbidden where a holding may not do it."""
         space, allowed = self.space, self.space.allowed(kind)
-        embeddings = range(space.num_devices) if kind == "head" else [0]
-        found = np.full((len(embeddings), len(self.owner)), np.inf)
+        embeddings = rows if kind == "head" else [0]
+        found = np.full((len(embeddings), len(self._p_owner)), _FORBIDDEN)
         for row, e in enumerate(embeddings):
-            free = space.free_rows(kind, e) if kind == "head" else np.zeros(space.num_devices, bool)
-            for p, s in enumerate(self.owner):
+            free = space.free_rows(kind, e)
+            for p, s in enumerate(self._p_owner):
                 if not allowed[s]:
                     continue
-                devices, weights = list(space.holdings[s].devices), self.weights[p]
+                devices, weights = list(space.holdings[s].devices), self._p_weights[p]
                 total = float(weights @ space.launch_s)
                 for part in space.pieces(kind):
                     each = (weights * part.piece_s + np.where(free, 0.0, price * part.piece_bytes))[devices]
-                    if space.holdings[s].partitioned:
-                        spare = part.count - len(devices)
-                        total += each.sum() + spare * each.min() if kind == "attention" else part.count * each.min()
-                    else:
+                    if not space.holdings[s].partitioned:
                         total += part.count * each.sum()
+                    elif len(space.pieces(kind)) == 1:  # each holder has a piece
+                        total += each.sum() + (part.count - len(devices)) * each.min()
+                    else:
+                        total += part.count * each.min()
                 found[row, p] = total
-        return found
+        return found[:, self._base]
 
     def _transfer(self, kind: Kind) -> Floats:
+        """For each pair of weighted holdings a valid mean of transfer times into a sub-block, [P, P]."""
         inner = self.space.arch.qk_norm_over_heads and kind == "attention"
-        return self._into_attention if inner else self._plain
+        if inner not in self._transfers:
+            self._transfers[inner] = self._couplings(inner)
+        return self._transfers[inner]
 
-    @cached_property
-    def _plain(self) -> Floats:
-        return self._couplings(self.space.crossing_s("ffn"))
-
-    @cached_property
-    def _into_attention(self) -> Floats:
-        return self._couplings(self.space.crossing_s("attention"))
-
-    def _couplings(self, table: Floats) -> Floats:
-        """For each pair of weighted holdings a valid mean of transfer times, [P, P]: independent, or the best one."""
-        way = np.where(np.isfinite(table), table, _NONE)
-        way = np.where(way > MISSING_S / 2, MISSING_S, way)
-        left = np.einsum("pi,psij->psj", self.weights, way[self.owner])
-        pairs = np.einsum("qj,pqj->pq", self.weights, left[:, self.owner])
-        pairs = np.maximum(pairs, _NONE)
-        for p in np.flatnonzero(self._balanced):
-            for q in np.flatnonzero(self._balanced):
-                a, b = self.space.holdings[self.owner[p]].devices, self.space.holdings[self.owner[q]].devices
-                part = way[self.owner[p], self.owner[q]][np.ix_(list(a), list(b))]
-                if part.max() < MISSING_S / 2:
-                    best = _best_coupling(self.weights[p][list(a)], self.weights[q][list(b)], part)
-                    pairs[p, q] = max(pairs[p, q], best)
+    def _couplings(self, inner: bool) -> Floats:
+        """Independent weightings, or the best coupling where both are shared by several devices."""
+        table = self.space.crossing_s("attention" if inner else "ffn")
+        way = np.minimum(np.where(np.isfinite(table), table, _NONE), MISSING_S)
+        left = np.einsum("pi,psij->psj", self._p_weights, way[self._p_owner])
+        pairs = np.maximum(np.einsum("qj,pqj->pq", self._p_weights, left[:, self._p_owner]), _NONE)
+        mixed = np.flatnonzero(self._p_weights.max(1) < 1.0)
+        keys: dict[tuple[int, int], Way] = {}
+        for p in mixed:
+            for q in mixed:
+                a, b = int(self._p_owner[p]), int(self._p_owner[q])
+                if way[a, b].max() < MISSING_S / 2:
+                    keys[int(p), int(q)] = a, self._p_weights[p].tobytes(), b, self._p_weights[q].tobytes()
+        new = [(at, k) for at, k in keys.items() if (inner, k) not in self._coupled]
+        problems = [(self._p_weights[p], self._p_weights[q], way[k[0], k[2]]) for (p, q), k in new]
+        for (_, k), best in zip(new, _best_couplings(problems), strict=True):
+            self._coupled[inner, k] = best
+        for at, k in keys.items():
+            pairs[at] = max(pairs[at], self._coupled[inner, k])
         return pairs
 
 
-def _best_coupling(left: Floats, right: Floats, way: Floats) -> float:
-    """The greatest mean of `way` over couplings of two weightings."""
-    n, m = way.shape
-    possible = way.ravel() > _NONE / 2
-    solved = linprog(
-        -np.where(possible, way.ravel(), 0.0),
-        A_eq=np.concatenate([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))]),
-        b_eq=np.concatenate([left, right]),
-        bounds=[(0.0, 1.0 if p else 0.0) for p in possible],
+def _too_small(space: Space) -> list[frozenset[int]]:
+    """Sets of devices whose memory cannot hold the model, small ones first."""
+    needed = space.table_bytes + sum(
+        p.count * p.piece_bytes for k in space.kinds for p in space.pieces(k) if not (k == "head" and space.tied)
     )
-    return float(-solved.fun) if solved.status == 0 else _NONE
+    found: list[frozenset[int]] = []
+    for size in range(1, space.num_devices):
+        sets = [
+            frozenset(c)
+            for c in combinations(range(space.num_devices), size)
+            if space.memory_bytes[list(c)].sum() < needed * (1 - 1e-9)
+        ]
+        if len(found) + len(sets) > _MOST_SETS:
+            break
+        found += sets
+    return found
+
+
+def _best_couplings(problems: Sequence[tuple[Floats, Floats, Floats]]) -> list[float]:
+    """For each, the greatest mean of a way [D, D] over the couplings of two weightings [D]: many in one program."""
+    found: list[float] = []
+    for start in range(0, len(problems), 64):
+        rows: list[int] = []
+        columns: list[int] = []
+        right: list[float] = []
+        goal: list[float] = []
+        owner: list[int] = []
+        for k, (left, onto, way) in enumerate(problems[start : start + 64]):
+            sides = {("left", i): len(right) + n for n, i in enumerate(np.flatnonzero(left))}
+            right += list(left[left > 0])
+            sides |= {("onto", j): len(right) + n for n, j in enumerate(np.flatnonzero(onto))}
+            right += list(onto[onto > 0])
+            for i in np.flatnonzero(left):
+                for j in np.flatnonzero(onto):
+                    columns += [len(goal), len(goal)]
+                    rows += [sides["left", i], sides["onto", j]]
+                    goal.append(max(float(way[i, j]), -1e6))
+                    owner.append(k)
+        matrix = coo_array((np.ones(len(rows)), (rows, columns)), (len(right), len(goal))).tocsr()
+        solved = linprog(-np.array(goal), A_eq=matrix, b_eq=right)
+        values = np.bincount(owner, solved.x * goal) if solved.status == 0 else np.full(max(owner) + 1, _NONE)
+        found += [float(v) for v in values]
+    return found

@@ -1,7 +1,7 @@
-"""The optimum of small instances, three times: every assignment, every count, and a mixed-integer program.
+"""The optimum of small instances, twice: by every assignment, and by every count. milp.py does it a third time.
 
-They share the tables of `Space` and nothing else; tests hold them against each other and against `CostModel`. Memory
-is a hard limit in all three.
+The three share the tables of `Space`, and tests hold them against each other and against `CostModel`. Memory is a hard
+limit in all of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Holding, Kind, Space
 
@@ -181,125 +179,3 @@ def _assignments(space: Space, kind: Kind, embedding: int) -> Iterator[Option]:
         if holding is not None and allowed[holding]:
             counts = tuple(tuple(each.count(d) for d in range(space.num_devices)) for each in maps)
             yield _priced(space, kind, holding, counts, embedding)
-
-
-def by_milp(space: Space, *, time_limit_s: float = 60.0) -> Found | None:
-    """A mixed-integer program over options and pairs of options, by HiGHS.
-
-    Variables: y of each sub-block's option, z of each pair of holdings that follow each other, and for each sub-block
-    and device the time at which it begins; c_j >= f_i + crossing_ij(z) is linear in z, absent messages weigh -M.
-    """
-    best: Found | None = None
-    for embedding in space.embeddings:
-        found = _milp(space, embedding, time_limit_s)
-        if found is not None and (best is None or found.tpot_s < best.tpot_s):
-            best = found
-    return best
-
-
-def _milp(space: Space, embedding: int, time_limit_s: float) -> Found | None:
-    known = [options(space, k, embedding=embedding) for k in space.kinds]
-    num_devices, stages, holdings = space.num_devices, len(known), len(space.holdings)
-    scale = 1 / max(max(float(o.work_s.sum()) for o in each) for each in known)
-    big = scale * (sum(max(float(o.work_s.max()) for o in each) for each in known) + _longest(space) * (stages + 2))
-    y0 = np.concatenate([[0], np.cumsum([len(k) for k in known])])
-    z0 = int(y0[-1])
-    c0 = z0 + (stages - 1) * holdings * holdings
-    last = c0 + stages * num_devices
-    rows: list[tuple[list[int], list[float], float, float]] = []
-
-    def y(stage: int, option: int) -> int:
-        return int(y0[stage]) + option
-
-    def z(stage: int, a: int, b: int) -> int:
-        return z0 + (stage * holdings + a) * holdings + b
-
-    def c(stage: int, device: int) -> int:
-        return c0 + stage * num_devices + device
-
-    upper = np.ones(last + 1)
-    upper[c0:] = np.inf
-    for s, each in enumerate(known):
-        rows.append(([y(s, o) for o in range(len(each))], [1.0] * len(each), 1.0, 1.0))
-        for h in range(holdings):
-            mine = [(y(s, i), 1.0) for i, o in enumerate(each) if o.holding == h]
-            for pairs in (
-                [z(s, h, b) for b in range(holdings)] if s < stages - 1 else None,
-                [z(s - 1, a, h) for a in range(holdings)] if s else None,
-            ):
-                if pairs is not None:
-                    both = mine + [(v, -1.0) for v in pairs]
-                    rows.append(([v for v, _ in both], [w for _, w in both], 0.0, 0.0))
-    for d in range(num_devices):
-        held = [(y(s, i), o.held_bytes[d]) for s, each in enumerate(known) for i, o in enumerate(each)]
-        free = space.memory_bytes[d] - (space.table_bytes if d == embedding else 0.0)
-        size = max(space.memory_bytes[d], 1.0)
-        rows.append(([v for v, _ in held], [w / size for _, w in held], -np.inf, free / size))
-
-    def finish(stage: int, device: int) -> list[tuple[int, float]]:
-        work = [(y(stage, i), -scale * float(o.work_s[device])) for i, o in enumerate(known[stage])]
-        return [(c(stage, device), -1.0), *work]
-
-    entry, out = space.entry_s, space.exit_s
-    for s in range(stages):
-        for j in range(num_devices):
-            if not s:
-                terms = [
-                    (y(0, i), -_weight(float(entry[embedding, o.holding, j]), scale, big))
-                    for i, o in enumerate(known[0])
-                ]
-                rows.append(([c(0, j), *[v for v, _ in terms]], [1.0, *[w for _, w in terms]], 0.0, np.inf))
-                continue
-            table = space.crossing_s(space.kinds[s])
-            for i in range(num_devices):
-                terms = [(c(s, j), 1.0), *finish(s - 1, i)]
-                for a in range(holdings):
-                    for b in range(holdings):
-                        terms.append((z(s - 1, a, b), -_weight(float(table[a, b, i, j]), scale, big)))
-                rows.append(([v for v, _ in terms], [w for _, w in terms], 0.0, np.inf))
-                for a in range(holdings):
-                    for b in range(holdings):
-                        if table[a, b, i, j] >= MISSING_S / 2:
-                            upper[z(s - 1, a, b)] = 0.0
-    for i in range(num_devices):
-        terms = [(last, 1.0), *finish(stages - 1, i)]
-        for k, o in enumerate(known[-1]):
-            value = float(out[o.holding, i, embedding])
-            terms.append((y(stages - 1, k), -_weight(value, scale, big)))
-            if value >= MISSING_S / 2:
-                upper[y(stages - 1, k)] = 0.0
-        joined: dict[int, float] = {}
-        for v, w in terms:
-            joined[v] = joined.get(v, 0.0) + w
-        rows.append((list(joined), list(joined.values()), 0.0, np.inf))
-    at = [(r, v, w) for r, (vs, ws, _, _) in enumerate(rows) for v, w in zip(vs, ws, strict=True)]
-    matrix = coo_array(([w for _, _, w in at], ([r for r, _, _ in at], [v for _, v, _ in at])), (len(rows), last + 1))
-    goal = np.zeros(last + 1)
-    goal[last] = 1.0
-    integer = np.zeros(last + 1)
-    integer[:z0] = 1
-    integer[z0:c0] = 1
-    solved = milp(
-        goal,
-        constraints=LinearConstraint(matrix.tocsr(), [r[2] for r in rows], [r[3] for r in rows]),
-        bounds=Bounds(0.0, upper),
-        integrality=integer,
-        options={"time_limit": time_limit_s, "mip_rel_gap": 1e-9},
-    )
-    if solved.x is None:
-        return None
-    path = []
-    for s, each in enumerate(known):
-        o = each[int(np.argmax(solved.x[y0[s] : y0[s + 1]]))]
-        path.append((o.holding, o.counts))
-    return Found(tpot_s=float(solved.x[last]) / scale, path=tuple(path), embedding=embedding)
-
-
-def _weight(seconds: float, scale: float, big: float) -> float:
-    return max(-big, scale * seconds) if seconds < MISSING_S / 2 else 0.0
-
-
-def _longest(space: Space) -> float:
-    tables = (space.crossing_s("attention"), space.entry_s, space.exit_s)
-    finite = [t[np.isfinite(t) & (t < MISSING_S / 2)] for t in tables]
-    return max(float(t.max(initial=0.0)) for t in finite)

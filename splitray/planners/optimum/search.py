@@ -10,14 +10,14 @@ Shapes: K labels, D devices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from splitray.planners.optimum.enumerate import Found, Step
+from splitray.planners.optimum.rhythm import steady
 from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Pieces, Space
 
 Ints = NDArray[np.int64]
@@ -37,7 +37,8 @@ def beam(
     space: Space,
     *,
     width: int,
-    holdings: Mapping[Kind, Ints] | None = None,
+    holdings: Mapping[Kind, Sequence[int]] | None = None,
+    pairs: Iterable[tuple[int, int]] = (),
     embeddings: Sequence[int] | None = None,
     price_s_per_byte: Floats | None = None,
 ) -> Found | None:
@@ -47,20 +48,30 @@ def beam(
         space: what may be chosen.
         width: labels kept for each holding after each sub-block.
         holdings: those to try for each kind of sub-block, all by default.
+        pairs: of holdings of attention and FFN, whose steady rhythm is a further way to share them.
         embeddings: devices to try for the embedding, all by default.
         price_s_per_byte: what memory costs while labels are ranked, [D]; scarce memory is then kept for later.
     """
     price = np.zeros(space.num_devices) if price_s_per_byte is None else price_s_per_byte
     best: Found | None = None
+    partners: dict[tuple[Kind, int], list[int]] = {}
+    for a, f in pairs:
+        partners.setdefault((space.kinds[0], a), []).append(f)
+        partners.setdefault((space.kinds[1], f), []).append(a)
     for embedding in space.embeddings if embeddings is None else embeddings:
-        found = _from(space, embedding, width, price, holdings)
+        found = _from(space, embedding, width, price, holdings, partners)
         if found is not None and (best is None or found.tpot_s < best.tpot_s):
             best = found
     return best
 
 
 def _from(
-    space: Space, embedding: int, width: int, price: Floats, holdings: Mapping[Kind, Ints] | None
+    space: Space,
+    embedding: int,
+    width: int,
+    price: Floats,
+    holdings: Mapping[Kind, Sequence[int]] | None,
+    partners: Mapping[tuple[Kind, int], Sequence[int]],
 ) -> Found | None:
     d = space.num_devices
     held0 = np.where(np.arange(d) == embedding, space.table_bytes, 0.0)
@@ -68,7 +79,6 @@ def _from(
         return None
     history: list[list[tuple[int, _Labels]]] = []
     finish, held, at = np.zeros((1, d)), held0[None], np.zeros(1, int)
-    partners = _partners(space, holdings)
     potentials = [_potential(space, h.devices) for h in space.holdings]
     for stage, kind in enumerate(space.kinds):
         allowed = np.flatnonzero(space.allowed(kind)) if holdings is None else holdings[kind]
@@ -145,7 +155,7 @@ def _shared(
         return None
     slacks = [np.zeros(len(devices))]
     if holding.partitioned and kind in space.kinds[:2]:
-        slacks += [s for partner in partners for s in [steady_slack_s(space, kind, target, partner)] if s is not None]
+        slacks += [s for partner in partners for s in [_slack_s(space, kind, target, partner)] if s is not None]
     found: list[_Labels] = []
     for slack in slacks:
         clock = np.where(np.isfinite(came[parents]), came[parents], 0.0)
@@ -181,110 +191,43 @@ def _shared(
     return merged if len(merged.finish) else None
 
 
-def _partners(space: Space, holdings: Mapping[Kind, Ints] | None) -> dict[tuple[Kind, int], list[int]]:
-    """For a kind of sub-block and its holding, the holdings that may stand next to it in a steady rhythm."""
-    if holdings is None or len(space.kinds) < 3 or space.kinds[1] == space.kinds[0]:
-        return {}
-    first, second = space.kinds[:2]
-    shared = {k: [int(h) for h in holdings[k] if len(space.holdings[h].devices) > 1] for k in (first, second)}
-    return {(k, h): shared[o][:4] + [h] for k, o in ((first, second), (second, first)) for h in shared[k]}
-
-
-def steady_slack_s(space: Space, kind: Kind, target: int, partner: int) -> Floats | None:
+def _slack_s(space: Space, kind: Kind, target: int, partner: int) -> Floats | None:
     """How much later than the others each device finishes a sub-block in the best rhythm with a partner, [devices]."""
-    key = kind, target, partner
-    if key not in space.rhythms:
-        space.rhythms[key] = _steady_slack_s(space, kind, target, partner)
-    return space.rhythms[key]
-
-
-def _steady_slack_s(space: Space, kind: Kind, target: int, partner: int) -> Floats | None:
-    """A linear program: shares as real numbers, and clocks that advance by one period a layer."""
-    first, second = space.kinds[:2]
-    held = {kind: target, (second if kind == first else first): partner}
-    d = space.num_devices
-    n_at = {first: 0, second: d}  # shares, then clocks at the beginning of each, then the period
-    c_at, period = {first: 2 * d, second: 3 * d}, 4 * d
-    rows: list[Floats] = []
-    right: list[float] = []
-    bounds: list[tuple[float, float | None]] = [(0.0, None)] * (4 * d + 1)
-    equal, total = [], []
-    for here, there in ((first, second), (second, first)):
-        (part,) = space.pieces(here)
-        holding, after = space.holdings[held[here]], space.holdings[held[there]]
-        table = space.crossing_s(there)[held[here], held[there]]
-        for i in range(d):
-            low = float(part.count) if not holding.partitioned else min(1.0, part.count)
-            bounds[n_at[here] + i] = (low, float(part.count)) if i in holding.devices else (0.0, 0.0)
-        if holding.partitioned:
-            row = np.zeros(4 * d + 1)
-            row[n_at[here] : n_at[here] + d] = 1
-            equal.append(row)
-            total.append(float(part.count))
-        for i in holding.devices:
-            for j in after.devices:
-                if not np.isfinite(table[i, j]):
-                    continue
-                if table[i, j] > MISSING_S / 2:
-                    return None
-                row = np.zeros(4 * d + 1)  # c_there_j >= c_here_i + launch + n g + crossing, less a period at the turn
-                row[c_at[here] + i] += 1
-                row[n_at[here] + i] += part.piece_s[i]
-                row[c_at[there] + j] -= 1
-                row[period] = -1.0 if there == first else 0.0
-                rows.append(row)
-                right.append(-float(table[i, j] + space.launch_s[i]))
-    goal = np.zeros(4 * d + 1)
-    goal[period] = 1.0
-    # Among equals the rhythm that is done early: clocks weigh next to nothing.
-    goal[2 * d : 4 * d] = 1e-6
-    solved = linprog(
-        goal,
-        A_ub=np.array(rows),
-        b_ub=right,
-        A_eq=np.array(equal) if equal else None,
-        b_eq=total or None,
-        bounds=bounds,
-    )
-    if solved.status != 0:
-        return None
-    (part,) = space.pieces(kind)
-    devices = list(space.holdings[target].devices)
-    n, c = solved.x[n_at[kind] : n_at[kind] + d], solved.x[c_at[kind] : c_at[kind] + d]
-    finish = (c + n * part.piece_s + space.launch_s)[devices]
-    slack: Floats = finish - finish.min()
-    return slack
+    first = kind == space.kinds[0]
+    pair = (target, partner) if first else (partner, target)
+    if pair not in space.rhythms:
+        found = steady(space, *pair)
+        space.rhythms[pair] = None if found is None else found.slack_s
+    slacks = space.rhythms[pair]
+    return None if slacks is None else slacks[0 if first else 1]
 
 
 def pour(offset: Floats, part: Pieces, devices: list[int], room: Floats) -> Ints:
     """Whole pieces for each device, [K, len(devices)], so that the last to finish finishes first; each gets one.
 
-    The level of water gives the bulk; what rounding leaves is given one by one to where it is done first.
+    The water stands at the level at which real shares, between one piece and the room, add up to all of them: what is
+    under water is a piecewise linear function of the level, which is read off between its corners. What rounding
+    leaves is given one by one to where it is done first. Fewer pieces than there are come back where room is short.
     """
     each, total = part.piece_s[devices], part.count
     offset = np.minimum(offset, MISSING_S / 1e9)  # beyond reach: whatever it gets, the step costs MISSING_S
-    level = (total + (offset / each).sum(1)) / (1 / each).sum()
-    counts = np.clip(np.floor((level[:, None] - offset) / each), np.minimum(1, room), room)
+    least = np.minimum(1.0, room)
+    corners = np.sort(np.concatenate([offset + least * each, offset + room * each], axis=1), axis=1)  # [K, C]
+    under = np.clip((corners[..., None] - offset[:, None]) / each, least[:, None], room[:, None]).sum(2)
     rows = np.arange(len(offset))
-    excess = counts.sum(1) - total
-    able = (offset < MISSING_S / 2e9).all(1)
-    while (over := able & (excess > 0)).any():  # some would have got less than the one piece that they must have
-        last = np.where(counts > 1, offset + counts * each, -np.inf)
-        worst = last.argmax(1)
-        take = np.minimum(excess, np.maximum(1, np.floor(excess / 2)))
-        take = np.minimum(take, counts[rows, worst] - 1) * over
-        if not take.any():
-            break
-        counts[rows, worst] -= take
-        excess = excess - take
+    above = np.minimum((under < total).sum(1), corners.shape[1] - 1)
+    below = np.maximum(above - 1, 0)
+    rise = under[rows, above] - under[rows, below]
+    part_way = np.clip((total - under[rows, below]) / np.where(rise > 0, rise, 1.0), 0.0, 1.0)
+    level = corners[rows, below] + part_way * (corners[rows, above] - corners[rows, below])
+    counts = np.clip(np.floor((level[:, None] - offset) / each), least, room)
     missing = total - counts.sum(1)
-    while (short := able & (missing > 0)).any():
+    while (missing > 0).any():
         done = np.where(counts < room, offset + (counts + 1) * each, np.inf)
         best = done.argmin(1)
-        open_ = short & np.isfinite(done[rows, best])
-        if not open_.any():
+        give = (missing > 0) & np.isfinite(done[rows, best])
+        if not give.any():
             break
-        give = np.minimum(np.maximum(1, np.floor(missing / (4 * len(devices)))), room[rows, best] - counts[rows, best])
-        counts[rows, best] += give * open_
-        missing = missing - give * open_
+        counts[rows, best] += give
+        missing = missing - give
     return counts.astype(np.int64)

@@ -87,9 +87,11 @@ class Space:
     ) -> None:
         """Price pieces and boundaries; the tables are made when they are first asked for."""
         self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
+        self.coarse = blocks is not None
+        self.tied = state.arch.tied_embeddings
         self.rates = Rates.of(state.topology)
         self.num_devices = len(state.topology.devices)
-        self.rhythms: dict[tuple[Kind, int, int], Floats | None] = {}
+        self.rhythms: dict[tuple[int, int], tuple[Floats, Floats] | None] = {}
         self.launch_s = self.rates.launch_s[0]
         self.memory_bytes = np.array([d.memory_bytes for d in state.topology.devices])
         arch, context = self.arch, max(1, state.context_tokens)
@@ -243,7 +245,10 @@ class Space:
         transfer = on_air + sends * self.rates.exchange_s
         unit = np.where(np.eye(d, dtype=bool), 0.0, -np.inf)
         rows = np.repeat(np.arange(n), d)
-        arrival = exchange(np.tile(unit, (n, 1)), sends[rows], transfer[rows], self.rates).reshape(n, d, d)
+        # Who sends nothing must not take a shared medium's turn: its own finish is put back afterwards.
+        senders: NDArray[np.bool_] = np.any(sends, axis=2)
+        finish = np.where(senders[:, None], unit, -np.inf).reshape(n * d, d)
+        arrival = np.maximum(exchange(finish, sends[rows], transfer[rows], self.rates).reshape(n, d, d), unit)
         missing = (sends & (rate <= 0)).any((1, 2))
         if missing.any():
             arrival[missing] = np.where(np.isfinite(arrival[missing]), MISSING_S, -np.inf)
