@@ -24,12 +24,12 @@ Order = Literal["serial", "parallel"]
 class Errata(enum.Flag):
     """What the released code does (CODE), one switch each, all off in `CORRECTED`. E1 to E8 as in SPEC 4.9."""
 
-    CACHE_SIZE = enum.auto()  # E1: a head's cache is g D b instead of 2 s d b
+    CACHE_SIZE = enum.auto()  # E1: a head's cache is g D b instead of 2 s d b, and not looked at when ordering
     FFN_TENTH = enum.auto()  # E2: 0.8 s D^2 instead of 8 s D^2
     GIGABITS = enum.auto()  # E3: GB over Gbit/s, eight times too quick (8.6 times if its GB are of 2^30 bytes)
     NO_WEIGHTS = enum.auto()  # E4: projection and FFN have activations only
     RECOMPUTE = enum.auto()  # E5: all s positions are computed anew for each token
-    FREE_MIGRATION = enum.auto()  # E6: moves are never counted
+    FREE_MIGRATION = enum.auto()  # E6: moves are never counted, nor what the interval will bring
     SOURCE_BAN = enum.auto()  # E7: the source may host no block, while the exact solver may use it
     TOTAL_CAPACITY = enum.auto()  # E8: scores divide by what a device has, not by what it has left
     MULTIPLY_ADDS = enum.auto()  # 4.3: a multiply-add counts once, over devices rated in FLOP/s

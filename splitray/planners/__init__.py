@@ -20,6 +20,7 @@ from splitray.planners.myopic import Myopic
 from splitray.planners.optimum.space import Freedom
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.planners.random import RandomPlanner
+from splitray.planners.scored import VARIANTS
 from splitray.planners.shares import Even, Proportional
 from splitray.planners.ucb import Ucb
 from splitray.planners.whole import BestDevice, CloudOnly, CloudOnlyRtt, EdgeOnly
@@ -98,6 +99,19 @@ def _drift_plus_penalty(argument: str, _: int) -> Planner:
     return DriftPlusPenalty(v)
 
 
+def _myopic(argument: str, _: int) -> Planner:
+    if not argument:
+        return Myopic()
+    if argument in VARIANTS:
+        return VARIANTS[argument]
+    raise PlacementError(
+        "planner myopic",
+        expected=f"myopic, or myopic:VARIANT with one of {', '.join(VARIANTS)}",
+        actual=repr(argument),
+        remedy=f"write one of them{did_you_mean(argument, VARIANTS)}",
+    )
+
+
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly(), "one_device"),
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly(), "one_device"),
@@ -114,7 +128,7 @@ _PLANNERS = {
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
     "exact": _Entry("exact", lambda _, __: Exact()),
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True),
-    "myopic": _Entry("myopic", lambda _, __: Myopic(), "heads"),
+    "myopic": _Entry("myopic[:as_coded|max|weighted]", _myopic, "heads"),
     "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed)), once=True),
 }

@@ -4,7 +4,8 @@ Head groups go one by one to the device on which they are done first, given the 
 there (the remaining-capacity score of SPEC 4.7 in seconds); the FFN with the output projection's sum stays whole, as in
 the paper. A layer that finds no place backtracks into the layer before. The released code scores total capacity, never
 backtracks and never charges migration (SPEC 4.3, 4.9); those three are corrected here. Ours beyond the paper: for each
-holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides.
+holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides. The paper's own
+scores are in scored.py.
 
 Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
 """
@@ -17,12 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.cost import CostModel, Rates, load_of, work_s
+from splitray.cost import Rates, load_of, work_s
 from splitray.errors import PlacementError
-from splitray.migration import delay_s, diff
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import table_bytes
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, shortfall
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes
+from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import layers_on
 
@@ -90,19 +91,13 @@ class Myopic:
                 actual=f"a need of {model_bytes(end):,} bytes, no place within {self.backtrack_limit} steps back",
                 remedy="add memory or a device, or shorten the context",
             )
-        if state.current is None or state.current == fresh or shortfall(state.current, end):
-            return fresh
-        cost = CostModel(arch, state.topology)
-        before, after = (cost.tpot_s(p, context_tokens=max(1, state.context_tokens)) for p in (state.current, fresh))
-        moves = diff(state.current, fresh, arch, state.context_tokens)
-        pays = state.interval_tokens * (before - after) > delay_s(moves, state.topology, staged=self.staged)
-        return fresh if pays else state.current
+        return keep_or_move(fresh, state, end, staged=self.staged)
 
     def _place(self, state: ClusterState) -> Placement | None:
         arch, where = state.arch, state.topology
         times = _times(state)
         left = np.array([d.memory_bytes for d in where.devices], float)
-        ends = _ends(state, times, left)
+        ends = ends_of(state, times.head_s, left)
         if ends is None:
             return None
         embedding, head = ends
@@ -144,11 +139,14 @@ def _taken(layer: tuple[Counts, int], sizes: tuple[float, float]) -> Floats:
     return taken
 
 
-def _ends(state: ClusterState, times: _Times, left: Floats) -> tuple[int, int] | None:
-    """Devices of embedding and head; takes their memory. Unpinned ends stay together, where the head is fastest."""
+def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int] | None:
+    """Devices of embedding and head, None without room; takes their memory off `left`.
+
+    Unpinned ends stay together, where the head is fastest.
+    """
     ids, table = state.topology.ids, table_bytes(state)
     pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
-    for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.argsort(times.head_s, kind="stable")]:
+    for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.argsort(head_s, kind="stable")]:
         embedding = head if pins[0] is None else pins[0]
         need = np.zeros(len(ids))
         need[embedding] += table
