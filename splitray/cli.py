@@ -247,6 +247,38 @@ def simulate(
 
 
 @app.command()
+def evaluate(
+    suite: Annotated[str, typer.Option(help="What to compare: planners.", metavar="NAME")] = "planners",
+    traces: Annotated[
+        list[str] | None,
+        typer.Option("--trace", help="A bandwidth trace as `simulate` takes it; may be given again.", metavar="TRACE"),
+    ] = None,
+    arrivals: Annotated[str | None, typer.Option(help="As `simulate` takes them.", metavar="ARRIVALS")] = None,
+    slots: Annotated[int, typer.Option(help="Slots of a simulation.", min=1, metavar="N")] = 200,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", metavar="N")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the report and its plots into it.", metavar="DIR")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare planners on equal terms and beside the papers' figures; every number says where it comes from."""
+    from rich.markdown import Markdown
+
+    from splitray.evaluate import Options, run
+    from splitray.report.progress import progress
+
+    options = Options(traces=tuple(traces or ()), arrivals=arrivals, slots=slots, seed=seed)
+    with _stdout_kept(as_json), progress(Console(stderr=True), "Reading") as spin:
+        report = run(suite, options, tell=lambda what: spin(what.capitalize()))
+        written = [] if out is None else report.save(out)
+    if as_json:
+        _print_json(report.document())
+        return
+    console = Console(highlight=False)
+    console.print(Markdown(report.markdown().partition("![")[0]))
+    if written:
+        console.print(Text(f"{out}: {', '.join(p.name for p in written)}", "dim"))
+
+
+@app.command()
 def serve(
     model: Model = "tiny",
     topology: TopologyFile = None,

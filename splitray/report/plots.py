@@ -104,6 +104,38 @@ def front_plot(latency_s: Mapping[str, float], energy_j: Mapping[str, float]) ->
     return figure
 
 
+def ratio_plot(title: str, rows: Sequence[str], columns: Sequence[str], ratios: Sequence[Sequence[float]]) -> Figure:
+    """Ratios as a map with their numbers, blue below 1 and red above; NaN is left blank."""
+    values = np.asarray(ratios, float)
+    figure = Figure(figsize=(2.8 + 0.75 * len(columns), 1.6 + 0.3 * len(rows)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(np.clip(np.log2(values), -3, 3), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            strong = abs(np.log2(value)) > 1.8
+            text = f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if strong else "black")
+    axes.set_title(title, loc="left", fontsize=10)
+    return figure
+
+
+def trade_plot(v: Sequence[float], energy_j: Sequence[float], backlog_tokens: Sequence[float]) -> Figure:
+    """What the Lyapunov weight V buys and costs: energy of a request and mean backlog, V on a logarithmic axis."""
+    figure, axes = _figure("The trade of V", "V, weight of a joule", "joule of a request")
+    axes.plot(v, energy_j, "o-", color=_COLOURS[0])
+    axes.set_xscale("log")
+    axes.yaxis.label.set_color(_COLOURS[0])
+    other = axes.twinx()
+    other.plot(v, backlog_tokens, "s--", color=_COLOURS[3])
+    other.set_yscale("log")
+    other.set_ylabel("mean backlog, output tokens", color=_COLOURS[3])
+    other.spines["top"].set_visible(False)
+    return figure
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other beats in one coordinate without losing in the other, by the first coordinate."""
     front: list[tuple[float, float]] = []

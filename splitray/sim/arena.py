@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.codecs import Codec
 from splitray.cost import Load, Rates, load_of
 from splitray.errors import InputError, PlacementError
 from splitray.migration import delay_s, diff, moved_bytes
@@ -70,7 +71,7 @@ def run(
     """Run all cases side by side.
 
     Args:
-        cases: of the same devices, number of slots and slot length; models may differ in nothing but their scenario.
+        cases: of one model and the same devices, links and slots.
         drain: go on without new requests, at most as long again, until every line is empty.
         tell: is told how many slots of how many are done.
 
@@ -79,12 +80,9 @@ def run(
     """
     first = cases[0].scenario
     for case in cases:
-        s = case.scenario
-        if (s.topology.ids, s.num_slots, s.slot_s, s.arch) != (
-            first.topology.ids, first.num_slots, first.slot_s, first.arch,
-        ):  # fmt: skip
-            raise InputError("cases", expected="one model, the same devices and slots", actual=s.name,
-                             remedy="run them one after the other")  # fmt: skip
+        if _common(case.scenario) != _common(first):
+            raise InputError("cases", expected="one model, the same devices, links and slots",
+                             actual=case.scenario.name, remedy="run them one after the other")  # fmt: skip
     lines = [_Line(c, make_planner(c.planner, seed=c.seed)) for c in cases]
     arena = _Arena(lines)
     total = first.num_slots
@@ -94,6 +92,13 @@ def run(
         arena.slot(min(t, total - 1), recorded=t < total)
         tell(min(t + 1, total), total)
     return [arena.outcome(i) for i in range(len(lines))]
+
+
+def _common(s: Scenario) -> tuple[object, ...]:
+    """What the cases of a run share, for they are priced together."""
+    where = s.topology
+    links = tuple((x.source, x.target, x.medium) for x in where.links)
+    return s.arch, where.devices, links, where.origin, s.num_slots, s.slot_s
 
 
 class _Arena:
@@ -109,7 +114,7 @@ class _Arena:
         names = [f.name for f in fields(Rates) if f.name != "medium"]
         self._rates = {n: np.stack([getattr(s.rates, n) for s in different]) for n in names}
         self._medium = different[0].rates.medium
-        self._loads: dict[Placement, tuple[Load, Floats, Floats]] = {}
+        self._loads: dict[tuple[Placement, Codec], tuple[Load, Floats, Floats]] = {}
         origin, state = self.topology.origin, ClusterState(arch=self.arch, topology=self.topology)
         stand_in = layers_on([origin] * self.arch.num_layers, origin, origin, state)  # of a line that is not up
         self._now = Load.stack([load_of(stand_in, self.arch, self.topology)] * len(lines))
@@ -226,7 +231,8 @@ class _Arena:
 
     def _known(self, placement: Placement, scenario: Scenario) -> tuple[Load, Floats, Floats]:
         """The load of a placement and the bytes that it needs on each device: fixed, and for a token of context."""
-        if placement not in self._loads:
+        key = placement, scenario.codec
+        if key not in self._loads:
             load = load_of(placement, self.arch, self.topology, codec=scenario.codec)
             fixed = weight_bytes(placement, self.arch)
             per_token = dict.fromkeys(self.topology.ids, 0)
@@ -234,12 +240,12 @@ class _Arena:
                 for device in layer.attention.devices:
                     per_token[device] += layer.attention.count(device) * self.arch.kv_bytes_per_token
             ids = self.topology.ids
-            self._loads[placement] = (
+            self._loads[key] = (
                 load,
                 np.array([float(fixed.get(d, 0)) for d in ids]),
                 np.array([float(per_token[d]) for d in ids]),
             )
-        return self._loads[placement]
+        return self._loads[key]
 
     def _give_up(self, t: int) -> None:
         """Fail the request of each line that no longer fits the memory there is."""

@@ -35,11 +35,13 @@ FLOORS = (
     ("report",),
     ("local_ray", "perplexity"),
     ("codec_loss", "generate", "plan", "serve", "demo", "bench", "doctor"),
+    ("simulate",),
+    ("evaluate",),
     ("cli", "__main__"),
 )
 FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}
 # The command line stands on everything, and imports actors and serve_apps inside its functions only.
-COMMAND_LINE = tuple(unit for units in FLOORS[-3:] for unit in units)
+COMMAND_LINE = tuple(unit for units in FLOORS[-5:] for unit in units)
 WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "codecs", "route", "accuracy", "papers", "planners")
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner",)

@@ -1,0 +1,190 @@
+"""One edge device and the cloud over bandwidth traces: every online planner in every cell of devices and models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from splitray.catalog import architecture, device_values
+from splitray.evaluate import Options, Tell
+from splitray.report.document import Cell, Number, Table, Unit
+from splitray.sim.arena import Case
+from splitray.sim.arena import run as simulate
+from splitray.sim.network import arrivals, links_varied
+from splitray.sim.outcome import Outcome
+from splitray.sim.scenario import Scenario, edge_cloud_links
+from splitray.simulate import service_s
+from splitray.topology import Topology, parse_topology
+
+EDGES = ("jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5")
+MODELS = ("gpt2-xl", "llama-7b", "llama-13b")
+HOLDS = ("none", "embedding_and_head")
+ONLINE = (
+    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "static_cut", "layer_cut", "layer_dp", "greedy",
+    "tensor_parallel", "ucb", "myopic", "drift_plus_penalty",
+)  # fmt: skip
+DRAWN = ("log_ar1:0.4", "log_ar1:0.8", "log_ar1:0.4+gilbert_elliott")  # where no trace is given
+EVERY = 4  # slots between decisions
+LOAD = 0.3  # of what a static cut serves
+
+
+@dataclass(frozen=True, slots=True)
+class TraceCell:
+    """One edge device, model and privacy setting, with an outcome for each trace and planner."""
+
+    edge: str
+    model: str
+    holds: str
+    outcomes: dict[tuple[str, str], Outcome]
+
+    @property
+    def name(self) -> str:
+        """Device and model."""
+        return f"{self.edge} {self.model}"
+
+    def ratio(self, planner: str, against: str, quantity: str = "latency_s") -> float:
+        """Geometric mean over traces of the planner's mean over the other's; NaN where one of them never answers."""
+        logs = [np.log(mean_of(a, quantity) / mean_of(b, quantity)) for a, b in self.pairs(planner, against)]
+        return float(np.exp(np.mean(logs))) if logs else float("nan")
+
+    def pairs(self, planner: str, against: str) -> list[tuple[Outcome, Outcome]]:
+        """Outcomes of the two on the same traces, where both have answered anything."""
+        traces = dict.fromkeys(t for t, _ in self.outcomes)
+        both = [(self.outcomes[t, planner], self.outcomes[t, against]) for t in traces]
+        return [(a, b) for a, b in both if _answers(a) and _answers(b)]
+
+
+def edge_and_cloud(edge: str, holds: str, *, link: str = "lte") -> Topology:
+    """One catalogue edge device and an A100 over a catalogue link."""
+    return parse_topology(
+        {
+            "origin_holds": holds,
+            "devices": [
+                {"id": "edge", "tier": "edge", **device_values(edge)},
+                {"id": "cloud", "tier": "cloud", **device_values("a100-80gb")},
+            ],
+            "links": [{"between": ["edge", "cloud"], "catalog": link}],
+        }
+    )
+
+
+def trace_cells(options: Options, tell: Tell) -> Iterator[TraceCell]:
+    """Every device by model by privacy setting, simulated one after the other.
+
+    Raises:
+        InputError: a trace or the arrivals cannot be used.
+    """
+    specs = options.traces or DRAWN
+    for model in MODELS:
+        arch = architecture(model)
+        for edge in EDGES:
+            for holds in HOLDS:
+                tell(f"{model} on {edge}, origin holds {holds.replace('_', ' ')}")
+                where = edge_and_cloud(edge, holds)
+                line_rng = np.random.default_rng([options.seed, 1])
+                line = arrivals(options.arrivals, options.slots, LOAD / service_s(arch, where, "static_cut"), line_rng)
+                cases = []
+                for spec in specs:
+                    rng = np.random.default_rng([options.seed, 2])
+                    pairs = edge_cloud_links(where)
+                    rates = links_varied(spec, where, pairs, options.slots, 1.0, rng, what="bandwidth")
+                    scenario = Scenario(
+                        name=spec.rpartition("/")[2], arch=arch, topology=where, requests=line,
+                        num_slots=options.slots, bandwidth_bytes_per_s=rates,
+                    )  # fmt: skip
+                    cases += [Case(planner=p, scenario=scenario, seed=options.seed, every=EVERY) for p in ONLINE]
+                found = simulate(cases)
+                yield TraceCell(edge, model, holds, {(o.scenario.name, o.planner): o for o in found})
+
+
+def _answers(outcome: Outcome) -> bool:
+    return bool((~np.isnan(outcome.finish_s)).any())
+
+
+def mean_of(outcome: Outcome, quantity: str) -> float:
+    """The mean of one of the outcome's samples over the requests that did not fail."""
+    values = getattr(outcome, quantity)
+    return float(np.mean(values[~outcome.failed] if quantity.endswith("_s") else values))
+
+
+def simulated(value: float, unit: Unit) -> Number:
+    """A figure of the virtual clock; none if it is not finite."""
+    return Number(float(value) if np.isfinite(value) else None, unit, "simulated")
+
+
+def summary(cells: Sequence[TraceCell], holds: str) -> Table:
+    """A row a planner: against cloud_only over all cells and traces."""
+    mine = [c for c in cells if c.holds == holds]
+    rows: list[tuple[Cell, ...]] = []
+    for planner in ONLINE:
+        pairs = [p for c in mine for p in c.pairs(planner, "cloud_only")]
+        runs = sum(len({t for t, _ in c.outcomes}) for c in mine)
+        if not pairs:
+            rows.append((planner, *("never fits",) * 8))
+            continue
+        latency = np.array([mean_of(a, "latency_s") / mean_of(b, "latency_s") for a, b in pairs])
+        p95 = np.array([np.percentile(a.latency_s, 95) / np.percentile(b.latency_s, 95) for a, b in pairs])
+        edge = [a.edge_energy_j_per_request for a, _ in pairs]
+        decisions = np.concatenate([a.decisions_s for a, _ in pairs])
+        rows.append(
+            (
+                planner,
+                simulated(float(np.exp(np.log(latency).mean())), "ratio"),
+                simulated(latency.min(), "ratio"),
+                simulated(latency.max(), "ratio"),
+                simulated(float(np.exp(np.log(p95).mean())), "ratio"),
+                Number(
+                    None, "", "simulated", f"{(latency > 1 + 1e-9).sum()} of {len(pairs)}, {runs - len(pairs)} unfit"
+                ),
+                simulated(float(np.mean([a.energy_j_per_request for a, _ in pairs])), "J"),
+                simulated(float(np.mean(edge)), "J"),
+                Number(float(decisions.mean()), "s", "measured"),
+            )
+        )
+    return Table(
+        f"Against cloud_only, origin holds {holds.replace('_', ' ')}",
+        ("planner", "latency", "best", "worst", "p95", "slower than cloud_only", "energy", "edge energy", "decision"),
+        tuple(rows),
+        "Ratios of mean latency to cloud_only's (streamed): geometric mean, best and worst over devices, models and "
+        "traces; unfit: no placement of the planner's kind fits. Energy of a request of all devices, and of the edge.",
+    )
+
+
+def latencies(cells: Sequence[TraceCell], holds: str) -> Table:
+    """Mean latencies, a row a cell and a column a planner."""
+    rows = []
+    for cell in (c for c in cells if c.holds == holds):
+        row: list[Cell] = [cell.name]
+        for planner in ONLINE:
+            mine = [o for (_, p), o in cell.outcomes.items() if p == planner]
+            values = [mean_of(o, "latency_s") for o in mine if _answers(o)]
+            row.append(simulated(float(np.mean(values)) if values else float("nan"), "s"))
+        rows.append(tuple(row))
+    return Table(
+        f"Mean latency of a request, origin holds {holds.replace('_', ' ')}", ("cell", *ONLINE), tuple(rows),
+        "Means over the traces; requests that had not ended when the run did count with their age.",
+    )  # fmt: skip
+
+
+def pairwise(cells: Sequence[TraceCell]) -> Table:
+    """How often drift_plus_penalty is slower than each other planner."""
+    rows: list[tuple[Cell, ...]] = []
+    for other in ONLINE[:-1]:
+        pairs = [p for c in cells for p in c.pairs("drift_plus_penalty", other)]
+        ratio = np.array([mean_of(a, "latency_s") / mean_of(b, "latency_s") for a, b in pairs])
+        if not len(ratio):
+            continue
+        rows.append(
+            (
+                other,
+                Number(float((ratio > 1 + 1e-6).mean()), "share", "simulated"),
+                simulated(float(np.exp(np.log(ratio).mean())), "ratio"),
+                simulated(ratio.max(), "ratio"),
+                Number(len(ratio), "count", "simulated"),
+            )
+        )
+    return Table(
+        "drift_plus_penalty against each", ("planner", "loses in", "latency ratio", "worst", "runs"), tuple(rows)
+    )
