@@ -18,12 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splitray.cost import CostModel
-from splitray.errors import PlacementError
 from splitray.placement import Placement
-from splitray.planners.exact import priced, simple
-from splitray.planners.optimum.additive import Additive, Prices
+from splitray.planners.exact import priced, simple, too_small
+from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.space import MISSING_S, Space
 from splitray.planners.protocol import ClusterState
+from splitray.route import compile_route
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +40,14 @@ class DriftPlusPenalty:
         """See `Planner`; fails where nothing fits into memory."""
         space, prices = Space(state), self.prices(state)
         chosen = Additive(space, prices).best()
-        if (chosen.held_bytes <= space.memory_bytes).all() and chosen.seconds < MISSING_S / 2:
+        if _fits(space, chosen):
+            # No slower than one device or one cut: those chains are in the program, which prices them truly.
             return space.placement(chosen.path, chosen.embedding)
-        cost = CostModel(state.arch, state.topology, codec=state.codec)
-        idle_w = sum(d.idle_w for d in state.topology.devices)
-
-        def price(placement: Placement) -> float:
-            step = cost.decode(placement, context_tokens=max(1, state.context_tokens))
-            seconds = float(step.cycle_s[0])
-            active_j = float(step.energy_j(state.topology).sum()) - idle_w * seconds
-            return prices.per_second * seconds + prices.per_joule * active_j
-
-        fitting = [
-            space.placement(each.path, each.embedding)
-            for _, each, _ in priced(space, chosen, prices)
-            if (each.held_bytes <= space.memory_bytes).all() and each.seconds < MISSING_S / 2
-        ]
-        candidates = [*dict.fromkeys(fitting), *simple(space)]
+        paid = [each for _, each, _ in priced(space, chosen, prices) if _fits(space, each)]
+        candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in paid), *simple(space)]
         if not candidates:
-            raise PlacementError(
-                "memory",
-                expected=f"room for {state.arch.name} with {state.context_tokens} tokens on linked devices",
-                actual="no placement found that fits",
-                remedy="add memory or a link, shorten the context, or try the planner exact",
-            )
-        return min(candidates, key=price)
+            raise too_small(space)
+        return min(candidates, key=lambda placement: cost_of(placement, state, prices))
 
     def prices(self, state: ClusterState) -> Prices:
         """What a second, a joule and a loss weigh in this slot; idling is paid by the second."""
@@ -77,3 +60,20 @@ class DriftPlusPenalty:
             per_joule=per_joule,
             per_loss=self.v + q.accuracy_debt,
         )
+
+
+def _fits(space: Space, chosen: Chosen) -> bool:
+    return bool((chosen.held_bytes <= space.memory_bytes).all()) and chosen.seconds < MISSING_S / 2
+
+
+def cost_of(placement: Placement, state: ClusterState, prices: Prices) -> float:
+    """What a token of this placement costs at these prices, by its true clocks."""
+    cost = CostModel(state.arch, state.topology, codec=state.codec)
+    step = cost.decode(placement, context_tokens=max(1, state.context_tokens))
+    seconds, idle_w = float(step.cycle_s[0]), sum(d.idle_w for d in state.topology.devices)
+    active_j = float(step.energy_j(state.topology).sum()) - idle_w * seconds
+    spent = prices.per_second * seconds + prices.per_joule * active_j
+    if state.codec == "none" or state.accuracy is None:
+        return spent
+    route = compile_route(placement, state.arch, state.topology, codec=state.codec)
+    return spent + prices.per_loss * state.accuracy.route_loss(route)

@@ -84,7 +84,7 @@ def solve(
     search.offer(known)
     bound = search.enumerate() if space == "one_device" or _is_small(search.space) else search.run()
     if search.best is None:
-        raise _too_small(search.space)
+        raise too_small(search.space)
     tpot_s, placement = search.best
     cut_down = len(state.topology.ids) > len(search.space.shared) and space in ("heads", "all")
     return ExactResult(
@@ -243,7 +243,8 @@ def _true(space: Space, chosen: Chosen) -> Found | None:
     return Found(tpot_s=seconds, path=chosen.path, embedding=chosen.embedding)
 
 
-def _too_small(space: Space) -> PlacementError:
+def too_small(space: Space) -> PlacementError:
+    """What to say where no placement fits: how much is needed and available, or which devices cannot talk."""
     state = space.state
     available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
     needed, total = model_bytes(state), float(space.memory_bytes.sum())

@@ -10,6 +10,7 @@ Shapes: S holdings, E devices of the embedding, D devices.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -52,6 +53,10 @@ class _Stage:
     counts: tuple[Ints, ...]
     seconds: Floats
 
+    def __getitem__(self, rows: slice) -> _Stage:
+        """The steps from some of the holdings before."""
+        return _Stage(cost=self.cost[rows], counts=tuple(c[rows] for c in self.counts), seconds=self.seconds[rows])
+
 
 class Additive:
     """The program of one space at one set of prices."""
@@ -62,37 +67,35 @@ class Additive:
         self._power = np.array([d.active_w - d.idle_w for d in space.topology.devices])
         self._radio = np.array([d.radio_w for d in space.topology.devices])
         first, later = space.kinds[0], space.kinds[1 : len(space.kinds) // space.arch.num_layers]
-        self._members = np.array([np.isin(np.arange(space.num_devices), h.devices) for h in space.holdings])
-        self.entry = self._stage(first, space.entry_s, space.radio_s("entry"))
+        self._members = np.zeros((len(space.holdings), space.num_devices), bool)
+        for row, holding in zip(self._members, space.holdings, strict=True):
+            row[list(holding.devices)] = True
         crossing, air = space.crossing_s, space.radio_s("crossing")
-        self.inside = [self._stage(k, crossing(k), air) for k in later]
-        self.again = self._stage(first, crossing(first), air)
-        self.head = self._stage("head", crossing("head"), air)
+        begins = np.concatenate([space.entry_s, crossing(first).max(2)])
+        begun = self._stage(first, begins, np.concatenate([space.radio_s("entry"), air]))
+        self.entry, self.again = begun[: space.num_devices], begun[space.num_devices :]
+        self.inside = [self._stage(k, crossing(k).max(2), air) for k in later]
+        self.head = self._stage("head", crossing("head").max(2), air)
         ways = np.where(self._members[:, :, None], space.exit_s, -np.inf).max(1)  # [S, E]
         energy = space.radio_s("exit") @ self._radio
         self.exit = prices.per_second * ways + prices.per_joule * energy
         self.exit_seconds = ways
 
-    def _stage(self, kind: Kind, way: Floats, air: Floats) -> _Stage:
+    def _stage(self, kind: Kind, arrive: Floats, air: Floats) -> _Stage:
+        """Every step into a sub-block of this kind; `arrive` is when its devices may begin, [before, S, D]."""
         space, prices = self.space, self.prices
-        before, s, d = way.shape[0], way.shape[1], space.num_devices
-        arrive = way if way.ndim == 3 else way.max(2)  # [before, S, D]
-        allowed = space.allowed(kind)
+        before, allowed = len(arrive), space.allowed(kind)
         finish = np.where(self._members[None], arrive + space.launch_s, -np.inf)
         busy = self._members * space.launch_s
         counts = []
         for part in space.pieces(kind):
-            share = np.zeros((before, s, d), np.int64)
+            share = np.zeros(arrive.shape, np.int64)
+            share[:] = self._members * part.count
             for target, holding in enumerate(space.holdings):
-                devices = list(holding.devices)
-                if not allowed[target]:
-                    continue
-                if holding.partitioned:
-                    share[:, target, devices] = pour(
-                        finish[:, target, devices], part, devices, np.full((before, len(devices)), float(part.count))
-                    )
-                else:
-                    share[:, target, devices] = part.count
+                if holding.partitioned and allowed[target]:
+                    devices = list(holding.devices)
+                    room = np.full((before, len(devices)), float(part.count))
+                    share[:, target, devices] = pour(finish[:, target, devices], part, devices, room)
             counts.append(share)
             finish = finish + share * part.piece_s
         work = busy + sum(c * p.piece_s for c, p in zip(counts, space.pieces(kind), strict=True))
@@ -108,16 +111,16 @@ class Additive:
 
     @cached_property
     def _stages(self) -> list[_Stage]:
-        """The stages after the first."""
+        """All stages in order, what a codec costs included: the first from the embedding's device, [E, S]."""
         cycle = [*self.inside, self.again]
-        stages = [cycle[i % len(cycle)] for i in range(len(self.space.kinds) - 2)] + [self.head]
+        stages = [self.entry, *(cycle[i % len(cycle)] for i in range(len(self.space.kinds) - 2)), self.head]
         state = self.space.state
         if not self.prices.per_loss or state.codec == "none" or state.accuracy is None:
             return stages
         shared = np.array([[h.partitioned] for h in self.space.holdings])
-        priced = []
-        for i, stage in enumerate(stages):
-            whole, part = state.accuracy.boundary_loss(state.codec, (i + 1) / (len(stages) + 1), len(stages))
+        priced = stages[:1]  # as in `AccuracyTable.route_loss`, what leaves the embedding is not counted
+        for i, stage in enumerate(stages[1:], 1):
+            whole, part = state.accuracy.boundary_loss(state.codec, i / len(stages), len(stages) - 1)
             loss = np.where(self.space.crosses, np.where(shared, part, whole), 0.0)
             priced.append(replace(stage, cost=stage.cost + self.prices.per_loss * loss))
         return priced
@@ -128,16 +131,23 @@ class Additive:
         space = self.space
         allowed_e = np.full((space.num_devices, 1), np.inf)
         allowed_e[space.embeddings] = 0.0
-        value = self.entry.cost + allowed_e
+        value = self._stages[0].cost + allowed_e
         if self.prices.per_byte is not None:
             value = value + (self.prices.per_byte * space.table_bytes)[:, None]
-        values, history = [value], []
-        for stage in self._stages:
-            total = value[:, :, None] + stage.cost  # [E, S, S]
-            came = total.argmin(1)
-            value = total.min(1)
-            values.append(value)
-            history.append(came)
+        values: list[Floats] = [value]
+        history: list[Ints] = []
+        costs, cycle, rise = [s.cost for s in self._stages[1:]], len(self.inside) + 1, 0.0
+        for i, cost in enumerate(costs):
+            repeats = i >= cycle and cost is costs[i - cycle]
+            if repeats and not rise and i % cycle == 0:
+                rise = _rise(values[-1 - cycle], values[-1])
+            if repeats and rise:  # all values rose alike over a layer, so they do from here on
+                values.append(values[-cycle] + rise)
+                history.append(history[-cycle])
+                continue
+            total = values[-1][:, :, None] + cost  # [E, S, S]
+            history.append(total.argmin(1))
+            values.append(total.min(1))
         return values, history
 
     def best(self) -> Chosen:
@@ -160,7 +170,7 @@ class Additive:
             kind = self.space.kinds[i]
             through[kind] = np.minimum(through[kind], (values[i] + rest).min(0))
             if i:
-                rest = (self._stages[i - 1].cost[None] + rest[:, None]).min(2)
+                rest = (self._stages[i].cost[None] + rest[:, None]).min(2)
         by_embedding = (values[-1] + self.exit.T).min(1)
         chosen = {
             k: [int(h) for h in np.argsort(v, kind="stable")[:many] if np.isfinite(v[h])] for k, v in through.items()
@@ -170,21 +180,25 @@ class Additive:
 
     def _chosen(self, cost: float, holdings: list[int], embedding: int) -> Chosen:
         space = self.space
+        stages = self._stages
+        steps = list(zip(map(id, stages), [embedding, *holdings], holdings, strict=False))
         held = np.where(np.arange(space.num_devices) == embedding, space.table_bytes, 0.0)
-        seconds, path = 0.0, []
-        known: dict[tuple[int, int, int], tuple[float, tuple[Counts, ...], Floats]] = {}
-        for i, (stage, kind) in enumerate(zip([self.entry, *self._stages], space.kinds, strict=True)):
-            key = (id(stage), holdings[i - 1] if i else embedding, holdings[i])
-            if key not in known:
-                at = key[1:]
-                each = tuple(tuple(c[at].tolist()) for c in stage.counts)
-                free = space.free_rows(kind, embedding)
-                grown = np.zeros(space.num_devices)
-                for count, part in zip(stage.counts, space.pieces(kind), strict=True):
-                    grown = grown + np.where(free, 0.0, count[at] * part.piece_bytes)
-                known[key] = float(stage.seconds[at]), each, grown
-            step_s, counts, grown = known[key]
-            seconds, held = seconds + step_s, held + grown
-            path.append((holdings[i], counts))
-        seconds += float(self.exit_seconds[holdings[-1], embedding])
-        return Chosen(cost=cost, seconds=seconds, path=tuple(path), embedding=embedding, held_bytes=held)
+        seconds = float(self.exit_seconds[holdings[-1], embedding])
+        counts: dict[tuple[int, int, int], tuple[Counts, ...]] = {}
+        for step, times in Counter(steps).items():  # few differ, as layers repeat
+            first = steps.index(step)
+            stage, kind, at = stages[first], space.kinds[first], step[1:]
+            free = space.free_rows(kind, embedding)
+            seconds += times * float(stage.seconds[at])
+            for count, part in zip(stage.counts, space.pieces(kind), strict=True):
+                held = held + times * np.where(free, 0.0, count[at] * part.piece_bytes)
+            counts[step] = tuple(tuple(c[at].tolist()) for c in stage.counts)
+        path = tuple((step[2], counts[step]) for step in steps)
+        return Chosen(cost=cost, seconds=seconds, path=path, embedding=embedding, held_bytes=held)
+
+
+def _rise(before: Floats, now: Floats) -> float:
+    """By how much all values have risen, 0 where they have not risen alike."""
+    rise = float(now.min() - before.min())
+    alike = (now <= before + rise * (1 + 1e-12)) & (now >= before + rise * (1 - 1e-12))
+    return rise if alike.all() else 0.0

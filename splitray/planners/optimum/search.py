@@ -205,22 +205,28 @@ def _slack_s(space: Space, kind: Kind, target: int, partner: int) -> Floats | No
 def pour(offset: Floats, part: Pieces, devices: list[int], room: Floats) -> Ints:
     """Whole pieces for each device, [K, len(devices)], so that the last to finish finishes first; each gets one.
 
-    The water stands at the level at which real shares, between one piece and the room, add up to all of them: what is
-    under water is a piecewise linear function of the level, which is read off between its corners. What rounding
-    leaves is given one by one to where it is done first. Fewer pieces than there are come back where room is short.
+    The water stands at the level at which real shares add up to all pieces. What rounding leaves is given one by one
+    to where it is done first. Fewer pieces than there are come back where room is short.
     """
     each, total = part.piece_s[devices], part.count
     offset = np.minimum(offset, MISSING_S / 1e9)  # beyond reach: whatever it gets, the step costs MISSING_S
     least = np.minimum(1.0, room)
-    corners = np.sort(np.concatenate([offset + least * each, offset + room * each], axis=1), axis=1)  # [K, C]
-    under = np.clip((corners[..., None] - offset[:, None]) / each, least[:, None], room[:, None]).sum(2)
+    level = (total + (offset / each).sum(1)) / (1 / each).sum()
+    counts = np.floor((level[:, None] - offset) / each)
+    dry = counts < least
+    while dry.any():  # they get the least, which lowers the level for the others
+        left = np.where(dry, 0.0, 1 / each)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            level = (total - (least * dry).sum(1) + (offset * left).sum(1)) / left.sum(1)
+        counts = np.where(dry, least, np.floor((level[:, None] - offset) / each))
+        below = counts < least
+        if not below.any():
+            break
+        dry |= below
+    if (counts > room).any():
+        level = _level(offset, each, least, room, total)
+        counts = np.clip(np.floor((level[:, None] - offset) / each), least, room)
     rows = np.arange(len(offset))
-    above = np.minimum((under < total).sum(1), corners.shape[1] - 1)
-    below = np.maximum(above - 1, 0)
-    rise = under[rows, above] - under[rows, below]
-    part_way = np.clip((total - under[rows, below]) / np.where(rise > 0, rise, 1.0), 0.0, 1.0)
-    level = corners[rows, below] + part_way * (corners[rows, above] - corners[rows, below])
-    counts = np.clip(np.floor((level[:, None] - offset) / each), least, room)
     missing = total - counts.sum(1)
     while (missing > 0).any():
         done = np.where(counts < room, offset + (counts + 1) * each, np.inf)
@@ -231,3 +237,16 @@ def pour(offset: Floats, part: Pieces, devices: list[int], room: Floats) -> Ints
         counts[rows, best] += give
         missing = missing - give
     return counts.astype(np.int64)
+
+
+def _level(offset: Floats, each: Floats, least: Floats, room: Floats, total: int) -> Floats:
+    """Where the water stands if every share has its limits, [K]: read off between the corners."""
+    corners = np.sort(np.concatenate([offset + least * each, offset + room * each], axis=1), axis=1)  # [K, C]
+    under = np.clip((corners[..., None] - offset[:, None]) / each, least[:, None], room[:, None]).sum(2)
+    rows = np.arange(len(offset))
+    above = np.minimum((under < total).sum(1), corners.shape[1] - 1)
+    below = np.maximum(above - 1, 0)
+    rise = under[rows, above] - under[rows, below]
+    part_way = np.clip((total - under[rows, below]) / np.where(rise > 0, rise, 1.0), 0.0, 1.0)
+    level: Floats = corners[rows, below] + part_way * (corners[rows, above] - corners[rows, below])
+    return level

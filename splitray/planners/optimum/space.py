@@ -270,13 +270,13 @@ class Space:
             before = holding
         return float(np.max(clock + self.exit_s[before, :, embedding]))
 
-    def placement(self, path: Sequence[tuple[int, Sequence[Counts]]], embedding: int) -> Placement:
+    def placement(self, path: Sequence[tuple[int, tuple[Counts, ...]]], embedding: int) -> Placement:
         """The placement of a path: for each sub-block its holding and, for each part, pieces by device."""
         ids = self.topology.ids
-        known: dict[tuple[str, int, Sequence[Counts]], list[Shares]] = {}
+        known: dict[tuple[str, int, tuple[Counts, ...]], list[Shares]] = {}
         shares = []
         for kind, (h, counts) in zip(self.kinds, path, strict=True):
-            key = kind, h, tuple(counts)
+            key = kind, h, counts
             if key not in known:
                 holders = [ids[d] for d in self.holdings[h].devices]
                 known[key] = [
