@@ -111,15 +111,18 @@ class _Search:
         self._price = np.zeros(space.num_devices)  # of memory, seconds a byte
 
     def offer(self, placements: Iterable[Placement]) -> None:
-        """Keep the quickest."""
+        """Keep the quickest; of equals the first, as simple placements are offered before intricate ones."""
         for placement in placements:
             seconds = _seconds(self.space, placement)
-            if self.best is None or seconds < self.best[0]:
+            if self._better(seconds):
                 self.best = seconds, placement
 
     def _offer(self, found: Found | None) -> None:
-        if found is not None and (self.best is None or found.tpot_s < self.best[0]):
+        if found is not None and self._better(found.tpot_s):
             self.best = found.tpot_s, self.space.placement(found.path, found.embedding)
+
+    def _better(self, seconds: float) -> bool:
+        return self.best is None or seconds < self.best[0] * (1 - PROVEN)
 
     def enumerate(self) -> float:
         """The optimum of a small space, which bounds itself."""
@@ -134,8 +137,8 @@ class _Search:
     def run(self) -> float:
         """Search, let the bound's own path say what else to try, and return the bound."""
         space = self.space
-        programs = self._additive()
         self.offer(simple(space))
+        programs = self._additive()
         for program in programs:
             holdings, ends = program.near_best(_TRIED)
             first, second = [h[:4] for h in holdings.values()][:2]

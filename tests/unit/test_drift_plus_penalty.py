@@ -308,10 +308,8 @@ def test_virtual_queues_hold_time_averages_to_feasible_budgets() -> None:
         seen.append((outcome.energy_j, outcome.accuracy_loss, queues.backlog_tokens))
     energy_j, loss, waiting = np.array(seen).T
     later = slice(slots // 2, None)  # the debts have found the levels that hold the budgets
-    print(f"mean power {energy_j.mean():.3f} of {budgets.power_w:.3f} W; loss {loss.mean():.4f}, in the later half")
-    print(
-        f"{loss[later].mean():.4f}, of {budgets.accuracy_loss:.4f}; {waiting.mean():.0f} tokens wait of {rate:.0f} a slot"
-    )
+    print(f"mean power {energy_j.mean():.3f} of {budgets.power_w:.3f} W; {waiting.mean():.0f} tokens wait")
+    print(f"loss {loss.mean():.4f}, in the later half {loss[later].mean():.4f}, of {budgets.accuracy_loss:.4f}")
     # What is above the budget on average is what the virtual queue still holds, over the slots (Neely 2010, 4.4).
     assert energy_j.mean() <= budgets.power_w + queues.energy_debt_j / slots + 1e-9
     assert loss.mean() <= budgets.accuracy_loss + queues.accuracy_debt / slots + 1e-9
