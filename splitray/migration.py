@@ -44,14 +44,17 @@ def _moves(old: Placement, new: Placement, arch: ModelArch, context_tokens: int)
     group, kv = arch.weight_bytes(arch.group_params), arch.kv_bytes_per_token * context_tokens
     unit = arch.weight_bytes(arch.ffn_unit_params)
 
+    known: dict[tuple[Shares, Shares], list[tuple[DeviceId, DeviceId, Range]]] = {}  # layers are often alike
+
     def moves(piece: Piece, layer: int, before: Shares, after: Shares, weight: int, cache: int) -> Iterator[Move]:
-        for target in after.devices:
-            for source, indices in _gained(before, target, after.ranges(target)):
-                n = indices.count
-                yield Move(
-                    piece=piece, layer=layer, indices=indices, source=source, target=target,
-                    weight_bytes=n * weight, kv_bytes=n * cache,
-                )  # fmt: skip
+        if (before, after) not in known:
+            known[before, after] = [(s, t, r) for t, held in after.by_device for s, r in _gained(before, t, held)]
+        for source, target, indices in known[before, after]:
+            n = indices.count
+            yield Move(
+                piece=piece, layer=layer, indices=indices, source=source, target=target,
+                weight_bytes=n * weight, kv_bytes=n * cache,
+            )  # fmt: skip
 
     table_before, table_after = (Shares.whole(arch.vocab, *p.embedding) for p in (old, new))
     yield from moves("embedding", -1, table_before, table_after, row, 0)

@@ -56,7 +56,10 @@ class Shares:
 
     def count(self, device: str) -> int:
         """How many indices the device holds."""
-        return sum(r.count for r in self.ranges(device))
+        for holder, ranges in self.by_device:
+            if holder == device:
+                return sum(r.stop - r.start for r in ranges)
+        return 0
 
     def is_replicated(self, total: int) -> bool:
         """Whether several devices each hold all of it."""
@@ -205,10 +208,10 @@ def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
     """Weight bytes a device holds, norms and biases left out; a tied table is shared where rows coincide."""
     params = dict.fromkeys(placement.devices, 0)
     for layer in placement.layers:
-        for device, _ in layer.attention.by_device:
-            params[device] += layer.attention.count(device) * arch.group_params
-        for device, _ in layer.ffn.by_device:
-            params[device] += layer.ffn.count(device) * arch.ffn_unit_params
+        for device, ranges in layer.attention.by_device:
+            params[device] += sum(r.count for r in ranges) * arch.group_params
+        for device, ranges in layer.ffn.by_device:
+            params[device] += sum(r.count for r in ranges) * arch.ffn_unit_params
     for device in placement.embedding:
         params[device] += arch.vocab * arch.vocab_row_params
     for device, _ in placement.head.by_device:

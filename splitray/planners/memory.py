@@ -38,8 +38,8 @@ def needed_bytes(placement: Placement, state: ClusterState) -> dict[DeviceId, in
     needed = weight_bytes(placement, state.arch)
     per_group = state.arch.kv_bytes_per_token * state.context_tokens
     for layer in placement.layers:
-        for device in layer.attention.devices:
-            needed[device] += layer.attention.count(device) * per_group
+        for device, ranges in layer.attention.by_device:
+            needed[device] += sum(r.count for r in ranges) * per_group
     return needed
 
 

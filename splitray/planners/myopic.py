@@ -29,6 +29,7 @@ from splitray.planners.whole import layers_on
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+_HOLDERS = 8  # devices that may take a layer's FFN: those that have done it first, if the heads were done at once
 _WIDTHS = 8  # devices that share the heads of a layer: the quickest, or those after the very quickest
 
 
@@ -45,14 +46,18 @@ class _Times:
 
 
 def _times(state: ClusterState) -> _Times:
+    """The work of each device if it had a whole model: all are priced at once, as one instance each."""
     where, rates = state.topology, Rates.of(state.topology)
     arch = replace(state.arch, num_layers=1)  # all layers are alike
-    one = replace(state, arch=arch)
-    work = []
-    for i, d in enumerate(where.ids):
-        load = load_of(layers_on([d], d, d, one, pinned=False), arch, where)
-        work.append(work_s(load, rates, context_tokens=max(1, state.context_tokens))[0, :, i])
-    seconds, launch = np.array(work), rates.launch_s[0]
+    first = where.ids[0]
+    alone = replace(where, devices=where.devices[:1], links=(), origin=first)
+    load = load_of(layers_on([first], first, first, replace(state, arch=arch), pinned=False), arch, alone)
+    each = replace(
+        rates, flops_per_s=rates.flops_per_s.T, bytes_per_s=rates.bytes_per_s.T, launch_s=rates.launch_s.T,
+        contention_s_per_byte=np.zeros((len(where.ids), 1, 1)),
+    )  # fmt: skip
+    seconds = work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
+    launch = rates.launch_s[0]
     attention = seconds[:, 1] - launch if not arch.parallel_block else seconds[:, 1] * 0
     ffn = seconds[:, 1:-2].sum(1) - attention - launch * (1 if arch.parallel_block else 2)
     with np.errstate(divide="ignore"):
@@ -124,11 +129,13 @@ class Myopic:
             if not layers or steps_back > self.backtrack_limit:
                 return None
             left = left + _taken(layers.pop(), sizes)
-        found = []
+        built: dict[tuple[bytes, int], LayerPlacement] = {}
         for counts, ffn in layers:
-            edges = np.concatenate([[0], np.cumsum(counts)])
-            heads = {str(d): [(int(edges[i]), int(edges[i + 1]))] for i, d in enumerate(where.ids)}
-            found.append(LayerPlacement(Shares.of(heads), Shares.whole(arch.ffn_dim, where.ids[ffn])))
+            if (key := (counts.tobytes(), ffn)) not in built:
+                edges = np.concatenate([[0], np.cumsum(counts)]).tolist()
+                heads = {str(d): [(edges[i], edges[i + 1])] for i, d in enumerate(where.ids)}
+                built[key] = LayerPlacement(Shares.of(heads), Shares.whole(arch.ffn_dim, where.ids[ffn]))
+        found = [built[counts.tobytes(), ffn] for counts, ffn in layers]
         return Placement(tuple(found), (where.ids[embedding],), Shares.whole(arch.vocab, where.ids[head]))
 
 
@@ -175,7 +182,9 @@ def _layer_options(
         yield known
     num_devices = len(left)
     way = times.busy_s + times.latency_s * (1 - np.eye(num_devices))
-    holders = np.flatnonzero(left >= sizes[1])
+    near = way[residual] + times.ffn_s + (way[:, after] if after is not None else 0.0)
+    able = np.flatnonzero(left >= sizes[1])
+    holders = np.sort(able[np.argsort(near[able], kind="stable")[:_HOLDERS]])
     widths = [(skip, skip + w) for skip in (0, 1) for w in range(1, min(num_devices - skip, _WIDTHS) + 1)]
     if not len(holders):
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitray.cost import CostModel
+from splitray.cost import Load, Rates, load_of, step_cost
 from splitray.migration import delay_s, diff
 from splitray.placement import Placement
 from splitray.planners.memory import shortfall
@@ -22,8 +22,11 @@ def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, st
     """
     if state.current is None or state.current == fresh or shortfall(state.current, end):
         return fresh
-    cost = CostModel(state.arch, state.topology)
-    before, after = (cost.tpot_s(p, context_tokens=max(1, state.context_tokens)) for p in (state.current, fresh))
+    where, context = state.topology, max(1, state.context_tokens)
+    both = Load.stack([load_of(p, state.arch, where, codec=state.codec) for p in (state.current, fresh)])
+    before, after = step_cost(both, Rates.of(where), context_tokens=context).cycle_s
+    saved_s = state.interval_tokens * float(before - after)
+    if not saved_s > 0:
+        return state.current
     moves = diff(state.current, fresh, state.arch, state.context_tokens)
-    pays = state.interval_tokens * (before - after) > delay_s(moves, state.topology, staged=staged)
-    return fresh if pays else state.current
+    return fresh if saved_s > delay_s(moves, state.topology, staged=staged) else state.current
