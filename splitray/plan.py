@@ -11,7 +11,7 @@ from splitray.catalog import ARCHITECTURES, architecture
 from splitray.cost import CostModel, Prediction
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
-from splitray.planners.exact import ExactResult, solve
+from splitray.planners.exact import Exact, ExactResult, solve
 from splitray.route import compile_route
 from splitray.topology import Topology
 
@@ -77,12 +77,14 @@ def run(
     where = Topology.load(topology)
     arch = read_model_arch(model, dtype=dtype)
     chosen = make_planner(planner, seed=seed)
-    started = time.perf_counter()
     state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens)
-    placement = chosen.propose(state)
+    started = time.perf_counter()
+    searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
+    placement = chosen.propose(state) if searched is None else searched.placement
     decision_s = time.perf_counter() - started
-    overall = solve(state)
-    own = overall if chosen.space == "all" else solve(state, chosen.space)
+    route = compile_route(placement, arch, where)
+    own = searched or solve(state, chosen.space, known=[placement])
+    overall = own if chosen.space == "all" else solve(state, known=[own.placement])
     cost = CostModel(arch, where)
     return Plan(
         arch=arch,
@@ -90,7 +92,7 @@ def run(
         planner=planner,
         placement=placement,
         predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
-        exchanges_per_token=compile_route(placement, arch, where).exchanges_per_token,
+        exchanges_per_token=route.exchanges_per_token,
         optimum=own,
         global_optimum=overall,
         decision_s=decision_s,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import comb, prod
 
 import numpy as np
@@ -251,7 +252,13 @@ def too_small(space: Space) -> PlacementError:
     state = space.state
     available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
     needed, total = model_bytes(state), float(space.memory_bytes.sum())
-    short = f"{needed - total:,.0f} bytes too many" if needed > total else "no way found to deal its pieces out"
+    apart = [pair for pair in combinations(state.topology.ids, 2) if not space.linked(*pair)]
+    if needed > total:
+        short = f"{needed - total:,.0f} bytes too many"
+    elif apart:
+        short = f"which devices without a link cannot share ({', '.join(f'{a} and {b}' for a, b in apart)})"
+    else:
+        short = "no way found to deal its pieces out"
     return PlacementError(
         "memory",
         expected=f"room for {state.arch.name} with {state.context_tokens} tokens on linked devices ({available})",

@@ -11,8 +11,10 @@ from typer.testing import CliRunner, Result
 from splitray.catalog import architecture
 from splitray.cli import app
 from splitray.cost import CostModel
+from splitray.errors import InputError, PlacementError
 from splitray.placement import Placement
-from splitray.planners import ClusterState
+from splitray.plan import run
+from splitray.planners import PLANNER_USAGES, ClusterState
 from splitray.planners.memory import check
 from splitray.topology import Topology
 
@@ -77,3 +79,68 @@ def test_what_cannot_be_is_refused_with_code_2(topology: Path, arguments: dict[s
     result = plan(topology, **arguments)
     assert result.exit_code == 2
     assert text in result.stderr
+
+
+PLAN_KEYS = {
+    "planner", "placement", "predicted", "exchanges_per_token", "optimal_tpot_s", "gap", "global_optimal_tpot_s",
+    "global_gap", "lower_bound", "proven", "decision_s",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("usage", PLANNER_USAGES)
+def test_every_planner_is_set_against_the_optimum_of_its_own_space_and_of_ours(topology: Path, usage: str) -> None:
+    name = usage.partition("[")[0].replace(":P", ":16")
+    document = json.loads(plan(topology, "--json", "--context", "300", planner=name).stdout)
+    assert set(document) >= PLAN_KEYS
+    assert set(document["predicted"]) == {"ttft_s", "tpot_s", "energy_j_per_token", "memory_bytes"}
+    tpot_s = document["predicted"]["tpot_s"]
+    assert -1e-9 <= document["gap"] <= document["global_gap"] + 1e-9
+    assert document["gap"] == pytest.approx(tpot_s / document["optimal_tpot_s"] - 1)
+    assert document["global_gap"] == pytest.approx(tpot_s / document["global_optimal_tpot_s"] - 1)
+    assert document["lower_bound"] <= document["global_optimal_tpot_s"] <= document["optimal_tpot_s"] * (1 + 1e-9)
+    assert document["proven"] == (document["global_optimal_tpot_s"] <= document["lower_bound"] * (1 + 1e-6))
+    if name in ("exact", "drift_plus_penalty"):
+        assert document["global_gap"] <= 1e-6
+    if name in ("cloud_only", "best_device"):
+        assert document["gap"] == pytest.approx(0)
+
+
+def write(path: Path, *memory_bytes: float, linked: bool = True) -> str:
+    """A topology file of edges with so much memory, all linked or none."""
+    devices = [
+        f"{{id: d{i}, tier: edge, catalog: raspberry-pi-5, memory_bytes: {m}}}" for i, m in enumerate(memory_bytes)
+    ]
+    pairs = [(i, j) for j in range(len(devices)) for i in range(j)] if linked else []
+    links = [f"{{between: [d{i}, d{j}], catalog: gigabit-lan}}" for i, j in pairs]
+    path.write_text(f"devices: [{', '.join(devices)}]\nlinks: [{', '.join(links)}]\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("planner", ["exact", "drift_plus_penalty"])
+@pytest.mark.parametrize(
+    ("memory_bytes", "linked", "text"),
+    [
+        ((4e9, 4e9), True, "5,744,734,208 bytes too many"),
+        ((8e9, 8e9), False, "without a link cannot share (d0 and d1)"),
+        ((1e9,), True, "bytes too many"),
+    ],
+)
+def test_what_fits_nowhere_is_refused_with_the_constraint_and_by_how_much(
+    tmp_path: Path, planner: str, memory_bytes: tuple[float, ...], linked: bool, text: str
+) -> None:
+    where = write(tmp_path / "where.yaml", *memory_bytes, linked=linked)
+    with pytest.raises(PlacementError) as refused:
+        run(model="llama-7b", topology=where, planner=planner, context_tokens=512)
+    assert "memory: expected room for llama-7b with 512 tokens" in str(refused.value)
+    assert text in str(refused.value)
+    result = plan(Path(where), "--context", "512", planner=planner)
+    assert result.exit_code == 2
+
+
+def test_an_island_without_links_is_left_alone(tmp_path: Path) -> None:
+    where = write(tmp_path / "where.yaml", 2e10, 2e10, linked=False)
+    found = run(model="llama-7b", topology=where, planner="exact", context_tokens=512)
+    assert found.exchanges_per_token == 0
+    assert set(found.predicted.memory_bytes) == {"d0"}
+    with pytest.raises(InputError, match="d0 -> d1"):
+        run(model="llama-7b", topology=where, planner="even", context_tokens=512)

@@ -26,7 +26,7 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.route import BEST_BYTES, NORM_SUMS_BYTES, TOKEN_BYTES, Mode, SubBlock, crossing, message_bytes
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 Floats = NDArray[np.float64]
 Counts = tuple[int, ...]
@@ -133,14 +133,15 @@ class Space:
         if self.freedom in ("one_device", "layers"):
             return tuple(single)
         sets = [c for n in range(2, len(few) + 1) for c in combinations(few, n)]
-        linked = [c for c in sets if all(self._linked(a, b) for a in c for b in c if a != b)]
+        ids = self.topology.ids
+        linked = [c for c in sets if all(self.linked(ids[a], ids[b]) for a, b in combinations(c, 2))]
         shared = [Holding(c) for c in linked]
         copies = [Holding(c, True) for c in linked] if self.freedom == "all" else []
         return tuple(single + shared + copies)
 
-    def _linked(self, a: int, b: int) -> bool:
-        ids = self.topology.ids
-        return self.topology.link(ids[a], ids[b]) is not None
+    def linked(self, a: DeviceId, b: DeviceId) -> bool:
+        """Whether both can send to each other."""
+        return self.topology.link(a, b) is not None and self.topology.link(b, a) is not None
 
     def pieces(self, kind: Kind) -> tuple[Pieces, ...]:
         """What a sub-block of this kind consists of."""
