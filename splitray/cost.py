@@ -161,6 +161,8 @@ class Rates:
     `latency_s` is half the round trip; `exchange_s` is the fixed cost of a message, which a device's messages pay one
     after the other; a pair without a link has rate 0.
     `medium` numbers the shared media, -1 where a link shares nothing but its ends' interfaces.
+    `contention_s_per_byte` is what the first device takes longer for each byte that the second one reads at the same
+    time, because both read one memory; 0 where they do not.
     """
 
     flops_per_s: Floats  # [N, D]
@@ -169,12 +171,18 @@ class Rates:
     link_bytes_per_s: Floats  # [N, D, D]
     latency_s: Floats  # [N, D, D]
     exchange_s: Floats  # [N, D, D]
+    contention_s_per_byte: Floats  # [N, D, D]
     medium: NDArray[np.int64]  # [D, D]
 
     @cached_property
     def shares_media(self) -> bool:
         """Whether any link is part of a shared medium."""
         return bool((self.medium >= 0).any())
+
+    @cached_property
+    def shares_memory(self) -> bool:
+        """Whether any device is slowed down by another one's reading."""
+        return bool(self.contention_s_per_byte.any())
 
     def take(self, rows: Any) -> Rates:
         """The instances that a numpy index of the first axis selects."""
@@ -215,8 +223,22 @@ class Rates:
             link_bytes_per_s=rate[None],
             latency_s=latency[None],
             exchange_s=exchange[None],
+            contention_s_per_byte=_contention(topology)[None],
             medium=medium,
         )
+
+
+def _contention(topology: Topology) -> Floats:
+    """With k readers a byte takes each of them 1 / own + (k - 1) (1 / shared - 1 / own), which is linear in k."""
+    devices = topology.devices
+    more = np.zeros((len(devices), len(devices)))
+    for i, a in enumerate(devices):
+        if a.shared_bandwidth_bytes_per_s is None:
+            continue
+        own = a.memory_bandwidth_bytes_per_s * a.memory_efficiency
+        others = [b is not a and b.memory_group == a.memory_group for b in devices]
+        more[i, others] = 1 / a.shared_bandwidth_bytes_per_s - 1 / own
+    return more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,14 +354,22 @@ def work_s(
     batch: float | Floats = 1.0,
     time_model: TimeModel = "roofline",
 ) -> Floats:
-    """Computing time of every stage on every device, [N, B, D]: (1.14), or FLOPs over FLOP/s."""
+    """Computing time of every stage on every device, [N, B, D]: (1.14), or FLOPs over FLOP/s.
+
+    Devices that share a memory begin a stage together: the one with less to read slows the others down until it is
+    done, which costs each of them the smaller one's bytes times the contention.
+    """
     context, new, many = _column(context_tokens, 3), _column(new_tokens, 3), _column(batch, 3)
     flops = (load.flops + load.attention_flops * context) * new * many
     flops[:, -2] += load.head_flops * many[:, 0]
     seconds: Floats = flops / rates.flops_per_s[:, None]
     if time_model == "flops":
         return seconds
-    read = (load.weight_bytes + load.kv_bytes * context * many) / rates.bytes_per_s[:, None]
+    num_bytes = load.weight_bytes + load.kv_bytes * context * many
+    read = num_bytes / rates.bytes_per_s[:, None]
+    if rates.shares_memory:
+        both = np.minimum(num_bytes[..., None], num_bytes[..., None, :])
+        read = read + (both * rates.contention_s_per_byte[:, None]).sum(-1)
     total: Floats = np.maximum(seconds, read) + load.launches * rates.launch_s[:, None]
     return total
 

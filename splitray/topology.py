@@ -17,7 +17,11 @@ DeviceId = NewType("DeviceId", str)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One node that can hold pieces of a model. Rates are SI; `torch_device` names where its tensors live."""
+    """One node that can hold pieces of a model. Rates are SI; `torch_device` names where its tensors live.
+
+    Devices of one `memory_group` read one memory: while another of them reads too, each reads only
+    `shared_bandwidth_bytes_per_s`, and so much longer again for every further one.
+    """
 
     id: DeviceId
     tier: Literal["edge", "cloud"]
@@ -31,6 +35,8 @@ class Device:
     compute_efficiency: float = 1.0
     memory_efficiency: float = 1.0
     launch_s: float = 0.0
+    memory_group: str | None = None
+    shared_bandwidth_bytes_per_s: float | None = None
     torch_device: str = "cpu"
     model_path: str | None = None
 
@@ -66,6 +72,24 @@ class Device:
                     actual=getattr(self, name),
                     remedy=f"give the device's {name}",
                 )
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        shared, own = self.shared_bandwidth_bytes_per_s, self.memory_bandwidth_bytes_per_s * self.memory_efficiency
+        if (self.memory_group is None) != (shared is None):
+            raise TopologyError(
+                f"device {self.id}: memory_group",
+                expected="memory_group and shared_bandwidth_bytes_per_s together",
+                actual="only one of them",
+                remedy="give both, or run `splitray profile`",
+            )
+        if shared is not None and not 0 < shared <= own:
+            raise TopologyError(
+                f"device {self.id}: shared_bandwidth_bytes_per_s",
+                expected=f"above 0 and at most what it reads alone ({own:g})",
+                actual=shared,
+                remedy="correct it, or run `splitray profile`",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +249,10 @@ _LINK_KEYS = (
 
 def parse_topology(document: Any) -> Topology:
     """Build a Topology from the parsed document; unknown keys are refused with the key's path."""
-    _keys(document, ("origin", "origin_holds", "devices", "links"), "topology")
+    _keys(document, ("origin", "origin_holds", "devices", "links", "profile"), "topology")
+    if document.get("profile") is not None and not isinstance(document["profile"], dict):
+        raise TopologyError("topology.profile", expected="a mapping: where the numbers come from",
+                            actual=type(document["profile"]).__name__, remedy="remove it")  # fmt: skip
     devices = tuple(_device(d, f"devices[{i}]") for i, d in enumerate(_list(document, "devices")))
     links = [link for i, d in enumerate(_list(document, "links")) for link in _links(d, f"links[{i}]")]
     edges = [d.id for d in devices if d.tier == "edge"]
@@ -255,7 +282,9 @@ def _device(entry: Any, where: str) -> Device:
             remedy="add the missing keys or a `catalog:` name",
         )
     values["id"] = DeviceId(str(values["id"]))  # YAML reads a bare 7 or yes as no string
-    texts = ("id", "tier", "torch_device", "model_path")
+    if values.get("memory_group") is not None:
+        values["memory_group"] = str(values["memory_group"])
+    texts = ("id", "tier", "memory_group", "torch_device", "model_path")
     checked: dict[str, Any] = {k: v if k in texts else _number(v, f"{where}.{k}") for k, v in values.items()}
     return Device(**checked)
 
