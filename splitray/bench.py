@@ -1,4 +1,6 @@
-"""Measures the engine against one-thread transformers on this machine, in one run, interleaved.
+"""Suites that measure this machine: `engine` against one-thread transformers, in one run, interleaved; `predicted`.
+
+`predicted` holds the cost model against the engine (profiling/predicted.py); what follows is of `engine`.
 
 Figures of parallel processes mean something only while nothing else runs: the load before the run is in the result.
 CPU seconds and bytes are solid in any weather. Every ratio is speed over one-thread transformers.generate.
@@ -9,47 +11,27 @@ from __future__ import annotations
 import contextlib
 import json as jsonlib
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitray.errors import InputError
-from splitray.placement import LayerPlacement, Placement, Shares, weight_bytes
+from splitray.placement import Placement, weight_bytes
+from splitray.profiling.machine import machine
+from splitray.profiling.random_llama import BENCH_110M, BENCH_190M, RandomLlama
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
-    from splitray.arch import ModelArch
     from splitray.runtime.engine import Engine, RunReport
 
-SUITES = ("engine",)
+SUITES = ("engine", "predicted")
+MODELS = (BENCH_110M, BENCH_190M)
 _ROUNDS, _NEW_TOKENS, _PROMPT_TOKENS, _PREFILL_TOKENS = 5, 48, 16, 512
 _IDLE_S, _ECHO_ROUNDS = 3.0, 3000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A random-weight llama that the bench makes itself."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    tied: bool
-
-
-MODELS = (
-    Model(name="llama-110m", layers=12, hidden=768, heads=12, kv_heads=12, ffn=2048, vocab=32000, tied=True),
-    Model(name="llama-190m", layers=16, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, tied=False),
-)
 
 
 def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -> int:
@@ -64,13 +46,12 @@ def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -
 
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result: dict[str, Any] = {"suite": suite, "machine": _machine(), "ratios": {}, "rows": []}
-    with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
-        for model in MODELS:
-            _say(f"{model.name}: writing random weights")
-            path = Path(folder) / model.name
-            _write(model, path)
-            _measure(model, path, result)
+    if suite == "predicted":
+        from splitray.profiling.predicted import predicted
+
+        result, table = predicted(BENCH_110M, progress=_say), _predicted_table
+    else:
+        result, table = _engine(), _table
     text = jsonlib.dumps(result, indent=2)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -78,37 +59,26 @@ def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -
     if json:
         print(text)
     else:
-        _table(result)
+        table(result)
     return 0
 
 
-def placements(arch: ModelArch, topology: Topology) -> dict[str, Placement]:
-    """The placements that the issue names: halves, replicated attention, one cut, one device."""
-    a, b = topology.ids
-    layers = arch.num_layers
-
-    def half(total: int) -> Shares:
-        return Shares.of({a: [(0, total // 2)], b: [(total // 2, total)]})
-
-    def all_on(device: str) -> LayerPlacement:
-        return LayerPlacement(Shares.whole(arch.num_kv_heads, device), Shares.whole(arch.ffn_dim, device))
-
-    halves = LayerPlacement(half(arch.num_kv_heads), half(arch.ffn_dim))
-    replicated = LayerPlacement(Shares.whole(arch.num_kv_heads, a, b), half(arch.ffn_dim))
-    cut = tuple(all_on(a if i < layers // 2 else b) for i in range(layers))
-    return {
-        "split_half": Placement((halves,) * layers, (a,), half(arch.vocab)),
-        "replicated": Placement((replicated,) * layers, (a,), half(arch.vocab)),
-        "replicated_whole_head": Placement((replicated,) * layers, (a,), Shares.whole(arch.vocab, a)),
-        "layer_cut": Placement(cut, (a,), Shares.whole(arch.vocab, b)),
-        "one_device": Placement((all_on(a),) * layers, (a,), Shares.whole(arch.vocab, a)),
-    }
+def _engine() -> dict[str, Any]:
+    result: dict[str, Any] = {"suite": "engine", "machine": machine(), "ratios": {}, "rows": []}
+    with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
+        for model in MODELS:
+            _say(f"{model.name}: writing random weights")
+            path = Path(folder) / model.name
+            model.write(path)
+            _measure(model, path, result)
+    return result
 
 
-def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
+def _measure(model: RandomLlama, path: Path, result: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from splitray.profiling.predicted import placements
     from splitray.runtime.engine import Engine
     from splitray.runtime.fleet import ProcessFleet
     from splitray.runtime.launch import ray_fleet, read_model
@@ -181,8 +151,8 @@ def _measure(model: Model, path: Path, result: dict[str, Any]) -> None:
 
 
 def _row(
-    model: Model, name: str, engine: Engine, report: RunReport, base: float, times: list[float], cpu_s: list[float],
-    memory: dict[str, dict[str, Any]], idle: float, bandwidth: float,
+    model: RandomLlama, name: str, engine: Engine, report: RunReport, base: float, times: list[float],
+    cpu_s: list[float], memory: dict[str, dict[str, Any]], idle: float, bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
     arch = engine.arch
     share = {str(d): n for d, n in weight_bytes(engine.placement, arch).items()}
@@ -226,7 +196,7 @@ def _critical_bytes(engine: Engine) -> float:
 
 
 def _ratios(
-    model: Model, result: dict[str, Any], times: dict[str, list[float]], cpu_s: dict[str, list[float]],
+    model: RandomLlama, result: dict[str, Any], times: dict[str, list[float]], cpu_s: dict[str, list[float]],
     prefill: dict[str, list[float]],
 ) -> None:  # fmt: skip
     middle = {name: statistics.median(values) for name, values in times.items()}
@@ -245,21 +215,6 @@ def _ratios(
     row = next(r for r in result["rows"] if r["name"] == "split_half")
     for key in ("bytes_per_token", "wire_bytes_per_token", "messages_per_token"):
         result[key] = row[key]
-
-
-def _write(model: Model, path: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=model.hidden, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads, intermediate_size=model.ffn, vocab_size=model.vocab,
-        tie_word_embeddings=model.tied, max_position_embeddings=2048,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
 
 
 def _transformers_tokens(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
@@ -298,21 +253,6 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _machine() -> dict[str, Any]:
-    import torch
-
-    return {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "processor": _processor(),
-            "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(f"  {text}", file=sys.stderr, flush=True)
@@ -345,4 +285,21 @@ def _table(result: dict[str, Any]) -> None:
         console.print(f"{name:24} {value:.3f}")
     exchange = result["exchange_us"]
     console.print(f"exchange                 {exchange['median']:.0f} us median, {exchange['p95']:.0f} us p95")
+    console.print(f"load before the run      {result['machine']['load_before']:.2f}")
+
+
+def _predicted_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=max(90, Console().width))
+    table = Table("placement", title=f"{result['model']}, two processes: predicted and measured tpot", box=None)
+    for name in ("exchanges", "predicted ms", "measured ms", "error"):
+        table.add_column(name, justify="right")
+    for r in result["rows"]:
+        table.add_row(r["name"], f"{r['exchanges_per_token']}", f"{r['predicted_ms']:.2f}", f"{r['measured_ms']:.2f}",
+                      f"{r['error']:+.1%}")  # fmt: skip
+    console.print(table)
+    console.print(f"median error             {result['median_error']:.1%}")
+    console.print(f"worst error              {result['worst_error']:.1%}")
     console.print(f"load before the run      {result['machine']['load_before']:.2f}")

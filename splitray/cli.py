@@ -361,12 +361,31 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
+def profile(
+    out: Annotated[Path | None, typer.Option(help="Write it as a topology file (YAML).", metavar="FILE")] = None,
+    devices: Annotated[int, typer.Option(help="So many device processes on this machine.", metavar="N")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine for the cost model; the result is a topology that plan and generate take."""
+    from splitray.profiling.command import run
+    from splitray.report.profile import profile_table
+    from splitray.report.progress import progress
+
+    with _stdout_kept(as_json), progress(Console(stderr=True), "Starting the devices") as spin:
+        document = run(devices=devices, out=out, progress=spin).document()
+    if as_json:
+        _print_json(document)
+        return
+    Console(highlight=False).print(profile_table(document))
+
+
+@app.command()
 def bench(
     suite: Annotated[str, typer.Option(help="What to measure.", metavar="NAME")] = "engine",
     out: Annotated[Path | None, typer.Option(help="Write the document there too.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure split generation against transformers on this machine."""
+    """Measure split generation against transformers on this machine, or predictions against it (predicted)."""
     from splitray import bench as benches
 
     code = benches.run(suite, json=as_json, out=out)

@@ -304,6 +304,14 @@ class Engine:
             times: list[float] = self._replies({a, b})[a]["round_trip_s"]
             return times
 
+    def speeds(self, device: str, *, cold_bytes: int) -> dict[str, float]:
+        """How fast a device multiplies and copies while the others sleep; see runtime/speed.py."""
+        with self._lock:
+            self._usable()
+            self._order(device, "speeds", {"cold_bytes": cold_bytes})
+            rates: dict[str, float] = self._replies({device})[device]
+            return rates
+
     def close(self) -> None:
         """Stop every device. Idempotent."""
         for channel in self._channels.values():

@@ -28,6 +28,7 @@ from splitray.runtime.crossing import Crossing, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.listener import Listener, dial
 from splitray.runtime.messages import DecodeOrder, LoadOrder, StepOrder, error_to_plain
+from splitray.runtime.speed import speeds
 from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
 
 CALLER = "caller"
@@ -138,6 +139,8 @@ class ShardHost:
                 self._reply(self._stats())
             case "echo":
                 self._reply(self._echo(**order))
+            case "speeds":
+                self._reply(speeds(**order))
             case _:
                 raise RuntimeError(f"unknown order {op}")
 
@@ -276,6 +279,7 @@ class ShardHost:
             row = self.crossing.receive_row(peer, 0)
             if not first:
                 self.crossing.send_row(peer, 0, row)
+                self.wire.flush()  # a large frame does not leave at once, and nothing else waits for the last one
             times.append(time.perf_counter() - start)
         return {"round_trip_s": times if first else []}
 

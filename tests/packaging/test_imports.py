@@ -33,7 +33,7 @@ FLOORS = (
     ("sim",),
     ("rl",),
     ("report",),
-    ("local_ray", "perplexity"),
+    ("local_ray", "perplexity", "profiling"),
     ("codec_loss", "generate", "plan", "serve", "demo", "bench", "doctor"),
     ("simulate",),
     ("evaluate",),

@@ -1,0 +1,1 @@
+"""Measures this machine and holds the cost model's predictions against it."""

@@ -1,0 +1,206 @@
+"""`splitray profile`: short runs of two random llamas that tell the numbers of the cost model apart.
+
+The probes run the engine itself, because only that reads weights and wakes devices as the engine does. A wide and a
+narrow model, half of the layers on each of two devices, give a rate and a fixed cost for each sub-block. The wide one
+whole on every device at once gives what sharing a memory costs, and with each sub-block on the other device the cost of
+a hop: a device sleeps as long between two messages as it will in earnest, and finds its caches as cold.
+
+One device alone is no base for the others: it computes a tenth faster than two that take turns (16.0 against 17.4-17.9
+ms a token, whether they hand over 2 or 24 times), so it is predicted too slow by as much.
+
+This is for machines whose devices are processes; all of them are taken to be alike, so one stands for each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import psutil
+
+from splitray.arch import ModelArch
+from splitray.cost import load_of
+from splitray.errors import InputError
+from splitray.model.layout import LayerLayout
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.profile import CoreSpeed, LinkSpeed, Profile
+from splitray.profiling.machine import cache_bytes, machine
+from splitray.profiling.random_llama import RandomLlama
+from splitray.runtime.engine import Engine
+from splitray.runtime.fleet import Fleet
+from splitray.runtime.kept_fleet import KeptFleet
+from splitray.runtime.launch import read_model
+from splitray.runtime.sampling import Sampling
+from splitray.topology import DeviceId, Topology
+
+PROMPT = tuple(5 + i % 90 for i in range(16))
+MOST_DEVICES = 16
+ROUNDS = 5
+_WIDE_LAYER_BYTES = 4 * 768 * (4 * 768 + 3 * 2048)
+_NEW_TOKENS, _FIRST = 24, 2  # the first tokens of a run find cold caches
+_PING_BYTES, _PINGS, _LARGE = 4 * 768, 1000, 50
+
+
+def calibrate(
+    num_devices: int = 2, *, rounds: int = ROUNDS, progress: Callable[[str], None] = lambda _: None
+) -> Profile:
+    """Measure this machine as `num_devices` device processes; half a minute, on an otherwise idle machine.
+
+    Raises:
+        InputError: fewer than one device, or more than `MOST_DEVICES`.
+        DeviceLost: a device did not come up or died.
+    """
+    if not 1 <= num_devices <= MOST_DEVICES:
+        raise InputError("devices", expected=f"1 to {MOST_DEVICES} devices on this machine", actual=num_devices,
+                         remedy="give a number of devices that fits")  # fmt: skip
+    topology = Topology.uniform(num_devices)
+    with TemporaryDirectory(prefix="splitray-profile-") as folder, KeptFleet(topology.devices) as fleet:
+        progress("writing random weights")
+        calibration = Calibration(fleet, topology, Path(folder))
+        for i in range(rounds):
+            progress(f"round {i + 1} of {rounds}")
+            calibration.round()
+        return calibration.profile()
+
+
+class Model:
+    """A checkpoint that was written and read, ready for engines of a fleet."""
+
+    def __init__(self, recipe: RandomLlama, folder: Path, fleet: Fleet, topology: Topology) -> None:
+        """Write it."""
+        self.path, self.fleet, self.topology = folder / recipe.name, fleet, topology
+        recipe.write(self.path)
+        self.arch: ModelArch
+        self.layout: LayerLayout
+        self.arch, self.layout, self.lean = read_model(self.path)
+
+    def start(self, placement: Placement) -> Engine:
+        """An engine with a core for each device."""
+        return Engine(
+            fleet=self.fleet, model_path=self.path, arch=self.arch, layout=self.layout, topology=self.topology,
+            placement=placement, lean=self.lean, pin=True,
+        )  # fmt: skip
+
+    def token_s(self, placement: Placement, *, new_tokens: int = _NEW_TOKENS) -> float:
+        """Time of a later token: the median of one run."""
+        with self.start(placement) as engine:
+            arrivals = [time.perf_counter() for _ in engine.stream(list(PROMPT), Sampling(max_new_tokens=new_tokens))]
+        return statistics.median(np.diff(arrivals)[_FIRST:].tolist())
+
+
+class Calibration:
+    """Probe runs of a fleet, in rounds: a shared machine's speed drifts within a minute, so each round sees it all."""
+
+    def __init__(self, fleet: Fleet, topology: Topology, folder: Path) -> None:
+        """Write the two models. The wide one does not fit into the cache, several times over."""
+        self.topology = topology
+        self.cold_bytes = 4 * cache_bytes()
+        layers = min(24, max(12, -(-self.cold_bytes // _WIDE_LAYER_BYTES)))
+        wide = RandomLlama(
+            name="wide", layers=layers, hidden=768, heads=12, kv_heads=12, ffn=2048, vocab=512, tied=False
+        )
+        narrow = RandomLlama(
+            name="narrow", layers=24, hidden=768, heads=2, kv_heads=2, ffn=256, vocab=512, tied=False, head_dim=64
+        )
+        self.wide, self.narrow = (Model(m, folder, fleet, topology) for m in (wide, narrow))
+        self.rounds: list[dict[str, float]] = []
+        self.cores: list[CoreSpeed] = []
+        self.links: dict[tuple[int, int], LinkSpeed] = {}
+
+    def round(self) -> None:
+        """Run each probe once, and at first the small measurements of cores and links."""
+        if not self.cores:
+            self._cores_and_links()
+        ids = self.topology.ids
+        times = {
+            name: m.token_s(in_turn(m.arch, ids[:2])) for name, m in (("wide", self.wide), ("narrow", self.narrow))
+        }
+        if len(ids) > 1:
+            times["copies"] = self.wide.token_s(everywhere(self.wide.arch, ids))
+            times["hops"] = self.wide.token_s(alternating(self.wide.arch, ids[0], ids[1]))
+        self.rounds.append(times)
+
+    def _cores_and_links(self) -> None:
+        ids = self.topology.ids
+        with self.narrow.start(partitioned(self.narrow.arch, ids)) as engine:
+            self.cores = [CoreSpeed(**engine.speeds(d, cold_bytes=self.cold_bytes)) for d in ids]
+            for a, b in itertools.combinations(range(len(ids)), 2):
+                ping = statistics.median(engine.echo(ids[a], ids[b], size=_PING_BYTES, rounds=_PINGS))
+                large = statistics.median(engine.echo(ids[a], ids[b], size=1 << 20, rounds=_LARGE))
+                self.links[a, b] = LinkSpeed(ping_s=ping, mebibyte_s=large / 2)
+
+    def profile(self) -> Profile:
+        """The profile that the rounds so far make; differences are taken within a round."""
+        assert self.rounds, "a profile needs a round"
+        middle = {name: statistics.median(r[name] for r in self.rounds) for name in self.rounds[0]}
+        others, hop_s, more_s = len(self.topology.ids) - 1, 0.0, 0.0
+        if others:
+            hop_s = self._more_s("hops", "wide") / (2 * self.wide.arch.num_layers - 2)
+            more_s = self._more_s("copies", "wide") + 2 * hop_s
+        launch_s, s_per_byte = self._line(*(middle[name] - 2 * hop_s for name in ("wide", "narrow")))
+        shared = 1 / (s_per_byte + more_s / others / self._work(self.wide)[1]) if others else None
+        read = 1 / s_per_byte
+        return Profile(
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=machine(),
+            memory_bytes=float(psutil.virtual_memory().total // len(self.topology.ids)),
+            read_bytes_per_s=read,
+            shared_bytes_per_s=None if shared is None else min(shared, read),
+            launch_s=launch_s,
+            hop_s=hop_s,
+            hop_bytes=_PING_BYTES,
+            cores=self.cores,
+            links=self.links,
+        )
+
+    def _more_s(self, probe: str, than: str) -> float:
+        return max(0.0, statistics.median(r[probe] - r[than] for r in self.rounds))
+
+    def _line(self, wide_s: float, narrow_s: float) -> tuple[float, float]:
+        """Fixed cost of a sub-block and time of a byte, of which both runs consist."""
+        (wide_blocks, wide_bytes), (narrow_blocks, narrow_bytes) = self._work(self.wide), self._work(self.narrow)
+        matrix = np.array([[wide_blocks, wide_bytes], [narrow_blocks, narrow_bytes]])
+        launch_s, s_per_byte = map(float, np.linalg.solve(matrix, [wide_s, narrow_s]))
+        if launch_s < 0 or s_per_byte <= 0:  # noise only: then all of the wide run is reading
+            return 0.0, wide_s / wide_bytes
+        return launch_s, s_per_byte
+
+    def _work(self, model: Model) -> tuple[float, float]:
+        """Sub-blocks and bytes of a token, at the middle of a run."""
+        load = load_of(in_turn(model.arch, self.topology.ids[:2]), model.arch, self.topology)
+        context = len(PROMPT) + _NEW_TOKENS / 2
+        return float(load.launches.sum()), float((load.weight_bytes + load.kv_bytes * context).sum())
+
+
+def in_turn(arch: ModelArch, ids: Sequence[DeviceId]) -> Placement:
+    """The later half of the layers on the second of two devices (if there is one): two hops."""
+    a, b = ids[0], ids[-1]
+    owners = [a if i < arch.num_layers // 2 else b for i in range(arch.num_layers)]
+    layers = tuple(LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in owners)
+    return Placement(layers, (a,), Shares.whole(arch.vocab, a))
+
+
+def everywhere(arch: ModelArch, ids: Sequence[DeviceId]) -> Placement:
+    """All layers on each of the devices, the ends on the first one."""
+    layer = LayerPlacement(Shares.whole(arch.num_kv_heads, *ids), Shares.whole(arch.ffn_dim, *ids))
+    return Placement((layer,) * arch.num_layers, (ids[0],), Shares.whole(arch.vocab, ids[0]))
+
+
+def alternating(arch: ModelArch, a: DeviceId, b: DeviceId) -> Placement:
+    """Every attention on `b`, every FFN and the ends on `a`: two hops a layer, and no two devices work at a time."""
+    layer = LayerPlacement(Shares.whole(arch.num_kv_heads, b), Shares.whole(arch.ffn_dim, a))
+    return Placement((layer,) * arch.num_layers, (a,), Shares.whole(arch.vocab, a))
+
+
+def partitioned(arch: ModelArch, ids: Sequence[DeviceId]) -> Placement:
+    """FFN columns over all devices, so that each pair has a connection."""
+    edges = [round(i * arch.ffn_dim / len(ids)) for i in range(len(ids) + 1)]
+    columns = Shares.of({d: [(edges[i], edges[i + 1])] for i, d in enumerate(ids)})
+    layer = LayerPlacement(Shares.whole(arch.num_kv_heads, ids[0]), columns)
+    return Placement((layer,) * arch.num_layers, (ids[0],), Shares.whole(arch.vocab, ids[0]))

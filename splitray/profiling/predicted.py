@@ -1,0 +1,122 @@
+"""The cost model against the clock: what a profile predicts for placements that it never saw, and what they take.
+
+Probes and placements are run in turns and in no order, so that all see the same weather of a shared machine; the
+profile is made of the probes alone (profiling/calibration.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from splitray.arch import ModelArch
+from splitray.cost import CostModel
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.protocol import ClusterState
+from splitray.planners.random import RandomPlanner
+from splitray.profiling.calibration import PROMPT, Calibration, Model
+from splitray.profiling.machine import machine
+from splitray.profiling.random_llama import RandomLlama
+from splitray.route import compile_route
+from splitray.runtime.kept_fleet import KeptFleet
+from splitray.topology import Topology
+
+ROUNDS, RANDOM = 3, 20
+_NEW_TOKENS = 18
+_PROBED_EVERY = 9  # placements: some ten seconds
+
+
+def predicted(
+    recipe: RandomLlama,
+    *,
+    num_random: int = RANDOM,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run the bench's named placements and `num_random` random ones on two device processes, and predict each.
+
+    Returns:
+        `rows` with predicted and measured milliseconds a token and the error of the prediction, relative to what was
+        measured; `median_error`, `worst_error` of its size; the `profile` that predicted.
+    """
+    topology = Topology.uniform(2)
+    with TemporaryDirectory(prefix="splitray-predicted-") as folder, KeptFleet(topology.devices) as fleet:
+        progress("writing random weights")
+        before = machine()
+        calibration = Calibration(fleet, topology, Path(folder))
+        model = Model(recipe, Path(folder), fleet, topology)
+        chosen = {**placements(model.arch, topology), **random_placements(model.arch, topology, num_random, seed)}
+        times: dict[str, list[float]] = {name: [] for name in chosen}
+        rng, names = np.random.default_rng(seed), list(chosen)
+        for i in range(rounds):
+            for k, index in enumerate(rng.permutation(len(names))):
+                progress(f"round {i + 1} of {rounds}: placement {k + 1} of {len(names)}")
+                if k % _PROBED_EVERY == 0:
+                    calibration.round()
+                name = names[index]
+                times[name].append(model.token_s(chosen[name], new_tokens=_NEW_TOKENS))
+        profile = calibration.profile()
+        cost = CostModel(model.arch, profile.topology())
+    context = len(PROMPT) + _NEW_TOKENS / 2
+    rows = [
+        _row(name, cost.tpot_s(p, context_tokens=context), times[name], compile_route(p, model.arch, topology))
+        for name, p in chosen.items()
+    ]
+    errors = [abs(r["error"]) for r in rows]
+    return {
+        "suite": "predicted",
+        "model": recipe.name,
+        "machine": before,
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+        "rows": rows,
+        "profile": profile.document(),
+    }
+
+
+def _row(name: str, predicted_s: float, times: list[float], route: Any) -> dict[str, Any]:
+    measured_s = statistics.median(times)
+    return {
+        "name": name,
+        "exchanges_per_token": route.exchanges_per_token,
+        "predicted_ms": predicted_s * 1e3,
+        "measured_ms": measured_s * 1e3,
+        "measured_rounds_ms": [t * 1e3 for t in times],
+        "error": predicted_s / measured_s - 1,
+    }
+
+
+def placements(arch: ModelArch, topology: Topology) -> dict[str, Placement]:
+    """Halves, replicated attention, one cut, one device: what the engine's bench runs as well."""
+    a, b = topology.ids
+    layers = arch.num_layers
+
+    def half(total: int) -> Shares:
+        return Shares.of({a: [(0, total // 2)], b: [(total // 2, total)]})
+
+    def all_on(device: str) -> LayerPlacement:
+        return LayerPlacement(Shares.whole(arch.num_kv_heads, device), Shares.whole(arch.ffn_dim, device))
+
+    halves = LayerPlacement(half(arch.num_kv_heads), half(arch.ffn_dim))
+    replicated = LayerPlacement(Shares.whole(arch.num_kv_heads, a, b), half(arch.ffn_dim))
+    cut = tuple(all_on(a if i < layers // 2 else b) for i in range(layers))
+    return {
+        "split_half": Placement((halves,) * layers, (a,), half(arch.vocab)),
+        "replicated": Placement((replicated,) * layers, (a,), half(arch.vocab)),
+        "replicated_whole_head": Placement((replicated,) * layers, (a,), Shares.whole(arch.vocab, a)),
+        "layer_cut": Placement(cut, (a,), Shares.whole(arch.vocab, b)),
+        "one_device": Placement((all_on(a),) * layers, (a,), Shares.whole(arch.vocab, a)),
+    }
+
+
+def random_placements(arch: ModelArch, topology: Topology, count: int, seed: int) -> Mapping[str, Placement]:
+    """What the planner `random` proposes, one after the other."""
+    planner = RandomPlanner(np.random.default_rng(seed))
+    state = ClusterState(arch=arch, topology=topology, context_tokens=len(PROMPT) + _NEW_TOKENS)
+    return {f"random_{i}": planner.propose(state) for i in range(count)}

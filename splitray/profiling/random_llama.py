@@ -1,0 +1,45 @@
+"""Llamas with random weights, for measuring only: a recipe and its checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomLlama:
+    """A random-weight llama that a measurement makes itself; `head_dim` is hidden / heads unless given."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    tied: bool
+    head_dim: int | None = None
+
+    def write(self, path: Path) -> None:
+        """Save its checkpoint, the same one every time."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads, intermediate_size=self.ffn, vocab_size=self.vocab,
+            tie_word_embeddings=self.tied, max_position_embeddings=2048,
+            head_dim=self.head_dim or self.hidden // self.heads,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(path)
+
+
+BENCH_110M = RandomLlama(
+    name="llama-110m", layers=12, hidden=768, heads=12, kv_heads=12, ffn=2048, vocab=32000, tied=True
+)
+BENCH_190M = RandomLlama(
+    name="llama-190m", layers=16, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, tied=False
+)
