@@ -35,15 +35,10 @@ class LayerTimes:
 
 def layer_times(state: ClusterState, topology: Topology | None = None) -> LayerTimes:
     """The times at the state's context, on the state's topology or on another one of the same devices."""
-    where, arch = topology or state.topology, replace(state.arch, num_layers=1)  # all layers are alike
-    one = replace(state, arch=arch)
-    rates, n = Rates.of(where), len(where.ids)
-    layer, head = np.zeros(n), np.zeros(n)
-    for i, device in enumerate(where.ids):
-        placement = layers_on([device], device, device, one, pinned=False)
-        work = work_s(load_of(placement, arch, where), rates, context_tokens=max(1, state.context_tokens))[0, :, i]
-        head[i] = work[-2]
-        layer[i] = work.sum() - head[i]
+    where, arch = topology or state.topology, state.arch
+    n, work = len(where.ids), work_alone_s(state, where)
+    head = work[:, -2]
+    layer = work.sum(1) - head
 
     def transfer(num_bytes: int) -> Floats:
         seconds = np.full((n, n), np.inf)
@@ -55,6 +50,19 @@ def layer_times(state: ClusterState, topology: Topology | None = None) -> LayerT
     return LayerTimes(
         layer_s=layer, head_s=head, state_s=transfer(arch.hidden_dim * arch.dtype_bytes), token_s=transfer(4)
     )
+
+
+def work_alone_s(state: ClusterState, where: Topology) -> Floats:
+    """The stages of a model of one layer on each device alone, [D, B]: all are priced at once, an instance each."""
+    arch, first, rates = replace(state.arch, num_layers=1), where.ids[0], Rates.of(where)
+    alone = replace(where, devices=where.devices[:1], links=(), origin=first)  # what a link costs is not asked here
+    load = load_of(layers_on([first], first, first, replace(state, arch=arch), pinned=False), arch, alone)
+    each = replace(
+        rates, flops_per_s=rates.flops_per_s.T, bytes_per_s=rates.bytes_per_s.T, launch_s=rates.launch_s.T,
+        contention_s_per_byte=np.zeros((len(where.ids), 1, 1)),
+    )  # fmt: skip
+    work: Floats = work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
+    return work
 
 
 def layer_bytes(state: ClusterState) -> int:

@@ -18,14 +18,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.cost import Rates, load_of, work_s
+from splitray.cost import Rates
 from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.layer_times import table_bytes
+from splitray.planners.layer_times import table_bytes, work_alone_s
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
-from splitray.planners.whole import layers_on
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -46,18 +45,8 @@ class _Times:
 
 
 def _times(state: ClusterState) -> _Times:
-    """The work of each device if it had a whole model: all are priced at once, as one instance each."""
-    where, rates = state.topology, Rates.of(state.topology)
-    arch = replace(state.arch, num_layers=1)  # all layers are alike
-    first = where.ids[0]
-    alone = replace(where, devices=where.devices[:1], links=(), origin=first)
-    load = load_of(layers_on([first], first, first, replace(state, arch=arch), pinned=False), arch, alone)
-    each = replace(
-        rates, flops_per_s=rates.flops_per_s.T, bytes_per_s=rates.bytes_per_s.T, launch_s=rates.launch_s.T,
-        contention_s_per_byte=np.zeros((len(where.ids), 1, 1)),
-    )  # fmt: skip
-    seconds = work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
-    launch = rates.launch_s[0]
+    where, arch, rates = state.topology, state.arch, Rates.of(state.topology)
+    seconds, launch = work_alone_s(state, where), rates.launch_s[0]
     attention = seconds[:, 1] - launch if not arch.parallel_block else seconds[:, 1] * 0
     ffn = seconds[:, 1:-2].sum(1) - attention - launch * (1 if arch.parallel_block else 2)
     with np.errstate(divide="ignore"):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.cost import Load, Rates, load_of
-from splitray.errors import InputError, PlacementError
+from splitray.errors import InputError
 from splitray.migration import delay_s, diff, moved_bytes
 from splitray.placement import LayerPlacement, Placement, weight_bytes
 from splitray.planners import CheckedPlanner, ClusterState, make_planner
@@ -195,7 +195,7 @@ class _Arena:
         started = time.perf_counter()
         try:
             placement = line.planner.propose(state)
-        except PlacementError as error:
+        except InputError as error:  # nothing fits, or a link is down that it needs
             line.refusal, line.last = error, None
             return None
         finally:
