@@ -9,6 +9,9 @@ of the backlog is priced while a token is served (a frame of length T), and half
 alone an empty queue is blind to the burst that the slot itself brings. V weighs energy and accuracy against delay; at
 its default of 0 only delay counts until a budget is overdrawn.
 
+Where the mean request is known, a token also pays its share of the prompt: what is quick for one position after the
+other may be slow for many at once, and a queue grows by requests.
+
 The program is exact for costs that add up over sub-blocks (optimum/additive.py). Where memory binds, bytes are priced
 until the placement fits, and nothing is proven.
 """
@@ -39,12 +42,14 @@ class DriftPlusPenalty:
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where nothing fits into memory."""
         space, prices = Space(state), self.prices(state)
-        chosen = Additive(space, prices).best()
-        if _fits(space, chosen):
+        chosen = Additive(space, prices, state.request).best()
+        fitting = [chosen] if _fits(space, chosen) else []
+        if fitting and not space.rates.shares_memory:
             # No slower than one device or one cut: those chains are in the program, which prices them truly.
             return space.placement(chosen.path, chosen.embedding)
-        paid = [each for _, each, _ in priced(space, chosen, prices) if _fits(space, each)]
-        candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in paid), *simple(space)]
+        if not fitting:
+            fitting = [each for _, each, _ in priced(space, chosen, prices, state.request) if _fits(space, each)]
+        candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in fitting), *simple(space)]
         if not candidates:
             raise too_small(space)
         return min(candidates, key=lambda placement: cost_of(placement, state, prices))
@@ -73,6 +78,9 @@ def cost_of(placement: Placement, state: ClusterState, prices: Prices) -> float:
     seconds, idle_w = float(step.cycle_s[0]), sum(d.idle_w for d in state.topology.devices)
     active_j = float(step.energy_j(state.topology).sum()) - idle_w * seconds
     spent = prices.per_second * seconds + prices.per_joule * active_j
+    if state.request is not None:
+        prompt_s = cost.ttft_s(placement, prompt_tokens=round(state.request.prompt_tokens))
+        spent += prices.per_second * prompt_s / state.request.output_tokens
     if state.codec == "none" or state.accuracy is None:
         return spent
     route = compile_route(placement, state.arch, state.topology, codec=state.codec)

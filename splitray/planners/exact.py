@@ -28,7 +28,7 @@ from splitray.planners.optimum.bound import Potentials
 from splitray.planners.optimum.enumerate import Found, by_counts
 from splitray.planners.optimum.search import beam
 from splitray.planners.optimum.space import MISSING_S, Floats, Freedom, Kind, Space
-from splitray.planners.protocol import ClusterState, Planner
+from splitray.planners.protocol import ClusterState, Planner, RequestShape
 from splitray.planners.shares import Proportional
 from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route
@@ -115,15 +115,12 @@ class _Search:
         """Keep the quickest; of equals the first, as simple placements are offered before intricate ones."""
         for placement in placements:
             seconds = _seconds(self.space, placement)
-            if self._better(seconds):
+            if self.best is None or seconds < self.best[0] * (1 - PROVEN):
                 self.best = seconds, placement
 
     def _offer(self, found: Found | None) -> None:
-        if found is not None and self._better(found.tpot_s):
-            self.best = found.tpot_s, self.space.placement(found.path, found.embedding)
-
-    def _better(self, seconds: float) -> bool:
-        return self.best is None or seconds < self.best[0] * (1 - PROVEN)
+        if found is not None and (self.best is None or found.tpot_s < self.best[0]):
+            self.offer([self.space.placement(found.path, found.embedding)])
 
     def enumerate(self) -> float:
         """The optimum of a small space, which bounds itself."""
@@ -131,9 +128,10 @@ class _Search:
         if self.space.freedom == "one_device":
             whole = [whole_on(d, state) for d in state.topology.ids]
             self.offer(p for p in whole if _fits(p, state))
-        else:
-            self._offer(by_counts(self.space))
-        return self.best[0] if self.best is not None else np.inf
+            return self.best[0] if self.best is not None else np.inf
+        found = by_counts(self.space)
+        self._offer(found)
+        return np.inf if found is None else found.tpot_s
 
     def run(self) -> float:
         """Search, let the bound's own path say what else to try, and return the bound."""
@@ -224,7 +222,9 @@ def _seconds(space: Space, placement: Placement) -> float:
     return cost.tpot_s(placement, context_tokens=max(1, state.context_tokens))
 
 
-def priced(space: Space, chosen: Chosen, prices: Prices) -> Iterator[tuple[Additive, Chosen, Floats]]:
+def priced(
+    space: Space, chosen: Chosen, prices: Prices, request: RequestShape | None = None
+) -> Iterator[tuple[Additive, Chosen, Floats]]:
     """Raise the price of memory where too much is held, and lower it where there is room (a subgradient method)."""
     price = np.zeros(space.num_devices)
     capacity = space.memory_bytes
@@ -232,7 +232,7 @@ def priced(space: Space, chosen: Chosen, prices: Prices) -> Iterator[tuple[Addit
         over = chosen.held_bytes - capacity
         step = 0.5 * chosen.cost / (1 + turn) ** 0.7 / max(float(over @ over), 1.0)
         price = np.maximum(0.0, price + step * over)
-        program = Additive(space, replace(prices, per_byte=price))
+        program = Additive(space, replace(prices, per_byte=price), request)
         chosen = program.best()
         if not np.isfinite(chosen.cost):
             return

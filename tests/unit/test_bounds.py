@@ -251,6 +251,11 @@ def random_cluster(seed: int) -> ClusterState:
         )
         for i in range(num_devices)
     )  # fmt: skip
+    if seed % 7 == 3:  # all on one host, whose memory they share
+        devices = tuple(
+            replace(d, memory_group="host", shared_bandwidth_bytes_per_s=0.6 * d.memory_bandwidth_bytes_per_s)
+            for d in devices
+        )
     rtt_s = float(np.exp(rng.uniform(np.log(1e-4), np.log(8e-2))))
     medium = "air" if rng.random() < 0.3 else None
     links = tuple(

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from splitray.planners.optimum.enumerate import Step
 from splitray.planners.optimum.search import pour
-from splitray.planners.optimum.space import Counts, Floats, Kind, Space
+from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Kind, Space
+from splitray.planners.protocol import RequestShape
+from splitray.route import TOKEN_BYTES
 
 Ints = NDArray[np.int64]
 
@@ -59,11 +61,20 @@ class _Stage:
 
 
 class Additive:
-    """The program of one space at one set of prices."""
+    """The program of one space at one set of prices.
 
-    def __init__(self, space: Space, prices: Prices) -> None:
+    With the shape of requests, a token also pays its share of the prompt: the same holdings and pieces do the prompt's
+    positions, its ids travel from the origin to the embedding, and the request's tokens share the bill. `seconds` of
+    what is chosen are those of a later token all the same.
+    """
+
+    def __init__(self, space: Space, prices: Prices, request: RequestShape | None = None) -> None:
         """Price every step that may follow another."""
         self.space, self.prices = space, prices
+        self.prompt, self.prompt_share = None, 0.0
+        if request is not None:
+            self.prompt = Space(space.state, space.freedom, positions=request.prompt_tokens)
+            self.prompt_share = 1 / request.output_tokens
         self._power = np.array([d.active_w - d.idle_w for d in space.topology.devices])
         self._radio = np.array([d.radio_w for d in space.topology.devices])
         first, later = space.kinds[0], space.kinds[1 : len(space.kinds) // space.arch.num_layers]
@@ -72,17 +83,41 @@ class Additive:
             row[list(holding.devices)] = True
         crossing, air = space.crossing_s, space.radio_s("crossing")
         begins = np.concatenate([space.entry_s, crossing(first).max(2)])
-        begun = self._stage(first, begins, np.concatenate([space.radio_s("entry"), air]))
+        both = np.concatenate([space.radio_s("entry"), air])
+        there: Floats | None = None
+        if self.prompt is not None:
+            there = np.concatenate(
+                [self.prompt.entry_s + self._ids_s()[:, None, None], self.prompt.crossing_s(first).max(2)]
+            )
+        begun = self._stage(first, begins, both, there)
         self.entry, self.again = begun[: space.num_devices], begun[space.num_devices :]
-        self.inside = [self._stage(k, crossing(k).max(2), air) for k in later]
-        self.head = self._stage("head", crossing("head").max(2), air)
+        self.inside = [
+            self._stage(k, crossing(k).max(2), air, None if self.prompt is None else self.prompt.crossing_s(k).max(2))
+            for k in later
+        ]
+        head = crossing("head").max(2)  # one position of a prompt enters the head
+        self.head = self._stage("head", head, air, None if self.prompt is None else head)
         ways = np.where(self._members[:, :, None], space.exit_s, -np.inf).max(1)  # [S, E]
         energy = space.radio_s("exit") @ self._radio
         self.exit = prices.per_second * ways + prices.per_joule * energy
         self.exit_seconds = ways
 
-    def _stage(self, kind: Kind, arrive: Floats, air: Floats) -> _Stage:
-        """Every step into a sub-block of this kind; `arrive` is when its devices may begin, [before, S, D]."""
+    def _ids_s(self) -> Floats:
+        """The way of a prompt's ids from the origin to each device, [D]; without a link it is as good as for ever."""
+        space, origin = self.space, self.space.topology.ids.index(self.space.topology.origin)
+        assert self.prompt is not None, "asked for a prompt only"
+        rate = space.rates.link_bytes_per_s[0, origin]
+        fixed = space.rates.latency_s[0, origin] + space.rates.exchange_s[0, origin]
+        way = np.where(rate > 0, fixed + TOKEN_BYTES * self.prompt.positions / np.where(rate > 0, rate, 1.0), MISSING_S)
+        way[origin] = 0.0
+        seconds: Floats = way
+        return seconds
+
+    def _stage(self, kind: Kind, arrive: Floats, air: Floats, prompt: Floats | None) -> _Stage:
+        """Every step into a sub-block of this kind; `arrive` is when its devices may begin, [before, S, D].
+
+        `prompt` is that for the positions of a prompt.
+        """
         space, prices = self.space, self.prices
         before, allowed = len(arrive), space.allowed(kind)
         finish = np.where(self._members[None], arrive + space.launch_s, -np.inf)
@@ -103,6 +138,11 @@ class Additive:
         cost = prices.per_second * seconds
         if prices.per_joule:
             cost = cost + prices.per_joule * (work @ self._power + air @ self._radio)
+        if prompt is not None and self.prompt is not None:
+            parts = self.prompt.pieces(kind)
+            done = sum((c * p.piece_s for c, p in zip(counts, parts, strict=True)), busy)
+            end = np.where(self._members[None], prompt + done, -np.inf).max(2)
+            cost = cost + self.prompt_share * (prices.per_second * end + prices.per_joule * (done @ self._power))
         if prices.per_byte is not None:
             cost = cost + sum(
                 (c * prices.per_byte).sum(2) * p.piece_bytes for c, p in zip(counts, space.pieces(kind), strict=True)

@@ -3,7 +3,8 @@
 A sub-block is done by a `Holding`: one device, several that share it by count, or several that each do all of it. Its
 work is affine in the counts, and a boundary maps the times at which its senders have finished to the times at which
 its receivers may begin by maxima of sums: arrival_j = max_i(finish_i + crossing[i, j]). Both come from cost.py, so a
-path through the tables takes exactly the time that `CostModel.tpot_s` gives its placement.
+path through the tables takes exactly the time that `CostModel.tpot_s` gives its placement. One thing is left out, as it
+is not affine: devices that share one memory slow each other down; their paths take longer than the tables say.
 
 Shapes: S holdings, D devices. Times in seconds; -inf where nothing is sent.
 """
@@ -74,7 +75,8 @@ class Space:
 
     `freedom`: `one_device`; `layers` whole on any device in any order; `heads` by count with the FFN whole (the space
     of arXiv 2505.02533); `all` heads by count, FFN by columns and the head by rows, attention and FFN replicated or
-    not. `blocks` coarsens columns and rows to so many equal blocks, for searches that enumerate them.
+    not. `blocks` coarsens columns and rows to so many equal blocks, for searches that enumerate them. `positions`: new
+    tokens of a step, 1 while decoding; a prompt of several has nothing before it, and its last one enters the head.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Space:
         *,
         blocks: int | None = None,
         most_shared: int = MOST_SHARED,
+        positions: float = 1.0,
     ) -> None:
         """Price pieces and boundaries; the tables are made when they are first asked for."""
         self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
@@ -94,16 +97,18 @@ class Space:
         self.rhythms: dict[tuple[int, int], tuple[Floats, Floats] | None] = {}
         self.launch_s = self.rates.launch_s[0]
         self.memory_bytes = np.array([d.memory_bytes for d in state.topology.devices])
-        arch, context = self.arch, max(1, state.context_tokens)
+        self.positions = positions
+        arch, context = self.arch, max(1, state.context_tokens) if positions == 1 else positions
         self._attention = self._pieces(
             "attention", arch.num_kv_heads, arch.num_kv_heads,
-            2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * context,
+            positions * (2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * context),
             arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context,
             group_bytes(arch, state.context_tokens),
         )  # fmt: skip
         self._ffn = self._weights(
-            "ffn", min(arch.ffn_dim, blocks or arch.ffn_dim), arch.ffn_dim, arch.ffn_unit_params, ffn_unit_bytes(arch)
-        )
+            "ffn", min(arch.ffn_dim, blocks or arch.ffn_dim), arch.ffn_dim, arch.ffn_unit_params, ffn_unit_bytes(arch),
+            positions,
+        )  # fmt: skip
         row = arch.weight_bytes(arch.vocab_row_params)
         self.table_bytes = float(arch.vocab * row)
         whole_head = freedom != "all" or state.pinned_head is not None
@@ -120,11 +125,12 @@ class Space:
         seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
         return Pieces(part=part, count=count, total=total, piece_s=seconds, piece_bytes=held_bytes)
 
-    def _weights(self, part: Part, count: int, total: int, params: int, unit_bytes: int) -> Pieces:
+    def _weights(
+        self, part: Part, count: int, total: int, params: int, unit_bytes: int, positions: float = 1.0
+    ) -> Pieces:
         each = total / count
-        return self._pieces(
-            part, count, total, 2 * params * each, self.arch.weight_bytes(params) * each, unit_bytes * each
-        )
+        flops, read_bytes = 2 * params * each * positions, self.arch.weight_bytes(params) * each
+        return self._pieces(part, count, total, flops, read_bytes, unit_bytes * each)
 
     def _holdings(self, most_shared: int) -> tuple[Holding, ...]:
         single = [Holding((d,)) for d in range(self.num_devices)]
@@ -177,8 +183,10 @@ class Space:
     def _tables(self) -> dict[str, Floats]:
         """Every boundary of the space at once, each a max-plus matrix [D, D]."""
         lists = _patterns(self.arch, self.topology, self.holdings, self.state.codec)
+        many = {"crossing": self.positions, "entry": self.positions, "inner": self.positions}
         every = [each for name in lists for each in lists[name]]
-        matrices, on_air = self._exchanged(every)
+        times = np.concatenate([np.full(len(v), many.get(name, 1.0)) for name, v in lists.items()])
+        matrices, on_air = self._exchanged(every, times)
         n, s = self.num_devices, len(self.holdings)
         sizes = np.cumsum([len(v) for v in lists.values()])[:-1]
         found = dict(zip(lists, np.split(matrices, sizes), strict=True))
@@ -233,14 +241,18 @@ class Space:
         """From any holding of the head to the next token on the device of the embedding, [S, D, D]: max_i(f_i + it)."""
         return self._tables["exit"]
 
-    def _exchanged(self, messages: Sequence[Messages]) -> tuple[Floats, Floats]:
-        """For each list what arrives if one device finishes at 0, [len, D, D], and time on air, [len, D]."""
+    def _exchanged(self, messages: Sequence[Messages], times: Floats) -> tuple[Floats, Floats]:
+        """For each list what arrives if one device finishes at 0, [len, D, D], and time on air, [len, D].
+
+        `times` multiplies the bytes of each list, [len].
+        """
         n, d = len(messages), self.num_devices
         sends, payload = np.zeros((n, d, d), bool), np.zeros((n, d, d))
         flat = [(k, *m) for k, each in enumerate(messages) for m in each]
         if flat:
             k, source, target, num_bytes = np.array(flat).T
             sends[k, source, target], payload[k, source, target] = True, num_bytes
+        payload *= times[:, None, None]
         rate = self.rates.link_bytes_per_s
         on_air = np.where(sends, payload / np.where(rate > 0, rate, 1.0), 0.0)
         transfer = on_air + sends * self.rates.exchange_s
