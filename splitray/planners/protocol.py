@@ -13,6 +13,14 @@ from splitray.queues import QueueState
 from splitray.topology import DeviceId, Topology
 
 
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """Mean lengths of requests, at least one token each."""
+
+    prompt_tokens: float
+    output_tokens: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
     """Everything a planner may look at; it goes in as an argument and nothing else does.
@@ -20,7 +28,8 @@ class ClusterState:
     `context_tokens` are the tokens whose KV cache must fit beside the weights, summed over the sequences of a
     batch. `current` is the active placement, None before the first one. `interval_tokens` are the tokens until the
     next decision, over which a migration must pay. `average` is the topology with the mean rates of the whole run,
-    for planners that decide once; None where nothing is known but the present. `codec` is how partials travel, and
+    for planners that decide once; None where nothing is known but the present. `request` is the mean request, from
+    which a planner may price prompts beside the later tokens. `codec` is how partials travel, and
     `accuracy` what that was measured to cost.
     """
 
@@ -32,6 +41,7 @@ class ClusterState:
     slot_s: float = 1.0
     queues: QueueState = QueueState()
     average: Topology | None = None
+    request: RequestShape | None = None
     codec: Codec = "none"
     accuracy: AccuracyTable | None = None
 

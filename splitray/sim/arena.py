@@ -184,7 +184,7 @@ class _Arena:
         return ClusterState(
             arch=scenario.arch, topology=topology, context_tokens=context, current=current,
             interval_tokens=scenario.interval_tokens, slot_s=scenario.slot_s, queues=line.queues,
-            average=scenario.average, codec=scenario.codec, accuracy=scenario.accuracy,
+            average=scenario.average, request=scenario.shape, codec=scenario.codec, accuracy=scenario.accuracy,
         )  # fmt: skip
 
     def _propose(self, line: _Line, state: ClusterState) -> Placement | None:

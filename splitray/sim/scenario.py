@@ -18,6 +18,7 @@ from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.cost import Rates
 from splitray.errors import InputError
+from splitray.planners.protocol import RequestShape
 from splitray.queues import Budgets
 from splitray.sim.workload import Requests
 from splitray.topology import DeviceId, Topology
@@ -91,6 +92,12 @@ class Scenario:
     def longest_tokens(self) -> int:
         """Prompt and output of the longest request, 1 if there is none."""
         return int((self.requests.prompt_tokens + self.requests.output_tokens).max(initial=1))
+
+    @cached_property
+    def shape(self) -> RequestShape | None:
+        """The mean request of the run, which whoever runs the service knows; None if there is none."""
+        line = self.requests
+        return RequestShape(float(line.prompt_tokens.mean()), float(line.output_tokens.mean())) if len(line) else None
 
     @property
     def varies(self) -> bool:

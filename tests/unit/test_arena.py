@@ -53,11 +53,11 @@ def _lengths() -> tuple[list[int], list[int]]:
 
 def test_the_backlog_does_not_drift_below_capacity_and_does_above() -> None:
     """`drift_plus_penalty` at 50, 80 and 95 % of capacity, 6 seeds each; at 130 % it shows that the test can fail."""
-    where, slots, seeds = pair(), 3000, 6
+    where, slots, seeds = pair(), 6000, 6
     most = capacity_per_s(where)
     loads = (0.5, 0.8, 0.95, 1.3)
     cases = [
-        Case(planner="drift_plus_penalty:0.3", scenario=scenario(where, arriving(most * u, slots, s), slots), every=20)
+        Case(planner="drift_plus_penalty:0.3", scenario=scenario(where, arriving(most * u, slots, s), slots), every=40)
         for u in loads
         for s in range(seeds)
     ]
