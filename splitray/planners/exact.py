@@ -167,9 +167,12 @@ class _Search:
         if (fits := _true(self.space, chosen)) is not None:
             self._offer(fits)
             return programs
+        most = 0.0
         for program, each, price in priced(self.space, chosen, Prices()):
-            programs[1:], self._price = [program], price
             self._offer(_true(self.space, each))
+            bound = each.cost - float(price @ self.space.memory_bytes)
+            if bound > most:  # the price under which the program says most about the memory that there is
+                most, programs[1:], self._price = bound, [program], price
         return programs
 
     def _beam(

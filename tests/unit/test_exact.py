@@ -25,7 +25,7 @@ from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 
 # layers, devices, head groups, blocks: as many as brute force can do in a moment
 SIZES = (
-    (1, 2, 4, 4), (1, 3, 4, 2), (1, 3, 3, 3), (2, 2, 3, 3), (2, 2, 4, 2), (2, 3, 2, 1), (2, 3, 1, 2), (3, 2, 2, 2),
+    (1, 2, 4, 4), (1, 3, 4, 2), (1, 3, 3, 3), (2, 2, 3, 3), (2, 2, 4, 2), (2, 3, 2, 1), (2, 3, 1, 1), (3, 2, 2, 2),
     (3, 2, 3, 1), (3, 3, 1, 1),
 )  # fmt: skip
 

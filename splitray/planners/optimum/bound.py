@@ -110,10 +110,12 @@ class Potentials:
                     for k in set(space.kinds)}  # fmt: skip
         value = self._mixed(value + work[first])
         history = [value]
+        onward = {k: [transfer[k][slot] for slot in self._slots] for k in transfer}  # [states, N] each
         for kind in space.kinds[1:]:
-            step = np.minimum(value[:, :, None] + transfer[kind][None], _FORBIDDEN)  # [E, N, N]
-            best = np.maximum.reduceat(step, self._first, axis=1).min(1)
-            value = self._mixed(best + work[kind])
+            step = np.full((len(rows), len(self._first), len(self._base)), -np.inf)
+            for slot, way in zip(self._slots, onward[kind], strict=True):
+                np.maximum(step, value[:, slot, None] + way, out=step)  # a state's best weighting
+            value = self._mixed(np.minimum(step.min(1), _FORBIDDEN) + work[kind])
             history.append(value)
         way = np.where(np.isfinite(space.exit_s), space.exit_s, _NONE)[self._holding][..., rows]  # [N, D, E]
         out = np.einsum("nd,nde->en", self._weight, np.where(self._weight[:, :, None] > 0, way, 0.0))
@@ -171,6 +173,9 @@ class Potentials:
         self._holding = self._p_owner[self._base]
         self._weight = self._p_weights[self._base]
         self._first = np.searchsorted(self._state, np.arange(len(states)))
+        # The k-th weighting of every state, its last one again where it has no more: much faster than reduceat.
+        num_weightings = np.bincount(self._state)
+        self._slots = [self._first + np.minimum(k, num_weightings - 1) for k in range(num_weightings.max())]
         label = np.array([states[k][0] for k in self._state])
         self._label, self._complete = label, label == free
         leads = np.array([[after[a, s] == b for b, s in states] for a in range(free + 1)])
