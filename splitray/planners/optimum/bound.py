@@ -50,7 +50,8 @@ class Potentials:
         for h in space.holdings:
             fair = unit[list(h.devices)].sum(0) / layer_s
             self._weightings.append([unit[d] for d in h.devices] + ([fair / fair.sum()] if len(h.devices) > 1 else []))
-        self._sets = _too_small(space)
+        self._upper = np.inf  # what is known to be reachable
+        self._sets = _sets_too_small(space)
         self._coupled: dict[tuple[bool, Way], float] = {}
         self._of_embedding = np.full(space.num_devices, _FORBIDDEN)  # the best bound so far of each
         self._of_embedding[space.embeddings] = -np.inf
@@ -89,8 +90,6 @@ class Potentials:
                         self._weightings[holding].append(weights)
             self._build()
         return min(self._upper, float(self._of_embedding.min()))
-
-    _upper = np.inf
 
     def lower_bound_s(self, price_s_per_byte: Floats | None = None) -> float:
         """The bound at one price of memory, [D], where that is the best so far of an embedding's device."""
@@ -250,7 +249,7 @@ class Potentials:
         return pairs
 
 
-def _too_small(space: Space) -> list[frozenset[int]]:
+def _sets_too_small(space: Space) -> list[frozenset[int]]:
     """Sets of devices whose memory cannot hold the model, small ones first."""
     needed = space.table_bytes + sum(
         p.count * p.piece_bytes for k in space.kinds for p in space.pieces(k) if not (k == "head" and space.tied)

@@ -13,7 +13,8 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Holding, Kind, Space
+from splitray.planners.optimum.patterns import Holding
+from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Kind, Space
 
 Step = tuple[int, tuple[Counts, ...]]
 

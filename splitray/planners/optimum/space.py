@@ -11,7 +11,7 @@ Shapes: S holdings, D devices. Times in seconds; -inf where nothing is sent.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -20,36 +20,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.arch import ModelArch
-from splitray.codecs import Codec
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes
+from splitray.planners.optimum.patterns import Holding, Messages, patterns
 from splitray.planners.protocol import ClusterState
-from splitray.route import BEST_BYTES, NORM_SUMS_BYTES, TOKEN_BYTES, Mode, SubBlock, crossing, message_bytes
-from splitray.topology import DeviceId, Topology
+from splitray.topology import DeviceId
 
 Floats = NDArray[np.float64]
 Counts = tuple[int, ...]
 Kind = Literal["attention", "ffn", "layer", "head"]
 Part = Literal["attention", "ffn", "head"]
-Messages = Sequence[tuple[int, int, int]]  # source, target, bytes
 Freedom = Literal["one_device", "layers", "heads", "all"]
 MISSING_S = 1e15  # what a boundary takes that needs a link which is not there
 MOST_SHARED = 5  # more devices than these are used for whole sub-blocks only
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """Who does a sub-block: device indices in order, and whether each of several does all of it."""
-
-    devices: tuple[int, ...]
-    replicated: bool = False
-
-    @property
-    def partitioned(self) -> bool:
-        """Whether several devices share it."""
-        return len(self.devices) > 1 and not self.replicated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +166,7 @@ class Space:
     @cached_property
     def _tables(self) -> dict[str, Floats]:
         """Every boundary of the space at once, each a max-plus matrix [D, D]."""
-        lists = _patterns(self.arch, self.topology, self.holdings, self.state.codec)
+        lists = patterns(self.arch, self.topology, self.holdings, self.state.codec)
         many = {"crossing": self.positions, "entry": self.positions, "inner": self.positions}
         every = [each for name in lists for each in lists[name]]
         times = np.concatenate([np.full(len(v), many.get(name, 1.0)) for name, v in lists.items()])
@@ -214,8 +198,8 @@ class Space:
     @cached_property
     def crosses(self) -> NDArray[np.bool_]:
         """Whether anything is sent from one holding to the next, [S, S]."""
-        patterns = _patterns(self.arch, self.topology, self.holdings, self.state.codec)["crossing"]
-        return np.array([bool(p) for p in patterns]).reshape(len(self.holdings), -1)
+        between = patterns(self.arch, self.topology, self.holdings, self.state.codec)["crossing"]
+        return np.array([bool(messages) for messages in between]).reshape(len(self.holdings), -1)
 
     def radio_s(self, where: Literal["crossing", "entry", "exit"]) -> Floats:
         """Seconds that each device sends or receives at a boundary: [S, S, D], [D, S, D] or [S, D, D]."""
@@ -300,50 +284,3 @@ class Space:
         flat = [x for each in shares[:-1] for x in each]
         layers = tuple(LayerPlacement(a, f) for a, f in zip(flat[::2], flat[1::2], strict=True))
         return Placement(layers, (ids[embedding],), shares[-1][0])
-
-
-_known_patterns: dict[Hashable, dict[str, list[Messages]]] = {}
-
-
-def _patterns(
-    arch: ModelArch, where: Topology, holdings: tuple[Holding, ...], codec: Codec
-) -> dict[str, list[Messages]]:
-    """Who sends how much to whom at every boundary; remembered, as it hardly changes while rates do."""
-    links = tuple((x.source, x.target) for x in where.links) if len(where.ids) < 3 else where  # no choice of a holder
-    key = (arch, where.ids, where.origin, links, holdings, codec)
-    if key not in _known_patterns:
-        if len(_known_patterns) > 64:
-            _known_patterns.clear()
-        _known_patterns[key] = _make_patterns(arch, where, holdings, codec)
-    return _known_patterns[key]
-
-
-def _make_patterns(
-    arch: ModelArch, where: Topology, holdings: tuple[Holding, ...], codec: Codec
-) -> dict[str, list[Messages]]:
-    ids = where.ids
-    index = {d: i for i, d in enumerate(ids)}
-
-    def block(h: Holding) -> SubBlock:
-        mode: Mode = "partitioned" if h.partitioned else "replicated" if h.replicated else "whole"
-        return SubBlock(0, "ffn", 0, tuple(ids[d] for d in h.devices), mode)
-
-    def between(here: Holding, there: Holding) -> Messages:
-        found = crossing(block(here), block(there), arch, where, codec)
-        return [(index[m.source], index[m.target], message_bytes(m, arch, codec=codec)) for m in found]
-
-    every, origin = range(len(ids)), index[where.origin]
-    return {
-        "crossing": [between(a, b) for a in holdings for b in holdings],
-        "entry": [between(Holding((e,)), b) for e in every for b in holdings],
-        "inner": [
-            [(a, b, NORM_SUMS_BYTES) for a in h.devices for b in h.devices if a != b] if h.partitioned else []
-            for h in holdings
-        ],
-        "best": [[(i, h.devices[0], BEST_BYTES) for i in h.devices[1:]] for h in holdings],
-        "token": [
-            [(h.devices[0], d, TOKEN_BYTES) for d in every if d in (e, origin) and d != h.devices[0]]
-            for h in holdings
-            for e in every
-        ],
-    }
