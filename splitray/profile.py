@@ -27,7 +27,7 @@ MEASURED = {
     "compute_flops": "a GEMM of 512 rows, float32",
     "bandwidth_bytes_per_s": "1 MiB frames through the wire code",
     "rtt_s": "frames of 3 KB through the wire code between devices that are awake",
-    "exchange_s": "what a decode step takes longer for each change of device, less rtt_s / 2 and bytes",
+    "exchange_s": "the way of 3 KB to a device that has slept while the sender read weights, less rtt_s / 2 and bytes",
 }
 
 

@@ -2,8 +2,8 @@
 
 The probes run the engine itself, because only that reads weights and wakes devices as the engine does. A wide and a
 narrow model, half of the layers on each of two devices, give a rate and a fixed cost for each sub-block. The wide one
-whole on every device at once gives what sharing a memory costs, and with each sub-block on the other device the cost of
-a hop: a device sleeps as long between two messages as it will in earnest, and finds its caches as cold.
+whole on every device at once gives what sharing a memory costs. A hop is timed between devices that read weights in
+turn: the receiver has slept, which makes it some three times the half of a ping between two that are awake.
 
 One device alone is no base for the others: it computes a tenth faster than two that take turns (16.0 against 17.4-17.9
 ms a token, whether they hand over 2 or 24 times), so it is predicted too slow by as much.
@@ -44,7 +44,7 @@ MOST_DEVICES = 16
 ROUNDS = 5
 _WIDE_LAYER_BYTES = 4 * 768 * (4 * 768 + 3 * 2048)
 _NEW_TOKENS, _FIRST = 24, 2  # the first tokens of a run find cold caches
-_PING_BYTES, _PINGS, _LARGE = 4 * 768, 1000, 50
+_PING_BYTES, _PINGS, _LARGE, _HOPS = 4 * 768, 1000, 50, 150
 
 
 def calibrate(
@@ -90,8 +90,13 @@ class Model:
     def token_s(self, placement: Placement, *, new_tokens: int = _NEW_TOKENS) -> float:
         """Time of a later token: the median of one run."""
         with self.start(placement) as engine:
-            arrivals = [time.perf_counter() for _ in engine.stream(list(PROMPT), Sampling(max_new_tokens=new_tokens))]
-        return statistics.median(np.diff(arrivals)[_FIRST:].tolist())
+            return token_s(engine, new_tokens)
+
+
+def token_s(engine: Engine, new_tokens: int = _NEW_TOKENS) -> float:
+    """Time of a later token of an engine: the median of one run."""
+    arrivals = [time.perf_counter() for _ in engine.stream(list(PROMPT), Sampling(max_new_tokens=new_tokens))]
+    return statistics.median(np.diff(arrivals)[_FIRST:].tolist())
 
 
 class Calibration:
@@ -114,16 +119,19 @@ class Calibration:
         self.links: dict[tuple[int, int], LinkSpeed] = {}
 
     def round(self) -> None:
-        """Run each probe once, and at first the small measurements of cores and links."""
+        """Run each probe, and at first the small measurements of cores and links."""
         if not self.cores:
             self._cores_and_links()
         ids = self.topology.ids
-        times = {
-            name: m.token_s(in_turn(m.arch, ids[:2])) for name, m in (("wide", self.wide), ("narrow", self.narrow))
-        }
+        times = {"narrow": self.narrow.token_s(in_turn(self.narrow.arch, ids[:2]))}
+        wide = [self.wide.token_s(in_turn(self.wide.arch, ids[:2]))]
         if len(ids) > 1:
-            times["copies"] = self.wide.token_s(everywhere(self.wide.arch, ids))
-            times["hops"] = self.wide.token_s(alternating(self.wide.arch, ids[0], ids[1]))
+            with self.wide.start(everywhere(self.wide.arch, ids)) as engine:
+                times["copies"] = token_s(engine)
+                hops = engine.hops(ids[0], ids[1], size=_PING_BYTES, rounds=_HOPS, cold_bytes=self.cold_bytes)
+            times["hop"] = statistics.median(hops)
+            wide.append(self.wide.token_s(in_turn(self.wide.arch, ids[:2])))
+        times["wide"] = statistics.fmean(wide)  # before and after what it is subtracted from
         self.rounds.append(times)
 
     def _cores_and_links(self) -> None:
@@ -141,8 +149,8 @@ class Calibration:
         middle = {name: statistics.median(r[name] for r in self.rounds) for name in self.rounds[0]}
         others, hop_s, more_s = len(self.topology.ids) - 1, 0.0, 0.0
         if others:
-            hop_s = self._more_s("hops", "wide") / (2 * self.wide.arch.num_layers - 2)
-            more_s = self._more_s("copies", "wide") + 2 * hop_s
+            hop_s = middle["hop"]
+            more_s = max(0.0, statistics.median(r["copies"] - r["wide"] for r in self.rounds) + 2 * hop_s)
         launch_s, s_per_byte = self._line(*(middle[name] - 2 * hop_s for name in ("wide", "narrow")))
         shared = 1 / (s_per_byte + more_s / others / self._work(self.wide)[1]) if others else None
         read = 1 / s_per_byte
@@ -158,9 +166,6 @@ class Calibration:
             cores=self.cores,
             links=self.links,
         )
-
-    def _more_s(self, probe: str, than: str) -> float:
-        return max(0.0, statistics.median(r[probe] - r[than] for r in self.rounds))
 
     def _line(self, wide_s: float, narrow_s: float) -> tuple[float, float]:
         """Fixed cost of a sub-block and time of a byte, of which both runs consist."""
@@ -190,12 +195,6 @@ def everywhere(arch: ModelArch, ids: Sequence[DeviceId]) -> Placement:
     """All layers on each of the devices, the ends on the first one."""
     layer = LayerPlacement(Shares.whole(arch.num_kv_heads, *ids), Shares.whole(arch.ffn_dim, *ids))
     return Placement((layer,) * arch.num_layers, (ids[0],), Shares.whole(arch.vocab, ids[0]))
-
-
-def alternating(arch: ModelArch, a: DeviceId, b: DeviceId) -> Placement:
-    """Every attention on `b`, every FFN and the ends on `a`: two hops a layer, and no two devices work at a time."""
-    layer = LayerPlacement(Shares.whole(arch.num_kv_heads, b), Shares.whole(arch.ffn_dim, a))
-    return Placement((layer,) * arch.num_layers, (a,), Shares.whole(arch.vocab, a))
 
 
 def partitioned(arch: ModelArch, ids: Sequence[DeviceId]) -> Placement:

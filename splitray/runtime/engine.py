@@ -297,12 +297,23 @@ class Engine:
 
     def echo(self, a: str, b: str, *, size: int, rounds: int) -> list[float]:
         """Round trips in seconds of frames of `size` bytes between two devices, through the wire code."""
+        times: list[float] = self._echo(a, b, size=size, rounds=rounds, cold_bytes=0)[a]["round_trip_s"]
+        return times
+
+    def hops(self, a: str, b: str, *, size: int, rounds: int, cold_bytes: int) -> list[float]:
+        """One-way times of such frames where each side reads weights, and the other one sleeps, in between."""
+        told = self._echo(a, b, size=size, rounds=rounds, cold_bytes=cold_bytes)
+        return [
+            (there_and_back - worked) / 2
+            for there_and_back, worked in zip(told[a]["round_trip_s"], told[b]["worked_s"], strict=True)
+        ]
+
+    def _echo(self, a: str, b: str, **order: int) -> dict[str, dict[str, Any]]:
         with self._lock:
             self._usable()
-            self._order(a, "echo", {"peer": b, "size": size, "rounds": rounds, "first": True})
-            self._order(b, "echo", {"peer": a, "size": size, "rounds": rounds, "first": False})
-            times: list[float] = self._replies({a, b})[a]["round_trip_s"]
-            return times
+            self._order(a, "echo", {"peer": b, "first": True, **order})
+            self._order(b, "echo", {"peer": a, "first": False, **order})
+            return self._replies({a, b})
 
     def speeds(self, device: str, *, cold_bytes: int) -> dict[str, float]:
         """How fast a device multiplies and copies while the others sleep; see runtime/speed.py."""

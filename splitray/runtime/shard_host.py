@@ -28,7 +28,7 @@ from splitray.runtime.crossing import Crossing, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.listener import Listener, dial
 from splitray.runtime.messages import DecodeOrder, LoadOrder, StepOrder, error_to_plain
-from splitray.runtime.speed import speeds
+from splitray.runtime.speed import cold_ffn, speeds
 from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
 
 CALLER = "caller"
@@ -266,22 +266,36 @@ class ShardHost:
         with contextlib.suppress(DeviceLost):  # the other peers notice the closed connection themselves
             self.crossing.stop()
 
-    def _echo(self, peer: str, size: int, rounds: int, first: bool) -> dict[str, Any]:
-        """Round trips with a peer of the frames that decoding sends: what the bench calls an exchange."""
+    def _echo(self, peer: str, size: int, rounds: int, first: bool, cold_bytes: int) -> dict[str, Any]:
+        """Round trips with a peer of the frames that decoding sends: what the bench calls an exchange.
+
+        With `cold_bytes` each side reads weights before it sends, so that the other one falls asleep, as it decodes.
+        """
         row = np.zeros(size // 4, np.float32)
+        work = cold_ffn(cold_bytes)[0] if cold_bytes else None
         self.wire.begin(self.wire.attempt + 1)
-        times = []
+        times, worked = [], []
+
+        def read_weights() -> None:
+            if work is not None:
+                begin = time.perf_counter()
+                work()
+                worked.append(time.perf_counter() - begin)
+
         for i in range(rounds):
             self.crossing.step = Step(0, self.wire.epoch, self.wire.attempt, i, 1)
+            if first:
+                read_weights()
             start = time.perf_counter()
             if first:
                 self.crossing.send_row(peer, 0, row)
             row = self.crossing.receive_row(peer, 0)
             if not first:
+                read_weights()
                 self.crossing.send_row(peer, 0, row)
                 self.wire.flush()  # a large frame does not leave at once, and nothing else waits for the last one
             times.append(time.perf_counter() - start)
-        return {"round_trip_s": times if first else []}
+        return {"round_trip_s": times, "worked_s": worked}
 
     def _stats(self) -> dict[str, Any]:
         process = psutil.Process()

@@ -26,24 +26,29 @@ def speeds(*, cold_bytes: int, seconds: float = SECONDS) -> dict[str, float]:
         cold_bytes: what the GEMV cycles through; several times the cache, so that weights come from memory.
         seconds: for each rate.
     """
-    wide, narrow = (_HIDDEN, 2 * _COLUMNS), (_COLUMNS, _HIDDEN)  # gate and up, then down: one FFN
-    pair_bytes = 4 * (wide[0] * wide[1] + narrow[0] * narrow[1])
-    pairs = [(_matrix(*wide), _matrix(*narrow)) for _ in range(max(1, cold_bytes // pair_bytes))]
-    row, hidden = np.ones(_HIDDEN, np.float32), np.ones(_COLUMNS, np.float32)
-    turn = itertools.cycle(pairs)
+    gemv, gemv_bytes = cold_ffn(cold_bytes)
+    prompt, weight = _matrix(_ROWS, _HIDDEN), _matrix(_HIDDEN, 2 * _COLUMNS)
+    source, target = (_matrix(1, _COPIED_BYTES // 4) for _ in range(2))
+    return {
+        "gemv_bytes_per_s": gemv_bytes / _median_s(gemv, seconds),
+        "gemm_flops_per_s": 2 * _ROWS * weight.size / _median_s(lambda: prompt @ weight, seconds),
+        "copy_bytes_per_s": _COPIED_BYTES / _median_s(lambda: np.copyto(target, source), seconds),
+    }
 
-    def gemv() -> None:
+
+def cold_ffn(cold_bytes: int) -> tuple[Callable[[], None], int]:
+    """One row through the matrices of an FFN, other ones each time; and the bytes that it reads."""
+    wide, narrow = (_HIDDEN, 2 * _COLUMNS), (_COLUMNS, _HIDDEN)  # gate and up, then down
+    num_bytes = 4 * (wide[0] * wide[1] + narrow[0] * narrow[1])
+    turn = itertools.cycle([(_matrix(*wide), _matrix(*narrow)) for _ in range(max(1, cold_bytes // num_bytes))])
+    row, hidden = np.ones(_HIDDEN, np.float32), np.ones(_COLUMNS, np.float32)
+
+    def work() -> None:
         up, down = next(turn)
         row @ up
         hidden @ down
 
-    prompt, weight = _matrix(_ROWS, _HIDDEN), pairs[0][0]
-    source, target = (_matrix(1, _COPIED_BYTES // 4) for _ in range(2))
-    return {
-        "gemv_bytes_per_s": pair_bytes / _median_s(gemv, seconds),
-        "gemm_flops_per_s": 2 * _ROWS * wide[0] * wide[1] / _median_s(lambda: prompt @ weight, seconds),
-        "copy_bytes_per_s": _COPIED_BYTES / _median_s(lambda: np.copyto(target, source), seconds),
-    }
+    return work, num_bytes
 
 
 def _matrix(rows: int, columns: int) -> Array:
