@@ -332,13 +332,14 @@ def exchange(
     for s in map(int, np.flatnonzero(senders)):
         for group, targets in rates.groups[s]:
             begin, busy = finish[:, s], transfer_s[:, s, targets]
+            mine = sends[:, s, targets]
             if group >= 0:
                 begin = np.maximum(begin, medium_free.get(group, begin))
             end = begin[:, None] + np.cumsum(busy, axis=1)
-            if group >= 0:
-                medium_free[group] = end[:, -1]
+            if group >= 0:  # taken only where this device sends: instances differ
+                before = medium_free.get(group, np.full(len(begin), -np.inf))
+                medium_free[group] = np.where(mine.any(1), end[:, -1], before)
             end = np.maximum(end, free[:, targets] + busy)
-            mine = sends[:, s, targets]
             free[:, targets] = np.where(mine, end, free[:, targets])
             came = np.where(mine, end + rates.latency_s[:, s, targets], -np.inf)
             arrival[:, targets] = np.maximum(arrival[:, targets], came)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from splitray import __version__
 from splitray.evaluate import Options, Tell
 from splitray.evaluate.clusters import boards, gaps_to_optimum, many_devices
 from splitray.evaluate.traces import (
@@ -53,7 +53,7 @@ def run(options: Options, tell: Tell) -> Report:
     return Report(
         title="Planners side by side",
         facts={
-            "splitray": __version__,
+            "splitray": version("splitray"),
             "suite": "planners",
             "traces": ", ".join(dict.fromkeys(t for c in cells for t, _ in c.outcomes)),
             "arrivals": options.arrivals or f"Poisson, {LOAD} of what a static cut serves, 128 + 64 tokens on average",

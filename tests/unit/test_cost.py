@@ -264,3 +264,12 @@ def test_an_outage_takes_for_ever() -> None:
     rates = Rates.of(where)
     down = replace(rates, link_bytes_per_s=np.zeros_like(rates.link_bytes_per_s))
     assert np.isinf(step_cost(load_of(placement, SMALL, where), down, context_tokens=1).cycle_s[0])
+
+
+def test_instances_side_by_side_do_not_take_each_others_turn_on_a_medium() -> None:
+    where = topology(4, np.random.default_rng(3), media=1)
+    placements = [make_planner("random", seed=s).propose(ClusterState(arch=SMALL, topology=where)) for s in range(12)]
+    loads = [load_of(p, SMALL, where) for p in placements]
+    together = step_cost(Load.stack(loads), Rates.of(where), context_tokens=9).cycle_s
+    alone = [float(step_cost(x, Rates.of(where), context_tokens=9).cycle_s[0]) for x in loads]
+    assert together == pytest.approx(alone, rel=1e-12)
