@@ -39,6 +39,8 @@ class CheckedPlanner:
     """It decides at the start of a run, and again only where a device of its placement is gone."""
     heeds_queues: bool = False
     """Its proposal depends on more than rates, context and the current placement."""
+    charges_moves: bool = False
+    """It weighs itself what a move costs; for others the executor asks whether a move pays."""
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`."""
@@ -56,6 +58,7 @@ class _Entry:
     space: Freedom = "all"
     once: bool = False
     heeds_queues: bool = False
+    charges_moves: bool = False
 
     @property
     def argument(self) -> Literal["none", "needed", "optional"]:
@@ -127,9 +130,9 @@ _PLANNERS = {
     "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp, "layers"),
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
     "exact": _Entry("exact", lambda _, __: Exact()),
-    "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True),
-    "myopic": _Entry("myopic[:as_coded|max|weighted]", _myopic, "heads"),
-    "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True),
+    "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True, charges_moves=True),
+    "myopic": _Entry("myopic[:as_coded|max|weighted]", _myopic, "heads", charges_moves=True),
+    "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True, charges_moves=True),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed)), once=True),
 }
 PLANNER_USAGES = tuple(entry.usage for entry in _PLANNERS.values())
@@ -164,4 +167,6 @@ def make_planner(spec: str, *, seed: int = 0) -> CheckedPlanner:
             actual=repr(spec),
             remedy=f"write {entry.usage}",
         )
-    return CheckedPlanner(spec, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues)
+    return CheckedPlanner(
+        spec, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues, entry.charges_moves
+    )

@@ -21,23 +21,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splitray.cost import CostModel
+from splitray.errors import TopologyError
 from splitray.placement import Placement
 from splitray.planners.exact import priced, simple, too_small
+from splitray.planners.memory import shortfall
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.space import MISSING_S, Space
+from splitray.planners.pay_back import moving_s
 from splitray.planners.protocol import ClusterState
 from splitray.route import compile_route
 
 
 @dataclass(frozen=True, slots=True)
 class DriftPlusPenalty:
-    """One slot at a time; migration is not charged, as nothing of the next slot is known.
+    """One slot at a time; it moves where the tokens of an interval save more than the move costs.
 
     Args:
         v: weight of a joule (and of a relative perplexity) against a token that waits for a slot.
+        staged: weights lie on every device, so that only the KV moves.
     """
 
     v: float = 0.0
+    staged: bool = True
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where nothing fits into memory."""
@@ -46,13 +51,25 @@ class DriftPlusPenalty:
         fitting = [chosen] if _fits(space, chosen) else []
         if fitting and not space.rates.shares_memory:
             # No slower than one device or one cut: those chains are in the program, which prices them truly.
-            return space.placement(chosen.path, chosen.embedding)
+            return self._paid_for(space.placement(chosen.path, chosen.embedding), state, prices)
         if not fitting:
             fitting = [each for _, each, _ in priced(space, chosen, prices, state.request) if _fits(space, each)]
         candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in fitting), *simple(space)]
         if not candidates:
             raise too_small(space)
-        return min(candidates, key=lambda placement: cost_of(placement, state, prices))
+        best = min(candidates, key=lambda placement: cost_of(placement, state, prices))
+        return self._paid_for(best, state, prices)
+
+    def _paid_for(self, best: Placement, state: ClusterState, prices: Prices) -> Placement:
+        """The best placement if what the interval's tokens save pays for the way there, else the current one."""
+        if state.current is None or state.current == best or shortfall(state.current, state):
+            return best
+        try:
+            saved = cost_of(state.current, state, prices) - cost_of(best, state, prices)
+        except TopologyError:  # a link is down that the current one needs
+            return best
+        moving = prices.per_second * moving_s(state.current, best, state, staged=self.staged)[0]
+        return best if state.interval_tokens * saved > moving else state.current
 
     def prices(self, state: ClusterState) -> Prices:
         """What a second, a joule and a loss weigh in this slot; idling is paid by the second."""

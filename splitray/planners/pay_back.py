@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from splitray.cost import Load, Rates, load_of, step_cost
+import math
+
+from splitray.cost import CostModel, Load, Rates, load_of, step_cost
+from splitray.errors import TopologyError
 from splitray.migration import delay_s, diff
 from splitray.placement import Placement
 from splitray.planners.memory import shortfall
 from splitray.planners.protocol import ClusterState
+
+
+def moving_s(old: Placement, new: Placement, state: ClusterState, *, staged: bool) -> tuple[float, bool]:
+    """Seconds until the new placement generates, and whether by replaying the tokens instead of sending their KV.
+
+    Replaying is a prompt of all cached tokens in the new place; it needs the weights there. Infinite where a link is
+    down that either way needs.
+    """
+    cached = state.context_tokens if state.cached_tokens is None else state.cached_tokens
+    send_s = delay_s(diff(old, new, state.arch, cached), state.topology, staged=staged)
+    if not cached or not staged:
+        return send_s, False
+    try:
+        replay_s = CostModel(state.arch, state.topology, codec=state.codec).ttft_s(new, prompt_tokens=cached)
+    except TopologyError:
+        return send_s, False
+    return min(send_s, replay_s), replay_s < send_s
 
 
 def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, staged: bool) -> Placement:
@@ -16,17 +36,19 @@ def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, st
 
     Args:
         fresh: the proposal.
-        state: now; its current placement and its context are what moves.
+        state: now; its current placement and its cached tokens are what moves.
         end: the state at the end of the interval; a current placement that will not fit by then has to go.
         staged: weights lie on every device, so that only the KV moves.
     """
     if state.current is None or state.current == fresh or shortfall(state.current, end):
         return fresh
     where, context = state.topology, max(1, state.context_tokens)
-    both = Load.stack([load_of(p, state.arch, where, codec=state.codec) for p in (state.current, fresh)])
+    try:
+        both = Load.stack([load_of(p, state.arch, where, codec=state.codec) for p in (state.current, fresh)])
+    except TopologyError:  # a link is down that one of them needs: that is not for planners to wait for
+        return fresh
     before, after = step_cost(both, Rates.of(where), context_tokens=context).cycle_s
     saved_s = state.interval_tokens * float(before - after)
-    if not saved_s > 0:
+    if not saved_s > 0 or math.isinf(after):
         return state.current
-    moves = diff(state.current, fresh, state.arch, state.context_tokens)
-    return fresh if saved_s > delay_s(moves, state.topology, staged=staged) else state.current
+    return fresh if saved_s > moving_s(state.current, fresh, state, staged=staged)[0] else state.current

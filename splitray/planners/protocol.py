@@ -26,7 +26,8 @@ class ClusterState:
     """Everything a planner may look at; it goes in as an argument and nothing else does.
 
     `context_tokens` are the tokens whose KV cache must fit beside the weights, summed over the sequences of a
-    batch. `current` is the active placement, None before the first one. `interval_tokens` are the tokens until the
+    batch. `current` is the active placement, None before the first one, and `cached_tokens` are in its KV cache now
+    (None: all of the context). `interval_tokens` are the tokens until the
     next decision, over which a migration must pay. `average` is the topology with the mean rates of the whole run,
     for planners that decide once; None where nothing is known but the present. `request` is the mean request, from
     which a planner may price prompts beside the later tokens. `codec` is how partials travel, and
@@ -37,6 +38,7 @@ class ClusterState:
     topology: Topology
     context_tokens: int = 0
     current: Placement | None = None
+    cached_tokens: int | None = None
     interval_tokens: int = 64
     slot_s: float = 1.0
     queues: QueueState = QueueState()

@@ -1,9 +1,9 @@
 """The one executor of planners under the virtual clock: each decides slot by slot, and pays for what it moves.
 
 All cases run side by side in one `Simulator`. At the beginning of a slot a planner sees that slot's rates, the queues
-and its own placement. A move stops its line for the time that `migration.delay_s` says; a move over a missing link
-does not happen. What does not fit at the present context gives up the request that it serves, as a device that runs
-out of memory would.
+and its own placement. A move takes the cheaper of sending the KV, which stops its line, and replaying its tokens in the
+new place (`planners/pay_back.py`); it happens only where it pays, by the planner's own weighing or else by time. What
+does not fit at the present context gives up the request that it serves, as a device that runs out of memory would.
 
 Shapes: N cases, T slots, D devices, L layers.
 """
@@ -21,9 +21,10 @@ from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.cost import Load, Rates, load_of
 from splitray.errors import InputError
-from splitray.migration import delay_s, diff, moved_bytes
+from splitray.migration import diff, moved_bytes
 from splitray.placement import LayerPlacement, Placement, weight_bytes
 from splitray.planners import CheckedPlanner, ClusterState, make_planner
+from splitray.planners.pay_back import keep_or_move, moving_s
 from splitray.planners.protocol import Learner
 from splitray.planners.whole import layers_on
 from splitray.queues import QueueState, SlotOutcome, advance
@@ -61,6 +62,7 @@ class _Line:
     migrations: int = 0
     migration_bytes: int = 0
     migration_s: float = 0.0
+    replays: int = 0
     records: list[tuple[float, ...]] = field(default_factory=list)
     shares: list[Floats] = field(default_factory=list)
 
@@ -170,6 +172,8 @@ class _Arena:
         if due and not (line.planner.once and whole):
             state = self._state(i, line, topology)
             proposal = self._propose(line, state)
+            if proposal is not None and state.current is not None and not line.planner.charges_moves:
+                proposal = keep_or_move(proposal, state, state, staged=self.scenarios[i].staged)
             if proposal is not None and proposal != current:
                 self._move(i, line, state, proposal, free=current is None or not whole)
         self._up[i] = line.placement is not None and here.issuperset(line.placement.devices)
@@ -183,6 +187,7 @@ class _Arena:
             current = None
         return ClusterState(
             arch=scenario.arch, topology=topology, context_tokens=context, current=current,
+            cached_tokens=int(simulator.context_tokens[i]) if simulator.serving[i] else 0,
             interval_tokens=scenario.interval_tokens, slot_s=scenario.slot_s, queues=line.queues,
             average=scenario.average, request=scenario.shape, codec=scenario.codec, accuracy=scenario.accuracy,
         )  # fmt: skip
@@ -190,6 +195,8 @@ class _Arena:
     def _propose(self, line: _Line, state: ClusterState) -> Placement | None:
         """What the planner says, or said to the very same state; None where it finds nothing."""
         key = state if line.planner.heeds_queues else replace(state, queues=QueueState())
+        if not line.planner.charges_moves:
+            key = replace(key, cached_tokens=None, current=None)
         if line.last is not None and line.last[0] == key and not isinstance(line.planner.planner, Learner):
             return line.last[1]
         started = time.perf_counter()
@@ -211,16 +218,17 @@ class _Arena:
             line.refusal = error
             return
         if not free and line.placement is not None:
-            context = int(self.simulator.context_tokens[i]) if self.simulator.serving[i] else 0
-            moves = diff(line.placement, new, self.arch, context)
-            seconds = delay_s(moves, state.topology, staged=scenario.staged)
+            seconds, replay = moving_s(line.placement, new, state, staged=scenario.staged)
             if not np.isfinite(seconds):
                 return
-            num_bytes = moved_bytes(moves, staged=scenario.staged)
             line.migrations += 1
-            line.migration_bytes += num_bytes
-            if num_bytes:
-                line.migration_s += seconds
+            line.migration_s += seconds
+            if replay:
+                line.replays += 1
+                self.simulator.lose_cache(i)
+            else:
+                moves = diff(line.placement, new, self.arch, state.cached_tokens or 0)
+                line.migration_bytes += moved_bytes(moves, staged=scenario.staged)
                 self.simulator.pause(i, seconds)
         line.placement = new
         if scenario.accuracy is not None:
@@ -268,7 +276,8 @@ class _Arena:
             backlog_tokens=records[:, 0], backlog_requests=records[:, 1], tpot_s=records[:, 2],
             accuracy_loss=records[:, 3], energy_j=records[:, 4:], edge_share=np.array(line.shares),
             decisions_s=np.array(line.decisions_s), migrations=line.migrations,
-            migration_bytes=line.migration_bytes, migration_s=line.migration_s, refusal=line.refusal,
+            migration_bytes=line.migration_bytes, migration_s=line.migration_s, replays=line.replays,
+            refusal=line.refusal,
         )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class Outcome:
     migrations: int
     migration_bytes: int
     migration_s: float
+    replays: int
     refusal: InputError | None
 
     @property
@@ -119,6 +120,7 @@ class Outcome:
             "migrations": self.migrations,
             "migration_bytes": self.migration_bytes,
             "migration_s": self.migration_s,
+            "replays": self.replays,
             "decision_s": float(self.decisions_s.mean()) if len(self.decisions_s) else 0.0,
             "decisions": len(self.decisions_s),
             "requests": {

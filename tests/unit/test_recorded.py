@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from splitray.catalog import architecture
-from splitray.evaluate.traces import LOAD, edge_and_cloud
+from splitray.evaluate.traces import edge_and_cloud
 from splitray.sim.arena import Case, run
 from splitray.sim.network import arrivals, links_varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, edge_cloud_links
-from splitray.simulate import service_s
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("SPLITRAY_TRACES", ROOT.parent / "shared" / "data" / "traces"))
@@ -43,7 +42,7 @@ def outcomes() -> dict[tuple[str, str], list[tuple[Outcome, ...]]]:
     for edge in ("jetson-orin-nx-16gb", "raspberry-pi-5"):
         for holds in ("none", "embedding_and_head"):
             arch, where = architecture("gpt2-xl"), edge_and_cloud(edge, holds)
-            line = arrivals(None, SLOTS, LOAD / service_s(arch, where, "static_cut"), np.random.default_rng(1))
+            line = arrivals("poisson:0.08", SLOTS, 1.0, np.random.default_rng(1))
             cases = []
             for i, spec in enumerate(traces()):
                 rates = links_varied(
