@@ -1,6 +1,7 @@
-"""Suites that measure this machine: `engine` against one-thread transformers, in one run, interleaved; `predicted`.
+"""Suites that measure this machine: `engine` against one-thread transformers, in one run, interleaved; and two more.
 
-`predicted` holds the cost model against the engine (profiling/predicted.py); what follows is of `engine`.
+`predicted` holds the cost model against the engine (profiling/predicted.py), `simulator` times the virtual clock
+(sim/speed.py); what follows is of `engine`.
 
 Figures of parallel processes mean something only while nothing else runs: the load before the run is in the result.
 CPU seconds and bytes are solid in any weather. Every ratio is speed over one-thread transformers.generate.
@@ -28,7 +29,7 @@ from splitray.topology import Topology
 if TYPE_CHECKING:
     from splitray.runtime.engine import Engine, RunReport
 
-SUITES = ("engine", "predicted")
+SUITES = ("engine", "predicted", "simulator")
 MODELS = (BENCH_110M, BENCH_190M)
 _ROUNDS, _NEW_TOKENS, _PROMPT_TOKENS, _PREFILL_TOKENS = 5, 48, 16, 512
 _IDLE_S, _ECHO_ROUNDS = 3.0, 3000
@@ -50,6 +51,10 @@ def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -
         from splitray.profiling.predicted import predicted
 
         result, table = predicted(BENCH_110M, progress=_say), _predicted_table
+    elif suite == "simulator":
+        from splitray.sim.speed import simulator_speed
+
+        result, table = {**simulator_speed(), "machine": machine()}, _simulator_table
     else:
         result, table = _engine(), _table
     text = jsonlib.dumps(result, indent=2)
@@ -303,3 +308,17 @@ def _predicted_table(result: dict[str, Any]) -> None:
     console.print(f"median error             {result['median_error']:.1%}")
     console.print(f"worst error              {result['worst_error']:.1%}")
     console.print(f"load before the run      {result['machine']['load_before']:.2f}")
+
+
+def _simulator_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for instances, rate in result["slots_per_s"].items():
+        console.print(f"{rate:,.0f} slots a second, 32 layers on two devices, {instances} side by side")
+    for r in result["many_devices"]:
+        console.print(
+            f"{r['devices']} devices, {r['tokens']:,} tokens: {r['seconds']:.0f} s; {r['decisions']:,} decisions of "
+            f"{r['decision_s'] * 1e3:.1f} ms, {r['decision_share_of_token']:.1%} of a token, {r['moves']:,} moves"
+        )
+    console.print(f"load before the run {result['machine']['load_before']:.2f}")

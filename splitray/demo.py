@@ -19,21 +19,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from splitray.arch import ModelArch
 from splitray.errors import DeviceLost, InputError
 from splitray.local_ray import private_ray, served
 from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.profiling.choice import Choice, choose
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import placement_picture
 from splitray.report.progress import progress
-from splitray.report.quantities import bytes_text
+from splitray.report.quantities import bytes_text, seconds_text
 from splitray.report.run import run_document, run_table
 from splitray.topology import Topology
 
 PROMPT = "Return the"
 NEW_TOKENS = 48
+PLANNER = "exact"
 IDENTICAL = "tokens identical to transformers"
 _MODEL_NAME = "demo"
 _ANSWER_S = 60.0
@@ -109,6 +112,7 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         stats = _get(url, "/v1/stats")
         with progress(console, "Stopping Serve and Ray"):
             stack.close()
+    choices = _planned(console, Path(folder), placement, topology)
     (reference,) = references
     problem = difference(answer, reference)
     run_facts = {**stats["run"], "ttft_s": answer.ttft_s, "tpot_s": answer.tpot_s}
@@ -125,6 +129,16 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         ),
         "identical": problem is None,
         "difference": problem,
+        "planners": [
+            {
+                "name": c.name,
+                "predicted_tpot_s": c.predicted_s,
+                "measured_tpot_s": c.measured_s,
+                "error": c.error,
+                "placement": c.placement.to_document(),
+            }
+            for c in choices
+        ],
         "placement": placement.to_document(),
         "duration_s": round(time.monotonic() - started, 1),
     }
@@ -136,6 +150,23 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         _say(console, f"{out / 'demo.json'}, placement.txt and placement.svg beside it\n")
     _say(console, problem or IDENTICAL, "bold green" if problem is None else "bold red")
     return document
+
+
+def _planned(console: Console, folder: Path, shown: Placement, topology: Topology) -> list[Choice]:
+    """What `exact` would do on this machine, beside the placement that was shown; predicted and measured."""
+    with progress(console, "Measuring this machine for the planner") as tell:
+        choices = choose(folder, PLANNER, {"the placement above": shown}, progress=lambda what: tell(what.capitalize()))
+    chosen = choices[0].placement.devices
+    where = f"everything on {chosen[0]}" if len(chosen) == 1 else f"pieces on {', '.join(chosen)}"
+    _say(console, f"Planner {PLANNER} would put {where}. Two processes of this machine, a later token:\n")
+    table = Table(box=None, show_header=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("", "predicted", "measured", "error"):
+        table.add_column(name, justify="left" if not name else "right")
+    for c in choices:
+        table.add_row(c.name, seconds_text(c.predicted_s), seconds_text(c.measured_s), f"{c.error:+.0%}")
+    console.print(table)
+    _say(console, "")
+    return choices
 
 
 def _actors(url: str, topology: Topology) -> str:

@@ -17,6 +17,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,9 +49,20 @@ _PING_BYTES, _PINGS, _LARGE, _HOPS = 4 * 768, 1000, 50, 150
 
 
 def calibrate(
-    num_devices: int = 2, *, rounds: int = ROUNDS, progress: Callable[[str], None] = lambda _: None
+    num_devices: int = 2,
+    *,
+    rounds: int = ROUNDS,
+    like: ModelArch | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Measure this machine as `num_devices` device processes; half a minute, on an otherwise idle machine.
+
+    Args:
+        num_devices: processes.
+        rounds: of the probes.
+        like: a llama-like model for which the profile is meant. Its probes have its shape, so that weights which fit
+            into a cache are read from there; without, they are so large that weights come from memory.
+        progress: told what is done.
 
     Raises:
         InputError: fewer than one device, or more than `MOST_DEVICES`.
@@ -62,7 +74,7 @@ def calibrate(
     topology = Topology.uniform(num_devices)
     with TemporaryDirectory(prefix="splitray-profile-") as folder, KeptFleet(topology.devices) as fleet:
         progress("writing random weights")
-        calibration = Calibration(fleet, topology, Path(folder))
+        calibration = Calibration(fleet, topology, Path(folder), like=like)
         for i in range(rounds):
             progress(f"round {i + 1} of {rounds}")
             calibration.round()
@@ -102,17 +114,27 @@ def token_s(engine: Engine, new_tokens: int = _NEW_TOKENS) -> float:
 class Calibration:
     """Probe runs of a fleet, in rounds: a shared machine's speed drifts within a minute, so each round sees it all."""
 
-    def __init__(self, fleet: Fleet, topology: Topology, folder: Path) -> None:
-        """Write the two models. The wide one does not fit into the cache, several times over."""
+    def __init__(self, fleet: Fleet, topology: Topology, folder: Path, *, like: ModelArch | None = None) -> None:
+        """Write the two models. Without `like` the wide one does not fit into the cache, several times over."""
         self.topology = topology
-        self.cold_bytes = 4 * cache_bytes()
-        layers = min(24, max(12, -(-self.cold_bytes // _WIDE_LAYER_BYTES)))
-        wide = RandomLlama(
-            name="wide", layers=layers, hidden=768, heads=12, kv_heads=12, ffn=2048, vocab=512, tied=False
-        )
-        narrow = RandomLlama(
-            name="narrow", layers=24, hidden=768, heads=2, kv_heads=2, ffn=256, vocab=512, tied=False, head_dim=64
-        )
+        if like is None:
+            self.cold_bytes = 4 * cache_bytes()
+            layers = min(24, max(12, -(-self.cold_bytes // _WIDE_LAYER_BYTES)))
+            wide = RandomLlama(
+                name="wide", layers=layers, hidden=768, heads=12, kv_heads=12, ffn=2048, vocab=512, tied=False
+            )
+            narrow = RandomLlama(
+                name="narrow", layers=24, hidden=768, heads=2, kv_heads=2, ffn=256, vocab=512, tied=False, head_dim=64
+            )
+        else:
+            self.cold_bytes = like.weight_bytes(like.num_params) // len(topology.ids)
+            wide = RandomLlama(
+                name="wide", layers=like.num_layers, hidden=like.hidden_dim, heads=like.num_heads,
+                kv_heads=like.num_kv_heads, ffn=like.ffn_dim, vocab=like.vocab, tied=like.tied_embeddings,
+                head_dim=like.head_dim,
+            )  # fmt: skip
+            narrow = replace(wide, name="narrow", layers=2 * like.num_layers, heads=like.heads_per_group, kv_heads=1,
+                             ffn=max(1, like.ffn_dim // 8), vocab=max(64, like.vocab // 8))  # fmt: skip
         self.wide, self.narrow = (Model(m, folder, fleet, topology) for m in (wide, narrow))
         self.rounds: list[dict[str, float]] = []
         self.cores: list[CoreSpeed] = []

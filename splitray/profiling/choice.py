@@ -1,0 +1,83 @@
+"""What a planner chooses for a model on this machine: predicted after a short calibration, then run and measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from splitray.cost import CostModel
+from splitray.placement import Placement
+from splitray.planners import ClusterState, make_planner
+from splitray.profiling.calibration import PROMPT, Calibration, token_s
+from splitray.runtime.engine import Engine
+from splitray.runtime.kept_fleet import KeptFleet
+from splitray.runtime.launch import read_model
+from splitray.topology import Topology
+
+_NEW_TOKENS, _RUNS = 48, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One placement on device processes of this machine: a later token as predicted and as measured (a median)."""
+
+    name: str
+    placement: Placement
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was measured."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def choose(
+    model: Path,
+    planner: str,
+    others: Mapping[str, Placement],
+    *,
+    num_devices: int = 2,
+    rounds: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Choice]:
+    """Calibrate on random models of this one's shape, let the planner choose, and run its choice and the others.
+
+    Args:
+        model: folder of a llama-like model.
+        planner: by name.
+        others: placements to compare with, on devices named as `Topology.uniform` does.
+        num_devices: processes.
+        rounds: of the calibration.
+        progress: told what is done.
+
+    Raises:
+        DeviceLost: a device did not come up or died.
+    """
+    where = Topology.uniform(num_devices)
+    arch, layout, lean = read_model(model)
+    with TemporaryDirectory(prefix="splitray-choice-") as folder, KeptFleet(where.devices) as fleet:
+        progress("measuring this machine")
+        calibration = Calibration(fleet, where, Path(folder), like=arch)
+        for _ in range(rounds):
+            calibration.round()
+        measured = calibration.profile().topology()
+        context = len(PROMPT) + _NEW_TOKENS
+        chosen = make_planner(planner).propose(ClusterState(arch=arch, topology=measured, context_tokens=context))
+        cost = CostModel(arch, measured)
+        found = []
+        for name, placement in {planner: chosen, **others}.items():
+            progress(f"running the placement of {name}")
+            with Engine(
+                fleet=fleet, model_path=model, arch=arch, layout=layout, topology=where, placement=placement,
+                lean=lean, pin=True,
+            ) as engine:  # fmt: skip
+                times = [token_s(engine, _NEW_TOKENS) for _ in range(_RUNS)]
+            predicted_s = cost.tpot_s(placement, context_tokens=len(PROMPT) + _NEW_TOKENS / 2)
+            found.append(
+                Choice(name=name, placement=placement, predicted_s=predicted_s, measured_s=statistics.median(times))
+            )
+    return found
