@@ -1,0 +1,1 @@
+"""Learned planners: placements as arrays, environments, and what trains on them."""
