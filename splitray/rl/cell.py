@@ -1,0 +1,113 @@
+"""One cell of a comparison: an edge device, a model, a link, what the origin holds, and what never changes in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.arch import ModelArch
+from splitray.catalog import architecture, device_values
+from splitray.cost import CostModel, Rates, load_of, prompt_s, step_cost
+from splitray.planners.protocol import ClusterState, RequestShape
+from splitray.planners.whole import whole_on
+from splitray.topology import DeviceId, Topology, parse_topology
+
+Floats = NDArray[np.float64]
+EDGE_DEVICE, CLOUD_DEVICE = 0, 1  # in the topology's order
+USUAL = RequestShape(128.0, 64.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Names: `edge` and `link` of the catalogue, `model` of an architecture; `holds` is the topology's origin_holds."""
+
+    edge: str
+    model: str
+    holds: Literal["none", "embedding", "embedding_and_head"] = "none"
+    link: str = "lte"
+
+    @property
+    def name(self) -> str:
+        """One line for a table."""
+        return f"{self.edge} {self.model} {self.holds} {self.link}"
+
+    @cached_property
+    def arch(self) -> ModelArch:
+        """The decoder's counts."""
+        return architecture(self.model)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """The edge device and an A100 that it shares with others."""
+        return parse_topology(
+            {
+                "origin_holds": self.holds,
+                "devices": [
+                    {"id": "edge", "tier": "edge", **device_values(self.edge)},
+                    {"id": "cloud", "tier": "cloud", **device_values("a100-80gb")},
+                ],
+                "links": [{"between": ["edge", "cloud"], "catalog": self.link}],
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """The whole model on one device of an idle topology, but for what is pinned: seconds of a token and of a prompt."""
+
+    token_s: float
+    prompt_s: float
+    token_j: float
+    kv_bytes_per_token: float
+    weight_share: float
+    """Of the device's memory; above 1 it does not fit."""
+
+    def service_s(self, request: RequestShape) -> float:
+        """Seconds of one request alone."""
+        return self.prompt_s + (request.output_tokens - 1) * self.token_s
+
+
+@dataclass(frozen=True)
+class References:
+    """What an observation and a reward are normalised by: both extremes of a topology without load."""
+
+    edge: Whole
+    cloud: Whole
+    request: RequestShape
+
+    @property
+    def service_s(self) -> float:
+        """Of one request under cloud_only on an idle cloud: the unit of latency."""
+        return self.cloud.service_s(self.request)
+
+    @property
+    def request_j(self) -> float:
+        """Energy of one request under cloud_only on an idle cloud: the unit of energy."""
+        return self.cloud.token_j * self.request.output_tokens
+
+
+def references(arch: ModelArch, topology: Topology, request: RequestShape = USUAL) -> References:
+    """Price the whole model on either device of a topology of two."""
+    found = [_whole(arch, topology, device.id, request) for device in topology.devices]
+    return References(edge=found[EDGE_DEVICE], cloud=found[CLOUD_DEVICE], request=request)
+
+
+def _whole(arch: ModelArch, topology: Topology, device: DeviceId, request: RequestShape) -> Whole:
+    placement = whole_on(device, ClusterState(arch=arch, topology=topology))
+    load, rates = load_of(placement, arch, topology), Rates.of(topology)
+    context = request.prompt_tokens + request.output_tokens / 2
+    step = step_cost(load, rates, context_tokens=context)
+    fill = step_cost(load, rates, context_tokens=request.prompt_tokens, new_tokens=request.prompt_tokens)
+    held = CostModel(arch, topology).predict(placement, prompt_tokens=1, context_tokens=round(context)).memory_bytes
+    room = next(d.memory_bytes for d in topology.devices if d.id == device)
+    return Whole(
+        token_s=float(step.cycle_s[0]),
+        prompt_s=float((fill.origin_s + prompt_s(load, rates, request.prompt_tokens))[0]),
+        token_j=float(step.energy_j(topology).sum()),
+        kv_bytes_per_token=float(load.kv_bytes.sum()),
+        weight_share=held[device] / room,
+    )
