@@ -258,8 +258,7 @@ class _Arena:
     def _give_up(self, t: int) -> None:
         """Fail the request of each line that no longer fits the memory there is."""
         context = self.simulator.next_tokens
-        free = np.stack([s.free_share[t] for s in self.scenarios])
-        room = free * np.array([d.memory_bytes for d in self.topology.devices])
+        room = np.stack([s.memory_at(t) for s in self.scenarios])
         over = (self._held + self._held_per_token * context[:, None] > room).any(1) & self._up
         for i in np.flatnonzero(over & (context > 1)):
             self.simulator.fail_head(int(i))

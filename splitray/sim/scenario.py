@@ -35,7 +35,8 @@ class Scenario:
         requests: longer ones than the model's window are cut to it (`num_cut` counts them).
         bandwidth_bytes_per_s: of the links whose rate changes, [T] each; 0 is an outage.
         rtt_s: of the links whose round trip changes, [T] each.
-        background: share of a device's compute, memory bandwidth and memory that other work takes, [T, D].
+        background: share of a device's compute and memory bandwidth that other work takes, [T, D].
+        background_memory: it takes the same share of memory too.
         lost: devices that are gone, [T, D]; never the origin.
         budgets: what the virtual queues hold the means to.
         staged: every device has the weights on its own disk, so that only KV moves.
@@ -52,6 +53,7 @@ class Scenario:
     bandwidth_bytes_per_s: dict[tuple[DeviceId, DeviceId], Floats] = field(default_factory=dict)
     rtt_s: dict[tuple[DeviceId, DeviceId], Floats] = field(default_factory=dict)
     background: Floats | None = None
+    background_memory: bool = True
     lost: NDArray[np.bool_] | None = None
     budgets: Budgets = Budgets()
     codec: Codec = "none"
@@ -112,6 +114,11 @@ class Scenario:
         left: Floats = 1 - np.minimum(self.background, _MOST_BACKGROUND)
         return left
 
+    def memory_at(self, slot: int) -> Floats:
+        """Bytes of memory that each device has left for the model in a slot, [D]."""
+        memory = np.array([d.memory_bytes for d in self.topology.devices])
+        return memory * self.free_share[slot] if self.background_memory else memory
+
     @cached_property
     def rates(self) -> Rates:
         """The rates of every slot (N = T)."""
@@ -152,7 +159,7 @@ class Scenario:
             devices = [
                 replace(
                     d,
-                    memory_bytes=d.memory_bytes * free[d.id],
+                    memory_bytes=d.memory_bytes * (free[d.id] if self.background_memory else 1.0),
                     compute_flops=d.compute_flops * free[d.id],
                     memory_bandwidth_bytes_per_s=d.memory_bandwidth_bytes_per_s * free[d.id],
                 )
