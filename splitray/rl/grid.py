@@ -74,9 +74,9 @@ class Grid:
         params = groups * arch.group_params + units * arch.ffn_unit_params
         read = [[arch.weight_bytes(int(p)) for p in row] for row in params + rows * arch.vocab_row_params]
         self._weight_bytes = np.array(read, float)
-        self._flops: Floats = 2.0 * params
+        self._flops = (2 * params).astype(float)
         self._kv_bytes = (groups * arch.kv_bytes_per_token).astype(float)
-        self._attention_flops: Floats = (4.0 * groups) * arch.heads_per_group * arch.head_dim
+        self._attention_flops = (4 * groups * arch.heads_per_group * arch.head_dim).astype(float)
         self._launches = ((groups + units + rows) > 0).astype(float)
         self._groups, self._params = groups, params
         held = (groups + units + rows) > 0

@@ -186,5 +186,5 @@ def _alone(chains: Chains, room: Floats, edge: int, cloud: int) -> Path:
         pinned = ~np.isfinite(chains.start[device, device]), ~np.isfinite(chains.end[0, 0, device])
         ends = [np.where(p, 1 - device, device) for p in pinned]
         paths.append(Path(np.full((groups, n), variant), *ends))
-    fit = np.stack([chains.bytes(p) <= room for p in paths]).all(1)  # [2, N]
+    fit: NDArray[np.bool_] = np.all(np.stack([chains.bytes(p) <= room for p in paths]), axis=1)  # [2, N]
     return paths[0].where(fit[0] & ~fit[1], paths[1])
