@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _ROUNDS = 6  # of pricing bytes; the slopes converge in three to five
+_CHANGES = 6  # of one group each, after that
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,35 @@ def _between(chains: Chains, fits: Path, over: Path, room: Floats, edge: int, cl
     k, embedding, head = np.unravel_index(best, cost.shape[:3])
     path = Path(variants[k, :, rows].T, embedding.astype(np.int64), head.astype(np.int64))
     none = ~np.isfinite(flat[best, rows])
+    for _ in range(_CHANGES):
+        if not _improve(chains, path, room):
+            break
     path.put(np.flatnonzero(none), _alone(chains, room, edge, cloud).take(np.flatnonzero(none)))
     return path
+
+
+def _improve(chains: Chains, path: Path, room: Floats) -> bool:
+    """Change one group of each path so that it saves most and still fits, in place; whether any path has changed."""
+    groups, n = path.variant.shape
+    g, rows = np.arange(groups)[:, None], np.arange(n)
+    after = chains.state[g, path.variant, rows]  # [G, N]
+    before = np.concatenate([path.embedding[None], after[:-1]])
+    then = chains.cost.transpose(0, 2, 3, 1)[g[1:], path.variant[1:], rows]  # [G - 1, N, 3]: what comes next
+    finish = chains.end[path.embedding, :, path.head, rows]  # [N, 3]
+    then = np.concatenate([then, finish[None]]).transpose(0, 2, 1)  # [G, 3, N]
+    cost = np.take_along_axis(chains.cost, before[:, None, None], axis=1)[:, 0]  # [G, V, N]
+    cost = cost + np.take_along_axis(then, chains.state, axis=1)
+    change = chains.held - np.take_along_axis(chains.held, path.variant[None, :, None], axis=2)
+    left = room - chains.bytes(path)
+    cost = np.where((change <= left[:, None, None]).all(0), cost, np.inf)
+    now = np.take_along_axis(cost, path.variant[:, None], axis=1)
+    with np.errstate(invalid="ignore"):  # a path that does not fit has no cost here
+        saved = np.nan_to_num(now - cost, nan=0.0, posinf=0.0, neginf=0.0).reshape(-1, n)
+    best = saved.argmax(0)
+    better = np.flatnonzero(saved[best, rows] > 1e-12 * np.abs(now).min(0)[0])
+    at, variant = np.divmod(best[better], chains.cost.shape[2])
+    path.variant[at, better] = variant
+    return bool(len(better))
 
 
 def _alone(chains: Chains, room: Floats, edge: int, cloud: int) -> Path:
