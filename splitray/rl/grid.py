@@ -23,7 +23,8 @@ from splitray.errors import ModelError, TopologyError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.protocol import RequestShape
 from splitray.rl.choice import CLOUD, COPIED, EDGE, SIXTEENTHS, SPLIT, Choice
-from splitray.rl.grid_plan import SENDS, Program
+from splitray.rl.grid_pace import SENDS
+from splitray.rl.grid_plan import Program
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
 

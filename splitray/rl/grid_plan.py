@@ -12,49 +12,22 @@ attention and FFN, V = A F variants, 3 or 4 states before, E devices of the embe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
-from splitray.codecs import Codec, encoded_bytes
+from splitray.codecs import Codec
 from splitray.cost import Rates
 from splitray.planners.optimum.space import MISSING_S
 from splitray.planners.protocol import RequestShape
 from splitray.rl.choice import CLOUD, COPIED, EDGE, SIXTEENTHS, SPLIT, Choice
 from splitray.rl.grid_chain import Chains, Path, within
+from splitray.rl.grid_pace import COPIES, PARTS, Pace, Pass, Pieces
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-PARTS, COPIES = 2, 3  # states beside EDGE and CLOUD: who holds a sub-block
-_MEMBER = np.array([[True, False], [False, True], [True, True], [True, True]])
-_BRINGS = np.array([[True, False], [False, True], [True, True], [False, False]])  # copies have nothing to tell
-# Whether edge tells cloud, and cloud edge, between a sub-block held in one state and the next, [4, 4, 2].
-SENDS = _BRINGS[:, None, :] & _MEMBER[None, :, ::-1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pieces:
-    """One piece for one pass: seconds of its FLOPs on each device, bytes to read, and bytes to hold, [N]."""
-
-    flops_s: Floats  # [2, N]
-    read_bytes: Floats
-    held_bytes: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    """A token, or a prompt: when each device may begin ([2, 4, 4, N]), and what that radios ([4, 4, N])."""
-
-    weight: float
-    attention: _Pieces
-    ffn: _Pieces
-    arrive_s: Floats
-    radio_j: Floats
 
 
 class Program:
@@ -94,70 +67,25 @@ class Program:
         self.num_instances = n = len(per_second)
         self.per_second, self.per_joule = np.asarray(per_second, float), np.asarray(per_joule, float)
         self._context = np.broadcast_to(np.asarray(context_tokens, float), (n,))
-        self._flops_per_s, self._bytes_per_s = rates.flops_per_s.T, rates.bytes_per_s.T
-        self._launch_s, self._rates = rates.launch_s.T, rates
-        self._power = np.array([[d.active_w - d.idle_w] for d in topology.devices])
-        self._radio_w = sum(d.radio_w for d in topology.devices)  # a message keeps both radios busy
+        self.pace = Pace(arch, topology, rates, n, codec)
         self._origin = topology.ids.index(topology.origin)
-        shared = int(rates.medium[0, 1])
-        self._one_medium = shared >= 0 and shared == int(rates.medium[1, 0])
-        passes = [self._pass(1.0, np.maximum(1.0, self._context), codec)]
+        passes = [self.pace.of(1.0, np.maximum(1.0, self._context))]
         if request is not None:
             tokens = float(request.prompt_tokens)
-            passes.append(self._pass(tokens, np.full(n, tokens), codec, share=1 / request.output_tokens))
+            passes.append(self.pace.of(tokens, np.full(n, tokens), 1 / request.output_tokens))
         self._options(passes[0], current)
         self._price(passes)
-        self._ends(request, codec)
+        self._ends(request)
 
-    def _pass(self, positions: float, context: Floats, codec: Codec, *, share: float | None = None) -> _Pass:
-        arch = self.arch
-        group, unit = arch.weight_bytes(arch.group_params), arch.weight_bytes(arch.ffn_unit_params)
-        flops = positions * (2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * context)
-        ones = np.ones(self.num_instances)
-        attention = _Pieces(
-            flops_s=flops / self._flops_per_s,
-            read_bytes=group + arch.kv_bytes_per_token * context,
-            held_bytes=group + arch.kv_bytes_per_token * self._context,
-        )
-        ffn = _Pieces(
-            flops_s=2 * arch.ffn_unit_params * positions * ones / self._flops_per_s,
-            read_bytes=unit * ones,
-            held_bytes=unit * ones,
-        )
-        num_bytes = positions * encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
-        arrive_s, radio_j = self._crossing(num_bytes)
-        if share is not None:  # as in `Additive`, a prompt's radio is not counted
-            radio_j = np.zeros_like(radio_j)
-        return _Pass(
-            weight=1.0 if share is None else share, attention=attention, ffn=ffn, arrive_s=arrive_s, radio_j=radio_j
-        )
-
-    def _way(self, source: int, num_bytes: float) -> tuple[Floats, Floats, Floats]:
-        """Of one message to the other device: seconds on air, with its fixed cost, and until it is there, [N]."""
-        at = slice(None), source, 1 - source
-        rate = self._rates.link_bytes_per_s[at]
-        air = np.where(rate > 0, num_bytes / np.where(rate > 0, rate, 1.0), MISSING_S) + np.zeros(self.num_instances)
-        occupied = air + self._rates.exchange_s[at]
-        return air, occupied, occupied + self._rates.latency_s[at]
-
-    def _crossing(self, num_bytes: float) -> tuple[Floats, Floats]:
-        """When each device may begin if those before are done at 0 (never where it has no part), and joule of radio."""
-        ways = [self._way(d, num_bytes) for d in (EDGE, CLOUD)]
-        there = SENDS[..., None]
-        late = np.where(there[:, :, EDGE] & self._one_medium, ways[EDGE][1], 0.0)  # the edge is first on the air
-        arrive = np.where(_MEMBER.T[:, None, :, None], np.zeros((2, 4, 4, self.num_instances)), -np.inf)
-        arrive[EDGE] = np.where(there[:, :, CLOUD], ways[CLOUD][2] + late, arrive[EDGE])
-        arrive[CLOUD] = np.where(there[:, :, EDGE], ways[EDGE][2], arrive[CLOUD])
-        radio = (there[:, :, EDGE] * ways[EDGE][0] + there[:, :, CLOUD] * ways[CLOUD][0]) * self._radio_w
-        return arrive, radio
-
-    def _options(self, token: _Pass, current: tuple[Ints, Ints] | None) -> None:
+    def _options(self, token: Pass, current: tuple[Ints, Ints] | None) -> None:
         """The ways to hold attention and FFN: counts on both devices [2, G, A or F, N], and states [G, A or F, N]."""
         h, n, total = self.arch.num_kv_heads, self.num_instances, self.arch.ffn_dim
         heads = np.arange(1, max(2, h))[:, None]  # one head cannot be shared: the option is an idle copy of "whole"
         shares = np.arange(1, SIXTEENTHS)[:, None]
-        best_h = heads[self._busy_s(token.attention, (heads, h - heads)).max(0).argmin(0), 0]
-        best_f = shares[self._busy_s(token.ffn, (self.units[shares], total - self.units[shares])).max(0).argmin(0), 0]
+        best_h = heads[self.pace.busy_s(token.attention, (heads, h - heads)).max(0).argmin(0), 0]
+        best_f = shares[
+            self.pace.busy_s(token.ffn, (self.units[shares], total - self.units[shares])).max(0).argmin(0), 0
+        ]
         attention = np.stack([np.zeros(n, int), np.full(n, h), np.full(n, h + 1), best_h])[None]  # [1, A, N]
         ffn = np.stack([np.zeros(n, int), np.full(n, SIXTEENTHS), best_f])[None]
         if current is not None:
@@ -178,34 +106,23 @@ class Program:
         mode = np.where(copied[:, :, None], COPIED, mode)
         self.mode: Ints = mode.reshape(len(mode), -1, n)
 
-    def _busy_s(self, pieces: _Pieces, counts: tuple[Ints, Ints] | Ints) -> Floats:
-        """Computing time of so many pieces on each device, [2, .., N], as `work_s` says."""
-        bytes_read = [c * pieces.read_bytes for c in counts]
-        seconds = []
-        for d in (EDGE, CLOUD):
-            read = bytes_read[d] / self._bytes_per_s[d]
-            if self._rates.shares_memory:
-                read = read + np.minimum(*bytes_read) * self._rates.contention_s_per_byte[:, d, 1 - d]
-            seconds.append(np.maximum(counts[d] * pieces.flops_s[d], read) + (counts[d] > 0) * self._launch_s[d])
-        return np.stack(seconds)
-
-    def _cost(self, passes: list[_Pass], pieces: list[_Pieces], counts: Ints, state: Ints, before: int) -> Floats:
+    def _cost(self, passes: list[Pass], pieces: list[Pieces], counts: Ints, state: Ints, before: int) -> Floats:
         """The cost of each way to hold a sub-block after each state before it, [before, G, A or F, N]."""
         shape = state.shape
         flat, at = counts.reshape(2, -1, shape[-1]), state.reshape(1, -1, shape[-1])
         total: Floats = np.zeros((before, *at.shape[1:]))
         priced = bool(self.per_joule.any())
         for each, part in zip(passes, pieces, strict=True):
-            busy = self._busy_s(part, flat)
+            busy = self.pace.busy_s(part, flat)
             here, there = (np.take_along_axis(each.arrive_s[d, :before], at, axis=1) + busy[d] for d in (EDGE, CLOUD))
             cost = self.per_second * np.maximum(here, there)
             if priced:
                 radio = np.take_along_axis(each.radio_j[:before], at, axis=1)
-                cost += self.per_joule * ((busy * self._power[:, None]).sum(0) + radio)
+                cost += self.per_joule * ((busy * self.pace.power_w[:, None]).sum(0) + radio)
             total += each.weight * cost
         return total.reshape(before, *shape)
 
-    def _price(self, passes: list[_Pass]) -> None:
+    def _price(self, passes: list[Pass]) -> None:
         """Each variant of each group: its cost after each state, [G, 3, V, N], and its bytes, [2, G, V, N]."""
         attention = self._cost(passes, [p.attention for p in passes], self._groups, self._held_by, 3)
         ffn = self._cost(passes, [p.ffn for p in passes], self._units, self._after, 4)
@@ -216,7 +133,9 @@ class Program:
         groups, n = len(self.sizes), self.num_instances
         first, again = (x.reshape(*x.shape[:-3], -1, n) for x in (first, again))
         self.cost: Floats = np.moveaxis(first, 0, 1) + ((sizes - 1) * again)[:, None]
-        part, unit = passes[0].attention.held_bytes, passes[0].ffn.held_bytes
+        arch = self.arch
+        part = arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * self._context
+        unit = arch.weight_bytes(arch.ffn_unit_params)
         held = (self._groups * part)[:, :, :, None] + (self._units * unit)[:, :, None]
         self.held: Floats = held.reshape(2, len(again), -1, n) * sizes
         state = np.broadcast_to(self._after[:, None], (len(again), self._groups.shape[2], *self._after.shape[1:]))
@@ -224,7 +143,7 @@ class Program:
         self.mode = np.broadcast_to(self.mode, self.state.shape)
         self._apart = np.where(state.reshape(len(again), 1, -1, n) == np.arange(3)[:, None, None], 0.0, np.inf)
 
-    def _ends(self, request: RequestShape | None, codec: Codec) -> None:
+    def _ends(self, request: RequestShape | None) -> None:
         """What it costs to begin, [E, 3, N], and to end in each state, [E, 3, D, N], with bytes held, [2, E, D]."""
         arch, n, pins = self.arch, self.num_instances, self.topology.origin_holds
         self.start: Floats = np.full((2, 3, n), np.inf)
@@ -232,22 +151,22 @@ class Program:
         share = 0.0
         if request is not None:
             share = 1 / request.output_tokens
-            way = self._way(self._origin, TOKEN_BYTES * request.prompt_tokens)[2]
+            way = self.pace.way(self._origin, TOKEN_BYTES * request.prompt_tokens)[2]
             self.start[1 - self._origin] += share * self.per_second * way
         row = arch.weight_bytes(arch.vocab_row_params) * arch.vocab
-        flops = 2 * arch.vocab * arch.vocab_row_params / self._flops_per_s
-        busy = np.maximum(flops, row / self._bytes_per_s) + self._launch_s  # [D, N]
-        arrive, radio = self._crossing(encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes))
+        flops = 2 * arch.vocab * arch.vocab_row_params / self.pace.flops_per_s
+        busy = np.maximum(flops, row / self.pace.bytes_per_s) + self.pace.launch_s  # [D, N]
+        arrive, radio = self.pace.crossing(1)
         self.end: Floats = np.zeros((2, 3, 2, n))
         self.bytes_at_ends: Floats = np.zeros((2, 2, 2))
         for d in (EDGE, CLOUD):
             seconds = arrive[d, :3, d] + busy[d]
-            cost = (1 + share) * (self.per_second * seconds + self.per_joule * self._power[d] * busy[d])
+            cost = (1 + share) * (self.per_second * seconds + self.per_joule * self.pace.power_w[d] * busy[d])
             cost = cost + self.per_joule * radio[:3, d]
-            air, _, way = self._way(d, TOKEN_BYTES)
+            air, _, way = self.pace.way(d, TOKEN_BYTES)
             for e in (EDGE, CLOUD):
                 back = self.per_second * way * (e != d)
-                sent = self.per_joule * self._radio_w * air * (1 - d in (e, self._origin))
+                sent = self.per_joule * self.pace.radio_w * air * (1 - d in (e, self._origin))
                 self.end[e, :, d] = cost + back + sent
                 self.bytes_at_ends[e, e, d] += row
                 self.bytes_at_ends[d, e, d] += 0 if arch.tied_embeddings and e == d else row

@@ -42,7 +42,7 @@ def catalogue(edge: str = "jetson-orin-nx-16gb", cloud: str = "a100-80gb", link:
     )
 
 
-def toy_pair(seed: int, *, pinned: bool = True, medium: bool = True) -> Topology:
+def toy_pair(seed: int, *, pinned: bool = True, memory: bool = True) -> Topology:
     """Two devices for the toy model, of random speeds, powers and links; a split pays in about half of them."""
     rng = np.random.default_rng(seed)
     devices = tuple(
@@ -57,11 +57,16 @@ def toy_pair(seed: int, *, pinned: bool = True, medium: bool = True) -> Topology
     if seed % 3 == 2:  # about as fast
         speed = devices[0].memory_bandwidth_bytes_per_s * float(rng.uniform(0.7, 1.3))
         devices = devices[0], replace(devices[1], memory_bandwidth_bytes_per_s=speed, compute_flops=1e10)
+    if memory and seed % 7 == 3:  # two devices of one host
+        devices = tuple(
+            replace(d, memory_group="host", shared_bandwidth_bytes_per_s=0.7 * d.memory_bandwidth_bytes_per_s)
+            for d in devices
+        )
     links = tuple(
         Link(
             source=a, target=b, bandwidth_bytes_per_s=float(rng.uniform(1e6, 1e8)),
             rtt_s=float(np.exp(rng.uniform(np.log(1e-6), np.log(1e-2)))), exchange_s=float(rng.choice([0, 1e-5])),
-            medium="air" if medium and seed % 5 == 0 else None,
+            medium="air" if seed % 5 == 0 else None,
         )
         for a, b in ((E, C), (C, E))
     )  # fmt: skip
@@ -285,7 +290,7 @@ def test_plan_equals_brute_force_with_barriers_on_60_slots_and_under_masks() -> 
 def test_a_batch_plans_each_instance_as_alone() -> None:
     arch, where = replace(TOY, num_layers=8), toy_pair(1)
     grid, rng, n = Grid(arch, where, groups=5), np.random.default_rng(0), 20
-    rates = Rates.stack([Rates.of(replace(toy_pair(s), links=toy_pair(s).links)) for s in range(1, 4 * n, 4)])
+    rates = Rates.stack([Rates.of(toy_pair(s)) for s in range(1, 4 * n, 4)])
     rates = replace(rates, medium=Rates.of(where).medium)
     context, room = rng.integers(0, 100, n).astype(float), rng.uniform(0.3, 1.5, (n, 2))
     room *= arch.weight_bytes(arch.num_params)
