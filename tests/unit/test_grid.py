@@ -42,7 +42,7 @@ def catalogue(edge: str = "jetson-orin-nx-16gb", cloud: str = "a100-80gb", link:
     )
 
 
-def toy_pair(seed: int, *, pinned: bool = True, memory: bool = True) -> Topology:
+def toy_pair(seed: int, *, pinned: bool = True) -> Topology:
     """Two devices for the toy model, of random speeds, powers and links; a split pays in about half of them."""
     rng = np.random.default_rng(seed)
     devices = tuple(
@@ -57,7 +57,7 @@ def toy_pair(seed: int, *, pinned: bool = True, memory: bool = True) -> Topology
     if seed % 3 == 2:  # about as fast
         speed = devices[0].memory_bandwidth_bytes_per_s * float(rng.uniform(0.7, 1.3))
         devices = devices[0], replace(devices[1], memory_bandwidth_bytes_per_s=speed, compute_flops=1e10)
-    if memory and seed % 7 == 3:  # two devices of one host
+    if seed % 7 == 3:  # two devices of one host
         devices = tuple(
             replace(d, memory_group="host", shared_bandwidth_bytes_per_s=0.7 * d.memory_bandwidth_bytes_per_s)
             for d in devices
@@ -268,7 +268,7 @@ def planned(grid: Grid, rates: Rates, prices: dict, **more: object) -> Choice:
     )  # fmt: skip
 
 
-def test_plan_equals_brute_force_with_barriers_on_60_slots_and_under_masks() -> None:
+def test_plan_equals_brute_force_with_barriers_on_60_slots_under_masks_and_where_moves_cost() -> None:
     modes: set[int] = set()
     for seed in range(60):
         arch, _, grid, rates, prices = case(seed)
@@ -284,6 +284,13 @@ def test_plan_equals_brute_force_with_barriers_on_60_slots_and_under_masks() -> 
         assert np.take_along_axis(allowed, masked.mode[..., None].astype(int), 2).all(), f"slot {seed}"
         expected = costs[ok.all((1, 2))].min()
         assert cost_of(grid, masked, rates, **prices)[0] == pytest.approx(expected, rel=1e-9), f"slot {seed}"
+        old = every.take([int(np.random.default_rng(seed).integers(len(costs)))])
+        per_byte = np.array([[1e-7, 3e-6]])
+        moves = grid.move_bytes(old.take([0] * len(costs)), every, prices["context"]) @ per_byte[0]
+        kept = planned(grid, rates, prices, current=old, move_s_per_byte=per_byte, move_weight=np.array([2.0]))
+        paid = 2 * (grid.move_bytes(old, kept, prices["context"]) @ per_byte[0])[0]
+        expected = (costs + 2 * moves).min()
+        assert cost_of(grid, kept, rates, **prices)[0] + paid == pytest.approx(expected, rel=1e-9), f"slot {seed}"
     assert modes == {EDGE, CLOUD, SPLIT, COPIED}
 
 
