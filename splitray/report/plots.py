@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 Samples = Mapping[str, Sequence[float]]
 _COLOURS = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _GREY = "0.4"
+_MARKERS = "osD^vP*X<>hd"
 
 
 def latency_plot(latency_s: Samples) -> Figure:
     """The share of requests answered within a time, a line a planner; time on a logarithmic axis."""
     figure, axes = _figure("Latency of requests", "seconds from arrival to the last token", "share of requests")
-    for colour, (name, values) in zip(_colours(), latency_s.items(), strict=False):
+    for colour, (name, values) in zip(_colours(), _merged(latency_s).items(), strict=False):
         ordered = np.sort(np.asarray(values, float))
         if not len(ordered):
             continue
@@ -35,7 +36,7 @@ def latency_plot(latency_s: Samples) -> Figure:
 def backlog_plot(time_s: Sequence[float], backlog_tokens: Samples) -> Figure:
     """Output tokens waited for over time, a line a planner."""
     figure, axes = _figure("Backlog", "time, s", "output tokens waited for")
-    for colour, (name, values) in zip(_colours(), backlog_tokens.items(), strict=False):
+    for colour, (name, values) in zip(_colours(), _merged(backlog_tokens).items(), strict=False):
         axes.plot(time_s, values, color=colour, label=name, linewidth=1.2)
     axes.set_ylim(bottom=0)
     _legend(axes)
@@ -95,12 +96,13 @@ def front_plot(latency_s: Mapping[str, float], energy_j: Mapping[str, float]) ->
     names = [n for n in latency_s if np.isfinite(latency_s[n]) and np.isfinite(energy_j[n])]
     front = pareto_front([(latency_s[n], energy_j[n]) for n in names])
     axes.plot([p[0] for p in front], [p[1] for p in front], color=_GREY, linewidth=1, linestyle="--", zorder=1)
-    for colour, name in zip(_colours(), names, strict=False):
-        axes.scatter(latency_s[name], energy_j[name], color=colour, zorder=2)
-        axes.annotate(name, (latency_s[name], energy_j[name]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    points = _merged({n: [latency_s[n], energy_j[n]] for n in names})
+    for i, (colour, (name, (x, y))) in enumerate(zip(_colours(), points.items(), strict=False)):
+        axes.scatter(x, y, color=colour, marker=_MARKERS[i % len(_MARKERS)], label=name, zorder=2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.margins(0.15)
+    _legend(axes)
     return figure
 
 
@@ -152,6 +154,15 @@ def save_plots(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1])
     return paths
+
+
+def _merged(samples: Samples) -> dict[str, Sequence[float]]:
+    """Planners that did the very same share one name, as one line would hide the others."""
+    found: dict[str, Sequence[float]] = {}
+    for name, values in samples.items():
+        same = next((n for n, v in found.items() if len(v) == len(values) and np.allclose(v, values)), None)
+        found[name if same is None else f"{same},\n{name}"] = values if same is None else found.pop(same)
+    return found
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
