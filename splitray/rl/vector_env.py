@@ -8,6 +8,7 @@ Shapes: N instances, G groups, T slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,7 +38,7 @@ from splitray.rl.moving import s_per_byte, way_s
 from splitray.rl.observation import Floats, History, Seen, Static, observe
 from splitray.rl.reward import Spent, Weights, price_per_joule, rewards_of, terms_of
 from splitray.rl.room import room_of
-from splitray.rl.weather import Climate, Weather, draw
+from splitray.rl.weather import Climate, Weather, copied, draw
 from splitray.sim.simulator import Simulator
 
 INTERVAL_TOKENS = 64  # over which a move must pay, as for the other planners
@@ -65,6 +66,7 @@ class VectorEnv:
         spec: ActionSpec,
         num_instances: int = 64,
         num_slots: int = 256,
+        copies: int = 1,
         rng: np.random.Generator,
         weights: Weights | None = None,
         leave_out: frozenset[str] = frozenset(),
@@ -79,6 +81,7 @@ class VectorEnv:
             spec: of the actions.
             num_instances: N, where weather is drawn.
             num_slots: T, where weather is drawn; the last slot's rates hold after it.
+            copies: instances in a row that share their weather, where it is drawn.
             rng: of the weather.
             weights: of the reward.
             leave_out: kinds of features that an ablation leaves out.
@@ -89,10 +92,13 @@ class VectorEnv:
         self.weights = weights or Weights()
         self.grid = grid or Grid(cell.arch, cell.topology, groups=spec.num_groups)
         self.known: References = references(cell.arch, cell.topology, climate.request)
-        self.weather = weather or draw(
-            climate, cell.topology, self.known, window_tokens=cell.arch.context_tokens,
-            num_instances=num_instances, num_slots=num_slots, slot_s=SLOT_S, rng=rng,
-        )  # fmt: skip
+        if weather is None:
+            drawn = draw(
+                climate, cell.topology, self.known, window_tokens=cell.arch.context_tokens,
+                num_instances=num_instances // copies, num_slots=num_slots, slot_s=SLOT_S, rng=rng,
+            )  # fmt: skip
+            weather = copied(drawn, copies)
+        self.weather = weather
         self.simulator = Simulator(cell.topology, self.weather.requests, slot_s=SLOT_S)
         n = self.num_instances = self.weather.num_instances
         self.longest: Floats = np.array(
@@ -135,10 +141,8 @@ class VectorEnv:
         )  # fmt: skip
 
     def high_rows(self) -> NDArray[np.float32]:
-        """The layer agent's observations, [N, width]."""
-        seen = self.seen()
-        self._features = observe(seen, self._history, self.static)
-        self._history.push(seen, self.static)
+        """The layer agent's observations, [N, width]; the same for as long as the slot."""
+        self._features = observe(self.seen(), self._history, self.static)
         return self._rows.high(*self._features, high_mask(self.spec, self._room))
 
     def low_rows(self, high: Ints) -> NDArray[np.float32]:
@@ -151,6 +155,7 @@ class VectorEnv:
     def step(self, high: Ints, low: Ints | None = None) -> Outcome:
         """One slot under both agents' actions; without the second one's, the program decides all shares."""
         decided = self.decide(high, low)
+        self._history.push(self.seen(), self.static)
         moving_s, moved = self._move(decided)
         start = self.simulator.now_s
         slot = self.simulator.step(self._load, self._rates)
@@ -166,6 +171,11 @@ class VectorEnv:
         self.slot += 1
         self._rates = self._rates_now()
         return Outcome(rewards=rewards_of(terms), terms=terms, moved=moved, decided=decided)
+
+    def expert(self) -> Callable[[], Choice]:
+        """What the program alone would do now, with the knobs as they are by default."""
+        n, free = self.num_instances, np.full((self.num_instances, self.spec.num_groups), FREE)
+        return lambda: self._plan(free, np.tile(DEFAULT_KNOBS, (n, 1)))
 
     def decide(self, high: Ints, low: Ints | None = None) -> Choice:
         """The placements that two actions mean now; they always fit."""

@@ -131,6 +131,16 @@ def draw(
     return Weather(link_bytes_per_s=rate, rtt_s=rtt, cloud_taken=_taken(climate, shape, rng), requests=requests)
 
 
+def copied(weather: Weather, copies: int) -> Weather:
+    """Each instance's weather so many times in a row."""
+    return Weather(
+        link_bytes_per_s=np.repeat(weather.link_bytes_per_s, copies, axis=0),
+        rtt_s=np.repeat(weather.rtt_s, copies, axis=0),
+        cloud_taken=np.repeat(weather.cloud_taken, copies, axis=0),
+        requests=tuple(r for r in weather.requests for _ in range(copies)),
+    )
+
+
 def _taken(climate: Climate, shape: tuple[int, int], rng: np.random.Generator) -> Floats:
     """An AR(1) process in logit space with the wanted mean share, [N, T]."""
     mean = climate.others_load

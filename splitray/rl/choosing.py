@@ -1,0 +1,47 @@
+"""From logits to actions, without a deep-learning library: blocks of categorical choices side by side.
+
+Shapes: N instances; logits are [N, sum of count * size] over blocks, masked ones at -1e9 or below.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.rl.action import Block, Ints
+
+Floats32 = NDArray[np.float32]
+MASKED = -1e9  # as a logit: its probability is 0 in single precision
+
+
+def sample(blocks: tuple[Block, ...], logits: Floats32, rng: np.random.Generator) -> tuple[Ints, Floats32]:
+    """Draw an action [N, choices] and its log-probability [N]."""
+    # The largest of logits with Gumbel noise is a draw from their softmax.
+    noisy = logits - np.log(rng.exponential(size=logits.shape).astype(np.float32) + 1e-20)
+    actions = greedy(blocks, noisy)
+    return actions, log_probability(blocks, logits, actions)
+
+
+def greedy(blocks: tuple[Block, ...], logits: Floats32) -> Ints:
+    """The likeliest action, [N, choices]."""
+    found, at = [], 0
+    for block in blocks:
+        width = block.count * block.size
+        found.append(logits[:, at : at + width].reshape(-1, block.count, block.size).argmax(2))
+        at += width
+    return np.concatenate(found, axis=1)
+
+
+def log_probability(blocks: tuple[Block, ...], logits: Floats32, actions: Ints) -> Floats32:
+    """Of an action, [N]."""
+    total = np.zeros(len(logits), np.float32)
+    at = first = 0
+    for block in blocks:
+        width = block.count * block.size
+        x = logits[:, at : at + width].reshape(-1, block.count, block.size)
+        x = x - x.max(2, keepdims=True)
+        x = x - np.log(np.exp(x).sum(2, keepdims=True))
+        chosen = actions[:, first : first + block.count, None]
+        total += np.take_along_axis(x, chosen, axis=2).sum((1, 2))
+        at, first = at + width, first + block.count
+    return total

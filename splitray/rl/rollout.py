@@ -1,0 +1,189 @@
+"""Collect what a policy does in several cells at once, and what it should have expected.
+
+Knows neither RLlib nor torch: a policy is a function from an agent's rows to logits and values.
+Advantages are generalised advantage estimates of both parts of the reward. Instances that share their weather are
+each other's baseline: what the arrivals and the link did to all of them is no merit of one action (an input-driven
+baseline, Mao et al. 2019, arXiv 1807.02264; it depends on no action of the instance itself, so it biases nothing).
+
+Shapes: E environments of N instances, M = E N, S slots, C choices, W width of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.rl.action import Ints
+from splitray.rl.choosing import sample
+from splitray.rl.grid import Grid
+from splitray.rl.layout import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, layouts
+from splitray.rl.observation import Floats
+from splitray.rl.recipe import Recipe
+from splitray.rl.reward import TERMS
+from splitray.rl.vector_env import VectorEnv
+
+Floats32 = NDArray[np.float32]
+Act = Callable[[str, Floats32], tuple[Floats32, Floats32]]
+"""An agent's name and its rows [M, W] to logits [M, ..] and the two values [M, 2]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One agent's part of a rollout, slots of all instances flattened, [S M, ..]."""
+
+    rows: Floats32
+    actions: Ints
+    log_probability: Floats32
+    advantages: Floats32
+    targets: Floats32  # [.., 2], of the values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """What both agents did, and means over slots: every term of the reward, their sum, moves."""
+
+    samples: dict[str, Sample]
+    means: dict[str, float]
+
+
+class Scale:
+    """The running standard deviation of discounted rewards, which rewards are divided by."""
+
+    def __init__(self, gamma: float) -> None:
+        """Know nothing yet."""
+        self.gamma, self.count, self.mean, self.squares = gamma, 1e-4, 0.0, 1e-4
+
+    def update(self, returns: Floats) -> None:
+        """Take in returns, [M] (Welford, in batches)."""
+        n, mean = len(returns), float(returns.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.squares += float(((returns - mean) ** 2).sum()) + delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """Never 0."""
+        return max(1e-3, float(np.sqrt(self.squares / self.count)))
+
+
+class Collector:
+    """Environments that live on from one rollout to the next; each is drawn anew when its weather is over."""
+
+    def __init__(self, recipe: Recipe, rng: np.random.Generator) -> None:
+        """Draw the first environments, with staggered ends."""
+        self.recipe, self.rng, self.progress = recipe, rng, 0.0
+        self.layouts = layouts(recipe.spec)
+        self.scales: dict[str, Scale] = {}
+        self._grids: dict[str, Grid] = {}
+        self._returns = np.zeros((recipe.num_envs, recipe.num_instances))
+        self._next_cell = 0
+        self.envs = [self._drawn() for _ in range(recipe.num_envs)]
+        self._ends = [
+            max(1, recipe.num_slots // recipe.rollout_slots * (i + 1) // recipe.num_envs)
+            for i in range(recipe.num_envs)
+        ]
+
+    def _drawn(self) -> VectorEnv:
+        """The next cell under a climate that the curriculum has opened."""
+        recipe, rng = self.recipe, self.rng
+        if self._next_cell % len(recipe.cells) == 0:
+            self._order = rng.permutation(len(recipe.cells))
+        cell = recipe.cells[self._order[self._next_cell % len(recipe.cells)]]
+        self._next_cell += 1
+        share = min(1.0, recipe.open_at_start + 2 * (1 - recipe.open_at_start) * self.progress)
+        climate = recipe.climates[rng.integers(max(1, round(share * len(recipe.climates))))]
+        if cell.name not in self._grids:
+            self._grids[cell.name] = Grid(cell.arch, cell.topology, groups=recipe.num_groups)
+        return VectorEnv(
+            cell, climate, spec=recipe.spec, rng=rng, weights=recipe.weights, leave_out=frozenset(recipe.leave_out),
+            grid=self._grids[cell.name], num_instances=recipe.num_instances, num_slots=recipe.num_slots,
+            copies=recipe.copies,
+        )  # fmt: skip
+
+    def collect(self, act: Act) -> Rollout:
+        """Go on for the recipe's slots under a policy."""
+        recipe, slots = self.recipe, self.recipe.rollout_slots
+        self._renew()
+        agents = AGENTS if recipe.spec.low_decides else (LAYER_AGENT,)
+        kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]] = {a: [] for a in agents}
+        rewards, moved = [], 0.0
+        totals = dict.fromkeys(TERMS, 0.0)
+        for t in range(slots + 1):  # the last one is for the values only
+            high_rows = np.concatenate([e.high_rows() for e in self.envs])
+            high = self._choose(LAYER_AGENT, high_rows, act, kept)
+            low = None
+            if recipe.spec.low_decides:
+                parts = np.split(high, recipe.num_envs)
+                low_rows = np.concatenate([e.low_rows(h) for e, h in zip(self.envs, parts, strict=True)])
+                low = self._choose(HEAD_FFN_AGENT, low_rows, act, kept)
+            if t == slots:
+                break
+            now = []
+            for i, env in enumerate(self.envs):
+                rows = slice(i * recipe.num_instances, (i + 1) * recipe.num_instances)
+                outcome = env.step(high[rows], None if low is None else low[rows])
+                now.append(self._scaled(i, outcome.rewards))
+                moved += float(outcome.moved.mean())
+                for name, values in outcome.terms.items():
+                    totals[name] += float(values.mean())
+            rewards.append(np.concatenate(now))
+        many = slots * recipe.num_envs
+        means = {name: value / many for name, value in totals.items()}
+        means |= {"reward": sum(means.values()), "moves": moved / many}
+        reward_SM2 = np.stack(rewards)
+        return Rollout(samples={a: self._sample(k, reward_SM2) for a, k in kept.items()}, means=means)
+
+    def _choose(
+        self, agent: str, rows: Floats32, act: Act, kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]]
+    ) -> Ints:
+        logits, values = act(agent, rows)
+        actions, log_probability = sample(self.layouts[agent].blocks, logits, self.rng)
+        kept[agent].append((rows, actions, log_probability, values))
+        return actions
+
+    def _scaled(self, i: int, rewards: Floats) -> Floats:
+        """An environment's rewards over the running deviation of its cell and climate."""
+        recipe, env = self.recipe, self.envs[i]
+        self._returns[i] = recipe.gamma * self._returns[i] + rewards.sum(1)
+        scale = self.scales.setdefault(f"{env.cell.name} {env.climate}", Scale(recipe.gamma))
+        scale.update(self._returns[i])
+        scaled: Floats = rewards / scale.deviation
+        return scaled if recipe.dual else np.stack([scaled.sum(1), np.zeros(len(scaled))], axis=1)
+
+    def _sample(self, kept: list[tuple[Floats32, Ints, Floats32, Floats32]], rewards: Floats) -> Sample:
+        recipe, slots = self.recipe, len(rewards)
+        values = np.stack([k[3] for k in kept]).astype(float)
+        advantages = np.zeros_like(rewards)
+        ahead = np.zeros_like(rewards[0])
+        for t in reversed(range(slots)):
+            surprise = rewards[t] + recipe.gamma * values[t + 1] - values[t]
+            ahead = surprise + recipe.gamma * recipe.trace_decay * ahead
+            advantages[t] = ahead
+        targets = advantages + values[:-1]
+        summed = advantages[..., 0] + recipe.beta * advantages[..., 1]
+        if recipe.copies > 1:
+            alike = summed.reshape(slots, -1, recipe.copies)
+            others = (alike.sum(2, keepdims=True) - alike) / (recipe.copies - 1)
+            summed = (alike - others).reshape(slots, -1)
+        summed = (summed - summed.mean()) / (summed.std() + 1e-6)
+        flat = slots * rewards.shape[1]
+        return Sample(
+            rows=np.stack([k[0] for k in kept[:-1]]).reshape(flat, -1),
+            actions=np.stack([k[1] for k in kept[:-1]]).reshape(flat, -1),
+            log_probability=np.stack([k[2] for k in kept[:-1]]).reshape(flat).astype(np.float32),
+            advantages=summed.reshape(flat).astype(np.float32),
+            targets=targets.reshape(flat, 2).astype(np.float32),
+        )
+
+    def _renew(self) -> None:
+        """Draw environments anew whose time is over."""
+        for i, left in enumerate(self._ends):
+            if left <= 0:
+                self.envs[i] = self._drawn()
+                self._returns[i] = 0.0
+                self._ends[i] = self.recipe.num_slots // self.recipe.rollout_slots
+            self._ends[i] -= 1
