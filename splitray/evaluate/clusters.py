@@ -20,7 +20,7 @@ from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 PLANNERS = (
     "best_device", "greedy", "round_robin", "layer_dp", "tensor_parallel", "myopic", "drift_plus_penalty", "exact",
 )  # fmt: skip
-INSTANCES = 40
+INSTANCES, CLUSTERS = 40, 5
 
 
 def five_boards() -> Topology:
@@ -137,7 +137,7 @@ def many_devices() -> Table:
     seconds: dict[str, list[float]] = {n: [] for n in names}
     memory: dict[str, list[float]] = {n: [] for n in names}
     decisions: dict[str, list[float]] = {n: [] for n in names}
-    for seed in range(5):
+    for seed in range(CLUSTERS):
         where = random_cluster(np.random.default_rng([7, seed]), 25, (1e9, 8e9))
         state = ClusterState(arch=arch, topology=where, context_tokens=1000)
         for name in names:
@@ -169,5 +169,5 @@ def many_devices() -> Table:
         "LLaMA-7B on 25 random devices, 1,000 tokens",
         ("planner", "time a token", "over myopic's", "fullest device", "decision", "of a token's time"),
         tuple(rows),
-        "Means over 5 clusters; devices of 1 to 8 GB. The layer-wise planners are our own faithful forms.",
+        f"Means over {CLUSTERS} clusters; devices of 1 to 8 GB. The layer-wise planners are our own faithful forms.",
     )

@@ -17,11 +17,12 @@ from splitray.simulate import service_s
 from splitray.topology import parse_topology
 
 SWEEP = (0.1, 1.0, 10.0, 100.0)
+SLOTS = 1200
 
 
 def trade_of_v(seed: int) -> tuple[Table, Figure]:
     """V over three decades: a frugal phone that the load exceeds, and a hungrier board that is quicker."""
-    slots, arch = 1200, architecture("gpt2-xl")
+    slots, arch = SLOTS, architecture("gpt2-xl")
     where = parse_topology(
         {
             "devices": [

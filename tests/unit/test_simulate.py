@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from splitray.cli import app
-from splitray.evaluate import Options, clusters, traces
+from splitray.evaluate import Options, clusters, trade, traces
 from splitray.evaluate import run as evaluate
 from splitray.report.document import Number, Report, Table
 
@@ -164,7 +164,11 @@ def test_an_unknown_suite_is_refused() -> None:
 def test_the_planners_suite_shows_who_loses_to_cloud_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run on fewer models and instances, so that every table and plot is made."""
     monkeypatch.setattr(traces, "MODELS", ("gpt2-xl",))
+    monkeypatch.setattr(traces, "EDGES", ("jetson-orin-nx-16gb", "raspberry-pi-5"))
     monkeypatch.setattr(clusters, "INSTANCES", 3)
+    monkeypatch.setattr(clusters, "CLUSTERS", 1)
+    monkeypatch.setattr(trade, "SLOTS", 100)
+    monkeypatch.setattr(clusters, "PLANNERS", ("layer_dp", "exact"))
     report = evaluate("planners", Options(slots=60, traces=("log_ar1:0.8",), arrivals="poisson:0.1"))
     titles = [t.title for t in report.tables]
     assert len(titles) == len(set(titles)) >= 9
