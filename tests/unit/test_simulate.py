@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from splitray.cli import app
-from splitray.evaluate import Options, clusters, trade, traces
+from splitray.evaluate import Options, clusters, traces, trade
 from splitray.evaluate import run as evaluate
 from splitray.report.document import Number, Report, Table
 
