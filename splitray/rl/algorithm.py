@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,13 @@ import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.metrics import LEARNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from splitray.rl.env import PlacementEnv, spaces_of
+from splitray.rl.env import PlacementEnv
+from splitray.rl.export import export
 from splitray.rl.layout import layouts
 from splitray.rl.learner import SplitwiseLearner, act_of, training_data
-from splitray.rl.module import PlacementModule
+from splitray.rl.module import PlacementModule, module_specs
 from splitray.rl.recipe import Recipe
 from splitray.rl.rollout import Collector, Scale
 from splitray.rl.warm_start import clone
@@ -61,16 +62,6 @@ def config_of(recipe: Recipe) -> AlgorithmConfig:
         .reporting(min_time_s_per_iteration=None, min_sample_timesteps_per_iteration=None)
     )
     return config
-
-
-def module_specs(recipe: Recipe) -> dict[str, RLModuleSpec]:
-    """Both agents' networks."""
-    found = {}
-    for agent, layout in layouts(recipe.spec).items():
-        seen, done = spaces_of(layout)
-        config = {"layout": layout, "hidden": recipe.hidden, "chooses_groups": recipe.spec.low_decides}
-        found[agent] = RLModuleSpec(PlacementModule, seen, done, model_config=config)
-    return found
 
 
 def _same_name(agent_id: Any, *_: Any, **__: Any) -> str:
@@ -133,6 +124,11 @@ class Splitwise(PPO):
         self.metrics.log_value(("loop", "slots_per_s"), self.num_slots / self.train_s, window=1)
         self.metrics.log_value(("loop", "collect_s"), collected - started, window=10)
         self.metrics.log_value(("loop", "update_s"), ended - collected, window=10)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """RLlib's checkpoint, and beside it the policy as it would be served."""
+        super().save_checkpoint(checkpoint_dir)
+        export(self.modules, self.recipe, Path(checkpoint_dir) / "policy")
 
     def get_state(
         self,

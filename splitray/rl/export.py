@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from splitray.rl.action import CAUTIONS, DEFAULT_KNOBS, MOVE_WEIGHTS, V_FACTORS
 from splitray.rl.layout import HEAD_FFN_AGENT, layouts
-from splitray.rl.module import PlacementModule
+from splitray.rl.module import PlacementModule, module_specs
 from splitray.rl.observation import HISTORY, table_hash
 from splitray.rl.recipe import Recipe
 
@@ -68,3 +68,16 @@ def export(
     }
     card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return tensors_at, card_at
+
+
+def read_modules(recipe: Recipe, tensors_at: Path) -> dict[str, PlacementModule]:
+    """The networks of an exported policy of this recipe; their critics know nothing."""
+    tensors = load_file(tensors_at)
+    modules = {}
+    for agent, spec in module_specs(recipe).items():
+        module = modules[agent] = spec.build()
+        mine = {k.removeprefix(f"{agent}."): v for k, v in tensors.items() if k.startswith(f"{agent}.")}
+        if mine:
+            wrong = module.load_state_dict(mine, strict=False)
+            assert all(k.startswith("critic.") for k in (*wrong.missing_keys, *wrong.unexpected_keys)), "other recipe"
+    return modules

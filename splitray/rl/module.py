@@ -24,21 +24,24 @@ import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
 
 from splitray.rl.action import Block
 from splitray.rl.choosing import MASKED
-from splitray.rl.layout import Layout
+from splitray.rl.env import spaces_of
+from splitray.rl.layout import Layout, layouts
+from splitray.rl.recipe import Recipe
 
 
 class PlacementModule(TorchRLModule, ValueFunctionAPI):
-    """One agent. `model_config` holds `layout` (see `model_config_of`), `hidden` and `chooses_groups`."""
+    """One agent. `model_config` holds `layout` , `hidden` and `chooses_groups`."""
 
     def setup(self) -> None:
         """Make the layers."""
         config = self.model_config
-        assert isinstance(config, dict), "see algorithm.module_specs"
+        assert isinstance(config, dict), "see module_specs"
         self.layout: Layout = config["layout"]
         self.chooses_groups: bool = config["chooses_groups"]
         hidden, layout = config["hidden"], self.layout
@@ -135,3 +138,13 @@ def choice_log_probabilities(blocks: tuple[Block, ...], logits: Tensor, actions:
         num_open = num_open + ((x > MASKED / 2).sum(2) > 1).sum(1)
         at, first = at + width, first + block.count
     return torch.cat(each, dim=1), entropy / num_open.clamp(min=1)
+
+
+def module_specs(recipe: Recipe) -> dict[str, RLModuleSpec]:
+    """Both agents' networks."""
+    found = {}
+    for agent, layout in layouts(recipe.spec).items():
+        seen, done = spaces_of(layout)
+        config = {"layout": layout, "hidden": recipe.hidden, "chooses_groups": recipe.spec.low_decides}
+        found[agent] = RLModuleSpec(PlacementModule, seen, done, model_config=config)
+    return found

@@ -1,0 +1,167 @@
+"""`python -m rllib_configs NAME --out DIR`: train a recipe through Tune, compare it, and write the policy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from rllib_configs import ablations
+from rllib_configs.splitwise import HELD_OUT, splitwise
+from rllib_configs.splitwise_smoke import splitwise_smoke
+from splitray.local_ray import StartFailed, some_ray
+from splitray.report.progress import bar
+from splitray.rl.recipe import Recipe
+
+RECIPES: dict[str, Callable[[int], Recipe]] = {
+    f.__name__: f
+    for f in (
+        splitwise, splitwise_smoke, ablations.fifth, ablations.dp_modes, ablations.no_dp, ablations.bits,
+        ablations.no_warm_start, ablations.no_history, ablations.no_current_placement, ablations.no_lyapunov,
+        ablations.single_critic,
+    )
+}  # fmt: skip
+_TUNE_STATE = "tuner.pkl"  # what Tune restores a run from
+_SAVES = 10  # checkpoints of a run
+_MOST_CELLS = 6  # that the card's comparison looks at
+_EVALUATION_SEED = 10_000
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; on a cluster, one that all nodes share.")],
+    iterations: Annotated[int | None, typer.Option(min=1, help="Updates, instead of the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in this folder.")] = False,
+) -> None:
+    """Train a recipe; what it gives is in OUT/NAME: policy.safetensors, policy.json, progress.csv, TensorBoard."""
+    if name not in RECIPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(RECIPES)}", param_hint="NAME")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    if resume and not (out / name / _TUNE_STATE).is_file():
+        raise typer.BadParameter(f"nothing to resume in {out / name}; run without --resume", param_hint="--resume")
+    recipe = RECIPES[name](seed)
+    total = iterations or recipe.iterations
+    if iterations is not None:  # schedules end with the run
+        recipe = replace(recipe, iterations=iterations)
+    console = Console(stderr=True)
+    try:
+        with (
+            some_ray(recipe.cells[0].topology),
+            bar(console, name) as told,
+            redirect_stdout(sys.stderr),  # Tune prints whatever its verbosity; our answer is one document
+        ):
+            folder = _trained(recipe, out.resolve(), total, told, resume=resume)
+    except StartFailed as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    print(json.dumps(_finished(recipe, folder, out.resolve() / name)))
+
+
+def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], None], *, resume: bool) -> Path:
+    """Run it through Tune; gives the folder of the last checkpoint.
+
+    Raises:
+        Exit: the run failed, or there is none to go on with.
+    """
+    from ray.tune import Callback, CheckpointConfig, RunConfig, Tuner
+
+    from splitray.rl.algorithm import Splitwise, config_of
+
+    class Told(Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+            told(int(result["training_iteration"]), total)
+
+    folder = out / recipe.name
+    if resume:
+        tuner = Tuner.restore(str(folder), trainable=Splitwise, resume_unfinished=True, restart_errored=True)
+    else:
+        tuner = Tuner(
+            Splitwise,
+            param_space=config_of(recipe),
+            run_config=RunConfig(
+                name=recipe.name,
+                storage_path=str(out),
+                stop={"training_iteration": total},
+                checkpoint_config=CheckpointConfig(
+                    checkpoint_frequency=max(1, total // _SAVES), num_to_keep=2, checkpoint_at_end=True
+                ),
+                verbose=0,
+                callbacks=[Told()],
+            ),
+        )
+    (result,) = tuner.fit()
+    if result.error is not None or result.checkpoint is None:
+        print(f"error: training failed: {result.error}", file=sys.stderr)
+        raise typer.Exit(1)
+    for file in Path(result.path).iterdir():  # the CSV and TensorBoard of the one trial, where they are looked for
+        if file.name.startswith(("progress.csv", "events.out.tfevents")):
+            shutil.copy(file, folder / file.name)
+    return Path(result.checkpoint.path)
+
+
+def _finished(recipe: Recipe, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Compare the policy with the exact program on weather of families that it never saw, and write the card."""
+    from splitray.rl.export import export, read_modules
+    from splitray.rl.holdout import learned, paired, program, score
+    from splitray.rl.learner import act_of
+
+    modules = read_modules(recipe, checkpoint / "policy.safetensors")
+    step = max(1, len(recipe.cells) // _MOST_CELLS)
+    ours = learned(act_of(modules), recipe.spec)
+    rows = []
+    for cell in recipe.cells[::step]:
+        for climate in HELD_OUT:
+            scores = [
+                score(
+                    decide, cell, climate, spec=recipe.spec, seed=_EVALUATION_SEED, num_instances=16, num_slots=128,
+                    leave_out=frozenset(recipe.leave_out),
+                )
+                for decide in (ours, program(), program(stay=0))
+            ]  # fmt: skip
+            against = [paired(scores[0].latency_s, s.latency_s) for s in scores[1:]]
+            rows.append(
+                {
+                    "cell": cell.name,
+                    "climate": f"load {climate.cloud_load}, sigma {climate.bandwidth_sigma}, {climate.arrivals}",
+                    "latency_s": float(np.nanmean(scores[0].latency_s)),  # a weather may have no request
+                    "over_program": [against[0].ratio, against[0].low, against[0].high],
+                    "over_program_without_move_price": [against[1].ratio, against[1].low, against[1].high],
+                }
+            )
+    results = {"held_out": rows, **_speed(folder)}
+    paths = export(modules, recipe, folder / "policy", results)
+    return {"recipe": recipe.name, "policy": [str(p) for p in paths], **results}
+
+
+def _speed(folder: Path) -> dict[str, float]:
+    """Slots a second and slots of the whole run, from the last row of its CSV."""
+    import csv
+
+    path = folder / "progress.csv"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    return {"slots_per_s": float(last["loop/slots_per_s"]), "slots": float(last["loop/slots"])}
+
+
+if __name__ == "__main__":
+    app()

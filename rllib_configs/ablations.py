@@ -1,0 +1,57 @@
+"""What each part is worth: the shipped recipe with one thing changed, at a fifth of its budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rllib_configs.splitwise import splitwise
+from splitray.rl.recipe import Recipe
+from splitray.rl.reward import Weights
+
+_SHARE = 5
+
+
+def fifth(seed: int = 0) -> Recipe:
+    """Nothing changed: what the others are compared with."""
+    whole = splitwise(seed)
+    return replace(whole, name="fifth", iterations=whole.iterations // _SHARE)
+
+
+def dp_modes(seed: int = 0) -> Recipe:
+    """The agents may also fix modes and shares, the program decides the rest."""
+    return replace(fifth(seed), name="dp_modes", variant="dp_modes")
+
+
+def no_dp(seed: int = 0) -> Recipe:
+    """Both agents decide everything, heads and columns by count."""
+    return replace(fifth(seed), name="no_dp", variant="no_dp")
+
+
+def bits(seed: int = 0) -> Recipe:
+    """As no_dp, a bit for each eighth of the heads (SPEC 2.7)."""
+    return replace(no_dp(seed), name="bits", bits=True)
+
+
+def no_warm_start(seed: int = 0) -> Recipe:
+    """From scratch."""
+    return replace(fifth(seed), name="no_warm_start", clone_steps=0)
+
+
+def no_history(seed: int = 0) -> Recipe:
+    """The present slot alone."""
+    return replace(fifth(seed), name="no_history", leave_out=("history",))
+
+
+def no_current_placement(seed: int = 0) -> Recipe:
+    """Without the placement that is active: what a move costs is then no function of the state."""
+    return replace(fifth(seed), name="no_current_placement", leave_out=("placement",))
+
+
+def no_lyapunov(seed: int = 0) -> Recipe:
+    """Waiting, energy and moves only; queues are not charged beside the waiting that they mean."""
+    return replace(fifth(seed), name="no_lyapunov", weights=Weights(queue=0.0))
+
+
+def single_critic(seed: int = 0) -> Recipe:
+    """One value of the whole reward."""
+    return replace(fifth(seed), name="single_critic", dual=False)

@@ -1,0 +1,39 @@
+"""The policy that ships: one for all devices, models and loads of the catalogue, conditioned on their features."""
+
+from __future__ import annotations
+
+from splitray.planners.protocol import RequestShape
+from splitray.rl.cell import Cell
+from splitray.rl.recipe import Recipe
+from splitray.rl.weather import Climate
+
+EDGES = ("jetson-orin-nx-16gb", "jetson-orin-nx-8gb", "galaxy-s23", "raspberry-pi-5")
+MODELS = ("gpt2-xl", "llama-7b", "llama-13b")
+HOLDS = ("none", "embedding_and_head")
+LINKS = ("lte", "5g", "wifi5")
+CELLS = tuple(Cell(edge, model, holds, link) for model in MODELS for edge in EDGES for holds in HOLDS for link in LINKS)
+LONG, SHORT = RequestShape(512.0, 128.0), RequestShape(64.0, 32.0)
+
+# From easy to hard; what a policy is compared on (HELD_OUT) is not among them.
+CLIMATES = (
+    Climate(cloud_load=0.5, bandwidth_sigma=0.2),
+    Climate(cloud_load=0.5, bandwidth_sigma=0.4),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.4),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.4, arrivals="bursty"),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.6, users=2),
+    Climate(cloud_load=0.95, bandwidth_sigma=0.4),
+    Climate(cloud_load=0.95, bandwidth_sigma=0.6, cloud_sigma=1.2, request=LONG),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.4, outages=True),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.4, rtt_sigma=0.3, request=SHORT),
+    Climate(cloud_load=0.95, bandwidth_sigma=0.6, outages=True, arrivals="bursty"),
+)
+HELD_OUT = (
+    Climate(cloud_load=0.8, bandwidth_sigma=0.8),
+    Climate(cloud_load=0.95, bandwidth_sigma=0.8, outages=True, rtt_sigma=0.2, cloud_rho=0.8),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.7, arrivals="bursty", request=RequestShape(256.0, 96.0)),
+)
+
+
+def splitwise(seed: int = 0) -> Recipe:
+    """About half an hour on one core."""
+    return Recipe(name="splitwise", seed=seed, cells=CELLS, climates=CLIMATES, iterations=1200)

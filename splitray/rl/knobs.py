@@ -1,0 +1,75 @@
+"""The exact program under the knobs that a policy turns: the one way from knobs to placements.
+
+An environment calls it for many instances, a serving planner for one, so they cannot disagree. Shapes: N instances,
+G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitray.cost import Rates
+from splitray.planners.protocol import RequestShape
+from splitray.rl.action import CAUTIONS, MOVE_WEIGHTS, V_FACTORS, Ints
+from splitray.rl.cell import References
+from splitray.rl.choice import Choice
+from splitray.rl.grid import Grid
+from splitray.rl.moving import s_per_byte
+from splitray.rl.reward import Weights, price_per_joule
+
+Floats = NDArray[np.float64]
+INTERVAL_TOKENS = 64  # over which a move must pay, as for the other planners
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What the program needs to know of N instances besides the knobs."""
+
+    rates: Rates
+    cloud_free: Floats  # [N]
+    backlog_tokens: Floats
+    arrived_tokens: Floats
+    energy_debt_j: Floats
+    longest_tokens: Floats
+    memory_bytes: Floats  # [N, 2]
+    slot_s: float
+    current: Choice | None
+
+
+def planned(
+    grid: Grid,
+    moment: Moment,
+    knobs: Ints,
+    *,
+    known: References,
+    request: RequestShape,
+    weights: Weights,
+    allowed: NDArray[np.bool_] | None = None,
+) -> Choice:
+    """The cheapest placements of one slot under knobs [N, 3] (V, weight of moves, caution)."""
+    m, idle_w = moment, sum(d.idle_w for d in grid.topology.devices)
+    per_joule = np.array(V_FACTORS)[knobs[:, 0]] + m.energy_debt_j / known.request_j
+    per_joule = per_joule * price_per_joule(weights, known)
+    per_second = (1 + m.backlog_tokens + m.arrived_tokens / 2) / m.slot_s
+    free = m.current is None
+    return grid.plan(
+        told(m.rates, np.array(CAUTIONS)[knobs[:, 2]]), context_tokens=m.longest_tokens,
+        per_second=per_second + per_joule * idle_w, per_joule=per_joule, request=request,
+        memory_bytes=m.memory_bytes, allowed=allowed, current=m.current,
+        move_s_per_byte=None if free else s_per_byte(m.rates, m.cloud_free, known),
+        move_weight=np.array(MOVE_WEIGHTS)[knobs[:, 1]] * per_second / INTERVAL_TOKENS,
+    )  # fmt: skip
+
+
+def told(rates: Rates, caution: Floats) -> Rates:
+    """The rates that the program is told: a part of the link's and of the cloud's."""
+    if (caution == 1).all():
+        return rates
+    device = np.stack([np.ones(len(caution)), caution], axis=1)
+    return replace(
+        rates, flops_per_s=rates.flops_per_s * device, bytes_per_s=rates.bytes_per_s * device,
+        link_bytes_per_s=rates.link_bytes_per_s * caution[:, None, None],
+    )  # fmt: skip

@@ -1,0 +1,224 @@
+"""A trained policy as a planner: two files, numpy, and the exact program. Knows neither RLlib nor Ray nor torch.
+
+The policy turns the knobs of the one-slot program (V, the weight of moves, how cautious to be about rates); the
+program makes the placement, so that what does not fit cannot be chosen. If the backlog passes `most_requests`, the
+knobs are overridden by those that only shorten the queue (SPEC row 61).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+
+from splitray.cost import Rates
+from splitray.errors import InputError, PlacementError
+from splitray.placement import Placement
+from splitray.planners.protocol import ClusterState
+from splitray.rl.action import CAUTIONS, DEFAULT_KNOBS, MOVE_WEIGHTS, V_FACTORS, Ints
+from splitray.rl.cell import CLOUD_DEVICE, USUAL, References, references
+from splitray.rl.choice import Choice
+from splitray.rl.choosing import greedy
+from splitray.rl.grid import Grid
+from splitray.rl.knobs import Moment, planned
+from splitray.rl.layout import LAYER_AGENT
+from splitray.rl.observation import GROUP_FEATURES, History, Seen, Static, kept, observe, table_hash
+from splitray.rl.reward import Weights
+from splitray.topology import Topology
+
+SHIPPED = Path(__file__).parent / "shipped" / "policy"
+MOST_REQUESTS = 50.0  # that may wait before the queue alone counts
+Floats32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The layer agent's network of one file, and its card."""
+
+    card: dict[str, Any]
+    tensors: dict[str, Floats32]
+
+    @staticmethod
+    def load(path: str | Path) -> Policy:
+        """Read `PATH.safetensors` and `PATH.json`.
+
+        Raises:
+            InputError: a file is missing or damaged, or the policy was trained for other features or another variant.
+        """
+        path = Path(path)
+        path = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+        tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
+        try:
+            card, raw = json.loads(card_at.read_text(encoding="utf-8")), tensors_at.read_bytes()
+        except (OSError, ValueError) as error:
+            raise _unfit(path, "a policy's .safetensors and .json", error) from error
+        wanted = {
+            "sha256": hashlib.sha256(raw).hexdigest(),
+            "features": table_hash(),
+            "variant": "dp_knobs",
+            "knobs": {"v": list(V_FACTORS), "stay": list(MOVE_WEIGHTS), "caution": list(CAUTIONS),
+                      "default": list(DEFAULT_KNOBS)},
+        }  # fmt: skip
+        for key, value in wanted.items():
+            if card.get(key) != value:
+                raise _unfit(path, f"{key} {value}", card.get(key))
+        return Policy(card, load_tensors(raw))
+
+    def knobs(self, whole: Floats32, groups: Floats32) -> Ints:
+        """The likeliest knobs for features [N, F] and [N, G, L] (the forward pass of module.py), [N, 3]."""
+        left_out = frozenset(self.card["leave_out"])
+        whole, groups = whole * kept(left_out), groups * kept(left_out, GROUP_FEATURES)
+        missing = self.card["num_groups"] - groups.shape[1]
+        groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))
+        e = np.tanh(self._linear("whole", whole))
+        spread = np.broadcast_to(e[:, None], (*groups.shape[:2], e.shape[1]))
+        h = np.tanh(self._linear("group", np.concatenate([groups, spread], axis=2)))
+        k = np.tanh(self._linear("join", np.concatenate([e, h.mean(1)], axis=1)))
+        return greedy(self._blocks, self._linear("knobs", k))
+
+    def _linear(self, name: str, x: Floats32) -> Floats32:
+        weight, bias = (self.tensors[f"{LAYER_AGENT}.{name}.{part}"] for part in ("weight", "bias"))
+        return np.asarray(x @ weight.T + bias, np.float32)
+
+    @cached_property
+    def _blocks(self) -> tuple[Any, ...]:
+        from splitray.rl.action import Block
+
+        return tuple(Block(**b) for b in self.card["agents"][LAYER_AGENT] if b["name"] != "mode")
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Of the reward that it was trained on."""
+        return Weights(**self.card["recipe"]["weights"])
+
+
+@dataclass(slots=True)
+class _Served:
+    """What does not change while one model is served on one pair of devices, and what was seen so far."""
+
+    topology: Topology
+    grid: Grid
+    known: References
+    static: Static
+    history: History
+    since_move: float = 0.0
+
+
+@dataclass
+class Splitwise:
+    """See `Planner`, and `Learner`: it remembers the slots that are over.
+
+    Args:
+        policy: trained.
+        most_requests: that may wait before it is overridden.
+    """
+
+    policy: Policy
+    most_requests: float = MOST_REQUESTS
+    overrides: int = 0
+    _served: dict[Any, _Served] = field(default_factory=dict)
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails on anything but one edge and one cloud device, or where nothing fits."""
+        served = self._of(state)
+        moment = self._moment(state, served)
+        current = self._current(state, served, moment)
+        whole, groups = observe(self._seen(state, served, moment, current), served.history, served.static)
+        knobs = self.policy.knobs(whole, groups)
+        request = state.request or USUAL
+        if moment.backlog_tokens[0] > self.most_requests * request.output_tokens:
+            knobs, self.overrides = np.array([DEFAULT_KNOBS]), self.overrides + 1
+        moment = replace(moment, current=current)
+        choice = planned(
+            served.grid, moment, knobs, known=served.known, request=request, weights=self.policy.weights
+        )  # fmt: skip
+        if state.current is not None and choice.same_as(current)[0]:
+            return state.current
+        return served.grid.placement(choice, 0)
+
+    def observe(self, state: ClusterState, placement: Placement, *, tpot_s: float, energy_j_per_token: float) -> None:
+        """Remember what the slot was like."""
+        served = self._of(state)
+        moment = self._moment(state, served)
+        served.history.push(self._seen(state, served, moment, served.grid.choice_of(placement)), served.static)
+        served.since_move = served.since_move + 1 if placement == state.current else 0.0
+
+    def _of(self, state: ClusterState) -> _Served:
+        nominal = state.average or state.topology
+        key = state.arch, nominal, state.request
+        if key not in self._served:
+            self._served = {key: _served(state, nominal, self.policy.card["num_groups"])}
+        return self._served[key]
+
+    def _moment(self, state: ClusterState, served: _Served) -> Moment:
+        here = {d.id: d for d in state.topology.devices}
+        missing = [d for d in served.topology.ids if d not in here]
+        if missing:
+            raise PlacementError("devices", expected=f"{', '.join(served.topology.ids)}", actual=f"no {missing[0]}",
+                                 remedy="wait for it, or use another planner")  # fmt: skip
+        now = replace(state.topology, devices=tuple(here[i] for i in served.topology.ids))
+        cloud, usual = (t.devices[CLOUD_DEVICE].memory_bandwidth_bytes_per_s for t in (now, served.topology))
+        return Moment(
+            rates=Rates.of(now), cloud_free=np.array([cloud / usual]),
+            backlog_tokens=np.array([state.queues.backlog_tokens]),
+            arrived_tokens=np.array([state.queues.arrived_tokens]),
+            energy_debt_j=np.array([state.queues.energy_debt_j]),
+            longest_tokens=np.array([float(max(1, state.context_tokens))]),
+            memory_bytes=np.array([[d.memory_bytes for d in now.devices]]), slot_s=state.slot_s, current=None,
+        )  # fmt: skip
+
+    def _current(self, state: ClusterState, served: _Served, moment: Moment) -> Choice:
+        if state.current is not None:
+            return served.grid.choice_of(state.current)
+        return planned(
+            served.grid, moment, np.array([DEFAULT_KNOBS]), known=served.known, request=state.request or USUAL,
+            weights=self.policy.weights,
+        )  # fmt: skip
+
+    def _seen(self, state: ClusterState, served: _Served, moment: Moment, choice: Choice) -> Seen:
+        cached = float(state.cached_tokens or 0)
+        usual = Rates.of(served.topology)
+        held = served.grid.memory_bytes(choice, np.array([max(1.0, cached)]))
+        return Seen(
+            backlog_tokens=moment.backlog_tokens, arrived_tokens=moment.arrived_tokens,
+            energy_debt_j=moment.energy_debt_j, accuracy_debt=np.array([state.queues.accuracy_debt]),
+            link_bytes_per_s=moment.rates.link_bytes_per_s[:, 0, 1],
+            mean_link_bytes_per_s=usual.link_bytes_per_s[:, 0, 1],
+            rtt_s=2 * np.where(moment.rates.latency_s[:, 0, 1] > 0, moment.rates.latency_s, usual.latency_s)[:, 0, 1],
+            mean_rtt_s=2 * usual.latency_s[:, 0, 1], cloud_free=moment.cloud_free,
+            context_tokens=np.array([max(1.0, cached)]), serving=np.array([cached > 0]),
+            free_memory=1 - held / moment.memory_bytes, slots_since_move=np.array([served.since_move]), choice=choice,
+        )  # fmt: skip
+
+
+def _served(state: ClusterState, nominal: Topology, num_groups: int) -> _Served:
+    tiers = [d.tier for d in nominal.devices]
+    if sorted(tiers) != ["cloud", "edge"]:
+        raise PlacementError(
+            "topology",
+            expected="one edge and one cloud device for the planner splitwise",
+            actual=f"{[f'{d.id} ({d.tier})' for d in nominal.devices]}",
+            remedy="use the planner exact, drift_plus_penalty or myopic",
+        )
+    ordered = replace(nominal, devices=tuple(sorted(nominal.devices, key=lambda d: d.tier != "edge")))
+    grid = Grid(state.arch, ordered, groups=num_groups, codec=state.codec)
+    known = references(state.arch, ordered, state.request or USUAL)
+    static = Static(
+        known=known, group_layers=grid.sizes, num_kv_heads=state.arch.num_kv_heads,
+        hidden_bytes=state.arch.hidden_dim * state.arch.dtype_bytes,
+        memory_bytes=np.array([d.memory_bytes for d in ordered.devices]),
+        pinned_embedding=state.pinned_embedding is not None, pinned_head=state.pinned_head is not None,
+    )  # fmt: skip
+    return _Served(ordered, grid, known, static, History(1))
+
+
+def _unfit(path: Path, expected: str, actual: object) -> InputError:
+    return InputError(f"policy {path}", expected=expected, actual=actual,
+                      remedy="export it again with `python -m rllib_configs splitwise`")  # fmt: skip
