@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 
 from splitray.cost import Rates
 from splitray.rl.action import (
-    CAUTIONS,
     DEFAULT_KNOBS,
     FREE,
-    MOVE_WEIGHTS,
-    V_FACTORS,
     ActionSpec,
     Ints,
     eighths_of,
@@ -33,15 +30,15 @@ from splitray.rl.action import (
 from splitray.rl.cell import CLOUD_DEVICE, EDGE_DEVICE, Cell, References, references
 from splitray.rl.choice import EDGE, MODES, Choice
 from splitray.rl.grid import Grid
+from splitray.rl.knobs import Moment, planned
 from splitray.rl.layout import Rows
-from splitray.rl.moving import s_per_byte, way_s
+from splitray.rl.moving import way_s
 from splitray.rl.observation import Floats, History, Seen, Static, observe
-from splitray.rl.reward import Spent, Weights, price_per_joule, rewards_of, terms_of
+from splitray.rl.reward import Spent, Weights, rewards_of, terms_of
 from splitray.rl.room import room_of
 from splitray.rl.weather import Climate, Weather, copied, draw
 from splitray.sim.simulator import Simulator
 
-INTERVAL_TOKENS = 64  # over which a move must pay, as for the other planners
 SLOT_S = 1.0
 
 
@@ -106,8 +103,6 @@ class VectorEnv:
         )
         self.memory_bytes: Floats = np.tile([d.memory_bytes for d in cell.topology.devices], (n, 1))
         self._base = Rates.of(cell.topology)
-        self._idle_w = sum(d.idle_w for d in cell.topology.devices)
-        self._joule = price_per_joule(self.weights, self.known)
         state_pins = cell.topology.origin_holds
         self.static = Static(
             known=self.known, group_layers=self.grid.sizes, num_kv_heads=cell.arch.num_kv_heads,
@@ -200,20 +195,19 @@ class VectorEnv:
 
     def _plan(self, modes: Ints, knobs: Ints, *, first: bool = False) -> Choice:
         """The exact program for one slot under the knobs [N, 3], with the modes [N, G] that are fixed."""
-        per_joule = (np.array(V_FACTORS)[knobs[:, 0]] + self._debt_j / self.known.request_j) * self._joule
-        waiting = 1 + self.simulator.backlog_tokens + self._arrived / 2
-        per_second = waiting / SLOT_S
         modes = modes[:, : self.grid.num_groups]
         allowed = None
         if (modes != FREE).any():
             allowed = (modes == FREE)[..., None] | (modes[..., None] == 1 + np.arange(MODES))
-        move_s = None if first else s_per_byte(self._rates, 1 - self.weather.cloud_taken[:, self._t], self.known)
-        told = self._told(np.array(CAUTIONS)[knobs[:, 2]])
-        return self.grid.plan(
-            told, context_tokens=self.longest, per_second=per_second + per_joule * self._idle_w, per_joule=per_joule,
-            request=self.climate.request, memory_bytes=self.memory_bytes, allowed=allowed,
-            current=None if first else self.choice, move_s_per_byte=move_s,
-            move_weight=np.array(MOVE_WEIGHTS)[knobs[:, 1]] * per_second / INTERVAL_TOKENS,
+        moment = Moment(
+            rates=self._rates, cloud_free=1 - self.weather.cloud_taken[:, self._t],
+            backlog_tokens=self.simulator.backlog_tokens, arrived_tokens=self._arrived, energy_debt_j=self._debt_j,
+            longest_tokens=self.longest, memory_bytes=self.memory_bytes, slot_s=SLOT_S,
+            current=None if first else self.choice,
+        )  # fmt: skip
+        return planned(
+            self.grid, moment, knobs, known=self.known, request=self.climate.request, weights=self.weights,
+            allowed=allowed,
         )  # fmt: skip
 
     def _outright(self, modes: Ints) -> Choice:
@@ -277,17 +271,6 @@ class VectorEnv:
             exchange_s=np.repeat(base.exchange_s, n, axis=0),
             contention_s_per_byte=np.repeat(base.contention_s_per_byte, n, axis=0),
         )
-
-    def _told(self, caution: Floats) -> Rates:
-        """The rates that the program is told: a part of the link's and of the cloud's."""
-        if (caution == 1).all():
-            return self._rates
-        device = np.stack([np.ones(len(caution)), caution], axis=1)
-        rates = self._rates
-        return replace(
-            rates, flops_per_s=rates.flops_per_s * device, bytes_per_s=rates.bytes_per_s * device,
-            link_bytes_per_s=rates.link_bytes_per_s * caution[:, None, None],
-        )  # fmt: skip
 
     def _waited(self, start: float) -> Floats:
         """Seconds that requests were in the system since a time, summed over requests, [N]: finish minus arrival."""
