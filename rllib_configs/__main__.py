@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -111,9 +112,7 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
     if result.error is not None or result.checkpoint is None:
         print(f"error: training failed: {result.error}", file=sys.stderr)
         raise typer.Exit(1)
-    for file in Path(result.path).iterdir():  # the CSV and TensorBoard of the one trial, where they are looked for
-        if file.name.startswith(("progress.csv", "events.out.tfevents")):
-            shutil.copy(file, folder / file.name)
+    _tidied(Path(result.path), folder)
     return Path(result.checkpoint.path)
 
 
@@ -151,14 +150,35 @@ def _finished(recipe: Recipe, checkpoint: Path, folder: Path) -> dict[str, Any]:
     return {"recipe": recipe.name, "policy": [str(p) for p in paths], **results}
 
 
-def _speed(folder: Path) -> dict[str, float]:
-    """Slots a second and slots of the whole run, from the last row of its CSV."""
-    import csv
+def _tidied(trial: Path, folder: Path) -> None:
+    """The run's table and TensorBoard beside the policy, from the one trial's folder.
 
-    path = folder / "progress.csv"
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
+    Tune's own CSV is of no use after a resumption: it goes on in another order of columns under the old header. Its
+    JSON lines are in order; an iteration that was done twice counts as it was done last.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for line in (trial / "result.json").read_text(encoding="utf-8").splitlines():
+        result = json.loads(line)
+        rows[result["training_iteration"]] = {k: v for k, v in _flat(result).items() if not k.startswith("config/")}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with (folder / "progress.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        table.writerows(rows[i] for i in sorted(rows))
+    for file in trial.glob("events.out.tfevents*"):
+        shutil.copy(file, folder / file.name)
+
+
+def _flat(document: dict[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        found |= _flat(value, f"{above}{key}/") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
+
+
+def _speed(folder: Path) -> dict[str, float]:
+    """Slots a second and slots of the whole run, from the last row of its table."""
+    with (folder / "progress.csv").open(encoding="utf-8", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     return {"slots_per_s": float(last["loop/slots_per_s"]), "slots": float(last["loop/slots"])}
 

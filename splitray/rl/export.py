@@ -75,7 +75,9 @@ def read_modules(recipe: Recipe, tensors_at: Path) -> dict[str, PlacementModule]
     tensors = load_file(tensors_at)
     modules = {}
     for agent, spec in module_specs(recipe).items():
-        module = modules[agent] = spec.build()
+        module = spec.build()
+        assert isinstance(module, PlacementModule), "module_specs names no other class"
+        modules[agent] = module
         mine = {k.removeprefix(f"{agent}."): v for k, v in tensors.items() if k.startswith(f"{agent}.")}
         if mine:
             wrong = module.load_state_dict(mine, strict=False)

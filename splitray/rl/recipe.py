@@ -55,8 +55,8 @@ class Recipe:
     hidden: int = 64
     learning_rate: float = 1e-3
     last_learning_rate: float = 1e-4
-    entropy: float = 0.01
-    last_entropy: float = 0.0005
+    entropy: float = 0.003
+    last_entropy: float = 0.0003
     clip: float = 0.2
     num_epochs: int = 4
     minibatch_slots: int = 1024
