@@ -339,7 +339,10 @@ def exchange(
             if group >= 0:  # taken only where this device sends: instances differ
                 before = medium_free.get(group, np.full(len(begin), -np.inf))
                 medium_free[group] = np.where(mine.any(1), end[:, -1], before)
-            end = np.maximum(end, free[:, targets] + busy)
+            earlier = free[:, targets]  # -inf: nothing came there yet, and -inf plus an outage's inf is no time
+            end = np.maximum(
+                end, np.where(np.isfinite(earlier), earlier, 0.0) + np.where(earlier > -np.inf, busy, -np.inf)
+            )
             free[:, targets] = np.where(mine, end, free[:, targets])
             came = np.where(mine, end + rates.latency_s[:, s, targets], -np.inf)
             arrival[:, targets] = np.maximum(arrival[:, targets], came)

@@ -2,8 +2,8 @@
 
 An instance is one placement (that may change from slot to slot) with its own arrivals and its own network. Each serves
 one sequence at a time, first come first served, as the engine does; within a slot time is continuous, so a request may
-end at any moment. Rates and placement hold for the slot. A step is priced at the context that the head of the line has
-at the beginning of the slot; a prompt costs what step_cost says for its length, in proportion for those after it.
+end at any moment. Rates and placement hold for the slot. Steps are priced at the context that the head of the line has
+at the beginning of the slot or when it gets there; a prompt costs what step_cost says for its length.
 
 Shapes: N instances, R requests, D devices.
 """
@@ -11,7 +11,7 @@ Shapes: N instances, R requests, D devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,21 @@ class Slot:
     energy_j: Floats  # [N, D]
     tpot_s: Floats
     token_j: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Price:
+    """Seconds [N] and joule [N, D] of a token of the head of each line, and of its whole prompt."""
+
+    token_s: Floats
+    token_j: Floats
+    fill_s: Floats
+    fill_j: Floats
+
+    def put(self, rows: Ints, other: _Price) -> None:
+        """Overwrite some lines, in place."""
+        for f in fields(self):
+            getattr(self, f.name)[rows] = getattr(other, f.name)
 
 
 class Simulator:
@@ -58,7 +73,7 @@ class Simulator:
         self._done = np.zeros(n)  # tokens of the head that exist
         self._prefill_left = np.ones(n)
         self._pause_s = np.zeros(n)
-        self._rows, self._tpot_s = np.arange(n), np.zeros(n)
+        self._rows = np.arange(n)
         self._busy_s = np.zeros((n, len(topology.devices)))
         self._power = [np.array([getattr(d, k) for d in topology.devices]) for k in ("idle_w", "active_w", "radio_w")]
         self._asked = np.cumsum(np.concatenate([np.zeros((n, 1)), self.output_tokens], axis=1), axis=1)
@@ -119,10 +134,9 @@ class Simulator:
             rates: of its devices and links; N as there, or 1.
             up: instances all of whose devices are there, [N]; others wait.
         """
-        rows, slot_end = self._rows, self.now_s + self.slot_s
-        prompt = self.prompt_tokens[rows, self._head] + self._done
-        tpot, token_j, fill_s, fill_j = self._prices(load, rates, prompt, slot_end)
-        able = np.isfinite(tpot)
+        slot_end, n = self.now_s + self.slot_s, len(self._rows)
+        rows, price = self._rows, self._prices(self._rows, load, rates, slot_end)
+        able = np.isfinite(price.token_s)
         if up is not None:
             able &= up
         arrived = (self.output_tokens * (self.arrival_s < slot_end)).sum(1)
@@ -130,19 +144,18 @@ class Simulator:
         clock = self.now_s + np.minimum(self._pause_s, self.slot_s)
         self._pause_s = np.maximum(0.0, self._pause_s - self.slot_s)
         clock = np.where(able, clock, slot_end)
-        served, spent = np.zeros(len(rows)), np.zeros(token_j.shape)
-        token_s = np.where(able, tpot, 1.0)
+        served, spent = np.zeros(n), np.zeros(price.token_j.shape)
+        tpot, token_j = price.token_s.copy(), price.token_j.sum(1)
         while True:
             clock = np.maximum(clock, self.arrival_s[rows, self._head])
             active = clock < slot_end
             if not active.any():
                 break
-            length = self.prompt_tokens[rows, self._head] + self._done
-            need = np.maximum(fill_s * length, 1e-12)
+            need = np.maximum(price.fill_s, 1e-12)
             time_left = np.where(active, slot_end - clock, 0.0)
             share = np.minimum(self._prefill_left, time_left / need)
             clock = clock + np.where(share > 0, share * np.where(np.isfinite(need), need, 0.0), 0.0)
-            spent += (share * length)[:, None] * fill_j
+            spent += share[:, None] * price.fill_j
             self._prefill_left = self._prefill_left - share
             ready = active & (self._prefill_left <= 1e-12)
             first = ready & (self._done == 0)
@@ -150,40 +163,44 @@ class Simulator:
             self._done = np.where(first, 1.0, self._done)
             served += first
             left = np.where(ready, self.output_tokens[rows, self._head] - self._done, 0.0)
+            token_s = np.where(np.isfinite(price.token_s), price.token_s, 1.0)
             tokens = np.where(ready, np.minimum(left, np.maximum(0.0, slot_end - clock) / token_s), 0.0)
             clock = clock + tokens * token_s
             self._done, served = self._done + tokens, served + tokens
-            spent += tokens[:, None] * token_j
+            spent += tokens[:, None] * price.token_j
             ended = ready & (left - tokens <= 1e-9)
             self.finish_s[rows[ended], self._head[ended]] = clock[ended]
             self._head = self._head + ended
             self._done = np.where(ended, 0.0, self._done)
             self._prefill_left = np.where(ended, 1.0, self._prefill_left)
             clock = np.where(active & ~ended, slot_end, clock)
+            again = np.flatnonzero(ended & (clock < slot_end) & (self.arrival_s[rows, self._head] < slot_end))
+            if len(again):  # the next in line has a prompt of its own
+                price.put(again, self._prices(again, load, rates, slot_end))
         self.now_s = slot_end
-        return Slot(arrived_tokens=fresh, served_tokens=served, energy_j=spent, tpot_s=tpot, token_j=token_j.sum(1))
+        assert np.isfinite(spent).all() and np.isfinite(self._prefill_left).all(), "energy and progress are numbers"
+        return Slot(arrived_tokens=fresh, served_tokens=served, energy_j=spent, tpot_s=tpot, token_j=token_j)
 
-    def _prices(
-        self, load: Load, rates: Rates, prompt: Floats, slot_end: float
-    ) -> tuple[Floats, Floats, Floats, Floats]:
-        """Seconds [N] and joule [N, D] of a token, and of a token of the prompt for those that may prefill now."""
-        n, rows = len(prompt), self._rows
-        coming = self.arrival_s[rows, self._head] < slot_end
-        left = self.output_tokens[rows, self._head] - self._done
-        ending = left * self._tpot_s < 4 * self.slot_s  # by the last price, with a margin
-        fills = np.flatnonzero(coming & ((self._prefill_left > 0) | ending))
-        both = np.concatenate([rows, fills])
-        new = np.concatenate([np.ones(n), prompt[fills]])
-        part = load.take(both) if len(fills) else load
-        here = rates.take(both) if len(fills) and len(rates.flops_per_s) > 1 else rates
-        step = step_cost(part, here, context_tokens=np.concatenate([prompt, prompt[fills]]), new_tokens=new)
+    def _prices(self, rows: Ints, load: Load, rates: Rates, slot_end: float) -> _Price:
+        """What the heads of some lines cost: a token, and the whole prompt of those that may prefill in this slot.
+
+        A token counts as made when the next one could be embedded; if the origin cannot be reached it never is.
+        """
+        n, head = len(rows), self._head[rows]
+        length = self.prompt_tokens[rows, head] + self._done[rows]
+        fills = np.flatnonzero((self.arrival_s[rows, head] < slot_end) & (self._prefill_left[rows] > 0))
+        both, new = np.concatenate([rows, rows[fills]]), np.concatenate([np.ones(n), length[fills]])
+        whole = n == load.num_instances and not len(fills)
+        part = load if whole else load.take(both)
+        here = rates if whole or len(rates.flops_per_s) == 1 else rates.take(both)
+        step = step_cost(part, here, context_tokens=np.concatenate([length, length[fills]]), new_tokens=new)
         joule = self._joule(step)
         fill_s, fill_j = np.full(n, np.inf), np.zeros((n, joule.shape[1]))  # who has no price waits for the next slot
-        fill_s[fills] = (step.origin_s + prompt_s(part, here, new))[n:] / prompt[fills]
-        fill_j[fills] = joule[n:] / prompt[fills, None]
-        self._tpot_s = np.where(np.isfinite(step.cycle_s[:n]), step.cycle_s[:n], 0.0)
-        self._busy_s = step.busy_s[:n]
-        return step.cycle_s[:n], joule[:n], fill_s, fill_j
+        fill_s[fills] = (step.origin_s + prompt_s(part, here, new))[n:]
+        fill_j[fills] = joule[n:]
+        self._busy_s[rows] = step.busy_s[:n]
+        token_s: Floats = np.where(np.isfinite(step.origin_s[:n]), step.cycle_s[:n], np.inf)
+        return _Price(token_s, joule[:n], fill_s, fill_j)
 
     def _joule(self, step: StepCost) -> Floats:
         """Idle, active and radio energy of each device during a step, [.., D]; 0 where a step never ends."""

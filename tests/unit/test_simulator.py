@@ -58,7 +58,7 @@ def scalar_line(planner: str, where: Topology, line: Requests, slot_s: float, sl
         if i >= len(line):
             return 0.0, 0.0
         known = float(line.prompt_tokens[i] + done)
-        return cost.tpot_s(placement, context_tokens=known), cost.ttft_s(placement, prompt_tokens=known) / known  # type: ignore[arg-type]
+        return cost.tpot_s(placement, context_tokens=known), cost.ttft_s(placement, prompt_tokens=known)  # type: ignore[arg-type]
 
     tpot, fill = prices()
     while i < len(line) and slot < slots:
@@ -68,9 +68,8 @@ def scalar_line(planner: str, where: Topology, line: Requests, slot_s: float, sl
             slot += 1
             tpot, fill = prices()
             continue
-        need = fill_left * fill * (line.prompt_tokens[i] + done)
-        step = min(need, end - now)
-        now, fill_left = now + step, fill_left - (step / (fill * (line.prompt_tokens[i] + done)) if step else 0)
+        step = min(fill_left * fill, end - now)
+        now, fill_left = now + step, fill_left - (step / fill if step else 0)
         if fill_left > 1e-12:
             continue
         if done == 0:
@@ -80,6 +79,7 @@ def scalar_line(planner: str, where: Topology, line: Requests, slot_s: float, sl
         if line.output_tokens[i] - done <= 1e-9:
             found.append((first, now))
             i, done, fill_left = i + 1, 0.0, 1.0
+            tpot, fill = prices()
     return found
 
 
@@ -166,6 +166,44 @@ def test_a_prompt_waits_for_a_link_that_is_down() -> None:
     for t in range(6):
         simulator.step(cloud, down if t < 3 else Rates.of(where))
     assert 3.0 < simulator.first_token_s[0, 0] < 4.0
+
+
+def test_tokens_reach_the_origin_only_while_it_can_be_reached() -> None:
+    """The whole model on the cloud needs no link to go on, but its tokens do."""
+    where = pair()
+    cloud, down = load("cloud_only", where), Rates.of(where)
+    down = replace(down, link_bytes_per_s=np.zeros_like(down.link_bytes_per_s))
+    simulator = Simulator(where, [requests((0.0, 10, 100))])
+    for t in range(12):
+        simulator.step(cloud, down if 1 <= t < 6 else Rates.of(where))
+    assert simulator.finish_s[0, 0] > 6.0
+
+
+def test_each_prompt_in_a_slot_has_its_own_price() -> None:
+    """A short one after a long one still takes the round trip; slots of any length agree."""
+    where = pair(rtt_s=0.1)
+    for first, second in ((200, 3), (3, 200)):
+        line = requests((0.0, first, 2), (0.0, second, 2))
+        found = []
+        for slot_s in (2.0, 0.02):
+            simulator = Simulator(where, [line], slot_s=slot_s)
+            for _ in range(round(4 / slot_s)):
+                simulator.step(load("cloud_only", where), Rates.of(where))
+            found.append(simulator.first_token_s[0, 1] - simulator.finish_s[0, 0])
+        assert min(found) >= 0.1
+        assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+def test_three_devices_outlive_an_outage() -> None:
+    where = Topology.uniform(3)
+    state = ClusterState(arch=ARCH, topology=where)
+    placed = load_of(make_planner("even").propose(state), ARCH, where)
+    down = Rates.of(where)
+    down = replace(down, link_bytes_per_s=np.zeros_like(down.link_bytes_per_s))
+    simulator = Simulator(where, [requests((0.0, 10, 50))])
+    for t in range(10):
+        simulator.step(placed, down if t < 4 else Rates.of(where))
+    assert 4.0 < simulator.finish_s[0, 0] < 6.0
 
 
 def test_a_pause_delays_by_itself_and_a_lost_cache_costs_a_prefill() -> None:
