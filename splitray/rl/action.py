@@ -83,6 +83,20 @@ def num_choices(blocks: tuple[Block, ...]) -> int:
     return sum(b.count for b in blocks)
 
 
+def prior(spec: ActionSpec, confidence: float) -> dict[str, list[float]]:
+    """Probabilities of the layer agent's choices that leave all to the program, by block; the rest is spread evenly.
+
+    A deviation of one of G groups is a G-th as likely as one of a knob. Without a program there is none.
+    """
+    if spec.variant == "no_dp":
+        return {}
+    found = {}
+    for block, index in zip(spec.high, (FREE, *DEFAULT_KNOBS), strict=True):
+        rest = (1 - confidence) / block.count
+        found[block.name] = [1 - rest if i == index else rest / (block.size - 1) for i in range(block.size)]
+    return found
+
+
 def parts(blocks: tuple[Block, ...], actions: Ints) -> dict[str, Ints]:
     """An action [N, choices] by the names of its blocks, [N, count] each."""
     ends = np.cumsum([b.count for b in blocks])[:-1]

@@ -16,7 +16,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
-from splitray.rl.module import PlacementModule, choice_log_probabilities
+from splitray.rl.module import PlacementModule, choice_log_probabilities, prior_divergence
 from splitray.rl.rollout import Rollout
 
 
@@ -54,7 +54,13 @@ class SplitwiseLearner(PPOTorchLearner):
             key=module_id,
             window=1,
         )
-        return -surrogate + config.vf_loss_coeff * value_loss - coefficient * entropy.mean()
+        loss = -surrogate + config.vf_loss_coeff * value_loss
+        prior = module.prior
+        if prior:  # takes the place of the entropy bonus: it is one, weighted by what the program would choose
+            away = prior_divergence(blocks, fwd_out[Columns.ACTION_DIST_INPUTS], prior).mean()
+            self.metrics.log_value((module_id, "prior_divergence"), away, window=1)
+            return loss + module.prior_weight * away
+        return loss - coefficient * entropy.mean()
 
 
 def training_data(rollout: Rollout) -> TrainingData:

@@ -28,15 +28,15 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
 
-from splitray.rl.action import Block
+from splitray.rl.action import Block, prior
 from splitray.rl.choosing import MASKED
 from splitray.rl.env import spaces_of
-from splitray.rl.layout import Layout, layouts
+from splitray.rl.layout import LAYER_AGENT, Layout, layouts
 from splitray.rl.recipe import Recipe
 
 
 class PlacementModule(TorchRLModule, ValueFunctionAPI):
-    """One agent. `model_config` holds `layout` , `hidden` and `chooses_groups`."""
+    """One agent. `model_config` is made by `module_specs`."""
 
     def setup(self) -> None:
         """Make the layers."""
@@ -44,6 +44,8 @@ class PlacementModule(TorchRLModule, ValueFunctionAPI):
         assert isinstance(config, dict), "see module_specs"
         self.layout: Layout = config["layout"]
         self.chooses_groups: bool = config["chooses_groups"]
+        self.prior: dict[str, list[float]] = config["prior"]
+        self.prior_weight: float = config["prior_weight"]
         hidden, layout = config["hidden"], self.layout
         self.per_group = [b for b in layout.blocks if is_per_group(b, layout)]
         self.whole = nn.Linear(layout.num_global, hidden)
@@ -140,11 +142,32 @@ def choice_log_probabilities(blocks: tuple[Block, ...], logits: Tensor, actions:
     return torch.cat(each, dim=1), entropy / num_open.clamp(min=1)
 
 
+def prior_divergence(blocks: tuple[Block, ...], logits: Tensor, prior: dict[str, list[float]]) -> Tensor:
+    """KL divergence from the prior's choices, summed over the blocks that it names, [B]."""
+    total = logits.new_zeros(len(logits))
+    at = 0
+    for block in blocks:
+        width = block.count * block.size
+        if block.name in prior:
+            log_p = torch.log_softmax(logits[:, at : at + width].reshape(-1, block.count, block.size), dim=2)
+            log_prior = logits.new_tensor(prior[block.name]).log()
+            total = total + (log_p.exp() * (log_p.clamp(min=-100.0) - log_prior)).sum((1, 2))
+        at += width
+    return total
+
+
 def module_specs(recipe: Recipe) -> dict[str, RLModuleSpec]:
     """Both agents' networks."""
     found = {}
     for agent, layout in layouts(recipe.spec).items():
         seen, done = spaces_of(layout)
-        config = {"layout": layout, "hidden": recipe.hidden, "chooses_groups": recipe.spec.low_decides}
+        stays = agent == LAYER_AGENT and recipe.clone_steps
+        config = {
+            "layout": layout,
+            "hidden": recipe.hidden,
+            "chooses_groups": recipe.spec.low_decides,
+            "prior": prior(recipe.spec, recipe.clone_confidence) if stays else {},
+            "prior_weight": recipe.prior_weight,
+        }
         found[agent] = RLModuleSpec(PlacementModule, seen, done, model_config=config)
     return found

@@ -29,6 +29,8 @@ class Recipe:
         gamma: discount of a slot; `trace_decay` is GAE's lambda.
         dual: two critics, for performance and for the queues; their advantages add up with `beta`.
         clone_steps: of the warm start, which imitates the exact program alone; 0 starts from scratch.
+        prior_weight: of the divergence from the cloned program, where there is one. Where a choice makes no difference,
+            which is in most cells, a bonus for entropy alone would wear it away, and it would not be there in the rest.
         clone_confidence: probability of the program's own choice at which cloning ends, to leave room to explore.
     """
 
@@ -57,6 +59,7 @@ class Recipe:
     last_learning_rate: float = 1e-4
     entropy: float = 0.003
     last_entropy: float = 0.0003
+    prior_weight: float = 0.01
     clip: float = 0.2
     num_epochs: int = 4
     minibatch_slots: int = 1024

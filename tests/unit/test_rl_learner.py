@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rllib_configs.__main__ import RECIPES
+from splitray.rl.action import prior
 from splitray.rl.algorithm import config_of
 from splitray.rl.cell import Cell
 from splitray.rl.choosing import log_probability
@@ -20,7 +21,7 @@ from splitray.rl.export import export, read_modules
 from splitray.rl.holdout import learned, paired, program, score
 from splitray.rl.layout import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.learner import act_of, training_data
-from splitray.rl.module import choice_log_probabilities, module_specs
+from splitray.rl.module import choice_log_probabilities, module_specs, prior_divergence
 from splitray.rl.observation import table_hash
 from splitray.rl.recipe import Recipe
 from splitray.rl.rollout import Collector
@@ -120,6 +121,16 @@ def test_a_learner_without_ray_takes_our_batches_and_changes_both_agents() -> No
         changed = {k.split(".")[0] for k, v in module.state_dict().items() if (v != before[agent][k]).any()}
         assert {"whole", "group", "choose", "critic"} <= changed
         assert np.isfinite(float(results[agent]["total_loss"].peek()))
+
+
+def test_the_prior_is_where_cloning_ends_and_divergence_from_it_is_never_negative() -> None:
+    found = prior(TINY.spec, 0.7)
+    for block in TINY.spec.high:
+        assert sum(found[block.name]) == pytest.approx(1) and len(found[block.name]) == block.size
+    assert prior(replace(TINY, variant="no_dp").spec, 0.7) == {}
+    as_it = torch.tensor([p for b in TINY.spec.high for p in found[b.name] * b.count]).log()[None]
+    assert prior_divergence(TINY.spec.high, as_it, found).item() == pytest.approx(0, abs=1e-5)
+    assert prior_divergence(TINY.spec.high, as_it * 2, found).item() > 0.1
 
 
 @pytest.mark.parametrize("recipe", [replace(TINY, variant="no_dp"), replace(TINY, variant="no_dp", bits=True)])
