@@ -188,6 +188,11 @@ class Topology:
         """The directed link, or None if the two cannot exchange."""
         return self._by_pair.get((source, target))
 
+    def serves(self, device: DeviceId) -> bool:
+        """Whether prompts get from the origin to a device and tokens back: it is the origin, or linked both ways."""
+        pair = (self.origin, device)
+        return device == self.origin or (self.link(*pair) is not None and self.link(*pair[::-1]) is not None)
+
     def tier(self, tier: str) -> tuple[DeviceId, ...]:
         """Ids of one tier, in order."""
         return tuple(d.id for d in self.devices if d.tier == tier)

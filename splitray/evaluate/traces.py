@@ -28,6 +28,7 @@ ONLINE = (
 DRAWN = ("log_ar1:0.4", "log_ar1:0.8", "log_ar1:0.4+gilbert_elliott")  # where no trace is given
 EVERY = 4  # slots between decisions
 LOAD = 0.3  # of what a static cut serves
+REQUESTS = 30  # about so many in a run: slots are longer where few come
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,15 @@ class TraceCell:
         return f"{self.edge} {self.model}"
 
     def ratio(self, planner: str, against: str, quantity: str = "latency_s") -> float:
-        """Geometric mean over traces of the planner's mean over the other's; NaN where one of them never answers."""
+        """Geometric mean over traces of the planner's mean over the other's; NaN where one of them never fits."""
         logs = [np.log(mean_of(a, quantity) / mean_of(b, quantity)) for a, b in self.pairs(planner, against)]
         return float(np.exp(np.mean(logs))) if logs else float("nan")
 
     def pairs(self, planner: str, against: str) -> list[tuple[Outcome, Outcome]]:
-        """Outcomes of the two on the same traces, where both have answered anything."""
+        """Outcomes of the two on the same traces, where both have a placement."""
         traces = dict.fromkeys(t for t, _ in self.outcomes)
         both = [(self.outcomes[t, planner], self.outcomes[t, against]) for t in traces]
-        return [(a, b) for a, b in both if _answers(a) and _answers(b)]
+        return [(a, b) for a, b in both if _placed(a) and _placed(b)]
 
 
 def edge_and_cloud(edge: str, holds: str, *, link: str = "lte") -> Topology:
@@ -84,29 +85,31 @@ def trace_cells(options: Options, tell: Tell) -> Iterator[TraceCell]:
                 tell(f"{model} on {edge}, origin holds {holds.replace('_', ' ')}")
                 where = edge_and_cloud(edge, holds)
                 line_rng = np.random.default_rng([options.seed, 1])
-                line = arrivals(options.arrivals, options.slots, LOAD / service_s(arch, where, "static_cut"), line_rng)
+                rate = LOAD / service_s(arch, where, "static_cut")
+                slot_s = max(1.0, REQUESTS / (rate * options.slots)) if options.arrivals is None else 1.0
+                line = arrivals(options.arrivals, options.slots * slot_s, rate, line_rng)
                 cases = []
                 for spec in specs:
                     rng = np.random.default_rng([options.seed, 2])
                     pairs = edge_cloud_links(where)
-                    rates = links_varied(spec, where, pairs, options.slots, 1.0, rng, what="bandwidth")
+                    rates = links_varied(spec, where, pairs, options.slots, slot_s, rng, what="bandwidth", repeat=True)
                     scenario = Scenario(
                         name=spec.rpartition("/")[2], arch=arch, topology=where, requests=line,
-                        num_slots=options.slots, bandwidth_bytes_per_s=rates,
+                        num_slots=options.slots, slot_s=slot_s, bandwidth_bytes_per_s=rates,
                     )  # fmt: skip
                     cases += [Case(planner=p, scenario=scenario, seed=options.seed, every=EVERY) for p in ONLINE]
                 found = simulate(cases)
                 yield TraceCell(edge, model, holds, {(o.scenario.name, o.planner): o for o in found})
 
 
-def _answers(outcome: Outcome) -> bool:
-    return bool((~np.isnan(outcome.finish_s)).any())
+def _placed(outcome: Outcome) -> bool:
+    """Whether the planner ever found a placement, and anybody asked; being too slow is no reason to be left out."""
+    return len(outcome.arrival_s) > 0 and bool(np.isfinite(outcome.edge_share).any())
 
 
 def mean_of(outcome: Outcome, quantity: str) -> float:
-    """The mean of one of the outcome's samples over the requests that did not fail."""
-    values = getattr(outcome, quantity)
-    return float(np.mean(values[~outcome.failed] if quantity.endswith("_s") else values))
+    """The mean of one of the outcome's samples over all requests; who got no answer counts with its age."""
+    return float(np.mean(getattr(outcome, quantity)))
 
 
 def simulated(value: float, unit: Unit) -> Number:
@@ -156,15 +159,17 @@ def latencies(cells: Sequence[TraceCell], holds: str) -> Table:
     """Mean latencies, a row a cell and a column a planner."""
     rows = []
     for cell in (c for c in cells if c.holds == holds):
-        row: list[Cell] = [cell.name]
+        asked = [len(o.arrival_s) for (_, p), o in cell.outcomes.items() if p == ONLINE[0]]
+        row: list[Cell] = [cell.name, Number(float(np.sum(asked)), "count", "simulated")]
         for planner in ONLINE:
             mine = [o for (_, p), o in cell.outcomes.items() if p == planner]
-            values = [mean_of(o, "latency_s") for o in mine if _answers(o)]
+            values = [mean_of(o, "latency_s") for o in mine if _placed(o)]
             row.append(simulated(float(np.mean(values)) if values else float("nan"), "s"))
         rows.append(tuple(row))
+    title = f"Mean latency of a request, origin holds {holds.replace('_', ' ')}"
     return Table(
-        f"Mean latency of a request, origin holds {holds.replace('_', ' ')}", ("cell", *ONLINE), tuple(rows),
-        "Means over the traces; requests that had not ended when the run did count with their age.",
+        title, ("cell", "requests", *ONLINE), tuple(rows),
+        "Means over the traces; requests that had not ended when the run did count with their age. -: nothing fits.",
     )  # fmt: skip
 
 

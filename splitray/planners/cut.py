@@ -73,6 +73,11 @@ class BestCut:
         where = (state.average or state.topology) if self.static else state.topology
         times, ids, total = layer_times(state, where), where.ids, state.arch.num_layers
         edge = own_edge(state)
+        served = [c for c in state.topology.tier("cloud") if where.serves(c)]
+        if not self.static and not served:  # there is no cloud now, or none that the origin reaches
+            ends = state.pinned_embedding or edge, state.pinned_head or edge
+            yield times.chain_s(ids.index(ends[0]), [ids.index(edge)] * total, ids.index(ends[1])), [edge] * total, ends
+            return
         for cloud in clouds(state):
             for cut in range(1, total) if self.static else range(total + 1):
                 layers = [edge] * cut + [cloud] * (total - cut)

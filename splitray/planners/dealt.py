@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_bytes, table_bytes
-from splitray.planners.memory import fastest_first, ffn_unit_bytes, group_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes
 from splitray.planners.protocol import ClusterState
-from splitray.planners.whole import layers_on
+from splitray.planners.whole import layers_on, served_first
 from splitray.topology import DeviceId
 
 
@@ -76,11 +76,11 @@ class RoundRobin:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """Whole layers in order, each to the fastest device that still has room; links are not looked at."""
+    """Whole layers in order, each to the fastest device that still has room; those that the origin reaches first."""
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no device has room for a layer."""
-        order, room = fastest_first(state.topology.devices), _Room(state)
+        order, room = served_first(state), _Room(state)
         first = [state.pinned_embedding] if state.pinned_embedding else order
         embedding = room.take(first, table_bytes(state), "the embedding")
         layers = [room.take(order, layer_bytes(state), "a layer") for _ in range(state.arch.num_layers)]

@@ -142,7 +142,8 @@ def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int
     """
     ids, table = state.topology.ids, table_bytes(state)
     pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
-    for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.argsort(head_s, kind="stable")]:
+    apart = np.array([not state.topology.serves(d) for d in ids])  # the origin does not reach them now
+    for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.lexsort((head_s, apart))]:
         embedding = head if pins[0] is None else pins[0]
         need = np.zeros(len(ids))
         need[embedding] += table

@@ -42,11 +42,14 @@ class CloudOnlyRtt:
 
 @dataclass(frozen=True, slots=True)
 class BestDevice:
-    """Everything on the device of the highest memory bandwidth that has room, whatever its tier."""
+    """Everything on the device of the highest memory bandwidth that has room, whatever its tier.
+
+    One that the origin can reach, while there is any: during an outage the cloud is none.
+    """
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no single device has room."""
-        return first_fit(fastest_first(state.topology.devices), lambda d: whole_on(d, state), state)
+        return first_fit(served_first(state), lambda d: whole_on(d, state), state)
 
 
 def whole_on(device: DeviceId, state: ClusterState) -> Placement:
@@ -65,6 +68,11 @@ def layers_on(
         (pins[0] or embedding,),
         Shares.whole(arch.vocab, pins[1] or head),
     )
+
+
+def served_first(state: ClusterState) -> list[DeviceId]:
+    """All devices, those that the origin reaches first, the fastest of them first."""
+    return sorted(fastest_first(state.topology.devices), key=lambda d: not state.topology.serves(d))
 
 
 def own_edge(state: ClusterState) -> DeviceId:

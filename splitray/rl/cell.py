@@ -87,7 +87,7 @@ class References:
     @property
     def request_j(self) -> float:
         """Energy of one request under cloud_only on an idle cloud: the unit of energy."""
-        return self.cloud.token_j * self.request.output_tokens
+        return max(self.cloud.token_j * self.request.output_tokens, 1e-9)  # devices may state no power
 
 
 def references(arch: ModelArch, topology: Topology, request: RequestShape = USUAL) -> References:

@@ -167,7 +167,7 @@ class _Arena:
         here = set(topology.ids)
         whole = current is not None and here.issuperset(current.devices)
         if current is not None and not whole and not keeps_cache(current, self.arch, here):
-            self.simulator.lose_cache(i)
+            self.simulator.lose_cache(i)  # even if the device comes back, its memory is lost
         due = t % line.case.every == 0 or not whole
         if due and not (line.planner.once and whole):
             state = self._state(i, line, topology)
@@ -187,7 +187,7 @@ class _Arena:
             current = None
         return ClusterState(
             arch=scenario.arch, topology=topology, context_tokens=context, current=current,
-            cached_tokens=int(simulator.context_tokens[i]) if simulator.serving[i] else 0,
+            cached_tokens=int(simulator.context_tokens[i]) if simulator.serving[i] else 0, step_tokens=int(present),
             interval_tokens=scenario.interval_tokens, slot_s=scenario.slot_s, queues=line.queues,
             average=scenario.average, request=scenario.shape, codec=scenario.codec, accuracy=scenario.accuracy,
         )  # fmt: skip
@@ -196,7 +196,7 @@ class _Arena:
         """What the planner says, or said to the very same state; None where it finds nothing."""
         key = state if line.planner.heeds_queues else replace(state, queues=QueueState())
         if not line.planner.charges_moves:
-            key = replace(key, cached_tokens=None, current=None)
+            key = replace(key, cached_tokens=None, step_tokens=None, current=None)
         if line.last is not None and line.last[0] == key and not isinstance(line.planner.planner, Learner):
             return line.last[1]
         started = time.perf_counter()
@@ -217,6 +217,8 @@ class _Arena:
         except InputError as error:  # a link that was never there
             line.refusal = error
             return
+        if free and line.placement is not None and _kv_moves(line.placement, new):
+            self.simulator.lose_cache(i)  # what is left of it is not where it is needed: the tokens are replayed
         if not free and line.placement is not None:
             seconds, replay = moving_s(line.placement, new, state, staged=scenario.staged)
             if not np.isfinite(seconds):
@@ -278,6 +280,15 @@ class _Arena:
             migration_bytes=line.migration_bytes, migration_s=line.migration_s, replays=line.replays,
             refusal=line.refusal,
         )  # fmt: skip
+
+
+def _kv_moves(old: Placement, new: Placement) -> bool:
+    """Whether some device is to have heads whose KV it does not hold."""
+    return any(
+        not set(ranges) <= set(before.attention.ranges(device))
+        for before, after in zip(old.layers, new.layers, strict=True)
+        for device, ranges in after.attention.by_device
+    )
 
 
 def keeps_cache(placement: Placement, arch: ModelArch, here: set[DeviceId]) -> bool:

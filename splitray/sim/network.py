@@ -16,7 +16,16 @@ TRACE_USAGE = f"FILE, READER:FILE, {_AR1}[:SIGMA], {_OUTAGES}, or {_AR1}[:SIGMA]
 ARRIVAL_USAGE = "FILE, azure:FILE, poisson[:PER_S] or bursty[:PER_S]"
 
 
-def varied(spec: str, base: float, num_slots: int, slot_s: float, rng: np.random.Generator, *, what: str) -> Floats:
+def varied(
+    spec: str,
+    base: float,
+    num_slots: int,
+    slot_s: float,
+    rng: np.random.Generator,
+    *,
+    what: str,
+    repeat: bool = False,
+) -> Floats:
     """The values of one link over the slots, [T].
 
     Args:
@@ -26,13 +35,15 @@ def varied(spec: str, base: float, num_slots: int, slot_s: float, rng: np.random
         slot_s: length of a slot.
         rng: of the models.
         what: `bandwidth` or `rtt`; a round trip has no outages.
+        repeat: play a file again where it ends, and do not hold its last value.
 
     Raises:
         InputError: the file cannot be used, or a parameter is wrong.
     """
     parts = spec.split("+")
     if not all(p.partition(":")[0] in (_AR1, _OUTAGES) for p in parts):
-        return read_trace(spec, quantity=what).sampled(num_slots, slot_s)
+        trace = read_trace(spec, quantity=what)
+        return (trace.repeated(num_slots * slot_s) if repeat else trace).sampled(num_slots, slot_s)
     values = np.full(num_slots, float(base))
     for part in parts:
         name, _, argument = part.partition(":")
@@ -55,6 +66,7 @@ def links_varied(
     rng: np.random.Generator,
     *,
     what: str,
+    repeat: bool = False,
 ) -> dict[tuple[DeviceId, DeviceId], Floats]:
     """The same spec for several links; both ways of a pair of devices change together."""
     if spec is None:
@@ -70,7 +82,7 @@ def links_varied(
             modelled = spec.partition(":")[0].partition("+")[0] in (_AR1, _OUTAGES)
             found[a, b] = other * (base / there) if modelled and there else other
         else:
-            found[a, b] = varied(spec, base, num_slots, slot_s, rng, what=what)
+            found[a, b] = varied(spec, base, num_slots, slot_s, rng, what=what, repeat=repeat)
     return found
 
 

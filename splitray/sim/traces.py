@@ -30,6 +30,15 @@ class Trace:
     time_s: Floats
     value: Floats
 
+    def repeated(self, until_s: float) -> Trace:
+        """The trace again and again until a time; its last value holds as long as its values do on average."""
+        period = float(self.time_s[-1]) + (
+            float(self.time_s[-1]) / (len(self.time_s) - 1) if len(self.time_s) > 1 else 1
+        )
+        times = max(1, int(np.ceil(until_s / period)))
+        starts = np.repeat(np.arange(times) * period, len(self.time_s))
+        return Trace(np.tile(self.time_s, times) + starts, np.tile(self.value, times))
+
     def sampled(self, num_slots: int, slot_s: float) -> Floats:
         """The mean over each slot, [num_slots]."""
         edges = np.arange(num_slots + 1) * slot_s

@@ -103,7 +103,9 @@ class Space:
         self.kinds: tuple[Kind, ...] = layer * arch.num_layers + ("head",)
         ids = state.topology.ids
         pinned = state.pinned_embedding
-        self.embeddings = [i for i, d in enumerate(ids) if pinned is None or d == pinned]
+        free = [i for i, d in enumerate(ids) if pinned is None or d == pinned]
+        # Prompts start at the origin; where it reaches no device that may hold the table, any is as good as another.
+        self.embeddings = [i for i in free if state.topology.serves(ids[i])] or free
 
     def _pieces(self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float) -> Pieces:
         seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
