@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import numpy as np
@@ -115,6 +116,12 @@ def _myopic(argument: str, _: int) -> Planner:
     )
 
 
+def _splitwise(argument: str, _: int) -> Planner:
+    # By name, for the learned policy stands on planners and the simulator, and not the other way round.
+    built: Planner = import_module("splitray.rl.policy_planner").build(argument)
+    return built
+
+
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly(), "one_device"),
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly(), "one_device"),
@@ -133,6 +140,7 @@ _PLANNERS = {
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True, charges_moves=True),
     "myopic": _Entry("myopic[:as_coded|max|weighted]", _myopic, "heads", charges_moves=True),
     "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True, charges_moves=True),
+    "splitwise": _Entry("splitwise[:PATH]", _splitwise, heeds_queues=True, charges_moves=True),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed)), once=True),
 }
 PLANNER_USAGES = tuple(entry.usage for entry in _PLANNERS.values())

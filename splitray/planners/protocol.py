@@ -27,11 +27,11 @@ class ClusterState:
 
     `context_tokens` are the tokens whose KV cache must fit beside the weights, summed over the sequences of a
     batch. `current` is the active placement, None before the first one, and `cached_tokens` are in its KV cache now
-    (None: all of the context). `interval_tokens` are the tokens until the
-    next decision, over which a migration must pay. `average` is the topology with the mean rates of the whole run,
-    for planners that decide once; None where nothing is known but the present. `request` is the mean request, from
-    which a planner may price prompts beside the later tokens. `codec` is how partials travel, and
-    `accuracy` what that was measured to cost.
+    (None: all of the context); `step_tokens` will be after the next step, whose prompt may not have begun (None: not
+    known). `interval_tokens` are the tokens until the next decision, over which a migration must pay. `average` is the
+    topology with the mean rates of the whole run, for planners that decide once; None where nothing is known but the
+    present. `request` is the mean request, from which a planner may price prompts beside the later tokens. `codec` is
+    how partials travel, and `accuracy` what that was measured to cost.
     """
 
     arch: ModelArch
@@ -39,6 +39,7 @@ class ClusterState:
     context_tokens: int = 0
     current: Placement | None = None
     cached_tokens: int | None = None
+    step_tokens: int | None = None
     interval_tokens: int = 64
     slot_s: float = 1.0
     queues: QueueState = QueueState()

@@ -109,6 +109,7 @@ class _Served:
     static: Static
     history: History
     since_move: float = 0.0
+    made: tuple[Placement, Choice] | None = None
 
 
 @dataclass
@@ -126,7 +127,10 @@ class Splitwise:
     _served: dict[Any, _Served] = field(default_factory=dict)
 
     def propose(self, state: ClusterState) -> Placement:
-        """See `Planner`; fails on anything but one edge and one cloud device, or where nothing fits."""
+        """See `Planner`; fails where there is no edge or no cloud device, or nothing fits.
+
+        Of several it takes the origin, or else the first edge, and the fastest cloud; others hold nothing.
+        """
         served = self._of(state)
         moment = self._moment(state, served)
         current = self._current(state, served, moment)
@@ -141,13 +145,15 @@ class Splitwise:
         )  # fmt: skip
         if state.current is not None and choice.same_as(current)[0]:
             return state.current
-        return served.grid.placement(choice, 0)
+        placement = served.grid.placement(choice, 0)
+        served.made = placement, choice
+        return placement
 
     def observe(self, state: ClusterState, placement: Placement, *, tpot_s: float, energy_j_per_token: float) -> None:
         """Remember what the slot was like."""
         served = self._of(state)
         moment = self._moment(state, served)
-        served.history.push(self._seen(state, served, moment, served.grid.choice_of(placement)), served.static)
+        served.history.push(self._seen(state, served, moment, _choice_of(placement, served)), served.static)
         served.since_move = served.since_move + 1 if placement == state.current else 0.0
 
     def _of(self, state: ClusterState) -> _Served:
@@ -163,7 +169,8 @@ class Splitwise:
         if missing:
             raise PlacementError("devices", expected=f"{', '.join(served.topology.ids)}", actual=f"no {missing[0]}",
                                  remedy="wait for it, or use another planner")  # fmt: skip
-        now = replace(state.topology, devices=tuple(here[i] for i in served.topology.ids))
+        links = tuple(x for x in state.topology.links if {x.source, x.target} == set(served.topology.ids))
+        now = replace(served.topology, devices=tuple(here[i] for i in served.topology.ids), links=links)
         cloud, usual = (t.devices[CLOUD_DEVICE].memory_bandwidth_bytes_per_s for t in (now, served.topology))
         return Moment(
             rates=Rates.of(now), cloud_free=np.array([cloud / usual]),
@@ -176,7 +183,7 @@ class Splitwise:
 
     def _current(self, state: ClusterState, served: _Served, moment: Moment) -> Choice:
         if state.current is not None:
-            return served.grid.choice_of(state.current)
+            return _choice_of(state.current, served)
         return planned(
             served.grid, moment, np.array([DEFAULT_KNOBS]), known=served.known, request=state.request or USUAL,
             weights=self.policy.weights,
@@ -184,8 +191,9 @@ class Splitwise:
 
     def _seen(self, state: ClusterState, served: _Served, moment: Moment, choice: Choice) -> Seen:
         cached = float(state.cached_tokens or 0)
+        step = max(1.0, cached if state.step_tokens is None else float(state.step_tokens))
         usual = Rates.of(served.topology)
-        held = served.grid.memory_bytes(choice, np.array([max(1.0, cached)]))
+        held = served.grid.memory_bytes(choice, np.array([step]))
         return Seen(
             backlog_tokens=moment.backlog_tokens, arrived_tokens=moment.arrived_tokens,
             energy_debt_j=moment.energy_debt_j, accuracy_debt=np.array([state.queues.accuracy_debt]),
@@ -193,21 +201,44 @@ class Splitwise:
             mean_link_bytes_per_s=usual.link_bytes_per_s[:, 0, 1],
             rtt_s=2 * np.where(moment.rates.latency_s[:, 0, 1] > 0, moment.rates.latency_s, usual.latency_s)[:, 0, 1],
             mean_rtt_s=2 * usual.latency_s[:, 0, 1], cloud_free=moment.cloud_free,
-            context_tokens=np.array([max(1.0, cached)]), serving=np.array([cached > 0]),
+            context_tokens=np.array([step]), serving=np.array([cached > 0]),
             free_memory=1 - held / moment.memory_bytes, slots_since_move=np.array([served.since_move]), choice=choice,
         )  # fmt: skip
 
 
+def _choice_of(placement: Placement, served: _Served) -> Choice:
+    """A placement in the grid; the last one that was asked for is remembered."""
+    if served.made is None or served.made[0] != placement:
+        served.made = placement, served.grid.choice_of(placement)
+    return served.made[1]
+
+
+def build(argument: str) -> Splitwise:
+    """The planner `splitwise` with the policy that ships, or `splitwise:PATH` with another.
+
+    Raises:
+        InputError: the policy cannot be used.
+    """
+    return Splitwise(Policy.load(argument or SHIPPED))
+
+
 def _served(state: ClusterState, nominal: Topology, num_groups: int) -> _Served:
-    tiers = [d.tier for d in nominal.devices]
-    if sorted(tiers) != ["cloud", "edge"]:
+    edges = [d for d in nominal.devices if d.tier == "edge"]
+    clouds = [d for d in nominal.devices if d.tier == "cloud"]
+    if not edges or not clouds:
         raise PlacementError(
             "topology",
-            expected="one edge and one cloud device for the planner splitwise",
+            expected="an edge and a cloud device for the planner splitwise",
             actual=f"{[f'{d.id} ({d.tier})' for d in nominal.devices]}",
             remedy="use the planner exact, drift_plus_penalty or myopic",
         )
-    ordered = replace(nominal, devices=tuple(sorted(nominal.devices, key=lambda d: d.tier != "edge")))
+    edge = next((d for d in edges if d.id == nominal.origin), edges[0])
+    cloud = max(clouds, key=lambda d: d.memory_bandwidth_bytes_per_s)
+    pair = {edge.id, cloud.id}
+    ordered = replace(
+        nominal, devices=(edge, cloud), links=tuple(x for x in nominal.links if {x.source, x.target} == pair),
+        origin=nominal.origin if nominal.origin in pair else edge.id,
+    )  # fmt: skip
     grid = Grid(state.arch, ordered, groups=num_groups, codec=state.codec)
     known = references(state.arch, ordered, state.request or USUAL)
     static = Static(

@@ -1,0 +1,134 @@
+"""The learned planner: it does what its policy did in training, refuses what it was not trained for, and is safe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from splitray.errors import InputError, PlacementError
+from splitray.placement import validate
+from splitray.planners import ClusterState, make_planner
+from splitray.planners.memory import check
+from splitray.planners.protocol import RequestShape
+from splitray.queues import QueueState
+from splitray.rl.action import FREE, ActionSpec
+from splitray.rl.cell import Cell, references
+from splitray.rl.policy_planner import SHIPPED, Policy, Splitwise
+from splitray.rl.vector_env import VectorEnv
+from splitray.rl.weather import Climate, Weather, draw
+from splitray.sim.arena import Case, run
+from splitray.sim.scenario import Scenario, edge_cloud_links
+from splitray.sim.workload import poisson
+from splitray.topology import Topology
+
+SLOTS = 60
+CLIMATE = Climate(cloud_load=0.8, bandwidth_sigma=0.6, rtt_sigma=0.2)
+CELL = Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="embedding_and_head", link="lte")
+
+
+def state(cell: Cell = CELL) -> ClusterState:
+    return ClusterState(arch=cell.arch, topology=cell.topology, context_tokens=400, request=RequestShape(128, 64))
+
+
+def drawn(seed: int) -> Weather:
+    known = references(CELL.arch, CELL.topology, CLIMATE.request)
+    return draw(CLIMATE, CELL.topology, known, window_tokens=CELL.arch.context_tokens, num_instances=1,
+                num_slots=SLOTS, slot_s=1.0, rng=np.random.default_rng(seed))  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_it_serves_as_its_policy_did_in_training(seed: int) -> None:
+    """The same weather through the environment and through the common executor gives the same answers."""
+    policy, rng = Policy.load(SHIPPED), np.random.default_rng(seed)
+    line = poisson(0.15, SLOTS, rng=rng)
+    weather = replace(drawn(seed), requests=(line,))
+    shape = RequestShape(float(line.prompt_tokens.mean()), float(line.output_tokens.mean()))
+    climate = replace(CLIMATE, request=shape)
+    env = VectorEnv(CELL, climate, spec=ActionSpec(), rng=np.random.default_rng(0), weather=weather)
+    for _ in range(SLOTS):
+        env.high_rows()
+        whole, groups = env._features
+        knobs = policy.knobs(whole, groups)
+        env.step(np.concatenate([np.full((1, 12), FREE), knobs], axis=1))
+    taken = np.zeros((SLOTS, 2))
+    taken[:, 1] = weather.cloud_taken[0]
+    pairs = edge_cloud_links(CELL.topology)
+    scenario = Scenario(
+        name="same", arch=CELL.arch, topology=CELL.topology, requests=line, num_slots=SLOTS, background=taken,
+        background_memory=False, bandwidth_bytes_per_s=dict.fromkeys(pairs, weather.link_bytes_per_s[0]),
+        rtt_s=dict.fromkeys(pairs, weather.rtt_s[0]),
+    )  # fmt: skip
+    (outcome,) = run([Case(planner="splitwise", scenario=scenario)], drain=False)
+    theirs = env.simulator.finish_s[0, : len(line)]
+    assert np.isfinite(theirs).any(), "the test is about something"
+    both = np.isfinite(theirs) & np.isfinite(outcome.finish_s)
+    assert (np.isfinite(theirs) == np.isfinite(outcome.finish_s)).mean() > 0.8
+    assert outcome.finish_s[both] == pytest.approx(theirs[both], rel=0.02)
+
+
+@pytest.mark.parametrize("edge", ["jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5"])
+@pytest.mark.parametrize("model", ["gpt2-xl", "llama-7b", "llama-13b"])
+@pytest.mark.parametrize("holds", ["none", "embedding_and_head"])
+def test_every_proposal_is_valid_and_fits(edge: str, model: str, holds: str) -> None:
+    where = state(Cell(edge=edge, model=model, holds=holds))  # type: ignore[arg-type]
+    placement = make_planner("splitwise").propose(where)
+    validate(placement, where.arch, where.topology)
+    check(placement, where)
+
+
+def test_it_decides_within_a_millisecond_or_so() -> None:
+    import time
+
+    planner, where = make_planner("splitwise").planner, state(replace(CELL, model="llama-7b"))
+    where = replace(where, current=planner.propose(where), cached_tokens=100, step_tokens=101)
+    times = []
+    for _ in range(50):
+        started = time.perf_counter()
+        planner.propose(where)
+        times.append(time.perf_counter() - started)
+    print(f"a decision of splitwise: {1e3 * np.median(times):.2f} ms, best {1e3 * min(times):.2f}")
+
+
+def test_a_backlog_beyond_its_limit_overrides_the_policy() -> None:
+    planner = Splitwise(Policy.load(SHIPPED), most_requests=2)
+    planner.propose(replace(state(), queues=QueueState(backlog_tokens=100.0)))
+    assert planner.overrides == 0
+    planner.propose(replace(state(), queues=QueueState(backlog_tokens=200.0)))
+    assert planner.overrides == 1
+
+
+def test_of_several_devices_it_takes_the_origin_and_the_fastest_cloud() -> None:
+    placement = make_planner("splitwise").propose(replace(state(), topology=Topology.uniform(3)))
+    assert set(placement.devices) <= {"edge0", "cloud0"}
+    with pytest.raises(PlacementError, match="an edge and a cloud device"):
+        make_planner("splitwise").propose(replace(state(), topology=Topology.uniform(2, num_edges=2)))
+
+
+def test_a_cloud_that_stands_first_is_no_matter() -> None:
+    there = state()
+    turned = replace(there, topology=replace(there.topology, devices=there.topology.devices[::-1]))
+    first, second = (make_planner("splitwise").propose(s) for s in (there, turned))
+    assert first == second or set(first.devices) == set(second.devices)
+
+
+def test_damaged_or_foreign_policies_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="safetensors"):
+        Policy.load(tmp_path / "absent")
+    card, raw = SHIPPED.with_suffix(".json").read_text(), SHIPPED.with_suffix(".safetensors").read_bytes()
+    path = tmp_path / "policy"
+    for change, complaint in (({}, "sha256"), ({"features": "other"}, "features"), ({"variant": "no_dp"}, "variant")):
+        path.with_suffix(".json").write_text(json.dumps({**json.loads(card), **change}))
+        path.with_suffix(".safetensors").write_bytes(raw if change else raw[:-4] + b"\0\0\0\1")
+        with pytest.raises(InputError, match=complaint):
+            Policy.load(path)
+
+
+def test_the_shipped_card_tells_how_it_was_made() -> None:
+    card = Policy.load(SHIPPED).card
+    assert card["recipe"]["name"] == "splitwise"
+    assert card["results"]["held_out"], "compared with the program on weather that it never saw"
+    assert SHIPPED.with_suffix(".safetensors").stat().st_size < 1e6
