@@ -18,7 +18,7 @@ until the placement fits, and nothing is proven.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitray.cost import CostModel
 from splitray.errors import TopologyError
@@ -64,8 +64,11 @@ class DriftPlusPenalty:
         """The best placement if what the interval's tokens save pays for the way there, else the current one."""
         if state.current is None or state.current == best or shortfall(state.current, state):
             return best
+        if self.staged and state.cached_tokens == 0:
+            return best
+        serving = replace(state, request=None)  # the sequence that pays for the move has its prompt behind it
         try:
-            saved = cost_of(state.current, state, prices) - cost_of(best, state, prices)
+            saved = cost_of(state.current, serving, prices) - cost_of(best, serving, prices)
         except TopologyError:  # a link is down that the current one needs
             return best
         moving = prices.per_second * moving_s(state.current, best, state, staged=self.staged)[0]
