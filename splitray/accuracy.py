@@ -70,7 +70,8 @@ class AccuracyTable:
         """The relative rise of perplexity by one coded crossing, of a whole state and of partial sums.
 
         The first is what the cut nearest to this depth was measured to cost; the second is the measured cost of coding
-        every boundary, spread evenly. For another model than the measured one this is a stand-in, and is called that.
+        every boundary, spread evenly. A measurement below the exact perplexity is noise and counts as 0, so that no
+        planner is paid for it. For another model than the measured one this is a stand-in, and is called that.
 
         Args:
             codec: how what crosses is coded.
@@ -81,8 +82,8 @@ class AccuracyTable:
             return 0.0, 0.0
         cuts = [r.cut for r in self.rows if r.codec == codec and r.cut is not None]
         nearest = min(cuts, key=lambda c: abs(c / self.num_layers - depth))
-        everywhere = self.relative_perplexity(codec, None) - 1
-        return self.relative_perplexity(codec, nearest) - 1, everywhere / max(1, boundaries)
+        everywhere = max(0.0, self.relative_perplexity(codec, None) - 1)
+        return max(0.0, self.relative_perplexity(codec, nearest) - 1), everywhere / max(1, boundaries)
 
     def route_loss(self, route: Route) -> float:
         """The relative rise of perplexity by all coded crossings of a route, summed; 0 for a codec that is exact."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from splitray.arch import ModelArch
 from splitray.catalog import ARCHITECTURES, architecture
 from splitray.cost import CostModel, Prediction
+from splitray.errors import ModelError, did_you_mean
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.exact import Exact, ExactResult, solve
@@ -75,6 +76,7 @@ def run(
         InputError: a name, a file or the instance is wrong; says what.
     """
     where = Topology.load(topology)
+    where.require_connected()
     arch = read_model_arch(model, dtype=dtype)
     chosen = make_planner(planner, seed=seed)
     state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens)
@@ -110,5 +112,18 @@ def read_model_arch(model: str, *, dtype: Dtype | None = None) -> ModelArch:
     from splitray.model.reading import read_arch, read_config
     from splitray.runtime.launch import model_path
 
-    arch, _ = read_arch(read_config(model_path(model)), dtype=dtype or "float32")
+    folder = model_path(model)
+    try:
+        config = read_config(folder)
+    except ModelError as error:
+        if folder.exists():
+            raise
+        known = [*ARCHITECTURES, "tiny"]
+        raise ModelError(
+            f"model {model}",
+            expected=f"one of {', '.join(known)}, or a model's folder",
+            actual="neither a known name nor a folder",
+            remedy=f"use a known name{did_you_mean(model, known)}, or give the path of a saved model",
+        ) from error
+    arch, _ = read_arch(config, dtype=dtype or "float32")
     return arch

@@ -23,7 +23,7 @@ from splitray.sim.arena import Case, run
 from splitray.sim.network import arrivals, links_varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, background_load, edge_cloud_links
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 MEAN_PROMPT, MEAN_OUTPUT = 128, 64  # tokens of a request where nothing else is said
 _LOAD = 0.2  # of the best device's rate, by default
@@ -91,7 +91,11 @@ def scenario_of(request: Request) -> Scenario:
     Raises:
         InputError: something cannot be used.
     """
+    if not 0 < request.slot_s < float("inf"):
+        raise InputError("--slot-s", expected="a finite slot longer than 0 s", actual=request.slot_s,
+                         remedy="write for example 1")  # fmt: skip
     topology = Topology.load(request.topology)
+    topology.require_connected()
     arch = read_model_arch(request.model, dtype=request.dtype)
     seeds = np.random.SeedSequence(request.seed).spawn(4)
     links, rtts, coming, other = (np.random.default_rng(s) for s in seeds)
@@ -148,10 +152,11 @@ def _lost(text: str | None, topology: Topology, slots: int, slot_s: float) -> np
             begin, end = float(first), float(last)
         except ValueError:
             begin = end = float("nan")
-        if name not in topology.ids or not 0 <= begin < end:
-            raise InputError("--lose", expected=f"DEVICE:FROM_S:TO_S with a device among {list(topology.ids)}",
+        if name not in topology.ids or not 0 <= begin < end or not np.isfinite(end):
+            raise InputError("--lose", expected=f"DEVICE:FROM_S:TO_S, finite times, a device of {list(topology.ids)}",
                              actual=each, remedy="write for example --lose cloud0:60:120")  # fmt: skip
-        lost[int(begin / slot_s) : int(np.ceil(end / slot_s)), topology.ids.index(name)] = True  # type: ignore[arg-type]
+        first_slot, end_slot = int(min(begin / slot_s, slots)), int(np.ceil(min(end / slot_s, slots)))
+        lost[first_slot:end_slot, topology.ids.index(DeviceId(name))] = True
     return lost
 
 

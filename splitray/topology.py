@@ -193,6 +193,30 @@ class Topology:
         pair = (self.origin, device)
         return device == self.origin or (self.link(*pair) is not None and self.link(*pair[::-1]) is not None)
 
+    def require_connected(self) -> None:
+        """Refuse a topology with devices that no chain of links joins with the origin, there and back.
+
+        Raises:
+            TopologyError: there are such devices; names them.
+        """
+        there = self._reached([(k.source, k.target) for k in self.links])
+        back = self._reached([(k.target, k.source) for k in self.links])
+        apart = [str(i) for i in self.ids if i not in there or i not in back]
+        if apart:
+            raise TopologyError(
+                "links",
+                expected=f"every device linked with the origin {self.origin}, through others if need be",
+                actual=f"no links that join it with {', '.join(apart)}",
+                remedy="add the missing links under `links:`, or remove the devices",
+            )
+
+    def _reached(self, pairs: list[tuple[DeviceId, DeviceId]]) -> set[DeviceId]:
+        found, new = {self.origin}, {self.origin}
+        while new:
+            new = {b for a, b in pairs if a in new} - found
+            found |= new
+        return found
+
     def tier(self, tier: str) -> tuple[DeviceId, ...]:
         """Ids of one tier, in order."""
         return tuple(d.id for d in self.devices if d.tier == tier)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 
 Samples = Mapping[str, Sequence[float]]
 _COLOURS = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -19,15 +21,15 @@ _MARKERS = "osD^vP*X<>hd"
 
 
 def latency_plot(latency_s: Samples) -> Figure:
-    """The share of requests answered within a time, a line a planner; time on a logarithmic axis."""
+    """The share of requests answered within a time, a line a planner; a long range of times is logarithmic."""
     figure, axes = _figure("Latency of requests", "seconds from arrival to the last token", "share of requests")
     for colour, (name, values) in zip(_colours(), _merged(latency_s).items(), strict=False):
         ordered = np.sort(np.asarray(values, float))
         if not len(ordered):
             continue
-        share = np.arange(1, len(ordered) + 1) / len(ordered)
-        axes.step(ordered, share, where="post", color=colour, label=name)
-    axes.set_xscale("log")
+        share = np.arange(len(ordered) + 1) / len(ordered)
+        axes.step([ordered[0], *ordered], share, where="post", color=colour, label=name)
+    _scale(axes, "x", [t for values in latency_s.values() for t in values])
     axes.set_ylim(0, 1.01)
     _legend(axes)
     return figure
@@ -81,7 +83,7 @@ def placement_plot(
 
 def energy_plot(energy_j: Mapping[str, float]) -> Figure:
     """Energy of a request, a bar a planner, least first."""
-    ordered = sorted(energy_j.items(), key=lambda item: item[1])
+    ordered = sorted(((n, e) for n, e in energy_j.items() if np.isfinite(e)), key=lambda item: item[1])
     figure, axes = _figure("Energy of a request", "joule", "")
     bars = axes.barh([n for n, _ in ordered], [e for _, e in ordered], color=_COLOURS[0])
     axes.bar_label(bars, fmt="%.3g", padding=3)
@@ -99,15 +101,15 @@ def front_plot(latency_s: Mapping[str, float], energy_j: Mapping[str, float]) ->
     points = _merged({n: [latency_s[n], energy_j[n]] for n in names})
     for i, (colour, (name, (x, y))) in enumerate(zip(_colours(), points.items(), strict=False)):
         axes.scatter(x, y, color=colour, marker=_MARKERS[i % len(_MARKERS)], label=name, zorder=2)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _scale(axes, "x", [latency_s[n] for n in names])
+    _scale(axes, "y", [energy_j[n] for n in names])
     axes.margins(0.15)
     _legend(axes)
     return figure
 
 
 def ratio_plot(title: str, rows: Sequence[str], columns: Sequence[str], ratios: Sequence[Sequence[float]]) -> Figure:
-    """Ratios as a map with their numbers, blue below 1 and red above; NaN is left blank."""
+    """Ratios as a map with their numbers, blue below 1 and red above; NaN is a hatched cell, as white means near 1."""
     values = np.asarray(ratios, float)
     figure = Figure(figsize=(2.8 + 0.75 * len(columns), 1.6 + 0.3 * len(rows)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -120,6 +122,8 @@ def ratio_plot(title: str, rows: Sequence[str], columns: Sequence[str], ratios: 
             strong = abs(np.log2(value)) > 1.8
             text = f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
             axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if strong else "black")
+        elif np.isnan(value):
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.93", edgecolor="0.75", hatch="////", lw=0))
     axes.set_title(title, loc="left", fontsize=10)
     return figure
 
@@ -132,7 +136,7 @@ def trade_plot(v: Sequence[float], energy_j: Sequence[float], backlog_tokens: Se
     axes.yaxis.label.set_color(_COLOURS[0])
     other = axes.twinx()
     other.plot(v, backlog_tokens, "s--", color=_COLOURS[3])
-    other.set_yscale("log")
+    other.set_ylim(bottom=0)
     other.set_ylabel("mean backlog, output tokens", color=_COLOURS[3])
     other.spines["top"].set_visible(False)
     return figure
@@ -175,6 +179,14 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
     axes.grid(alpha=0.25)
     _plain(axes)
     return figure, axes
+
+
+def _scale(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
+    """Logarithmic over more than a decade, with labels at its powers alone; linear below, and where a value is 0."""
+    found = np.asarray(values, float)
+    if len(found) and 0 < 10 * found.min() < found.max():
+        axes.set(**{f"{which}scale": "log"})
+        (axes.xaxis if which == "x" else axes.yaxis).set_minor_formatter(NullFormatter())
 
 
 def _plain(axes: Axes) -> None:

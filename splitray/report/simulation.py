@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from splitray.report.quantities import joule_text, seconds_text
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import edge_cloud_links
 
+_OURS = "drift_plus_penalty"
 COLUMNS = ("planner", "latency", "p95", "tpot", "energy", "moves", "decision", "done")
 
 
@@ -35,28 +36,32 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     if requests["finished"] == 0:
         return ("-",) * (len(COLUMNS) - 2) + (done,)
 
-    def seconds(value: float | None) -> str:
-        return "-" if value is None else seconds_text(value)
+    def text(value: float | None, of: Callable[[float], str] = seconds_text) -> str:
+        return "-" if value is None else of(value)
 
     return (
-        seconds(found["latency_s"]["mean"]), seconds(found["latency_s"]["p95"]),
-        seconds(found["tpot_s"]["mean"]), joule_text(found["energy_j_per_request"]),
-        f"{found['migrations']}", seconds_text(found["decision_s"]), done,
+        text(found["latency_s"]["mean"]), text(found["latency_s"]["p95"]),
+        text(found["tpot_s"]["mean"]), text(found["energy_j_per_request"], joule_text),
+        text(found["migrations"], str), text(found["decision_s"]), done,
     )  # fmt: skip
 
 
 def simulation_table(document: Mapping[str, Any]) -> Table:
-    """One row a planner: times and energy of a request, and of a later token; it fits 80 columns."""
+    """One row a planner: times and energy of a request, and of a later token; it fits 80 columns.
+
+    A long name is folded, and no number is cut.
+    """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim", border_style="dim")
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "planner" else "right", no_wrap=True)
+        named = name == "planner"
+        table.add_column(name, justify="left" if named else "right", no_wrap=not named, overflow="fold")
     for row in simulation_rows(document):
         table.add_row(*row)
     return table
 
 
 def plots_of(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
-    """Latency, backlog, energy, the front of the two, and what each planner that moved held when."""
+    """Latency, backlog, energy, the front of the two, and what each planner that moved, and ours, held when."""
     placed = [o for o in outcomes if (~np.isnan(o.finish_s)).any()]
     slots, slot_s = outcomes[0].scenario.num_slots, outcomes[0].scenario.slot_s
     time_s = (np.arange(slots) * slot_s).tolist()
@@ -68,10 +73,15 @@ def plots_of(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
         "energy": energy_plot(energy),
         "front": front_plot(latency, energy),
     }
-    moved = [o for o in placed if np.nanmax(np.ptp(o.edge_share, axis=0)) > 0]
-    for o in moved or placed[-1:]:
+    shown = [o for o in outcomes if o.planner.partition(":")[0] == _OURS or _moved(o)]
+    for o in shown or placed[-1:]:
         figures[f"placement-{o.planner.replace(':', '-')}"] = _map(o, time_s)
     return figures
+
+
+def _moved(outcome: Outcome) -> bool:
+    placed = outcome.edge_share[~np.isnan(outcome.edge_share).any(axis=1)]
+    return placed.size > 0 and bool((np.ptp(placed, axis=0) > 0).any())
 
 
 def _map(outcome: Outcome, time_s: list[float]) -> Figure:

@@ -17,9 +17,17 @@ from splitray.errors import InputError, did_you_mean
 
 Floats = NDArray[np.float64]
 PACKET_BYTES = 1504  # of the one-integer-a-packet format (Mahimahi)
-_RATES = {"bit/s": 1 / 8, "bps": 1 / 8, "kbit/s": 125.0, "kbps": 125.0, "mbit/s": 125e3, "mbps": 125e3,
-          "gbit/s": 125e6, "gbps": 125e6, "b/s": 1.0, "kb/s": 1e3, "mb/s": 1e6, "gb/s": 1e9}  # fmt: skip
-_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_MOST_MS = 10_000_000  # that a trace of packets may span
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}  # in either case
+_RATES = {  # b is bits and B is bytes, eight times as much
+    written + unit: size * factor
+    for prefix, factor in _PREFIXES.items()
+    for written in {prefix, prefix.upper()}
+    for unit, size in {"bit/s": 1 / 8, "Bit/s": 1 / 8, "b/s": 1 / 8, "bps": 1 / 8, "B/s": 1.0, "Bps": 1.0}.items()
+}
+_TIMES = {written: s for unit, s in {"us": 1e-6, "ms": 1e-3, "s": 1.0}.items() for written in (unit, unit.upper())}
+_RATE_USAGE = "bit/s, b/s, bps (bits), B/s, Bps (bytes), with k, M or G before it"
+_TIME_USAGE = "us, ms, s"
 _QUANTITY = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE)
 
 
@@ -77,30 +85,34 @@ def read_trace(spec: str, *, quantity: str = "bandwidth") -> Trace:
         raise _wrong(rest, "a readable text file", error, "give the path of a trace") from error
     rows = [(i, line.split("#")[0].replace(",", " ").split()) for i, line in enumerate(lines, 1)]
     time_s, value = _READERS[name](rest, [(i, r) for i, r in rows if r], quantity)
-    return _checked(rest, np.array(time_s), np.array(value))
+    if not time_s:
+        raise _wrong(rest, "at least one row", "none", "give a trace with rows")
+    return Trace(np.array(time_s) - time_s[0], np.array(value))
 
 
 def _columns(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tuple[list[float], list[float]]:
-    time_s, value = [], []
+    time_s: list[float] = []
+    value: list[float] = []
     for line, row in rows:
         if len(row) == 3 and not _QUANTITY.match(row[2]):
             row = [row[0], row[1] + row[2]]  # the unit may stand apart
         if len(row) != 2:
             raise _wrong(f"{path}:{line}", "two columns, time [s] and a value", row, "see SOURCE of the trace")
-        time_s.append(_number(path, line, row[0], _TIMES, 1.0))
+        time_s.append(_time(path, line, row[0], time_s))
         units, default = (_RATES, 125e3) if quantity == "bandwidth" else (_TIMES, 1e-3)
-        value.append(_number(path, line, row[1], units, default))
+        value.append(_value(path, line, row[1], units, default))
     return time_s, value
 
 
 def _with_ping(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tuple[list[float], list[float]]:
-    time_s, value = [], []
+    time_s: list[float] = []
+    value: list[float] = []
     for line, row in rows:
         if len(row) != 3:
             raise _wrong(f"{path}:{line}", "three columns: time [s], Mbit/s, ping [ms]", row, "choose another reader")
-        time_s.append(_number(path, line, row[0], _TIMES, 1.0))
-        rate = _number(path, line, row[1], _RATES, 125e3)
-        ping = _number(path, line, row[2], _TIMES, 1e-3)
+        time_s.append(_time(path, line, row[0], time_s))
+        rate = _value(path, line, row[1], _RATES, 125e3)
+        ping = _value(path, line, row[2], _TIMES, 1e-3)
         value.append(rate if quantity == "bandwidth" else ping)
     return time_s, value
 
@@ -110,14 +122,21 @@ def _packets(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tup
         raise _wrong(path, "round-trip times", "a trace of packets", "use the reader columns or with_ping")
     times: list[int] = []
     for line, row in rows:
-        if len(row) != 1 or not row[0].isdecimal():
+        if len(row) != 1 or not row[0].isdecimal() or len(row[0]) > 18:
             raise _wrong(f"{path}:{line}", "one integer, the millisecond of a packet", row, "choose another reader")
         if times and int(row[0]) < times[-1]:
             raise _wrong(f"{path}:{line}", f"a time of at least {times[-1]} ms", row[0], "put the rows in order")
         times.append(int(row[0]))
+        if times[-1] - times[0] > _MOST_MS:
+            raise _wrong(
+                f"{path}:{line}",
+                f"at most {_MOST_MS:,} ms from the first packet, at {times[0]} ms, to the last",
+                f"{times[-1] - times[0]:,} ms",
+                "cut the trace, and write milliseconds",
+            )
     if not times:
         return [], []
-    counts = np.bincount(np.array(times) // 1000)  # bytes of each second
+    counts = np.bincount((np.array(times) - times[0]) // 1000)  # of each second since the first packet
     return [float(i) for i in range(len(counts))], [float(c * PACKET_BYTES) for c in counts]
 
 
@@ -131,22 +150,26 @@ def _number(path: str, line: int, text: str, units: dict[str, float], default: f
     if not found:
         raise _wrong(f"{path}:{line}", "a number, with or without a unit", repr(text), "correct the row")
     number, unit = found.groups()
-    if unit and unit.lower() not in units:
-        raise _wrong(f"{path}:{line}", f"a unit among {sorted(units)}", repr(unit), "convert the column")
-    return float(number) * (units[unit.lower()] if unit else default)
+    if unit and unit not in units:
+        usage = _RATE_USAGE if units is _RATES else _TIME_USAGE
+        raise _wrong(f"{path}:{line}", f"a unit among {usage}", repr(unit), "convert the column")
+    return float(number) * (units[unit] if unit else default)
 
 
-def _checked(path: str, time_s: Floats, value: Floats) -> Trace:
-    if not len(time_s):
-        raise _wrong(path, "at least one row", "none", "give a trace with rows")
-    for i, (at, v) in enumerate(zip(time_s, value, strict=True)):
-        if not (np.isfinite(v) and v >= 0 and np.isfinite(at)):
-            raise _wrong(f"{path}, row {i + 1}", "values of 0 or more", f"{v} at {at} s", "remove or correct the row")
-        if i and at < time_s[i - 1]:
-            raise _wrong(
-                f"{path}, row {i + 1}", f"a time of {time_s[i - 1]} s or later", f"{at} s", "put them in order"
-            )
-    return Trace(time_s - time_s[0], value)
+def _value(path: str, line: int, text: str, units: dict[str, float], default: float) -> float:
+    value = _number(path, line, text, units, default)
+    if not 0 <= value < float("inf"):
+        raise _wrong(f"{path}:{line}", "a finite value of 0 or more", text, "remove or correct the row")
+    return value
+
+
+def _time(path: str, line: int, text: str, before: list[float]) -> float:
+    at = _number(path, line, text, _TIMES, 1.0)
+    if not np.isfinite(at):
+        raise _wrong(f"{path}:{line}", "a finite time", text, "remove or correct the row")
+    if before and at < before[-1]:
+        raise _wrong(f"{path}:{line}", f"a time of {before[-1]} s or later", text, "put them in order")
+    return at
 
 
 def _wrong(what: str, expected: str, actual: object, remedy: str) -> InputError:

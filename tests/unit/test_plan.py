@@ -11,10 +11,10 @@ from typer.testing import CliRunner, Result
 from splitray.catalog import architecture
 from splitray.cli import app
 from splitray.cost import CostModel
-from splitray.errors import InputError, PlacementError
+from splitray.errors import PlacementError, TopologyError
 from splitray.placement import Placement
 from splitray.plan import run
-from splitray.planners import PLANNER_USAGES, ClusterState
+from splitray.planners import PLANNER_USAGES, ClusterState, make_planner
 from splitray.planners.memory import check
 from splitray.topology import Topology
 
@@ -70,7 +70,8 @@ def test_the_shipped_model_can_be_planned(topology: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"model": "lama-7b"}, "lama-7b"),
+        ({"model": "lama-7b"}, "did you mean llama-7b?"),
+        ({"model": "gpt5"}, "gpt2-xl"),
         ({"planner": "layer_cot"}, "did you mean layer_cut?"),
         ({"model": "llama-13b", "planner": "edge_only"}, "bytes on nano"),
     ],
@@ -118,17 +119,12 @@ def write(path: Path, *memory_bytes: float, linked: bool = True) -> str:
 
 @pytest.mark.parametrize("planner", ["exact", "drift_plus_penalty"])
 @pytest.mark.parametrize(
-    ("memory_bytes", "linked", "text"),
-    [
-        ((4e9, 4e9), True, "5,744,734,208 bytes too many"),
-        ((8e9, 8e9), False, "without a link cannot share (d0 and d1)"),
-        ((1e9,), True, "bytes too many"),
-    ],
+    ("memory_bytes", "text"), [((4e9, 4e9), "5,744,734,208 bytes too many"), ((1e9,), "bytes too many")]
 )
 def test_what_fits_nowhere_is_refused_with_the_constraint_and_by_how_much(
-    tmp_path: Path, planner: str, memory_bytes: tuple[float, ...], linked: bool, text: str
+    tmp_path: Path, planner: str, memory_bytes: tuple[float, ...], text: str
 ) -> None:
-    where = write(tmp_path / "where.yaml", *memory_bytes, linked=linked)
+    where = write(tmp_path / "where.yaml", *memory_bytes)
     with pytest.raises(PlacementError) as refused:
         run(model="llama-7b", topology=where, planner=planner, context_tokens=512)
     assert "memory: expected room for llama-7b with 512 tokens" in str(refused.value)
@@ -137,10 +133,24 @@ def test_what_fits_nowhere_is_refused_with_the_constraint_and_by_how_much(
     assert result.exit_code == 2
 
 
-def test_an_island_without_links_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("planner", ["exact", "even"])
+def test_devices_that_nothing_reaches_are_refused_by_name(tmp_path: Path, planner: str) -> None:
     where = write(tmp_path / "where.yaml", 2e10, 2e10, linked=False)
-    found = run(model="llama-7b", topology=where, planner="exact", context_tokens=512)
-    assert found.exchanges_per_token == 0
-    assert set(found.predicted.memory_bytes) == {"d0"}
-    with pytest.raises(InputError, match="d0 -> d1"):
-        run(model="llama-7b", topology=where, planner="even", context_tokens=512)
+    with pytest.raises(TopologyError, match="the origin d0.*d1"):
+        run(model="llama-7b", topology=where, planner=planner, context_tokens=512)
+    result = plan(Path(where), planner=planner)
+    assert result.exit_code == 2
+    assert "d1" in result.stderr
+
+
+def test_the_exact_search_leaves_an_island_alone_or_says_that_it_cannot_share(tmp_path: Path) -> None:
+    arch = architecture("llama-7b")
+
+    def propose(memory_bytes: float) -> Placement:
+        where = write(tmp_path / "where.yaml", memory_bytes, memory_bytes, linked=False)
+        state = ClusterState(arch=arch, topology=Topology.load(where), context_tokens=512)
+        return make_planner("exact").propose(state)
+
+    assert {str(d) for d in propose(2e10).devices} == {"d0"}
+    with pytest.raises(PlacementError, match=r"without a link cannot share \(d0 and d1\)"):
+        propose(8e9)

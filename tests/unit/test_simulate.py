@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from splitray.cli import app
 from splitray.evaluate import Options, clusters, traces, trade
 from splitray.evaluate import run as evaluate
 from splitray.report.document import Number, Report, Table
+from splitray.report.plots import front_plot, latency_plot, ratio_plot, trade_plot
+from splitray.report.simulation import simulation_rows, simulation_table
 
 TOPOLOGY = """
 origin_holds: embedding_and_head
@@ -104,6 +108,11 @@ def test_a_person_sees_a_table_in_eighty_columns(topology: Path) -> None:
         (["--background", "2"], "a share from 0 to 1"),
         (["--slots", "0"], "--slots"),
         (["--slot-s", "0"], "longer than 0 s"),
+        (["--slot-s", "-1"], "longer than 0 s"),
+        (["--slot-s", "nan"], "longer than 0 s"),
+        (["--slot-s", "inf"], "a finite slot"),
+        (["--slot-s", "0", "--lose", "gpu:1:2"], "longer than 0 s"),
+        (["--lose", "gpu:0:inf"], "finite times"),
         (["--planners", "cloud_only,cloud_onyl"], "cloud_only"),
         (["--planners", "cloud_only,cloud_only"], "distinct names"),
     ],
@@ -124,15 +133,59 @@ def test_an_infeasible_model_names_the_constraint_and_by_how_much(tmp_path: Path
     assert "bytes" in result.stderr
 
 
-def test_a_device_that_nothing_reaches_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("planners", ["exact", PLANNERS])
+def test_a_device_that_nothing_reaches_is_named(tmp_path: Path, planners: str) -> None:
     path = tmp_path / "island.yaml"
     path.write_text(
         "devices:\n- {id: nano, tier: edge, catalog: jetson-orin-nx-16gb}\n"
         "- {id: gpu, tier: cloud, catalog: a100-80gb}\n"
     )
-    result = simulate(path)
+    result = simulate(path, planners=planners)
     assert result.exit_code == 2
-    assert "gpu" in result.stderr
+    assert "no links that join it with gpu" in " ".join(result.stderr.split())
+
+
+def test_an_unknown_model_names_the_known_ones(topology: Path) -> None:
+    result = simulate(topology, model="gpt5")
+    assert result.exit_code == 2
+    assert "gpt2-xl" in result.stderr
+
+
+def test_a_run_that_finishes_no_request_still_draws_its_plots(topology: Path, tmp_path: Path) -> None:
+    arrivals = tmp_path / "arrivals.csv"
+    arrivals.write_text("arrival_s,prompt_tokens,output_tokens\n1000,10,3\n")
+    result = simulate(topology, "--slots", "5", "--arrivals", str(arrivals), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    names = {p.name for p in (tmp_path / "out").glob("*.png")}
+    assert names >= {"latency.png", "front.png", "energy.png", "placement-drift_plus_penalty.png"}
+
+
+def test_figures_without_a_value_are_dashes_and_a_long_name_cuts_no_number() -> None:
+    spread = {"mean": 1.0, "p95": None}
+    found = {"latency_s": spread, "tpot_s": spread, "energy_j_per_request": None, "migrations": 3,
+             "decision_s": 0.0123, "requests": {"finished": 1, "arrived": 22222}}  # fmt: skip
+    name = "policy:" + "a-long-folder/" * 9
+    document = {"planners": {name: found}}
+    assert simulation_rows(document) == [(name, "1.00 s", "-", "1.00 s", "-", "3", "12.3 ms", "1/22222")]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(simulation_table(document))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(cell in text for cell in ("1.00 s", "12.3 ms", "1/22222"))
+    assert "…" not in text
+
+
+def test_a_long_range_is_logarithmic_and_a_short_or_empty_one_linear() -> None:
+    for samples, scale in (([], "linear"), ([0.0, 50.0], "linear"), ([1.0, 3.0], "linear"), ([0.1, 50.0], "log")):
+        axes = latency_plot({"a": samples}).axes[0]
+        assert axes.get_xscale() == scale
+        assert [list(line.get_ydata())[:1] for line in axes.lines] == [[0.0]] * bool(samples)
+    assert front_plot({}, {}).axes[0].get_yscale() == "linear"
+    assert front_plot({"a": 1.0, "b": 30.0}, {"a": 2.0, "b": 1.0}).axes[0].get_xscale() == "log"
+    assert trade_plot([1, 10], [1, 2], [1, 100]).axes[1].get_yscale() == "linear"
+    ratios = ratio_plot("t", ["a"], ["x", "y"], [[1.0, float("nan")]]).axes[0]
+    assert [t.get_text() for t in ratios.texts] == ["1.00"]
+    assert [p.get_hatch() for p in ratios.patches] == ["////"]
 
 
 def test_a_report_refuses_a_number_without_provenance() -> None:

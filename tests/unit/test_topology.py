@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,18 @@ def test_asking_for_an_unknown_device_names_the_known_ones() -> None:
 def test_a_written_document_reads_back_the_same() -> None:
     text = yaml.safe_dump(document(devices=THREE_ENTRIES))
     assert parse_topology(yaml.safe_load(text)) == parse(devices=THREE_ENTRIES)
+
+
+def test_every_device_must_be_joined_with_the_origin_both_ways() -> None:
+    chain = {"devices": [entry(EDGE_A), entry(EDGE_B), entry(CLOUD_A, "cloud")]}
+    parse(**chain, links=[link(EDGE_A, EDGE_B), link(EDGE_B, CLOUD_A)]).require_connected()
+    parse(devices=[entry(EDGE_A)], links=[]).require_connected()
+    with pytest.raises(TopologyError, match=r"the origin edge_a.*got no links that join it with edge_b, cloud_a"):
+        parse(**chain, links=[link(EDGE_B, CLOUD_A)]).require_connected()
+    whole = parse()
+    for one_way in whole.links:
+        with pytest.raises(TopologyError, match="cloud_a"):
+            replace(whole, links=(one_way,)).require_connected()
 
 
 def test_a_device_is_checked_however_it_is_made() -> None:

@@ -42,6 +42,24 @@ def test_bandwidth_and_ping_may_stand_in_one_row(tmp_path: Path) -> None:
     assert read_trace(f"with_ping:{path}", quantity="rtt").value.tolist() == [0.035, 0.04]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8 Mb/s", 1e6), ("8mb/s", 1e6), ("8Mbps", 1e6), ("8 MBit/s", 1e6), ("8 mbps", 1e6), ("8000kbps", 1e6),
+     ("8 Kb/s", 1e3), ("8 bps", 1.0), ("1 MB/s", 1e6), ("1 mB/s", 1e6), ("1 MBps", 1e6), ("1000 KB/s", 1e6),
+     ("0.001 GBps", 1e6), ("8 Gbit/s", 1e9), ("7 Bps", 7.0)],
+)  # fmt: skip
+def test_a_small_b_is_bits_and_a_large_one_bytes(tmp_path: Path, text: str, expected: float) -> None:
+    assert read_trace(written(tmp_path, f"0 {text}\n")).value.tolist() == pytest.approx([expected])
+
+
+def test_packets_count_from_the_first_one_and_cannot_span_an_epoch(tmp_path: Path) -> None:
+    epoch = 1_700_000_000_000
+    path = written(tmp_path, f"{epoch + 5000}\n{epoch + 5999}\n{epoch + 7000}\n")
+    assert read_trace(f"packets:{path}").value.tolist() == [2 * 1504.0, 0.0, 1504.0]
+    with pytest.raises(InputError, match=":2: expected at most 10,000,000 ms from the first packet"):
+        read_trace("packets:" + written(tmp_path, f"0\n{epoch}\n"))
+
+
 def test_one_integer_a_packet_counts_bytes_of_each_second(tmp_path: Path) -> None:
     trace = read_trace("packets:" + written(tmp_path, "0\n400\n999\n1000\n3100\n"))
     assert trace.value.tolist() == [3 * 1504.0, 1504.0, 0.0, 1504.0]
@@ -56,9 +74,12 @@ def test_a_round_trip_is_in_milliseconds(tmp_path: Path) -> None:
     [
         ("0 5 furlong\n", "a unit among"),
         ("0 5parsec/s\n", "a unit among"),
-        ("0 -5\n", "values of 0 or more"),
-        ("0 nan\n", "values of 0 or more"),
-        ("0 inf\n", "values of 0 or more"),
+        ("0 5MBIT\n", "a unit among"),
+        ("0 10 MBPS\n", "bits"),
+        ("0 8\n1 -5kbps\n", ":2: expected a finite value of 0 or more, got -5kbps"),
+        ("0 nan\n", ":1: expected a finite value of 0 or more, got nan"),
+        ("# first\n0 inf\n", ":2: expected a finite value of 0 or more, got inf"),
+        ("inf 5\n", "a finite time"),
         ("0 5\n2 5\n1 5\n", "a time of 2.0 s or later"),
         ("0 5 7 9\n", "two columns"),
         ("zero five\n", "a number"),
@@ -72,7 +93,7 @@ def test_what_cannot_be_read_is_refused_with_its_place(tmp_path: Path, text: str
     assert path in caught.value.what
 
 
-@pytest.mark.parametrize("text", ["5\n3\n", "1.5\n", "7 8\n", "-3\n"])
+@pytest.mark.parametrize("text", ["5\n3\n", "1.5\n", "7 8\n", "-3\n", "9" * 5000 + "\n"])
 def test_packets_out_of_order_or_not_whole_are_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError):
         read_trace(f"packets:{written(tmp_path, text)}")
