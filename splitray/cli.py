@@ -248,7 +248,9 @@ def simulate(
 
 @app.command()
 def evaluate(
-    suite: Annotated[str, typer.Option(help="What to compare: planners.", metavar="NAME")] = "planners",
+    suite: Annotated[
+        str, typer.Option(help="planners, or splitwise: the learned policy.", metavar="NAME")
+    ] = "planners",
     traces: Annotated[
         list[str] | None,
         typer.Option("--trace", help="A bandwidth trace as `simulate` takes it; may be given again.", metavar="TRACE"),

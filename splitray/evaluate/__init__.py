@@ -31,9 +31,12 @@ def run(suite: str, options: Options, *, tell: Tell = lambda _: None) -> Report:
     Raises:
         InputError: there is no such suite, or a file cannot be used.
     """
-    from splitray.evaluate import planners
+    from splitray.evaluate import planners, splitwise
 
-    suites: dict[str, Callable[[Options, Tell], Report]] = {"planners": planners.run}
+    suites: dict[str, Callable[[Options, Tell], Report]] = {
+        "planners": planners.run,
+        "splitwise": splitwise.run,
+    }
     if suite not in suites:
         raise InputError("--suite", expected=f"one of {', '.join(suites)}", actual=suite,
                          remedy=f"correct the name{did_you_mean(suite, suites)}")  # fmt: skip

@@ -113,7 +113,7 @@ def load_cells(
     holds: Sequence[str] = HOLDS,
     loads: Sequence[float] = LOADS,
     seeds: int = SEEDS,
-    every: int = 2,
+    every: int = 1,
 ) -> Iterator[LoadCell]:
     """Simulate every cell, one after the other.
 
@@ -148,7 +148,7 @@ def scenario_of(cell: Cell, load: float, options: Options, seed: int) -> Scenari
     rate = drawn.link_bytes_per_s[0]
     if options.traces:
         spec = options.traces[seed % len(options.traces)]
-        rate = varied(spec, float(rate.mean()), options.slots, 1.0, rng, what="bandwidth")
+        rate = varied(spec, float(rate.mean()), options.slots, 1.0, rng, what="bandwidth", repeat=True)
     line = drawn.requests[0]
     if options.arrivals is not None:
         line = arrivals(options.arrivals, options.slots, climate.own_load / known.service_s, rng)
