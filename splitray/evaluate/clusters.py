@@ -15,7 +15,8 @@ from splitray.planners.exact import solve
 from splitray.planners.memory import needed_bytes
 from splitray.report.document import Cell, Number, Table
 from splitray.route import compile_route
-from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
+from splitray.sim.scenario import random_cluster
+from splitray.topology import Topology, parse_topology
 
 PLANNERS = (
     "best_device", "greedy", "round_robin", "layer_dp", "tensor_parallel", "myopic", "drift_plus_penalty", "exact",
@@ -73,23 +74,6 @@ _HEADS = ModelArch(
     name="eight heads", num_layers=1, num_heads=8, num_kv_heads=8, head_dim=64, hidden_dim=512, ffn_dim=2048,
     vocab=1000, context_tokens=4096,
 )  # fmt: skip
-
-
-def random_cluster(rng: np.random.Generator, num_devices: int, memory_bytes: tuple[float, float]) -> Topology:
-    """SPEC 4.2: log-normal devices of 5-50 GFLOPS, links of 1-10 Gbit/s; the first one holds both ends."""
-    devices = tuple(
-        Device(
-            id=DeviceId(f"d{i}"), tier="edge", memory_bytes=float(rng.uniform(*memory_bytes)) + 8e6 * (i == 0),
-            compute_flops=float(np.clip(rng.lognormal(np.log(16e9), 0.7), 5e9, 50e9)),
-            memory_bandwidth_bytes_per_s=float(rng.uniform(4e9, 40e9)),
-        )
-        for i in range(num_devices)
-    )  # fmt: skip
-    links = tuple(
-        Link(source=a.id, target=b.id, bandwidth_bytes_per_s=rng.uniform(1e9, 1e10) / 8, rtt_s=rng.uniform(1e-5, 2e-4))
-        for a in devices for b in devices if a is not b
-    )  # fmt: skip
-    return Topology(devices=devices, links=links, origin=devices[0].id, origin_holds="embedding_and_head")
 
 
 def gaps_to_optimum() -> Table:

@@ -21,7 +21,7 @@ from splitray.errors import InputError
 from splitray.planners.protocol import RequestShape
 from splitray.queues import Budgets
 from splitray.sim.workload import Requests
-from splitray.topology import DeviceId, Topology
+from splitray.topology import Device, DeviceId, Link, Topology
 
 Floats = NDArray[np.float64]
 _MOST_BACKGROUND = 0.95  # of a device, that other work may take
@@ -192,6 +192,23 @@ def edge_cloud_links(topology: Topology) -> list[tuple[DeviceId, DeviceId]]:
 def background_load(num_slots: int, num_devices: int, *, most: float = 0.3, rng: np.random.Generator) -> Floats:
     """Uniform shares from 0 to `most` for every slot and device, [T, D] (CODE-3 of arXiv 2505.02533: 0 to 0.3)."""
     return rng.uniform(0.0, most, (num_slots, num_devices))
+
+
+def random_cluster(rng: np.random.Generator, num_devices: int, memory_bytes: tuple[float, float]) -> Topology:
+    """SPEC 4.2: log-normal devices of 5-50 GFLOPS, links of 1-10 Gbit/s; the first one holds both ends."""
+    devices = tuple(
+        Device(
+            id=DeviceId(f"d{i}"), tier="edge", memory_bytes=float(rng.uniform(*memory_bytes)) + 8e6 * (i == 0),
+            compute_flops=float(np.clip(rng.lognormal(np.log(16e9), 0.7), 5e9, 50e9)),
+            memory_bandwidth_bytes_per_s=float(rng.uniform(4e9, 40e9)),
+        )
+        for i in range(num_devices)
+    )  # fmt: skip
+    links = tuple(
+        Link(source=a.id, target=b.id, bandwidth_bytes_per_s=rng.uniform(1e9, 1e10) / 8, rtt_s=rng.uniform(1e-5, 2e-4))
+        for a in devices for b in devices if a is not b
+    )  # fmt: skip
+    return Topology(devices=devices, links=links, origin=devices[0].id, origin_holds="embedding_and_head")
 
 
 def _wrong(what: str, expected: str, actual: object) -> InputError:

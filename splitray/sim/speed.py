@@ -11,10 +11,10 @@ from splitray.catalog import architecture, device_values
 from splitray.cost import CostModel, Load, Rates, load_of
 from splitray.planners import ClusterState, make_planner
 from splitray.sim.arena import Case, run
-from splitray.sim.scenario import Scenario, background_load
+from splitray.sim.scenario import Scenario, background_load, random_cluster
 from splitray.sim.simulator import Simulator
 from splitray.sim.workload import Requests, poisson
-from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
+from splitray.topology import parse_topology
 
 _STEPS = 100
 
@@ -46,19 +46,7 @@ def slots_per_s(num_instances: int, *, seed: int = 0) -> float:
 def many_devices(num_devices: int, num_tokens: int, *, seed: int = 0) -> dict[str, float]:
     """LLaMA-7B on random devices (5-50 GFLOPS, 1-10 Gbit/s, up to 30 % background work), `myopic` at every token."""
     rng, arch = np.random.default_rng(seed), architecture("llama-7b")
-    devices = tuple(
-        Device(
-            id=DeviceId(f"d{i}"), tier="edge", memory_bytes=float(rng.uniform(1e9, 8e9)),
-            compute_flops=float(np.clip(rng.lognormal(np.log(16e9), 0.7), 5e9, 50e9)),
-            memory_bandwidth_bytes_per_s=float(rng.uniform(4e9, 40e9)),
-        )
-        for i in range(num_devices)
-    )  # fmt: skip
-    links = tuple(
-        Link(source=a.id, target=b.id, bandwidth_bytes_per_s=rng.uniform(1e9, 1e10) / 8, rtt_s=rng.uniform(1e-5, 2e-4))
-        for a in devices for b in devices if a is not b
-    )  # fmt: skip
-    where = Topology(devices=devices, links=links, origin=devices[0].id)
+    where = random_cluster(rng, num_devices, (1e9, 8e9))
     state = ClusterState(arch=arch, topology=where, context_tokens=num_tokens)
     placement = make_planner("myopic").propose(state)
     slot_s = CostModel(arch, where).tpot_s(placement, context_tokens=num_tokens)
