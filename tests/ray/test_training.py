@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, "-W", "ignore", "-m", "rllib_configs", "splitwise_smoke", "--iterations", "2"]
 FILES = {"policy.safetensors", "policy.json", "progress.csv"}
 SOON_S = 200.0  # an idle machine needs forty
+AGENT_S, NO_AGENT = 90.0, "No available agent"
 
 
 class NodesWithDashboard(RayNodes):
@@ -59,9 +61,16 @@ def finished(folder: Path, iterations: int) -> dict:
 def test_a_job_trains_on_a_cluster_and_leaves_its_policy_in_the_shared_folder(two_nodes, tmp_path) -> None:
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     submit += [f"--address=http://{two_nodes.hosts[0]}:{two_nodes.port}", "--working-dir", str(ROOT), "--"]
-    done = subprocess.run(
-        [*submit, *RUN, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=SOON_S, check=False
-    )
+    give_up = time.monotonic() + AGENT_S
+    while True:
+        done = subprocess.run(
+            [*submit, *RUN, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=SOON_S,
+            check=False,
+        )  # fmt: skip
+        # Nodes take jobs only once their dashboard agents are up, some time after `ray start` has said that it is done.
+        if NO_AGENT not in done.stderr + done.stdout or time.monotonic() > give_up:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     finished(tmp_path / "splitwise_smoke", 2)
