@@ -24,9 +24,9 @@ _STARTED = "Ray runtime started"
 class RayNodes:
     """A head and its workers on addresses of the loopback network; ended by process id, never by `ray stop`."""
 
-    def __init__(self, resources: Sequence[Mapping[str, float]]) -> None:
-        """Start one node for each entry; the first is the head."""
-        self.hosts = [f"127.0.0.{11 + i}" for i in range(len(resources))]
+    def __init__(self, resources: Sequence[Mapping[str, float]], *, first_host: int = 11) -> None:
+        """Start one node for each entry; the first is the head. Clusters side by side need hosts of their own."""
+        self.hosts = [f"127.0.0.{first_host + i}" for i in range(len(resources))]
         self._folder = Path(tempfile.mkdtemp(prefix="n-", dir="/tmp"))  # Ray's socket paths have to stay short
         self._nodes: list[subprocess.Popen[bytes]] = []
         with socket.create_server((self.hosts[0], 0)) as probe:

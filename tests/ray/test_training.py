@@ -32,13 +32,15 @@ class NodesWithDashboard(RayNodes):
             arguments = [a for a in arguments if "dashboard" not in a]
             arguments += [f"--dashboard-host={self.hosts[0]}", f"--dashboard-port={self.port}"]
             arguments += ["--include-dashboard=true"]
+        with socket.create_server((self.hosts[index], 0)) as probe:  # the default port may be another cluster's
+            arguments = [*arguments, f"--dashboard-agent-listen-port={probe.getsockname()[1]}"]
         super()._start(index, arguments, resources)
 
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[NodesWithDashboard]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    nodes = NodesWithDashboard([{"cloud": 1}, {"edge": 1}])
+    nodes = NodesWithDashboard([{"cloud": 1}, {"edge": 1}], first_host=41)
     try:
         yield nodes
     finally:
