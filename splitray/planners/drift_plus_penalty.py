@@ -66,7 +66,9 @@ class DriftPlusPenalty:
             return best
         if self.staged and state.cached_tokens == 0:
             return best
-        serving = replace(state, request=None)  # the sequence that pays for the move has its prompt behind it
+        # The sequence that pays for the move has its prompt behind it; those that wait have theirs ahead.
+        waits = state.request is not None and state.queues.backlog_tokens > state.request.output_tokens
+        serving = state if waits else replace(state, request=None)
         try:
             saved = cost_of(state.current, serving, prices) - cost_of(best, serving, prices)
         except TopologyError:  # a link is down that the current one needs
