@@ -22,8 +22,9 @@ from splitray.codecs import Codec
 from splitray.cost import Load, Rates, load_of
 from splitray.errors import InputError
 from splitray.migration import diff, moved_bytes
-from splitray.placement import LayerPlacement, Placement, weight_bytes
+from splitray.placement import LayerPlacement, Placement
 from splitray.planners import CheckedPlanner, ClusterState, make_planner
+from splitray.planners.memory import needed_bytes
 from splitray.planners.pay_back import keep_or_move, moving_s
 from splitray.planners.protocol import Learner
 from splitray.planners.whole import layers_on
@@ -64,6 +65,7 @@ class _Line:
     migration_s: float = 0.0
     replays: int = 0
     records: list[tuple[float, ...]] = field(default_factory=list)
+    share: Floats | None = None  # of the placement; see `edge_share`
     shares: list[Floats] = field(default_factory=list)
 
 
@@ -156,11 +158,7 @@ class _Arena:
                 (backlog[i], waiting[i], slot.tpot_s[i] if self._up[i] else np.nan, line.loss, *slot.energy_j[i])
             )
             if recorded:
-                line.shares.append(
-                    np.full(self.arch.num_layers, np.nan)
-                    if line.placement is None
-                    else edge_share(line.placement, self.arch, self.topology)
-                )
+                line.shares.append(np.full(self.arch.num_layers, np.nan) if line.share is None else line.share)
 
     def _decide(self, i: int, line: _Line, topology: Topology, t: int) -> None:
         current = line.placement
@@ -217,7 +215,7 @@ class _Arena:
         except InputError as error:  # a link that was never there
             line.refusal = error
             return
-        if free and line.placement is not None and _kv_moves(line.placement, new):
+        if free and line.placement is not None and any(m.kv_bytes for m in diff(line.placement, new, self.arch, 1)):
             self.simulator.lose_cache(i)  # what is left of it is not where it is needed: the tokens are replayed
         if not free and line.placement is not None:
             seconds, replay = moving_s(line.placement, new, state, staged=scenario.staged)
@@ -232,7 +230,7 @@ class _Arena:
                 moves = diff(line.placement, new, self.arch, state.cached_tokens or 0)
                 line.migration_bytes += moved_bytes(moves, staged=scenario.staged)
                 self.simulator.pause(i, seconds)
-        line.placement = new
+        line.placement, line.share = new, edge_share(new, self.arch, self.topology)
         if scenario.accuracy is not None:
             route = compile_route(new, scenario.arch, scenario.topology, codec=scenario.codec)
             line.loss = scenario.accuracy.route_loss(route)
@@ -244,17 +242,10 @@ class _Arena:
         key = placement, scenario.codec
         if key not in self._loads:
             load = load_of(placement, self.arch, self.topology, codec=scenario.codec)
-            fixed = weight_bytes(placement, self.arch)
-            per_token = dict.fromkeys(self.topology.ids, 0)
-            for layer in placement.layers:
-                for device in layer.attention.devices:
-                    per_token[device] += layer.attention.count(device) * self.arch.kv_bytes_per_token
-            ids = self.topology.ids
-            self._loads[key] = (
-                load,
-                np.array([float(fixed.get(d, 0)) for d in ids]),
-                np.array([float(per_token[d]) for d in ids]),
-            )
+            state, ids = ClusterState(arch=self.arch, topology=self.topology), self.topology.ids
+            needed = [needed_bytes(placement, replace(state, context_tokens=n)) for n in (0, 1)]
+            fixed, with_one = (np.array([float(b.get(d, 0)) for d in ids]) for b in needed)
+            self._loads[key] = load, fixed, with_one - fixed
         return self._loads[key]
 
     def _give_up(self, t: int) -> None:
@@ -280,15 +271,6 @@ class _Arena:
             migration_bytes=line.migration_bytes, migration_s=line.migration_s, replays=line.replays,
             refusal=line.refusal,
         )  # fmt: skip
-
-
-def _kv_moves(old: Placement, new: Placement) -> bool:
-    """Whether some device is to have heads whose KV it does not hold."""
-    return any(
-        not set(ranges) <= set(before.attention.ranges(device))
-        for before, after in zip(old.layers, new.layers, strict=True)
-        for device, ranges in after.attention.by_device
-    )
 
 
 def keeps_cache(placement: Placement, arch: ModelArch, here: set[DeviceId]) -> bool:

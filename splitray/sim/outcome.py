@@ -111,6 +111,7 @@ class Outcome:
             "tpot_s": _spread(self.request_tpot_s),
             "energy_j_per_request": _finite(self.energy_j_per_request),
             "edge_energy_j_per_request": _finite(self.edge_energy_j_per_request),
+            "cost_per_request": _finite(self.cost_per_request),
             "accuracy_loss": float(self.accuracy_loss[:slots].mean()),
             "backlog": {
                 "mean": float(backlog.mean()),
