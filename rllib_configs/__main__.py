@@ -131,7 +131,7 @@ def _finished(recipe: Recipe, checkpoint: Path, folder: Path) -> dict[str, Any]:
         for climate in HELD_OUT:
             scores = [
                 score(
-                    decide, cell, climate, spec=recipe.spec, seed=_EVALUATION_SEED, num_instances=16, num_slots=128,
+                    decide, cell, climate, spec=recipe.spec, seed=_EVALUATION_SEED, num_instances=64, num_slots=128,
                     leave_out=frozenset(recipe.leave_out),
                 )
                 for decide in (ours, program(), program(stay=0))

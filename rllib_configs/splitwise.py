@@ -20,16 +20,16 @@ CLIMATES = (
     Climate(cloud_load=0.5, bandwidth_sigma=0.4),
     Climate(cloud_load=0.8, bandwidth_sigma=0.4),
     Climate(cloud_load=0.8, bandwidth_sigma=0.4, arrivals="bursty"),
-    Climate(cloud_load=0.8, bandwidth_sigma=0.6, users=2),
+    Climate(cloud_load=0.8, bandwidth_sigma=0.6),
     Climate(cloud_load=0.95, bandwidth_sigma=0.4),
-    Climate(cloud_load=0.95, bandwidth_sigma=0.6, cloud_sigma=1.2, request=LONG),
+    Climate(cloud_load=0.95, bandwidth_sigma=0.6, request=LONG),
     Climate(cloud_load=0.8, bandwidth_sigma=0.4, outages=True),
     Climate(cloud_load=0.8, bandwidth_sigma=0.4, rtt_sigma=0.3, request=SHORT),
     Climate(cloud_load=0.95, bandwidth_sigma=0.6, outages=True, arrivals="bursty"),
 )
 HELD_OUT = (
     Climate(cloud_load=0.8, bandwidth_sigma=0.8),
-    Climate(cloud_load=0.95, bandwidth_sigma=0.8, outages=True, rtt_sigma=0.2, cloud_rho=0.8),
+    Climate(cloud_load=0.95, bandwidth_sigma=0.8, outages=True, rtt_sigma=0.2),
     Climate(cloud_load=0.8, bandwidth_sigma=0.7, arrivals="bursty", request=RequestShape(256.0, 96.0)),
 )
 

@@ -1,7 +1,8 @@
 """Several edges and one cloud: each planner in each cell of device, model, privacy and load, seed by seed.
 
-One edge's line is simulated; the other users of the cloud take a share of its speed that is drawn (`rl/weather.py`), so
-that under cloud_only the cloud is loaded by half, four fifths or nearly all. Every planner sees the same weather.
+A cell has so many edge devices of one kind, each with its own link, its own requests and its own planner. What loads the
+cloud is what they do: under cloud_only it would be busy for half, four fifths or nearly all of the time, and every
+planner sees how many others were there in the last slot (`sim/crowd.py`). All planners get the same weather.
 """
 
 from __future__ import annotations
@@ -16,27 +17,30 @@ from scipy import stats
 
 from splitray.evaluate import Options, Tell
 from splitray.evaluate.traces import EDGES, HOLDS, MODELS
-from splitray.rl.cell import CLOUD_DEVICE, Cell, references
-from splitray.rl.weather import Climate, Weather, draw
+from splitray.planners.protocol import RequestShape
+from splitray.rl.cell import USUAL, Cell, references
+from splitray.rl.weather import Climate, draw, users_of
 from splitray.sim.arena import Case, run
-from splitray.sim.network import arrivals, varied
+from splitray.sim.network import varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, edge_cloud_links
+from splitray.sim.workload import Requests, dealt, read_requests
 
 Floats = NDArray[np.float64]
+What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
-USERS = 4
 SEEDS = 5
+ALONE = "alone"  # drift_plus_penalty where every edge has a cloud of its own: what no sharing can undercut by much
 SIGMA = 0.7  # of the drawn bandwidth, wider than in training (0.4)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadCell:
-    """One cell: outcomes by planner, a list over seeds."""
+    """One cell: outcomes by planner, a list over seeds of a list over edges."""
 
     cell: Cell
     load: float
-    outcomes: dict[str, list[Outcome]]
+    outcomes: dict[str, list[list[Outcome]]]
 
     @property
     def name(self) -> str:
@@ -44,11 +48,16 @@ class LoadCell:
         pins = "" if self.cell.holds == "none" else " *"
         return f"{self.cell.edge} {self.cell.model}{pins} {self.load:.0%}"
 
-    def values(self, planner: str, what: Literal["mean", "p95", "edge_j", "energy_j"]) -> Floats:
-        """One figure a seed; NaN where nothing was finished, [seeds]."""
+    @property
+    def num_users(self) -> int:
+        """Edges that share the cloud."""
+        return len(next(iter(self.outcomes.values()))[0])
+
+    def values(self, planner: str, what: What) -> Floats:
+        """One figure a seed, of the requests of all edges; NaN where nothing was finished, [seeds]."""
         return np.array([_figure(o, what) for o in self.outcomes[planner]])
 
-    def paired(self, ours: str, other: str, what: Literal["mean", "p95", "edge_j", "energy_j"]) -> Paired:
+    def paired(self, ours: str, other: str, what: What) -> Paired:
         """Both planners on the same seeds."""
         a, b = self.values(ours, what), self.values(other, what)
         both = np.isfinite(a) & np.isfinite(b)
@@ -87,20 +96,15 @@ def mean_and_interval(values: Floats) -> tuple[float, float]:
     return float(finite.mean()), float(half)
 
 
-def _figure(outcome: Outcome, what: str) -> float:
-    finished = ~np.isnan(outcome.finish_s)
+def _figure(edges: Sequence[Outcome], what: What) -> float:
+    finished = np.array([(~np.isnan(o.finish_s)).sum() for o in edges])
     if not finished.any():
         return float("nan")
-    latency = outcome.latency_s[~outcome.failed]
-    match what:
-        case "mean":
-            return float(latency.mean())
-        case "p95":
-            return float(np.percentile(latency, 95))
-        case "edge_j":
-            return outcome.edge_energy_j_per_request
-        case _:
-            return outcome.energy_j_per_request
+    if what in ("edge_j", "energy_j"):
+        each = [o.edge_energy_j_per_request if what == "edge_j" else o.energy_j_per_request for o in edges]
+        return float(np.nansum(np.array(each) * finished) / finished.sum())
+    latency = np.concatenate([o.latency_s[~o.failed] for o in edges])
+    return float(latency.mean() if what == "mean" else np.percentile(latency, 95))
 
 
 def load_cells(
@@ -126,37 +130,60 @@ def load_cells(
                 cell = Cell(edge=edge, model=model, holds=pins)  # type: ignore[arg-type]
                 for load in loads:
                     tell(f"{cell.name}, the cloud loaded by {load:.0%}")
-                    scenarios = [scenario_of(cell, load, options, seed) for seed in range(seeds)]
-                    cases = [
-                        Case(planner=p, scenario=s, seed=options.seed + i, every=every)
-                        for p in planners
-                        for i, s in enumerate(scenarios)
-                    ]
-                    found = run(cases)
-                    yield LoadCell(cell, load, {p: found[i * seeds : (i + 1) * seeds] for i, p in enumerate(planners)})
+                    found = {}
+                    worlds = [scenarios_of(cell, load, options, seed) for seed in range(seeds)]
+                    for planner in planners:
+                        cases = [
+                            Case(
+                                planner="drift_plus_penalty" if planner == ALONE else planner, scenario=scenario,
+                                seed=options.seed + seed, every=every, pool=None if planner == ALONE else seed,
+                            )
+                            for seed, world in enumerate(worlds) for scenario in world
+                        ]  # fmt: skip
+                        outcomes, users = run(cases), len(worlds[0])
+                        found[planner] = [outcomes[i * users : (i + 1) * users] for i in range(seeds)]
+                    yield LoadCell(cell, load, found)
 
 
-def scenario_of(cell: Cell, load: float, options: Options, seed: int) -> Scenario:
-    """The weather of one seed: recorded bandwidth and arrivals where the options name them, else drawn."""
-    climate = Climate(cloud_load=load, users=USERS, bandwidth_sigma=SIGMA, outages=True, rtt_sigma=0.2)
+def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[Scenario]:
+    """One seed's edges around one cloud: recorded bandwidth and arrivals where the options name them, else drawn.
+
+    Edges take the recorded traces in turn, each from a point of its own. Recorded requests are dealt to the edges at
+    random, from a point of the seed's own, as much closer or further apart as the load takes.
+    """
     rng = np.random.default_rng([options.seed, seed, round(load * 100)])
-    known = references(cell.arch, cell.topology, climate.request)
-    drawn: Weather = draw(
-        climate, cell.topology, known, window_tokens=cell.arch.context_tokens, num_instances=1,
+    recorded = None if options.arrivals is None else _cut(read_requests(options.arrivals), cell.arch.context_tokens)
+    shape = USUAL
+    if recorded is not None:
+        shape = RequestShape(float(recorded.prompt_tokens.mean()), float(recorded.output_tokens.mean()))
+    climate = Climate(cloud_load=load, bandwidth_sigma=SIGMA, outages=True, rtt_sigma=0.2, request=shape)
+    known = references(cell.arch, cell.topology, shape)
+    users = users_of(known)
+    drawn = draw(
+        climate, cell.topology, known, window_tokens=cell.arch.context_tokens, num_instances=users,
         num_slots=options.slots, slot_s=1.0, rng=rng,
     )  # fmt: skip
-    rate = drawn.link_bytes_per_s[0]
-    if options.traces:
-        spec = options.traces[seed % len(options.traces)]
-        rate = varied(spec, float(rate.mean()), options.slots, 1.0, rng, what="bandwidth", repeat=True)
-    line = drawn.requests[0]
-    if options.arrivals is not None:
-        line = arrivals(options.arrivals, options.slots, climate.own_load / known.service_s, rng)
-    taken = np.zeros((options.slots, 2))
-    taken[:, CLOUD_DEVICE] = drawn.cloud_taken[0]
-    pairs = edge_cloud_links(cell.topology)
-    return Scenario(
-        name=f"{cell.name} {load} {seed}", arch=cell.arch, topology=cell.topology, requests=line,
-        num_slots=options.slots, background=taken, background_memory=False,
-        bandwidth_bytes_per_s=dict.fromkeys(pairs, rate), rtt_s=dict.fromkeys(pairs, drawn.rtt_s[0]),
-    )  # fmt: skip
+    lines = drawn.requests
+    if recorded is not None:
+        lines = dealt(recorded, users, users * climate.rate_per_s(known), float(options.slots), rng)
+    pairs, found = edge_cloud_links(cell.topology), []
+    for user, line in enumerate(lines):
+        rate = drawn.link_bytes_per_s[user]
+        if options.traces:
+            spec = options.traces[(seed * users + user) % len(options.traces)]
+            rate = varied(spec, float(rate.mean()), options.slots, 1.0, rng, what="bandwidth", repeat=True)
+            rate = np.roll(rate, rng.integers(len(rate)))
+        found.append(
+            Scenario(
+                name=f"{cell.name} {load} {seed} {user}", arch=cell.arch, topology=cell.topology, requests=line,
+                num_slots=options.slots, mean_request=shape, bandwidth_bytes_per_s=dict.fromkeys(pairs, rate),
+                rtt_s=dict.fromkeys(pairs, drawn.rtt_s[user]),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _cut(line: Requests, window: int) -> Requests:
+    """As scenarios cut them, so that the load is reckoned with what is served."""
+    prompt = np.minimum(line.prompt_tokens, max(1, window - 1))
+    return Requests(line.arrival_s, prompt, np.minimum(line.output_tokens, np.maximum(1, window - prompt)))

@@ -26,8 +26,8 @@ Variant = Literal["dp_knobs", "dp_modes", "no_dp"]
 FREE = 0  # of the first agent's choices for a group; mode m of a Choice is 1 + m
 V_FACTORS = (0.0, 0.25, 1.0, 4.0)  # of the price at which a joule counts as the reward counts it
 MOVE_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 8.0)  # of a second of moving against a second of serving
-CAUTIONS = (0.5, 0.75, 1.0, 1.25)  # the program is told this part of the link's rate and of the cloud's speed
-DEFAULT_KNOBS = (0, 2, 2)  # what the warm start does: delay only, moves at their price, rates as they are
+PRICES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # the program is told share ** (1 + price) of the cloud's speed, not share
+DEFAULT_KNOBS = (0, 2, 0)  # what the warm start does: delay only, moves at their price, the cloud as it is for oneself
 EIGHTHS = 8
 AUTO = EIGHTHS + 1  # of the second agent's choices: as the program says
 
@@ -58,7 +58,7 @@ class ActionSpec:
     @property
     def high(self) -> tuple[Block, ...]:
         """Of the layer agent."""
-        knobs = Block("v", 1, len(V_FACTORS)), Block("stay", 1, len(MOVE_WEIGHTS)), Block("caution", 1, len(CAUTIONS))
+        knobs = Block("v", 1, len(V_FACTORS)), Block("stay", 1, len(MOVE_WEIGHTS)), Block("price", 1, len(PRICES))
         return Block("mode", self.num_groups, 1 + MODES), *knobs
 
     @property

@@ -42,7 +42,7 @@ class Cell:
 
     @cached_property
     def topology(self) -> Topology:
-        """The edge device and an A100 that it shares with others."""
+        """One of the edge devices, and the A100 that they share."""
         return parse_topology(
             {
                 "origin_holds": self.holds,
@@ -63,12 +63,19 @@ class Whole:
     prompt_s: float
     token_j: float
     kv_bytes_per_token: float
+    device_token_s: float
+    """Of a token, on the device itself."""
+    device_prompt_s: float
     weight_share: float
     """Of the device's memory; above 1 it does not fit."""
 
     def service_s(self, request: RequestShape) -> float:
         """Seconds of one request alone."""
         return self.prompt_s + (request.output_tokens - 1) * self.token_s
+
+    def device_s(self, request: RequestShape) -> float:
+        """Seconds that one request keeps the device itself busy."""
+        return self.device_prompt_s + (request.output_tokens - 1) * self.device_token_s
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,14 @@ def _whole(arch: ModelArch, topology: Topology, device: DeviceId, request: Reque
     step = step_cost(load, rates, context_tokens=context)
     fill = step_cost(load, rates, context_tokens=request.prompt_tokens, new_tokens=request.prompt_tokens)
     held = CostModel(arch, topology).predict(placement, prompt_tokens=1, context_tokens=round(context)).memory_bytes
-    room = next(d.memory_bytes for d in topology.devices if d.id == device)
+    at = topology.ids.index(device)
+    room = topology.devices[at].memory_bytes
     return Whole(
         token_s=float(step.cycle_s[0]),
         prompt_s=float((fill.origin_s + prompt_s(load, rates, request.prompt_tokens))[0]),
         token_j=float(step.energy_j(topology).sum()),
         kv_bytes_per_token=float(load.kv_bytes.sum()),
+        device_token_s=float(step.busy_s[0, at]),
+        device_prompt_s=float(fill.busy_s[0, at]),
         weight_share=held[device] / room,
     )

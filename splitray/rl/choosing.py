@@ -14,11 +14,15 @@ Floats32 = NDArray[np.float32]
 MASKED = -1e9  # as a logit: its probability is 0 in single precision
 
 
-def sample(blocks: tuple[Block, ...], logits: Floats32, rng: np.random.Generator) -> tuple[Ints, Floats32]:
-    """Draw an action [N, choices] and its log-probability [N]."""
-    # The largest of logits with Gumbel noise is a draw from their softmax.
-    noisy = logits - np.log(rng.exponential(size=logits.shape).astype(np.float32) + 1e-20)
-    actions = greedy(blocks, noisy)
+def gumbel(shape: tuple[int, ...], rng: np.random.Generator) -> Floats32:
+    """Noise: the largest of logits with it added is a draw from their softmax."""
+    drawn: Floats32 = -np.log(rng.exponential(size=shape).astype(np.float32) + np.float32(1e-20))
+    return drawn
+
+
+def sample(blocks: tuple[Block, ...], logits: Floats32, noise: Floats32) -> tuple[Ints, Floats32]:
+    """The action [N, choices] that `gumbel` noise [N, logits] draws, and its log-probability [N]."""
+    actions = greedy(blocks, logits + noise)
     return actions, log_probability(blocks, logits, actions)
 
 

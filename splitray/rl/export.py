@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from splitray.rl.action import CAUTIONS, DEFAULT_KNOBS, MOVE_WEIGHTS, V_FACTORS
+from splitray.rl.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS
 from splitray.rl.layout import HEAD_FFN_AGENT, layouts
 from splitray.rl.module import PlacementModule, module_specs
 from splitray.rl.observation import HISTORY, table_hash
@@ -60,7 +60,7 @@ def export(
         "history_slots": HISTORY,
         "leave_out": list(recipe.leave_out),
         "agents": {a: [asdict(b) for b in layout.blocks] for a, layout in agents.items()},
-        "knobs": {"v": V_FACTORS, "stay": MOVE_WEIGHTS, "caution": CAUTIONS, "default": DEFAULT_KNOBS},
+        "knobs": {"v": V_FACTORS, "stay": MOVE_WEIGHTS, "price": PRICES, "default": DEFAULT_KNOBS},
         "recipe": recipe.as_json(),
         "seeds": [recipe.seed],
         "results": dict(results or {}),

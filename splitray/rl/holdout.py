@@ -55,11 +55,11 @@ def paired(a: Floats, b: Floats) -> Paired:
     return Paired(*(float(np.exp(x)) for x in (logs.mean(), logs.mean() - error, logs.mean() + error)))
 
 
-def program(stay: int = DEFAULT_KNOBS[1], v: int = DEFAULT_KNOBS[0], caution: int = DEFAULT_KNOBS[2]) -> Decide:
+def program(stay: int = DEFAULT_KNOBS[1], v: int = DEFAULT_KNOBS[0], price: int = DEFAULT_KNOBS[2]) -> Decide:
     """The exact program alone, at fixed knobs (indices into `action.MOVE_WEIGHTS` and so on)."""
 
     def decide(env: VectorEnv) -> tuple[Ints, None]:
-        row = [FREE] * env.spec.num_groups + [v, stay, caution]
+        row = [FREE] * env.spec.num_groups + [v, stay, price]
         return np.tile(row, (env.num_instances, 1)), None
 
     return decide

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from splitray.cost import Rates
 from splitray.planners.protocol import RequestShape
-from splitray.rl.action import CAUTIONS, MOVE_WEIGHTS, V_FACTORS, Ints
+from splitray.rl.action import MOVE_WEIGHTS, PRICES, V_FACTORS, Ints
 from splitray.rl.cell import References
 from splitray.rl.choice import Choice
 from splitray.rl.grid import Grid
@@ -49,14 +49,14 @@ def planned(
     weights: Weights,
     allowed: NDArray[np.bool_] | None = None,
 ) -> Choice:
-    """The cheapest placements of one slot under knobs [N, 3] (V, weight of moves, caution)."""
+    """The cheapest placements of one slot under knobs [N, 3] (V, weight of moves, the cloud's price)."""
     m, idle_w = moment, sum(d.idle_w for d in grid.topology.devices)
     per_joule = np.array(V_FACTORS)[knobs[:, 0]] + m.energy_debt_j / known.request_j
     per_joule = per_joule * price_per_joule(weights, known)
     per_second = (1 + m.backlog_tokens + m.arrived_tokens / 2) / m.slot_s
     free = m.current is None
     return grid.plan(
-        told(m.rates, np.array(CAUTIONS)[knobs[:, 2]]), context_tokens=m.longest_tokens,
+        told(m.rates, m.cloud_free ** np.array(PRICES)[knobs[:, 2]]), context_tokens=m.longest_tokens,
         per_second=per_second + per_joule * idle_w, per_joule=per_joule, request=request,
         memory_bytes=m.memory_bytes, allowed=allowed, current=m.current,
         move_s_per_byte=None if free else s_per_byte(m.rates, m.cloud_free, known),
@@ -64,12 +64,16 @@ def planned(
     )  # fmt: skip
 
 
-def told(rates: Rates, caution: Floats) -> Rates:
-    """The rates that the program is told: a part of the link's and of the cloud's."""
-    if (caution == 1).all():
+def told(rates: Rates, price: Floats) -> Rates:
+    """The rates that the program is told: the cloud is slower by its price [N], at most 1.
+
+    Who shares a cloud by turns gets 1 / (1 + n) of it beside n others, and adds up to n times its own time there to
+    theirs (sim/crowd.py): an exponent of 1 charges all of that, 0 none.
+    """
+    if (price == 1).all():
         return rates
-    device = np.stack([np.ones(len(caution)), caution], axis=1)
+    device = np.stack([np.ones(len(price)), price], axis=1)
     return replace(
         rates, flops_per_s=rates.flops_per_s * device, bytes_per_s=rates.bytes_per_s * device,
-        link_bytes_per_s=rates.link_bytes_per_s * caution[:, None, None],
+        launch_s=rates.launch_s / device,
     )  # fmt: skip

@@ -42,7 +42,7 @@ FEATURES = (
     Feature("bandwidth_mean", 1, "log10(mean rate of the link / 1 MB/s)"),
     Feature("rtt", 1, "ln(round trip now / its mean)"),
     Feature("rtt_mean", 1, "log10(mean round trip / 10 ms)"),
-    Feature("cloud_free", 1, "ln(share of the cloud that others leave)"),
+    Feature("cloud_free", 1, "ln(share of the cloud that others leave) / 1.5"),
     Feature("context", 1, "log10(tokens that the next step will have in its cache) - 1"),
     Feature("serving", 1, "1 where a sequence has a KV cache that a move would carry"),
     Feature("free_memory", 2, "share of edge and cloud memory that the current placement leaves"),
@@ -146,7 +146,7 @@ def _changing(seen: Seen, static: Static) -> list[Floats]:
         _ratio(seen.link_bytes_per_s, seen.mean_link_bytes_per_s),
         _ratio(seen.rtt_s, seen.mean_rtt_s),
         np.log1p(seen.arrived_tokens / static.known.request.output_tokens),
-        np.log(np.maximum(seen.cloud_free, _FLOOR)),
+        np.log(np.maximum(seen.cloud_free, _FLOOR)) / 1.5,
     ]
 
 

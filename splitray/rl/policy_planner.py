@@ -1,7 +1,7 @@
 """A trained policy as a planner: two files, numpy, and the exact program. Knows neither RLlib nor Ray nor torch.
 
-The policy turns the knobs of the one-slot program (V, the weight of moves, how cautious to be about rates); the
-program makes the placement, so that what does not fit cannot be chosen. If the backlog passes `most_requests`, the
+The policy turns the knobs of the one-slot program (V, the weight of moves, the price of a cloud that others use too);
+the program makes the placement, so that what does not fit cannot be chosen. If the backlog passes `most_requests`, the
 knobs are overridden by those that only shorten the queue (SPEC row 61).
 """
 
@@ -22,7 +22,7 @@ from splitray.cost import Rates
 from splitray.errors import InputError, PlacementError
 from splitray.placement import Placement
 from splitray.planners.protocol import ClusterState
-from splitray.rl.action import CAUTIONS, DEFAULT_KNOBS, MOVE_WEIGHTS, V_FACTORS, Ints
+from splitray.rl.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS, Ints
 from splitray.rl.cell import CLOUD_DEVICE, USUAL, References, references
 from splitray.rl.choice import Choice
 from splitray.rl.choosing import greedy
@@ -63,7 +63,7 @@ class Policy:
             "sha256": hashlib.sha256(raw).hexdigest(),
             "features": table_hash(),
             "variant": "dp_knobs",
-            "knobs": {"v": list(V_FACTORS), "stay": list(MOVE_WEIGHTS), "caution": list(CAUTIONS),
+            "knobs": {"v": list(V_FACTORS), "stay": list(MOVE_WEIGHTS), "price": list(PRICES),
                       "default": list(DEFAULT_KNOBS)},
         }  # fmt: skip
         for key, value in wanted.items():

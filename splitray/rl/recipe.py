@@ -25,6 +25,7 @@ class Recipe:
         num_envs: environments side by side, `num_instances` of one cell each, of which `copies` share their weather.
         num_slots: of an environment's life, a multiple of `rollout_slots`.
         rollout_slots: between two updates; num_envs * num_instances * rollout_slots is the batch.
+        held_slots: that the noise of an agent's choices lasts on average.
         iterations: updates of the whole run, over which the rates decay.
         gamma: discount of a slot; `trace_decay` is GAE's lambda.
         dual: two critics, for performance and for the queues; their advantages add up with `beta`.
@@ -46,9 +47,10 @@ class Recipe:
     open_at_start: float = 0.5
     num_envs: int = 4
     num_instances: int = 64
-    copies: int = 4
+    copies: int = 2
     num_slots: int = 256
     rollout_slots: int = 16
+    held_slots: float = 8.0
     iterations: int = 300
     gamma: float = 0.97
     trace_decay: float = 0.95
@@ -59,7 +61,7 @@ class Recipe:
     last_learning_rate: float = 1e-4
     entropy: float = 0.003
     last_entropy: float = 0.0003
-    prior_weight: float = 0.01
+    prior_weight: float = 0.001
     clip: float = 0.2
     num_epochs: int = 4
     minibatch_slots: int = 1024

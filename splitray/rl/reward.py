@@ -1,9 +1,12 @@
 """What a slot costs, term by term.
 
-r = -(w_T * latency + w_E * energy + w_A * accuracy + w_M * migration) - w_Q * (queue + w_Z * virtual queues)
+r = -(w_T * latency + w_C * congestion + w_E * energy + w_A * accuracy + w_M * migration) - w_Q * (queue + w_Z * virtual queues)
 
 Latency is the real waiting: seconds that requests spend in the system during the slot. Summed over slots this is the
 latency of all requests (Little's law), whatever the slots' length, so nothing of it cancels.
+
+Congestion is the waiting that this line's use of a shared cloud causes to others (`sim/crowd.py`): without it each learns
+what is best for itself, which is not what is best for all.
 
 The Lyapunov part charges the level of the Lyapunov function, (Q^2 + w_Z Z^2 + w_Y Y^2) / 2, and not its difference:
 differences telescope to the last slot's level, while the discounted sum of levels is, up to a constant and a factor
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from splitray.rl.cell import References
 
 Floats = NDArray[np.float64]
-PERFORMANCE = ("latency", "energy", "accuracy", "migration")
+PERFORMANCE = ("latency", "congestion", "energy", "accuracy", "migration")
 LYAPUNOV = ("queue", "energy_queue", "accuracy_queue")
 TERMS = (*PERFORMANCE, *LYAPUNOV)
 
@@ -33,6 +36,7 @@ class Weights:
     """
 
     latency: float = 1.0
+    congestion: float = 1.0
     energy: float = 0.05
     accuracy: float = 1.0
     migration: float = 0.05
@@ -47,6 +51,8 @@ class Spent:
 
     waiting_s: Floats
     """Seconds that requests were in the system, summed over requests."""
+    congestion_s: Floats
+    """Seconds that other lines' requests wait for it."""
     energy_j: Floats
     accuracy_loss: Floats
     moving_s: Floats
@@ -63,6 +69,7 @@ def terms_of(spent: Spent, weights: Weights, known: References) -> dict[str, Flo
     w = weights
     return {
         "latency": -w.latency * spent.waiting_s / known.service_s,
+        "congestion": -w.congestion * spent.congestion_s / known.service_s,
         "energy": -w.energy * spent.energy_j / known.request_j,
         "accuracy": -w.accuracy * spent.accuracy_loss,
         "migration": -w.migration * spent.moving_s / known.service_s,

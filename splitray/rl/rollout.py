@@ -4,6 +4,8 @@ Knows neither RLlib nor torch: a policy is a function from an agent's rows to lo
 Advantages are generalised advantage estimates of both parts of the reward. Instances that share their weather are
 each other's baseline: what the arrivals and the link did to all of them is no merit of one action (an input-driven
 baseline, Mao et al. 2019, arXiv 1807.02264; it depends on no action of the instance itself, so it biases nothing).
+The noise that draws actions is held for some slots, as gSDE holds its own (Raffin et al. 2021, arXiv 2005.05719): a
+choice that the next slot takes back pays for two moves and shows nothing of what keeping to it would bring.
 
 Shapes: E environments of N instances, M = E N, S slots, C choices, W width of a row.
 """
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.rl.action import Ints
-from splitray.rl.choosing import sample
+from splitray.rl.choosing import gumbel, sample
 from splitray.rl.grid import Grid
 from splitray.rl.layout import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.observation import Floats
@@ -78,6 +80,7 @@ class Collector:
         self.recipe, self.rng, self.progress = recipe, rng, 0.0
         self.layouts = layouts(recipe.spec)
         self.scales: dict[str, Scale] = {}
+        self._noise: dict[str, Floats32] = {}
         self._grids: dict[str, Grid] = {}
         self._returns = np.zeros((recipe.num_envs, recipe.num_instances))
         self._next_cell = 0
@@ -141,7 +144,10 @@ class Collector:
         self, agent: str, rows: Floats32, act: Act, kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]]
     ) -> Ints:
         logits, values = act(agent, rows)
-        actions, log_probability = sample(self.layouts[agent].blocks, logits, self.rng)
+        noise = self._noise.setdefault(agent, gumbel(logits.shape, self.rng))
+        fresh = np.flatnonzero(self.rng.random(len(noise)) * self.recipe.held_slots < 1)
+        noise[fresh] = gumbel((len(fresh), noise.shape[1]), self.rng)
+        actions, log_probability = sample(self.layouts[agent].blocks, logits, noise)
         kept[agent].append((rows, actions, log_probability, values))
         return actions
 
@@ -165,10 +171,8 @@ class Collector:
             advantages[t] = ahead
         targets = advantages + values[:-1]
         summed = advantages[..., 0] + recipe.beta * advantages[..., 1]
-        if recipe.copies > 1:
-            alike = summed.reshape(slots, -1, recipe.copies)
-            others = (alike.sum(2, keepdims=True) - alike) / (recipe.copies - 1)
-            summed = (alike - others).reshape(slots, -1)
+        parts = np.split(summed, recipe.num_envs, axis=1)
+        summed = np.concatenate([_over_copies(p, e.copies) for p, e in zip(parts, self.envs, strict=True)], axis=1)
         summed = (summed - summed.mean()) / (summed.std() + 1e-6)
         flat = slots * rewards.shape[1]
         return Sample(
@@ -187,3 +191,13 @@ class Collector:
                 self._returns[i] = 0.0
                 self._ends[i] = self.recipe.num_slots // self.recipe.rollout_slots
             self._ends[i] -= 1
+
+
+def _over_copies(advantages: Floats, copies: int) -> Floats:
+    """Less the mean of the other copies of the same weather, [S, N]; as they are where there is one."""
+    if copies == 1:
+        return advantages
+    alike = advantages.reshape(len(advantages), copies, -1)
+    others = (alike.sum(1, keepdims=True) - alike) / (copies - 1)
+    over: Floats = (alike - others).reshape(advantages.shape)
+    return over

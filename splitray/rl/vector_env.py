@@ -1,13 +1,15 @@
 """Many instances of one cell, side by side: what a policy is trained and compared on.
 
 A slot: the policy sees this slot's rates and the queues, its placement is made (by the exact program, as far as it
-left that free), a move is paid for as `sim/arena.py` does, and `Simulator` serves the requests. Knows no Ray.
+left that free), a move is paid for as `sim/arena.py` does, and `Simulator` serves the requests. Instances of one pool
+share a cloud, which is as slow for each as the others make it (`sim/crowd.py`). Knows no Ray.
 
 Shapes: N instances, G groups, T slots.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,7 +38,8 @@ from splitray.rl.moving import way_s
 from splitray.rl.observation import Floats, History, Seen, Static, observe
 from splitray.rl.reward import Spent, Weights, rewards_of, terms_of
 from splitray.rl.room import room_of
-from splitray.rl.weather import Climate, Weather, copied, draw
+from splitray.rl.weather import Climate, Weather, copied, draw, users_of
+from splitray.sim.crowd import delay_to_others, others_there
 from splitray.sim.simulator import Simulator
 
 SLOT_S = 1.0
@@ -78,7 +81,7 @@ class VectorEnv:
             spec: of the actions.
             num_instances: N, where weather is drawn.
             num_slots: T, where weather is drawn; the last slot's rates hold after it.
-            copies: instances in a row that share their weather, where it is drawn.
+            copies: of the same weather, where it is drawn; fewer if so many clouds with all their users are not there.
             rng: of the weather.
             weights: of the reward.
             leave_out: kinds of features that an ablation leaves out.
@@ -90,12 +93,16 @@ class VectorEnv:
         self.grid = grid or Grid(cell.arch, cell.topology, groups=spec.num_groups)
         self.known: References = references(cell.arch, cell.topology, climate.request)
         if weather is None:
+            users = climate.users or users_of(self.known)
+            copies = math.gcd(copies, max(1, num_instances // users))
             drawn = draw(
                 climate, cell.topology, self.known, window_tokens=cell.arch.context_tokens,
                 num_instances=num_instances // copies, num_slots=num_slots, slot_s=SLOT_S, rng=rng,
             )  # fmt: skip
             weather = copied(drawn, copies)
-        self.weather = weather
+        else:
+            copies = 1
+        self.weather, self.copies = weather, copies
         self.simulator = Simulator(cell.topology, self.weather.requests, slot_s=SLOT_S)
         n = self.num_instances = self.weather.num_instances
         self.longest: Floats = np.array(
@@ -115,6 +122,7 @@ class VectorEnv:
         self.slot = 0
         self._arrived, self._debt_j = np.zeros(n), np.zeros(n)
         self._since_move = np.zeros(n)
+        self._there = np.zeros((n, 2))  # share of the last slot that each line was at each device
         self._history = History(n)
         self._rates = self._rates_now()
         self.choice = self._plan(np.full((n, spec.num_groups), FREE), np.tile(DEFAULT_KNOBS, (n, 1)), first=True)
@@ -130,7 +138,7 @@ class VectorEnv:
             backlog_tokens=simulator.backlog_tokens, arrived_tokens=self._arrived, energy_debt_j=self._debt_j,
             accuracy_debt=np.zeros(self.num_instances), link_bytes_per_s=self.weather.link_bytes_per_s[:, t],
             mean_link_bytes_per_s=self._means[0], rtt_s=self.weather.rtt_s[:, t], mean_rtt_s=self._means[1],
-            cloud_free=1 - self.weather.cloud_taken[:, t], context_tokens=simulator.next_tokens,
+            cloud_free=self._share[:, CLOUD_DEVICE], context_tokens=simulator.next_tokens,
             serving=simulator.serving, free_memory=1 - held / self.memory_bytes,
             slots_since_move=self._since_move, choice=self.choice,
         )  # fmt: skip
@@ -153,12 +161,14 @@ class VectorEnv:
         self._history.push(self.seen(), self.static)
         moving_s, moved = self._move(decided)
         start = self.simulator.now_s
-        slot = self.simulator.step(self._load, self._rates)
+        slot = self.simulator.step(self._load, self._rates, share=self._share)
+        self._there = np.minimum(slot.busy_s / SLOT_S, 1.0) * [0.0, 1.0]  # an edge device is nobody else's
+        harm = delay_to_others(self._there, self.simulator.backlog_requests, self.weather.pool)
         energy = slot.energy_j.sum(1)
         self._debt_j = np.maximum(self._debt_j + energy - self.climate.power_w * SLOT_S, 0.0)
         self._arrived = slot.arrived_tokens
         spent = Spent(
-            waiting_s=self._waited(start), energy_j=energy, accuracy_loss=np.zeros(len(energy)), moving_s=moving_s,
+            waiting_s=self._waited(start), congestion_s=harm.sum(1) * SLOT_S, energy_j=energy, accuracy_loss=np.zeros(len(energy)), moving_s=moving_s,
             backlog_tokens=self.simulator.backlog_tokens, energy_debt_j=self._debt_j,
             accuracy_debt=np.zeros(len(energy)),
         )  # fmt: skip
@@ -176,7 +186,7 @@ class VectorEnv:
         """The placements that two actions mean now; they always fit."""
         named = parts(self.spec.high, high)
         modes = modes_that_fit(self.spec, named["mode"], self._room)
-        knobs = np.concatenate([named["v"], named["stay"], named["caution"]], axis=1)
+        knobs = np.concatenate([named["v"], named["stay"], named["price"]], axis=1)
         if self.spec.variant != "no_dp":
             choice = self._plan(modes, knobs)
             if low is None or not self.spec.low_decides:
@@ -200,7 +210,7 @@ class VectorEnv:
         if (modes != FREE).any():
             allowed = (modes == FREE)[..., None] | (modes[..., None] == 1 + np.arange(MODES))
         moment = Moment(
-            rates=self._rates, cloud_free=1 - self.weather.cloud_taken[:, self._t],
+            rates=self._rates, cloud_free=self._share[:, CLOUD_DEVICE],
             backlog_tokens=self.simulator.backlog_tokens, arrived_tokens=self._arrived, energy_debt_j=self._debt_j,
             longest_tokens=self.longest, memory_bytes=self.memory_bytes, slot_s=SLOT_S,
             current=None if first else self.choice,
@@ -259,13 +269,13 @@ class VectorEnv:
 
     def _rates_now(self) -> Rates:
         t, n, base = self._t, self.num_instances, self._base
-        device_free = np.stack([np.ones(n), 1 - self.weather.cloud_taken[:, t]], axis=1)
+        self._share = 1 / (1 + others_there(self._there, self.weather.pool))
         crossing = ~np.eye(2, dtype=bool)
         return replace(
             base,
-            flops_per_s=base.flops_per_s * device_free,
-            bytes_per_s=base.bytes_per_s * device_free,
-            launch_s=np.repeat(base.launch_s, n, axis=0),
+            flops_per_s=base.flops_per_s * self._share,
+            bytes_per_s=base.bytes_per_s * self._share,
+            launch_s=base.launch_s / self._share,
             link_bytes_per_s=self.weather.link_bytes_per_s[:, t, None, None] * crossing,
             latency_s=self.weather.rtt_s[:, t, None, None] / 2 * crossing,
             exchange_s=np.repeat(base.exchange_s, n, axis=0),

@@ -1,6 +1,7 @@
-"""What happens to the instances of a cell while they run: bandwidth, round trips, other users of the cloud, requests.
+"""What happens to the instances of a cell while they run: bandwidth, round trips, requests, and who shares a cloud.
 
-Everything is drawn from one generator, so that a seed reproduces it. Shapes: N instances, T slots.
+An instance is one edge device with its own link and its own requests; so many of them share one cloud, whose load comes
+from what they do. Everything is drawn from one generator, so that a seed reproduces it. Shapes: N instances, T slots.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from splitray.sim.workload import Requests, bursty, poisson
 from splitray.topology import Topology
 
 Floats = NDArray[np.float64]
-MOST_TAKEN = 0.95  # of the cloud, by others
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
+USERS = (16, 32, 64)  # of one cloud
+_OWN_MOST = 0.6  # of a line's time, at a load of _HEAVY under cloud_only and an idle cloud
+_HEAVY = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,47 +29,48 @@ class Climate:
     """What weather is drawn from.
 
     Args:
-        cloud_load: mean share of the cloud that all users take under cloud_only, this one included.
-        users: how many share the cloud; each offers cloud_load / users of what the cloud alone serves.
+        cloud_load: of the cloud, if all its users served all requests by cloud_only.
+        users: how many share it (`users_of`, if None); each asks for cloud_load / users of what the cloud can do.
         bandwidth_sigma: of the logarithm of the link's rate (log_ar1).
         outages: the link also fails for seconds (gilbert_elliott).
         rtt_sigma: of the logarithm of the round trip.
-        cloud_sigma: of the logit of the share that others take; `cloud_rho` is its correlation from slot to slot.
         arrivals: the process.
         request: mean lengths.
         power_w: mean power that the virtual energy queue holds all devices to.
     """
 
     cloud_load: float = 0.8
-    users: int = 4
+    users: int | None = None
     bandwidth_sigma: float = 0.4
     outages: bool = False
     rtt_sigma: float = 0.0
-    cloud_sigma: float = 0.8
-    cloud_rho: float = 0.9
     arrivals: Literal["poisson", "bursty"] = "poisson"
     request: RequestShape = USUAL
     power_w: float = float("inf")
 
-    @property
-    def own_load(self) -> float:
-        """The share of what cloud_only serves on an idle cloud that this user asks for."""
-        return self.cloud_load / self.users
+    def rate_per_s(self, known: References) -> float:
+        """Requests a second of one user."""
+        return self.cloud_load / (self.users or users_of(known)) / known.cloud.device_s(self.request)
 
-    @property
-    def others_load(self) -> float:
-        """Mean share of the cloud that the others take."""
-        return self.cloud_load - self.own_load
+
+def users_of(known: References) -> int:
+    """How many edges share a cloud: so many that it, and not their own round trips, is what holds them up.
+
+    A line serves one request at a time. Where ends are pinned and a token takes a round trip, few users could not load
+    a cloud by 95 %, whatever they do.
+    """
+    line_s = _HEAVY * known.cloud.service_s(known.request) / known.cloud.device_s(known.request)
+    return next((n for n in USERS if line_s / n <= _OWN_MOST), USERS[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weather:
-    """Drawn, recorded or made up: rates in byte/s (0 is an outage), round trips in s, shares of the cloud, [N, T]."""
+    """Drawn, recorded or made up: rates in byte/s (0 is an outage) and round trips in s, [N, T]."""
 
     link_bytes_per_s: Floats
     rtt_s: Floats
-    cloud_taken: Floats
     requests: tuple[Requests, ...]  # N
+    pool: NDArray[np.int64]  # [N], instances of one number share a cloud
 
     @property
     def num_instances(self) -> int:
@@ -98,7 +101,7 @@ def draw(
         topology: of two devices.
         known: for the rate that cloud_only serves.
         window_tokens: requests are cut to it.
-        num_instances: N.
+        num_instances: N; each so many of them share a cloud.
         num_slots: T.
         slot_s: length of a slot.
         rng: of everything.
@@ -116,7 +119,7 @@ def draw(
             rate[i] *= gilbert_elliott(num_slots, slot_s, rng=rng)
         if climate.rtt_sigma:
             rtt[i] *= log_ar1(num_slots, slot_s, mean=1.0, sigma_log=climate.rtt_sigma, rng=rng)
-    per_s = climate.own_load / known.service_s
+    per_s = climate.rate_per_s(known)
     process = poisson if climate.arrivals == "poisson" else bursty
     requests = tuple(
         _cut(
@@ -128,41 +131,18 @@ def draw(
         )
         for _ in range(num_instances)
     )  # fmt: skip
-    return Weather(link_bytes_per_s=rate, rtt_s=rtt, cloud_taken=_taken(climate, shape, rng), requests=requests)
+    pool = np.arange(num_instances) // (climate.users or users_of(known))
+    return Weather(link_bytes_per_s=rate, rtt_s=rtt, requests=requests, pool=pool)
 
 
 def copied(weather: Weather, copies: int) -> Weather:
-    """Each instance's weather so many times in a row."""
+    """The whole weather so many times, copy after copy."""
+    clouds = int(weather.pool.max()) + 1
     return Weather(
-        link_bytes_per_s=np.repeat(weather.link_bytes_per_s, copies, axis=0),
-        rtt_s=np.repeat(weather.rtt_s, copies, axis=0),
-        cloud_taken=np.repeat(weather.cloud_taken, copies, axis=0),
-        requests=tuple(r for r in weather.requests for _ in range(copies)),
-    )
-
-
-def _taken(climate: Climate, shape: tuple[int, int], rng: np.random.Generator) -> Floats:
-    """An AR(1) process in logit space with the wanted mean share, [N, T]."""
-    mean = climate.others_load
-    if mean <= 0:
-        return np.zeros(shape)
-    sigma, rho = climate.cloud_sigma, climate.cloud_rho
-    x = np.empty(shape)
-    x[:, 0] = rng.normal(0.0, sigma, shape[0])
-    noise = rng.normal(0.0, sigma * np.sqrt(1 - rho * rho), shape)
-    for t in range(1, shape[1]):
-        x[:, t] = rho * x[:, t - 1] + noise[:, t]
-    low, high = -20.0, 20.0  # bisection: the mean of a squashed normal is monotone in its offset
-    for _ in range(40):
-        middle = (low + high) / 2
-        got = (_WEIGHTS * _squash(middle + sigma * _NODES)).sum() / _WEIGHTS.sum()
-        low, high = (middle, high) if got < mean else (low, middle)
-    return np.minimum(_squash(low + x), MOST_TAKEN)
-
-
-def _squash(x: Floats) -> Floats:
-    squashed: Floats = 1 / (1 + np.exp(-x))
-    return squashed
+        link_bytes_per_s=np.tile(weather.link_bytes_per_s, (copies, 1)), rtt_s=np.tile(weather.rtt_s, (copies, 1)),
+        requests=weather.requests * copies,
+        pool=np.concatenate([weather.pool + clouds * i for i in range(copies)]),
+    )  # fmt: skip
 
 
 def _cut(line: Requests, window: int) -> Requests:

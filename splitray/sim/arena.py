@@ -4,6 +4,7 @@ All cases run side by side in one `Simulator`. At the beginning of a slot a plan
 and its own placement. A move takes the cheaper of sending the KV, which stops its line, and replaying its tokens in the
 new place (`planners/pay_back.py`); it happens only where it pays, by the planner's own weighing or else by time. What
 does not fit at the present context gives up the request that it serves, as a device that runs out of memory would.
+Cases of one pool are edges of one cloud, which is as slow for each as the others make it (`crowd.py`).
 
 Shapes: N cases, T slots, D devices, L layers.
 """
@@ -30,6 +31,7 @@ from splitray.planners.protocol import Learner
 from splitray.planners.whole import layers_on
 from splitray.queues import QueueState, SlotOutcome, advance
 from splitray.route import compile_route
+from splitray.sim.crowd import others_there
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario
 from splitray.sim.simulator import Simulator
@@ -40,12 +42,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One planner put to one scenario; `every` slots it may decide anew."""
+    """One planner put to one scenario; `every` slots it may decide anew.
+
+    Cases of one `pool` share all devices of the tier cloud; without one a case is alone.
+    """
 
     planner: str
     scenario: Scenario
     seed: int = 0
     every: int = 1
+    pool: int | None = None
 
 
 @dataclass(slots=True)
@@ -124,20 +130,31 @@ class _Arena:
         self._now = Load.stack([load_of(stand_in, self.arch, self.topology)] * len(lines))
         self._up = np.zeros(len(lines), bool)
         d = len(self.topology.ids)
+        own = iter(range(len(lines), 2 * len(lines)))
+        self._pool = np.array([next(own) if x.case.pool is None else x.case.pool for x in lines])
+        self._pool = np.unique(self._pool, return_inverse=True)[1]
+        self._shared = np.array([x.tier == "cloud" for x in self.topology.devices])
+        self._there = np.zeros((len(lines), d))  # share of the last slot that each line was at each shared device
         self._held, self._held_per_token = np.zeros((len(lines), d)), np.zeros((len(lines), d))
 
     def slot(self, t: int, *, recorded: bool) -> None:
         """Decide, generate, and write down what came of it."""
         simulator, topologies = self.simulator, {}
+        share = 1 / (1 + others_there(self._there, self._pool))
         for i, line in enumerate(self.lines):
             scenario = line.case.scenario
             if id(scenario) not in topologies:
                 topologies[id(scenario)] = scenario.topology_at(t)
-            self._decide(i, line, topologies[id(scenario)], t)
+            self._decide(i, line, shared_with(topologies[id(scenario)], self.topology.ids, share[i]), t)
         self._give_up(t)
         rates = Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
+        rates = replace(
+            rates, flops_per_s=rates.flops_per_s * share, bytes_per_s=rates.bytes_per_s * share,
+            launch_s=rates.launch_s / share,
+        )  # fmt: skip
         states = [x.last for x in self.lines]
-        slot = simulator.step(self._now, rates, up=self._up)
+        slot = simulator.step(self._now, rates, up=self._up, share=share)
+        self._there = np.minimum(slot.busy_s / simulator.slot_s, 1.0) * self._shared
         energy = slot.energy_j.sum(1)
         backlog, waiting = simulator.backlog_tokens, simulator.backlog_requests
         for i, line in enumerate(self.lines):
@@ -167,7 +184,11 @@ class _Arena:
         if current is not None and not whole and not keeps_cache(current, self.arch, here):
             self.simulator.lose_cache(i)  # even if the device comes back, its memory is lost
         due = t % line.case.every == 0 or not whole
-        if due and not (line.planner.once and whole):
+        crowded = line.case.pool is not None  # then most lines of many are empty, and what they would choose is not used
+        if crowded and whole and not self.simulator.head(i).waits:
+            if isinstance(line.planner.planner, Learner) and current is not None:
+                line.last = self._state(i, line, topology), current
+        elif due and not (line.planner.once and whole):
             state = self._state(i, line, topology)
             proposal = self._propose(line, state)
             if proposal is not None and state.current is not None and not line.planner.charges_moves:
@@ -177,15 +198,15 @@ class _Arena:
         self._up[i] = line.placement is not None and here.issuperset(line.placement.devices)
 
     def _state(self, i: int, line: _Line, topology: Topology) -> ClusterState:
-        scenario, simulator = self.scenarios[i], self.simulator
-        present = float(simulator.next_tokens[i])
+        scenario, head = self.scenarios[i], self.simulator.head(i)
+        present = head.next_tokens
         context = scenario.longest_tokens if scenario.reserve else int(present) + scenario.interval_tokens
         current = line.placement
         if current is not None and not set(topology.ids).issuperset(current.devices):
             current = None
         return ClusterState(
             arch=scenario.arch, topology=topology, context_tokens=context, current=current,
-            cached_tokens=int(simulator.context_tokens[i]) if simulator.serving[i] else 0, step_tokens=int(present),
+            cached_tokens=int(head.cached_tokens), step_tokens=int(present),
             interval_tokens=scenario.interval_tokens, slot_s=scenario.slot_s, queues=line.queues,
             average=scenario.average, request=scenario.shape, codec=scenario.codec, accuracy=scenario.accuracy,
         )  # fmt: skip
@@ -271,6 +292,22 @@ class _Arena:
             migration_bytes=line.migration_bytes, migration_s=line.migration_s, replays=line.replays,
             refusal=line.refusal,
         )  # fmt: skip
+
+
+def shared_with(topology: Topology, ids: tuple[DeviceId, ...], share: Floats) -> Topology:
+    """The topology with its devices as fast as a line has them: a share of each, [D] in the order of ids."""
+    if (share == 1).all():
+        return topology
+    left = dict(zip(ids, map(float, share), strict=True))
+    devices = tuple(
+        replace(
+            d, compute_flops=d.compute_flops * left[d.id], launch_s=d.launch_s / left[d.id],
+            memory_bandwidth_bytes_per_s=d.memory_bandwidth_bytes_per_s * left[d.id],
+        )
+        if left[d.id] < 1 else d
+        for d in topology.devices
+    )  # fmt: skip
+    return replace(topology, devices=devices)
 
 
 def keeps_cache(placement: Placement, arch: ModelArch, here: set[DeviceId]) -> bool:

@@ -42,6 +42,7 @@ class Scenario:
         staged: every device has the weights on its own disk, so that only KV moves.
         reserve: planners keep room for the longest request from the start; otherwise for the present one and the
             tokens of an interval only.
+        mean_request: of the whole service, where these requests are one line of many.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Scenario:
     staged: bool = True
     reserve: bool = True
     interval_tokens: int = 64
+    mean_request: RequestShape | None = None
     num_cut: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,8 @@ class Scenario:
     @cached_property
     def shape(self) -> RequestShape | None:
         """The mean request of the run, which whoever runs the service knows; None if there is none."""
+        if self.mean_request is not None:
+            return self.mean_request
         line = self.requests
         return RequestShape(float(line.prompt_tokens.mean()), float(line.output_tokens.mean())) if len(line) else None
 

@@ -31,18 +31,33 @@ class Slot:
     arrived_tokens: Floats
     served_tokens: Floats
     energy_j: Floats  # [N, D]
+    busy_s: Floats  # [N, D], computing
     tpot_s: Floats
     token_j: Floats
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """The request at the head of one line: whether it is there in this slot, and tokens in its KV cache.
+
+    `next_tokens` are those that its next step will have, 1 if nobody waits; `cached_tokens` those of now.
+    """
+
+    waits: bool
+    next_tokens: float
+    cached_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Price:
-    """Seconds [N] and joule [N, D] of a token of the head of each line, and of its whole prompt."""
+    """Seconds [N], joule and busy seconds [N, D] of a token of the head of each line, and of its whole prompt."""
 
     token_s: Floats
     token_j: Floats
+    token_busy_s: Floats
     fill_s: Floats
     fill_j: Floats
+    fill_busy_s: Floats
 
     def put(self, rows: Ints, other: _Price) -> None:
         """Overwrite some lines, in place."""
@@ -96,6 +111,14 @@ class Simulator:
         waits = self.arrival_s[self._rows, self._head] < self.now_s + self.slot_s
         return np.where(waits, self.prompt_tokens[self._rows, self._head] + self._done, 1.0)
 
+    def head(self, instance: int) -> Head:
+        """Of one line, as `next_tokens`, `context_tokens` and `serving` say for all."""
+        at = instance, self._head[instance]
+        arrival_s, tokens = self.arrival_s[at], float(self.prompt_tokens[at] + self._done[instance])
+        waits = bool(arrival_s < self.now_s + self.slot_s)
+        serving = arrival_s <= self.now_s and self._prefill_left[instance] < 1
+        return Head(waits, tokens if waits else 1.0, tokens if serving else 0.0)
+
     @property
     def backlog_tokens(self) -> Floats:
         """Tokens asked for and not yet generated, [N]."""
@@ -126,13 +149,17 @@ class Simulator:
         self._head[instance] += 1
         self._done[instance], self._prefill_left[instance] = 0.0, 1.0
 
-    def step(self, load: Load, rates: Rates, *, up: NDArray[np.bool_] | None = None) -> Slot:
+    def step(
+        self, load: Load, rates: Rates, *, up: NDArray[np.bool_] | None = None, share: Floats | None = None
+    ) -> Slot:
         """One slot.
 
         Args:
             load: of the placement of each instance.
             rates: of its devices and links; N as there, or 1.
             up: instances all of whose devices are there, [N]; others wait.
+            share: of each device that a line has while it is there, as the rates say too, [N, D]; it pays for no more
+                of the device's energy. All by default.
         """
         slot_end, n = self.now_s + self.slot_s, len(self._rows)
         rows, price = self._rows, self._prices(self._rows, load, rates, slot_end)
@@ -144,7 +171,7 @@ class Simulator:
         clock = self.now_s + np.minimum(self._pause_s, self.slot_s)
         self._pause_s = np.maximum(0.0, self._pause_s - self.slot_s)
         clock = np.where(able, clock, slot_end)
-        served, spent = np.zeros(n), np.zeros(price.token_j.shape)
+        served, spent, busy = np.zeros(n), np.zeros(price.token_j.shape), np.zeros(price.token_j.shape)
         tpot, token_j = price.token_s.copy(), price.token_j.sum(1)
         while True:
             clock = np.maximum(clock, self.arrival_s[rows, self._head])
@@ -153,10 +180,11 @@ class Simulator:
                 break
             need = np.maximum(price.fill_s, 1e-12)
             time_left = np.where(active, slot_end - clock, 0.0)
-            share = np.minimum(self._prefill_left, time_left / need)
-            clock = clock + np.where(share > 0, share * np.where(np.isfinite(need), need, 0.0), 0.0)
-            spent += share[:, None] * price.fill_j
-            self._prefill_left = self._prefill_left - share
+            filled = np.minimum(self._prefill_left, time_left / need)
+            clock = clock + np.where(filled > 0, filled * np.where(np.isfinite(need), need, 0.0), 0.0)
+            spent += filled[:, None] * price.fill_j
+            busy += filled[:, None] * price.fill_busy_s
+            self._prefill_left = self._prefill_left - filled
             ready = active & (self._prefill_left <= 1e-12)
             first = ready & (self._done == 0)
             self.first_token_s[rows[first], self._head[first]] = clock[first]
@@ -168,6 +196,7 @@ class Simulator:
             clock = clock + tokens * token_s
             self._done, served = self._done + tokens, served + tokens
             spent += tokens[:, None] * price.token_j
+            busy += tokens[:, None] * price.token_busy_s
             ended = ready & (left - tokens <= 1e-9)
             self.finish_s[rows[ended], self._head[ended]] = clock[ended]
             self._head = self._head + ended
@@ -179,7 +208,11 @@ class Simulator:
                 price.put(again, self._prices(again, load, rates, slot_end))
         self.now_s = slot_end
         assert np.isfinite(spent).all() and np.isfinite(self._prefill_left).all(), "energy and progress are numbers"
-        return Slot(arrived_tokens=fresh, served_tokens=served, energy_j=spent, tpot_s=tpot, token_j=token_j)
+        if share is not None:
+            spent = spent * share
+        return Slot(
+            arrived_tokens=fresh, served_tokens=served, energy_j=spent, busy_s=busy, tpot_s=tpot, token_j=token_j
+        )
 
     def _prices(self, rows: Ints, load: Load, rates: Rates, slot_end: float) -> _Price:
         """What the heads of some lines cost: a token, and the whole prompt of those that may prefill in this slot.
@@ -198,9 +231,12 @@ class Simulator:
         fill_s, fill_j = np.full(n, np.inf), np.zeros((n, joule.shape[1]))  # who has no price waits for the next slot
         fill_s[fills] = (step.origin_s + prompt_s(part, here, new))[n:]
         fill_j[fills] = joule[n:]
-        self._busy_s[rows] = step.busy_s[:n]
+        fill_busy_s = np.zeros_like(fill_j)
+        fill_busy_s[fills] = np.where(np.isfinite(fill_s[fills])[:, None], step.busy_s[n:], 0.0)
         token_s: Floats = np.where(np.isfinite(step.origin_s[:n]), step.cycle_s[:n], np.inf)
-        return _Price(token_s, joule[:n], fill_s, fill_j)
+        self._busy_s[rows] = step.busy_s[:n]
+        busy_s = np.where(np.isfinite(token_s)[:, None], step.busy_s[:n], 0.0)
+        return _Price(token_s, joule[:n], busy_s, fill_s, fill_j, fill_busy_s)
 
     def _joule(self, step: StepCost) -> Floats:
         """Idle, active and radio energy of each device during a step, [.., D]; 0 where a step never ends."""

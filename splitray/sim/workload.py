@@ -47,6 +47,31 @@ def poisson(
     return _with_lengths(times[times < until_s], prompt_tokens, output_tokens, rng)
 
 
+def dealt(
+    recorded: Requests, users: int, rate_per_s: float, until_s: float, rng: np.random.Generator
+) -> tuple[Requests, ...]:
+    """Recorded requests dealt at random to users: their order, lengths and bunching, at another mean rate.
+
+    Args:
+        recorded: at least two; played again from the beginning where they end.
+        users: how many lines are made.
+        rate_per_s: of all users together.
+        until_s: the end.
+        rng: of the first request, and of who gets which.
+    """
+    count = len(recorded)
+    gaps = np.diff(recorded.arrival_s, append=recorded.arrival_s[-1] + np.diff(recorded.arrival_s).mean())
+    many = int(2 * rate_per_s * until_s) + 20
+    order = (rng.integers(count) + np.arange(many)) % count
+    times = np.concatenate([[0.0], np.cumsum(gaps[order])[:-1]]) / (gaps.mean() * rate_per_s)
+    order, times = order[times < until_s], times[times < until_s]
+    whose = rng.integers(users, size=len(times))
+    return tuple(
+        Requests(times[whose == u], recorded.prompt_tokens[order[whose == u]], recorded.output_tokens[order[whose == u]])
+        for u in range(users)
+    )
+
+
 def bursty(
     rate_per_s: float,
     until_s: float,

@@ -26,7 +26,8 @@ from splitray.sim.workload import poisson
 from splitray.topology import Topology
 
 SLOTS = 60
-CLIMATE = Climate(cloud_load=0.8, bandwidth_sigma=0.6, rtt_sigma=0.2)
+EDGES = 4
+CLIMATE = Climate(cloud_load=0.8, users=EDGES, bandwidth_sigma=0.6, rtt_sigma=0.2)
 CELL = Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="embedding_and_head", link="lte")
 
 
@@ -36,7 +37,7 @@ def state(cell: Cell = CELL) -> ClusterState:
 
 def drawn(seed: int) -> Weather:
     known = references(CELL.arch, CELL.topology, CLIMATE.request)
-    return draw(CLIMATE, CELL.topology, known, window_tokens=CELL.arch.context_tokens, num_instances=1,
+    return draw(CLIMATE, CELL.topology, known, window_tokens=CELL.arch.context_tokens, num_instances=EDGES,
                 num_slots=SLOTS, slot_s=1.0, rng=np.random.default_rng(seed))  # fmt: skip
 
 
@@ -44,30 +45,31 @@ def drawn(seed: int) -> Weather:
 def test_it_serves_as_its_policy_did_in_training(seed: int) -> None:
     """The same weather through the environment and through the common executor gives the same answers."""
     policy, rng = Policy.load(SHIPPED), np.random.default_rng(seed)
-    line = poisson(0.15, SLOTS, rng=rng)
-    weather = replace(drawn(seed), requests=(line,))
-    shape = RequestShape(float(line.prompt_tokens.mean()), float(line.output_tokens.mean()))
-    climate = replace(CLIMATE, request=shape)
+    lines = tuple(poisson(0.15, SLOTS, rng=rng) for _ in range(EDGES))
+    shape = Scenario(name="", arch=CELL.arch, topology=CELL.topology, requests=lines[0], num_slots=1).shape
+    assert shape is not None
+    weather, climate = replace(drawn(seed), requests=lines), replace(CLIMATE, request=shape)
     env = VectorEnv(CELL, climate, spec=ActionSpec(), rng=np.random.default_rng(0), weather=weather)
+    env.longest[:] = [(x.prompt_tokens + x.output_tokens).max() for x in lines]
     for _ in range(SLOTS):
         env.high_rows()
         whole, groups = env._features
         knobs = policy.knobs(whole, groups)
-        env.step(np.concatenate([np.full((1, 12), FREE), knobs], axis=1))
-    taken = np.zeros((SLOTS, 2))
-    taken[:, 1] = weather.cloud_taken[0]
-    pairs = edge_cloud_links(CELL.topology)
-    scenario = Scenario(
-        name="same", arch=CELL.arch, topology=CELL.topology, requests=line, num_slots=SLOTS, background=taken,
-        background_memory=False, bandwidth_bytes_per_s=dict.fromkeys(pairs, weather.link_bytes_per_s[0]),
-        rtt_s=dict.fromkeys(pairs, weather.rtt_s[0]),
-    )  # fmt: skip
-    (outcome,) = run([Case(planner="splitwise", scenario=scenario)], drain=False)
-    theirs = env.simulator.finish_s[0, : len(line)]
-    assert np.isfinite(theirs).any(), "the test is about something"
-    both = np.isfinite(theirs) & np.isfinite(outcome.finish_s)
-    assert (np.isfinite(theirs) == np.isfinite(outcome.finish_s)).mean() > 0.8
-    assert outcome.finish_s[both] == pytest.approx(theirs[both], rel=0.02)
+        env.step(np.concatenate([np.full((EDGES, 12), FREE), knobs], axis=1))
+    pairs, cases = edge_cloud_links(CELL.topology), []
+    for i, line in enumerate(lines):
+        scenario = Scenario(
+            name="same", mean_request=shape, arch=CELL.arch, topology=CELL.topology, requests=line, num_slots=SLOTS,
+            bandwidth_bytes_per_s=dict.fromkeys(pairs, weather.link_bytes_per_s[i]),
+            rtt_s=dict.fromkeys(pairs, weather.rtt_s[i]),
+        )  # fmt: skip
+        cases.append(Case(planner="splitwise", scenario=scenario, pool=0))
+    for i, outcome in enumerate(run(cases, drain=False)):
+        theirs = env.simulator.finish_s[i, : len(lines[i])]
+        assert np.isfinite(theirs).any(), "the test is about something"
+        both = np.isfinite(theirs) & np.isfinite(outcome.finish_s)
+        assert (np.isfinite(theirs) == np.isfinite(outcome.finish_s)).mean() > 0.8
+        assert outcome.finish_s[both] == pytest.approx(theirs[both], rel=0.02)
 
 
 @pytest.mark.parametrize("edge", ["jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5"])

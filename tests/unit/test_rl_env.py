@@ -8,7 +8,7 @@ import pytest
 from splitray.rl.action import AUTO, DEFAULT_KNOBS, FREE, ActionSpec, imitated, num_logits, parts
 from splitray.rl.cell import Cell
 from splitray.rl.choice import CLOUD, EDGE, SPLIT
-from splitray.rl.choosing import MASKED, greedy, log_probability, sample
+from splitray.rl.choosing import MASKED, greedy, gumbel, log_probability, sample
 from splitray.rl.layout import HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.observation import FEATURES, GROUP_FEATURES, NUM_GLOBAL, NUM_GROUP
 from splitray.rl.reward import LYAPUNOV, PERFORMANCE, TERMS
@@ -17,7 +17,7 @@ from splitray.rl.weather import Climate, Weather
 
 PINNED = Cell("jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head")
 BIG = Cell("raspberry-pi-5", "llama-7b", "none")  # does not fit its edge
-BUSY = Climate(cloud_load=0.8, users=2, power_w=20.0)
+BUSY = Climate(cloud_load=0.8, users=4, power_w=20.0)
 SPECS = [
     ActionSpec(variant="dp_knobs"), ActionSpec(variant="dp_modes"), ActionSpec(variant="no_dp"),
     ActionSpec(variant="no_dp", bits=True),
@@ -33,9 +33,11 @@ def made(spec: ActionSpec, cell: Cell = PINNED, seed: int = 0, climate: Climate 
 def drawn(env: VectorEnv, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Legal actions of both agents, all alike."""
     both, rows = layouts(env.spec), env.high_rows()
-    high, _ = sample(both[LAYER_AGENT].blocks, _logits(rows, both[LAYER_AGENT]), rng)
+    logits = _logits(rows, both[LAYER_AGENT])
+    high, _ = sample(both[LAYER_AGENT].blocks, logits, gumbel(logits.shape, rng))
     rows = env.low_rows(high)
-    low, _ = sample(both[HEAD_FFN_AGENT].blocks, _logits(rows, both[HEAD_FFN_AGENT]), rng)
+    logits = _logits(rows, both[HEAD_FFN_AGENT])
+    low, _ = sample(both[HEAD_FFN_AGENT].blocks, logits, gumbel(logits.shape, rng))
     return high, low
 
 
@@ -135,7 +137,7 @@ def test_a_link_that_is_down_keeps_what_cannot_move() -> None:
     line = made(SPECS[2]).weather.requests[:n]
     weather = Weather(
         link_bytes_per_s=np.tile([1e6] * 3 + [0.0] * 5, (n, 1)), rtt_s=np.full((n, slots), 0.05),
-        cloud_taken=np.zeros((n, slots)), requests=line,
+        requests=line, pool=np.arange(n),
     )  # fmt: skip
     env = made(SPECS[2], weather=weather)
     there, here = (np.tile([1 + m] * 12 + list(DEFAULT_KNOBS), (n, 1)) for m in (CLOUD, EDGE))
@@ -162,8 +164,10 @@ def test_the_table_of_features_is_the_row() -> None:
 
 def test_copies_share_their_weather() -> None:
     env = made(SPECS[0], copies=4)
-    assert (env.weather.link_bytes_per_s[0] == env.weather.link_bytes_per_s[3]).all()
-    assert (env.weather.link_bytes_per_s[0] != env.weather.link_bytes_per_s[4]).any()
+    assert env.copies == 2, "two clouds of four edges each"
+    assert (env.weather.link_bytes_per_s[0] == env.weather.link_bytes_per_s[4]).all()
+    assert (env.weather.link_bytes_per_s[0] != env.weather.link_bytes_per_s[1]).any()
+    assert env.weather.pool.tolist() == [0] * 4 + [1] * 4
 
 
 def test_what_is_masked_is_never_drawn_and_draws_follow_the_logits() -> None:
@@ -171,8 +175,8 @@ def test_what_is_masked_is_never_drawn_and_draws_follow_the_logits() -> None:
     logits = np.zeros((4000, num_logits(blocks)), np.float32)
     logits[:, 1:5] = MASKED
     logits[:, 5] = np.log(3.0)  # of the first knob's four: 3 to 1 each
-    actions, logp = sample(blocks, logits, rng)
+    actions, logp = sample(blocks, logits, gumbel(logits.shape, rng))
     assert (actions[:, 0] == 0).all() and (greedy(blocks, logits)[:, 1] == 0).all()
     assert abs((actions[:, 1] == 0).mean() - 0.5) < 0.04
     np.testing.assert_allclose(logp, log_probability(blocks, logits, actions))
-    np.testing.assert_allclose(logp[actions[:, 1] == 0][0], np.log(0.5 / 5 / 4), rtol=1e-4)
+    np.testing.assert_allclose(logp[actions[:, 1] == 0][0], np.log(0.5 / 5 / 6), rtol=1e-4)
