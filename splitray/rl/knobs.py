@@ -6,7 +6,7 @@ G groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from splitray.rl.choice import Choice
 from splitray.rl.grid import Grid
 from splitray.rl.moving import s_per_byte
 from splitray.rl.reward import Weights, price_per_joule
+from splitray.sim.crowd import slowed
 
 Floats = NDArray[np.float64]
 INTERVAL_TOKENS = 64  # over which a move must pay, as for the other planners
@@ -37,6 +38,15 @@ class Moment:
     memory_bytes: Floats  # [N, 2]
     slot_s: float
     current: Choice | None
+
+    def take(self, rows: Ints) -> Moment:
+        """Some instances."""
+        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in _WHOLE}
+        current = None if self.current is None else self.current.take(rows)
+        return replace(self, **arrays, rates=self.rates.take(rows), current=current)
+
+
+_WHOLE = ("rates", "slot_s", "current")
 
 
 def planned(
@@ -72,8 +82,4 @@ def told(rates: Rates, price: Floats) -> Rates:
     """
     if (price == 1).all():
         return rates
-    device = np.stack([np.ones(len(price)), price], axis=1)
-    return replace(
-        rates, flops_per_s=rates.flops_per_s * device, bytes_per_s=rates.bytes_per_s * device,
-        launch_s=rates.launch_s / device,
-    )  # fmt: skip
+    return slowed(rates, np.stack([np.ones(len(price)), price], axis=1))

@@ -28,6 +28,7 @@ from splitray.rl.reward import TERMS
 from splitray.rl.vector_env import VectorEnv
 
 Floats32 = NDArray[np.float32]
+_LEAST = 0.05  # share of slots in which a choice matters, below which it counts no more for being rare
 Act = Callable[[str, Floats32], tuple[Floats32, Floats32]]
 """An agent's name and its rows [M, W] to logits [M, ..] and the two values [M, 2]."""
 
@@ -114,6 +115,7 @@ class Collector:
         agents = AGENTS if recipe.spec.low_decides else (LAYER_AGENT,)
         kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]] = {a: [] for a in agents}
         rewards, moved = [], 0.0
+        mattered = np.zeros((slots, recipe.num_envs * recipe.num_instances), bool)
         totals = dict.fromkeys(TERMS, 0.0)
         for t in range(slots + 1):  # the last one is for the values only
             high_rows = np.concatenate([e.high_rows() for e in self.envs])
@@ -128,7 +130,8 @@ class Collector:
             now = []
             for i, env in enumerate(self.envs):
                 rows = slice(i * recipe.num_instances, (i + 1) * recipe.num_instances)
-                outcome = env.step(high[rows], None if low is None else low[rows])
+                outcome = env.step(high[rows], None if low is None else low[rows], judged=True)
+                mattered[t, rows] = outcome.mattered
                 now.append(self._scaled(i, outcome.rewards))
                 moved += float(outcome.moved.mean())
                 for name, values in outcome.terms.items():
@@ -136,9 +139,9 @@ class Collector:
             rewards.append(np.concatenate(now))
         many = slots * recipe.num_envs
         means = {name: value / many for name, value in totals.items()}
-        means |= {"reward": sum(means.values()), "moves": moved / many}
+        means |= {"reward": sum(means.values()), "moves": moved / many, "mattered": mattered.mean()}
         reward_SM2 = np.stack(rewards)
-        return Rollout(samples={a: self._sample(k, reward_SM2) for a, k in kept.items()}, means=means)
+        return Rollout(samples={a: self._sample(k, reward_SM2, mattered) for a, k in kept.items()}, means=means)
 
     def _choose(
         self, agent: str, rows: Floats32, act: Act, kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]]
@@ -160,7 +163,7 @@ class Collector:
         scaled: Floats = rewards / scale.deviation
         return scaled if recipe.dual else np.stack([scaled.sum(1), np.zeros(len(scaled))], axis=1)
 
-    def _sample(self, kept: list[tuple[Floats32, Ints, Floats32, Floats32]], rewards: Floats) -> Sample:
+    def _sample(self, kept: list[tuple[Floats32, Ints, Floats32, Floats32]], rewards: Floats, mattered: NDArray[np.bool_]) -> Sample:
         recipe, slots = self.recipe, len(rewards)
         values = np.stack([k[3] for k in kept]).astype(float)
         advantages = np.zeros_like(rewards)
@@ -173,7 +176,10 @@ class Collector:
         summed = advantages[..., 0] + recipe.beta * advantages[..., 1]
         parts = np.split(summed, recipe.num_envs, axis=1)
         summed = np.concatenate([_over_copies(p, e.copies) for p, e in zip(parts, self.envs, strict=True)], axis=1)
-        summed = (summed - summed.mean()) / (summed.std() + 1e-6)
+        if mattered.any():  # what led nowhere else has no merit, and its noise would drown the rest
+            some = summed[mattered]
+            scaled = (summed - some.mean()) / (some.std() + 1e-6) / max(mattered.mean(), _LEAST)
+            summed = np.where(mattered, scaled, 0.0)
         flat = slots * rewards.shape[1]
         return Sample(
             rows=np.stack([k[0] for k in kept[:-1]]).reshape(flat, -1),

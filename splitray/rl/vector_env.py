@@ -20,6 +20,7 @@ from splitray.cost import Rates
 from splitray.rl.action import (
     DEFAULT_KNOBS,
     FREE,
+    PRICES,
     ActionSpec,
     Ints,
     eighths_of,
@@ -39,19 +40,26 @@ from splitray.rl.observation import Floats, History, Seen, Static, observe
 from splitray.rl.reward import Spent, Weights, rewards_of, terms_of
 from splitray.rl.room import room_of
 from splitray.rl.weather import Climate, Weather, copied, draw, users_of
-from splitray.sim.crowd import delay_to_others, others_there
+from splitray.sim import crowd
+from splitray.sim.crowd import delay_to_others, others_there, slowed
 from splitray.sim.simulator import Simulator
 
 SLOT_S = 1.0
+_SHARED = np.array([False, True])  # an edge device is nobody else's
+_STILL = ("flops_per_s", "bytes_per_s", "launch_s", "exchange_s", "contention_s_per_byte")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One slot: rewards in two parts [N, 2], their terms [N] each, and what was moved."""
+    """One slot: rewards in two parts [N, 2], their terms [N] each, and what was moved.
+
+    `mattered`: whether another choice would have led elsewhere, as far as that was asked for, [N].
+    """
 
     rewards: Floats
     terms: dict[str, Floats]
     moved: NDArray[np.bool_]
+    mattered: NDArray[np.bool_]
     decided: Choice
 
 
@@ -155,14 +163,20 @@ class VectorEnv:
 
     # What it does
 
-    def step(self, high: Ints, low: Ints | None = None) -> Outcome:
-        """One slot under both agents' actions; without the second one's, the program decides all shares."""
+    def step(self, high: Ints, low: Ints | None = None, *, judged: bool = False) -> Outcome:
+        """One slot under both agents' actions; without the second one's, the program decides all shares.
+
+        Args:
+            high: the layer agent's.
+            low: the second agent's.
+            judged: look whether they made a difference, which takes as long as deciding twice more.
+        """
         decided = self.decide(high, low)
+        mattered = self._matters(decided) if judged else np.ones(self.num_instances, bool)
         self._history.push(self.seen(), self.static)
         moving_s, moved = self._move(decided)
         start = self.simulator.now_s
-        slot = self.simulator.step(self._load, self._rates, share=self._share)
-        self._there = np.minimum(slot.busy_s / SLOT_S, 1.0) * [0.0, 1.0]  # an edge device is nobody else's
+        slot, self._there = crowd.step(self.simulator, self._load, self._alone, self.weather.pool, _SHARED)
         harm = delay_to_others(self._there, self.simulator.backlog_requests, self.weather.pool)
         energy = slot.energy_j.sum(1)
         self._debt_j = np.maximum(self._debt_j + energy - self.climate.power_w * SLOT_S, 0.0)
@@ -175,7 +189,7 @@ class VectorEnv:
         terms = terms_of(spent, self.weights, self.known)
         self.slot += 1
         self._rates = self._rates_now()
-        return Outcome(rewards=rewards_of(terms), terms=terms, moved=moved, decided=decided)
+        return Outcome(rewards=rewards_of(terms), terms=terms, moved=moved, mattered=mattered, decided=decided)
 
     def expert(self) -> Callable[[], Choice]:
         """What the program alone would do now, with the knobs as they are by default."""
@@ -209,16 +223,34 @@ class VectorEnv:
         allowed = None
         if (modes != FREE).any():
             allowed = (modes == FREE)[..., None] | (modes[..., None] == 1 + np.arange(MODES))
-        moment = Moment(
-            rates=self._rates, cloud_free=self._share[:, CLOUD_DEVICE],
-            backlog_tokens=self.simulator.backlog_tokens, arrived_tokens=self._arrived, energy_debt_j=self._debt_j,
-            longest_tokens=self.longest, memory_bytes=self.memory_bytes, slot_s=SLOT_S,
-            current=None if first else self.choice,
-        )  # fmt: skip
+        moment = self._moment(None if first else self.choice)
         return planned(
             self.grid, moment, knobs, known=self.known, request=self.climate.request, weights=self.weights,
             allowed=allowed,
         )  # fmt: skip
+
+    def _moment(self, current: Choice | None) -> Moment:
+        return Moment(
+            rates=self._rates, cloud_free=self._share[:, CLOUD_DEVICE], backlog_tokens=self.simulator.backlog_tokens,
+            arrived_tokens=self._arrived, energy_debt_j=self._debt_j, longest_tokens=self.longest,
+            memory_bytes=self.memory_bytes, slot_s=SLOT_S, current=current,
+        )  # fmt: skip
+
+    def _matters(self, decided: Choice) -> NDArray[np.bool_]:
+        """Whether someone waits, and the program would go elsewhere with the default knobs or the highest price, [N]."""
+        waits = self.simulator.next_tokens > 1
+        rows = np.flatnonzero(waits)
+        if self.spec.variant != "dp_knobs" or not len(rows):
+            return waits
+        moment, differs = self._moment(self.choice).take(rows), np.zeros(len(rows), bool)
+        for price in (DEFAULT_KNOBS[2], len(PRICES) - 1):
+            other = planned(
+                self.grid, moment, np.tile([*DEFAULT_KNOBS[:2], price], (len(rows), 1)), known=self.known,
+                request=self.climate.request, weights=self.weights,
+            )  # fmt: skip
+            differs |= ~other.same_as(decided.take(rows))
+        waits[rows] = differs
+        return waits
 
     def _outright(self, modes: Ints) -> Choice:
         """The modes as they are, each end where its neighbour is or where it is pinned."""
@@ -269,18 +301,15 @@ class VectorEnv:
 
     def _rates_now(self) -> Rates:
         t, n, base = self._t, self.num_instances, self._base
-        self._share = 1 / (1 + others_there(self._there, self.weather.pool))
         crossing = ~np.eye(2, dtype=bool)
-        return replace(
+        self._alone = replace(
             base,
-            flops_per_s=base.flops_per_s * self._share,
-            bytes_per_s=base.bytes_per_s * self._share,
-            launch_s=base.launch_s / self._share,
+            **{k: np.repeat(getattr(base, k), n, axis=0) for k in _STILL},
             link_bytes_per_s=self.weather.link_bytes_per_s[:, t, None, None] * crossing,
             latency_s=self.weather.rtt_s[:, t, None, None] / 2 * crossing,
-            exchange_s=np.repeat(base.exchange_s, n, axis=0),
-            contention_s_per_byte=np.repeat(base.contention_s_per_byte, n, axis=0),
         )
+        self._share = 1 / (1 + others_there(self._there, self.weather.pool))
+        return slowed(self._alone, self._share)
 
     def _waited(self, start: float) -> Floats:
         """Seconds that requests were in the system since a time, summed over requests, [N]: finish minus arrival."""

@@ -31,6 +31,7 @@ from splitray.planners.protocol import Learner
 from splitray.planners.whole import layers_on
 from splitray.queues import QueueState, SlotOutcome, advance
 from splitray.route import compile_route
+from splitray.sim import crowd
 from splitray.sim.crowd import others_there
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario
@@ -134,6 +135,7 @@ class _Arena:
         self._pool = np.array([next(own) if x.case.pool is None else x.case.pool for x in lines])
         self._pool = np.unique(self._pool, return_inverse=True)[1]
         self._shared = np.array([x.tier == "cloud" for x in self.topology.devices])
+        self._crowded = any(x.case.pool is not None for x in lines)
         self._there = np.zeros((len(lines), d))  # share of the last slot that each line was at each shared device
         self._held, self._held_per_token = np.zeros((len(lines), d)), np.zeros((len(lines), d))
 
@@ -148,13 +150,11 @@ class _Arena:
             self._decide(i, line, shared_with(topologies[id(scenario)], self.topology.ids, share[i]), t)
         self._give_up(t)
         rates = Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
-        rates = replace(
-            rates, flops_per_s=rates.flops_per_s * share, bytes_per_s=rates.bytes_per_s * share,
-            launch_s=rates.launch_s / share,
-        )  # fmt: skip
         states = [x.last for x in self.lines]
-        slot = simulator.step(self._now, rates, up=self._up, share=share)
-        self._there = np.minimum(slot.busy_s / simulator.slot_s, 1.0) * self._shared
+        if self._crowded:
+            slot, self._there = crowd.step(simulator, self._now, rates, self._pool, self._shared, up=self._up)
+        else:
+            slot = simulator.step(self._now, rates, up=self._up)
         energy = slot.energy_j.sum(1)
         backlog, waiting = simulator.backlog_tokens, simulator.backlog_requests
         for i, line in enumerate(self.lines):

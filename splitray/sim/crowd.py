@@ -1,20 +1,81 @@
 """Lines that share a device: how fast it is for each while the others are there.
 
-A shared device serves whoever is there in turns too short to see (processor sharing). A line that is there while n others
-are gets 1 / (1 + n) of it; n is their mean number over the slot before, which is what a monitor would tell. Averages in
-place of the others' exact times are what mean value analysis of closed queueing networks uses (Bard 1979, Schweitzer
-1979), and for cloud_only they give the textbook's 1 / (1 - load), see `tests/unit/test_crowd.py`.
+A shared device serves whoever is there in turns too short to see (processor sharing): a line that is there while n others
+are gets 1 / (1 + n) of it. n is taken as their mean number over the slot, as mean value analysis of closed queueing
+networks does (Bard 1979, Schweitzer 1979), and solved for, as who is slowed down is there longer. So no slot gives out more
+than there is of a device, and cloud_only waits as long as the textbook's 1 / (1 - load) says (`tests/unit/test_crowd.py`).
 
 Shapes: N lines, D devices.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
+from splitray.cost import Load, Rates
+from splitray.sim.simulator import Simulator, Slot
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+
+_MOST_ROUNDS, _CLOSE = 60, 1e-3
+
+
+def slowed(rates: Rates, share: Floats) -> Rates:
+    """Rates of devices of which each line has a share only, [N, D]."""
+    return replace(
+        rates, flops_per_s=rates.flops_per_s * share, bytes_per_s=rates.bytes_per_s * share,
+        launch_s=rates.launch_s / share,
+    )  # fmt: skip
+
+
+def step(
+    simulator: Simulator, load: Load, rates: Rates, pool: Ints, shared: NDArray[np.bool_], *,
+    up: NDArray[np.bool_] | None = None,
+) -> tuple[Slot, Floats]:  # fmt: skip
+    """One slot of lines that share devices.
+
+    Args:
+        simulator: of all lines.
+        load: of their placements.
+        rates: of devices that each has to itself.
+        pool: lines of one number share their shared devices, [N].
+        shared: which devices are, [D].
+        up: as `Simulator.step` says.
+
+    Returns:
+        The slot, and the share of its time that each line was at each shared device, [N, D].
+    """
+    alone, slot_s = simulator.preview(load, rates, up=up), simulator.slot_s
+    work = alone.busy_s / slot_s * shared
+    think = np.maximum(0.0, alone.active_s[:, None] / slot_s - work)
+    there = longer(work, think, alone.window_s[:, None] / slot_s, pool)
+    share = 1 / (1 + others_there(there, pool))
+    slot = simulator.step(load, slowed(rates, share), up=up, share=share)
+    return slot, np.minimum(slot.busy_s / slot_s, 1.0) * shared
+
+
+def longer(work: Floats, think: Floats, window: Floats, pool: Ints) -> Floats:
+    """How long lines are at devices that others are at too, as a share of a slot, [N, D].
+
+    Args:
+        work: what each does there in a slot that it has the device to itself, [N, D].
+        think: its time elsewhere meanwhile, [N, D].
+        window: the time that it has something to do, [N, 1]; no line is there for longer.
+        pool: lines of one number share their devices, [N].
+    """
+    there = work
+    for _ in range(_MOST_ROUNDS):
+        needed = work * (1 + others_there(there, pool))
+        fits = np.minimum(1.0, window / np.maximum(needed + think, 1e-12))
+        before, there = there, needed * fits
+        if np.abs(there - before).max(initial=0.0) < _CLOSE:
+            break
+    return there
 
 
 def others_there(there: Floats, pool: Ints) -> Floats:

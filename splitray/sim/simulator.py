@@ -24,6 +24,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+_STATE = ("first_token_s", "finish_s", "_head", "_done", "_prefill_left", "_pause_s", "_busy_s", "_arrived")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """What one slot brought: tokens asked for and generated, joule by device, and the price of a token, [N]."""
@@ -32,6 +35,10 @@ class Slot:
     served_tokens: Floats
     energy_j: Floats  # [N, D]
     busy_s: Floats  # [N, D], computing
+    active_s: Floats
+    """Seconds that lines made progress in, [N]."""
+    window_s: Floats
+    """Seconds from the first moment on that there was something to do, [N]."""
     tpot_s: Floats
     token_j: Floats
 
@@ -172,6 +179,9 @@ class Simulator:
         self._pause_s = np.maximum(0.0, self._pause_s - self.slot_s)
         clock = np.where(able, clock, slot_end)
         served, spent, busy = np.zeros(n), np.zeros(price.token_j.shape), np.zeros(price.token_j.shape)
+        made_s, window_s = np.zeros(n), slot_end - np.minimum(
+            slot_end, np.maximum(clock, self.arrival_s[rows, self._head])
+        )  # fmt: skip
         tpot, token_j = price.token_s.copy(), price.token_j.sum(1)
         while True:
             clock = np.maximum(clock, self.arrival_s[rows, self._head])
@@ -184,6 +194,7 @@ class Simulator:
             clock = clock + np.where(filled > 0, filled * np.where(np.isfinite(need), need, 0.0), 0.0)
             spent += filled[:, None] * price.fill_j
             busy += filled[:, None] * price.fill_busy_s
+            made_s += np.where(filled > 0, filled * np.where(np.isfinite(need), need, 0.0), 0.0)
             self._prefill_left = self._prefill_left - filled
             ready = active & (self._prefill_left <= 1e-12)
             first = ready & (self._done == 0)
@@ -197,6 +208,7 @@ class Simulator:
             self._done, served = self._done + tokens, served + tokens
             spent += tokens[:, None] * price.token_j
             busy += tokens[:, None] * price.token_busy_s
+            made_s += tokens * token_s
             ended = ready & (left - tokens <= 1e-9)
             self.finish_s[rows[ended], self._head[ended]] = clock[ended]
             self._head = self._head + ended
@@ -211,8 +223,20 @@ class Simulator:
         if share is not None:
             spent = spent * share
         return Slot(
-            arrived_tokens=fresh, served_tokens=served, energy_j=spent, busy_s=busy, tpot_s=tpot, token_j=token_j
-        )
+            arrived_tokens=fresh, served_tokens=served, energy_j=spent, busy_s=busy, active_s=made_s,
+            window_s=window_s, tpot_s=tpot, token_j=token_j,
+        )  # fmt: skip
+
+    def preview(self, load: Load, rates: Rates, *, up: NDArray[np.bool_] | None = None) -> Slot:
+        """What `step` would do, without doing it."""
+        kept = {name: np.copy(getattr(self, name)) for name in _STATE}
+        now_s = self.now_s
+        try:
+            return self.step(load, rates, up=up)
+        finally:
+            self.now_s = now_s
+            for name, value in kept.items():
+                setattr(self, name, value)
 
     def _prices(self, rows: Ints, load: Load, rates: Rates, slot_end: float) -> _Price:
         """What the heads of some lines cost: a token, and the whole prompt of those that may prefill in this slot.
