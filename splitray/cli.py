@@ -258,6 +258,7 @@ def evaluate(
     arrivals: Annotated[str | None, typer.Option(help="As `simulate` takes them.", metavar="ARRIVALS")] = None,
     slots: Annotated[int, typer.Option(help="Slots of a simulation.", min=1, metavar="N")] = 200,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.", metavar="N")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes, for the suite splitwise.", min=1, metavar="N")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the report and its plots into it.", metavar="DIR")] = None,
     as_json: Json = False,
 ) -> None:
@@ -267,7 +268,7 @@ def evaluate(
     from splitray.evaluate import Options, run
     from splitray.report.progress import progress
 
-    options = Options(traces=tuple(traces or ()), arrivals=arrivals, slots=slots, seed=seed)
+    options = Options(traces=tuple(traces or ()), arrivals=arrivals, slots=slots, seed=seed, workers=workers)
     with _stdout_kept(as_json), progress(Console(stderr=True), "Reading") as spin:
         report = run(suite, options, tell=lambda what: spin(what.capitalize()))
         written = [] if out is None else report.save(out)

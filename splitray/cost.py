@@ -60,10 +60,10 @@ class Load:
         taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
         return replace(self, **taken)
 
-    def put(self, row: int, load: Load) -> None:
-        """Give one instance another load (N = 1), in place."""
+    def put(self, rows: Any, load: Load) -> None:
+        """Give the instances that a numpy index of the first axis selects other loads, in place."""
         for name in _ARRAYS:
-            getattr(self, name)[row] = getattr(load, name)[0]
+            getattr(self, name)[rows] = getattr(load, name)
 
     @staticmethod
     def stack(loads: Sequence[Load]) -> Load:

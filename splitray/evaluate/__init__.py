@@ -16,13 +16,14 @@ class Options:
     """What a user may set for any suite.
 
     `traces`: bandwidth traces, each as `splitray simulate` takes it; without any, models of links are drawn.
-    `arrivals`: likewise; without, Poisson.
+    `arrivals`: likewise; without, Poisson. `workers`: processes that share the cells of the suite `splitwise`.
     """
 
     traces: tuple[str, ...] = ()
     arrivals: str | None = None
     slots: int = 200
     seed: int = 0
+    workers: int = 1
 
 
 def run(suite: str, options: Options, *, tell: Tell = lambda _: None) -> Report:

@@ -1,14 +1,17 @@
 """Several edges and one cloud: each planner in each cell of device, model, privacy and load, seed by seed.
 
-A cell has so many edge devices of one kind, each with its own link, its own requests and its own planner. What loads the
-cloud is what they do: under cloud_only it would be busy for half, four fifths or nearly all of the time, and every
-planner sees how many others were there in the last slot (`sim/crowd.py`). All planners get the same weather.
+A cell has so many edge devices of one kind, each with its own link, its own requests and its own planner. What loads
+the cloud is what they do: under cloud_only it would be busy for half, four fifths or nearly all of the time. They
+decide one after the other, and each sees how many others are there (`sim/crowd.py`). All planners get the same weather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Literal
 
 import numpy as np
@@ -22,7 +25,7 @@ from splitray.rl.cell import USUAL, Cell, references
 from splitray.rl.weather import Climate, draw, users_of
 from splitray.sim.arena import Case, run
 from splitray.sim.network import varied
-from splitray.sim.outcome import Outcome
+from splitray.sim.outcome import Outcome, drift_p
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.workload import Requests, dealt, read_requests
 
@@ -30,6 +33,7 @@ Floats = NDArray[np.float64]
 What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
 SEEDS = 5
+_DRIFTS = 0.01
 ALONE = "alone"  # drift_plus_penalty where every edge has a cloud of its own: what no sharing can undercut by much
 SIGMA = 0.7  # of the drawn bandwidth, wider than in training (0.4)
 
@@ -56,6 +60,19 @@ class LoadCell:
     def values(self, planner: str, what: What) -> Floats:
         """One figure a seed, of the requests of all edges; NaN where nothing was finished, [seeds]."""
         return np.array([_figure(o, what) for o in self.outcomes[planner]])
+
+    def drifts(self, planner: str) -> list[bool]:
+        """Whether the backlog of all edges together rises in the second half of the run, seed by seed (p < 0.01)."""
+        slots = self.outcomes[planner][0][0].scenario.num_slots
+        together = [sum(o.backlog_tokens[:slots] for o in edges) for edges in self.outcomes[planner]]
+        return [drift_p(np.asarray(b)) < _DRIFTS for b in together]
+
+    def edge_weight_bytes(self, planner: str) -> float:
+        """The most weights that an edge ever held beside embedding and head."""
+        arch = self.cell.arch
+        layer = arch.num_kv_heads * arch.group_params + arch.ffn_dim * arch.ffn_unit_params
+        shares = [np.nansum(o.edge_share, axis=1).max(initial=0.0) for e in self.outcomes[planner] for o in e]
+        return float(max(shares)) * arch.weight_bytes(layer)
 
     def paired(self, ours: str, other: str, what: What) -> Paired:
         """Both planners on the same seeds."""
@@ -117,32 +134,48 @@ def load_cells(
     holds: Sequence[str] = HOLDS,
     loads: Sequence[float] = LOADS,
     seeds: int = SEEDS,
-    every: int = 1,
 ) -> Iterator[LoadCell]:
-    """Simulate every cell, one after the other.
+    """Simulate every cell, as many at once as the options have workers.
 
     Raises:
         InputError: a trace or the arrivals cannot be used.
     """
-    for edge in edges:
-        for model in models:
-            for pins in holds:
-                cell = Cell(edge=edge, model=model, holds=pins)  # type: ignore[arg-type]
-                for load in loads:
-                    tell(f"{cell.name}, the cloud loaded by {load:.0%}")
-                    found = {}
-                    worlds = [scenarios_of(cell, load, options, seed) for seed in range(seeds)]
-                    for planner in planners:
-                        cases = [
-                            Case(
-                                planner="drift_plus_penalty" if planner == ALONE else planner, scenario=scenario,
-                                seed=options.seed + seed, every=every, pool=None if planner == ALONE else seed,
-                            )
-                            for seed, world in enumerate(worlds) for scenario in world
-                        ]  # fmt: skip
-                        outcomes, users = run(cases), len(worlds[0])
-                        found[planner] = [outcomes[i * users : (i + 1) * users] for i in range(seeds)]
-                    yield LoadCell(cell, load, found)
+    jobs = [
+        (Cell(edge=edge, model=model, holds=pins), load)  # type: ignore[arg-type]
+        for edge in edges for model in models for pins in holds for load in loads
+    ]  # fmt: skip
+    one = partial(load_cell, options=options, planners=planners, seeds=seeds)
+    if options.workers == 1:
+        for i, (cell, load) in enumerate(jobs):
+            tell(f"cell {i + 1} of {len(jobs)}, {cell.name}, the cloud loaded by {load:.0%}")
+            yield one((cell, load))
+        return
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        for i, found in enumerate(pool.map(one, jobs)):
+            tell(f"{i + 1} of {len(jobs)} cells")
+            yield found
+
+
+def load_cell(job: tuple[Cell, float], *, options: Options, planners: Sequence[str], seeds: int) -> LoadCell:
+    """One cell under all planners.
+
+    Raises:
+        InputError: a trace or the arrivals cannot be used.
+    """
+    cell, load = job
+    worlds, found = [scenarios_of(cell, load, options, seed) for seed in range(seeds)], {}
+    users = len(worlds[0])
+    for planner in planners:
+        cases = [
+            Case(
+                planner="drift_plus_penalty" if planner == ALONE else planner, scenario=scenario,
+                seed=options.seed + seed, pool=None if planner == ALONE else seed,
+            )
+            for seed, world in enumerate(worlds) for scenario in world
+        ]  # fmt: skip
+        outcomes = run(cases)
+        found[planner] = [outcomes[i * users : (i + 1) * users] for i in range(seeds)]
+    return LoadCell(cell, load, found)
 
 
 def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[Scenario]:

@@ -9,16 +9,17 @@ from importlib.metadata import version
 import numpy as np
 
 from splitray.evaluate import Options, Tell
-from splitray.evaluate.shared_cloud import SEEDS, SIGMA, USERS, LoadCell, load_cells, mean_and_interval
+from splitray.evaluate.shared_cloud import ALONE, LOADS, SEEDS, SIGMA, LoadCell, load_cells, mean_and_interval
 from splitray.report.document import Cell, Number, Report, Table
 from splitray.report.plots import ratio_plot
 from splitray.report.simulation import plots_of
 
 OURS = "splitwise"
 ONLINE = ("drift_plus_penalty", "myopic", "layer_cut")
-PLANNERS = ("cloud_only", "cloud_only_rtt", "edge_only", "static_cut", "layer_dp", *ONLINE, OURS)
+PLANNERS = ("cloud_only", "cloud_only_rtt", "edge_only", "static_cut", "layer_dp", *ONLINE, OURS, ALONE)
 _CLEAR = 0.05  # chance below which a difference counts as significant
 _SAME = 1e-3  # relative: as low as
+_FEW = 54  # cells of the whole suite
 
 
 def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, ours: str = OURS) -> Report:
@@ -29,28 +30,36 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
     """
     started = time.perf_counter()
     cells = list(load_cells(options, planners, tell))
-    others = [p for p in planners if p != ours]
+    others = [p for p in planners if p not in (ours, ALONE)]
     rows = [c.name for c in cells]
     ratios = [[c.paired(ours, p, "mean").ratio for p in others] for c in cells]
     title = f"mean latency of {ours} over each planner's (* the origin holds embedding and head)"
     middle = cells[len(cells) // 2]
-    shown = plots_of([found[0] for found in middle.outcomes.values()])
+    shown = plots_of([found[0][0] for found in middle.outcomes.values()])
     return Report(
         title="The learned policy where a cloud is shared",
         facts={
             "splitray": version("splitray"),
             "suite": "splitwise",
             "cells": f"{len(cells)}: edge device, model, what the origin holds, load of the cloud under cloud_only",
-            "cloud": f"one A100 80 GB with {USERS} users; the others' share of its speed is drawn",
+            "cloud": f"one A100 80 GB, shared by {', '.join(map(str, sorted({c.num_users for c in cells})))} edges, "
+            "each with one line of requests; all decide one after the other and see how many others are there",
+            "network": "LTE of the catalogue, round trip log-AR(1) of sigma 0.2",
             "bandwidth": ", ".join(options.traces) or f"log-AR(1), sigma {SIGMA}, with outages, around LTE's",
             "arrivals": options.arrivals or "Poisson, 128 + 64 tokens on average",
             "slots": f"{options.slots} of 1 s",
             "seeds": f"{SEEDS} from {options.seed}",
             "seconds": round(time.perf_counter() - started, 1),
         },
-        tables=(targets(cells, ours, others), latencies(cells, planners), energies(cells, planners)),
+        tables=(
+            targets(cells, ours, others),
+            latencies(cells, planners),
+            tails(cells, planners),
+            energies(cells, planners),
+        ),
         plots={"ratios": ratio_plot(title, rows, others, ratios), **shown},
-        captions={n: f"{middle.name}, first seed; simulated." for n in shown} | {"ratios": f"{title}; simulated."},
+        captions={n: f"{middle.name}, first edge of the first seed; simulated." for n in shown}
+        | {"ratios": f"{title}; simulated."},
     )
 
 
@@ -81,22 +90,39 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
         [c.paired(ours, b, "mean").p_lower < _CLEAR for c, b in zip(cells, best, strict=True)])  # fmt: skip
     for cloud in ("cloud_only", "cloud_only_rtt"):
         row(f"p95 at least 53 % below {cloud}", "-", [against(c, cloud, 0.47, "p95") for c in cells])
-    for other in ("static_cut", "layer_dp"):
+    for other in ("static_cut", "layer_dp", "layer_cut"):
         row(f"edge energy at most 5 % above {other}", "all", [against(c, other, 1.05, "edge_j") for c in cells])
-    saved = [1 - c.paired(ours, "static_cut", "edge_j").ratio for c in cells]
-    largest = Number(float(np.nanmax(saved)), "share", "simulated")
-    count = Number(len(saved), "count", "simulated")
-    rows.append(("largest saving of edge energy against static_cut", "41 %", largest, count))
+    count = Number(len(cells), "count", "simulated")
+    for other in ("static_cut", "layer_dp", "layer_cut"):
+        saved = [1 - c.paired(ours, other, "edge_j").ratio for c in cells]
+        largest = Number(float(np.nanmax(saved)), "share", "simulated")
+        rows.append((f"largest saving of edge energy against {other}", "41 %", largest, count))
+    held = max(c.edge_weight_bytes(ours) for c in cells if c.cell.model == "llama-13b" or len(cells) < _FEW)
+    rows.append(("weights of layers on an edge, llama-13b", "10 GB", Number(held, "B", "simulated"), count))
+    for load in LOADS:
+        drifts = [d for c in cells if c.load == load for d in c.drifts(ours)]
+        row(f"no drift of the backlog at {load:.0%} (each seed)", "all", [not d for d in drifts])
+    if ALONE in cells[0].outcomes:
+        for p, name in ((ours, ours), (None, "the best other online planner")):
+            over = [c.paired(p or b, ALONE, "mean").ratio for c, b in zip(cells, best, strict=True)]
+            mean = Number(float(np.exp(np.nanmean(np.log(over)))), "ratio", "simulated")
+            rows.append((f"latency of {name} over that of an edge with a cloud of its own", "-", mean, count))
     return Table(
         f"Targets of {ours}", ("target", "wanted in", "reached in", "cells"), tuple(rows),
         "The figures wanted are the paper's (1.4x to 2.8x, p95 by 53 to 61 %, energy by 41 %); the baselines are ours, "
-        "as it does not name its own.",
+        "as it does not name its own. With a cloud of its own an edge is placed by drift_plus_penalty: what is above 1 "
+        "is due to sharing, and no policy can take all of it away.",
     )  # fmt: skip
 
 
 def latencies(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:
     """Mean latency and its confidence interval, a row a cell; cells where we lose stand among the others."""
     return _table("Mean latency of a request, s", cells, planners, "mean")
+
+
+def tails(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:
+    """The 95th percentile of the latency."""
+    return _table("95th percentile of the latency, s", cells, planners, "p95")
 
 
 def energies(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:

@@ -1,4 +1,6 @@
-"""One instance of the simulator as RLlib's MultiAgentEnv: two turns a slot, first layer_agent, then head_ffn_agent.
+"""One edge of the simulator as RLlib's MultiAgentEnv: two turns a slot, first layer_agent, then head_ffn_agent.
+
+The other edges of its cloud do what the exact program says. An episode's first edge has the first turn.
 
 Training uses `rollout.py` instead, which runs hundreds of instances at once; this is the same simulator behind RLlib's
 own interface, for its checkers, its EnvRunner and other algorithms. Both agents get the whole team's reward.
@@ -13,12 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 
+from splitray.rl.action import imitated
+from splitray.rl.cell import references
 from splitray.rl.layout import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, Layout, layouts
 from splitray.rl.recipe import Recipe
 from splitray.rl.vector_env import VectorEnv
+from splitray.rl.weather import users_of
 
 Row = NDArray[np.float32]
 _LIMIT = 3.0  # of a feature
+_MINE = np.array([0])  # the edge that the agents act for
 
 
 def spaces_of(layout: Layout) -> tuple[gym.Space, gym.Space]:
@@ -58,11 +64,12 @@ class PlacementEnv(MultiAgentEnv):
         cell = recipe.cells[rng.integers(len(recipe.cells))]
         climate = recipe.climates[rng.integers(len(recipe.climates))]
         self.instance = VectorEnv(
-            cell, climate, spec=recipe.spec, num_instances=1, num_slots=recipe.num_slots, rng=rng,
-            weights=recipe.weights, leave_out=frozenset(recipe.leave_out),
+            cell, climate, spec=recipe.spec, num_slots=recipe.num_slots, rng=rng, weights=recipe.weights,
+            num_instances=climate.users or users_of(references(cell.arch, cell.topology, climate.request)),
+            leave_out=frozenset(recipe.leave_out),
         )  # fmt: skip
         self._high = None
-        return {LAYER_AGENT: self.instance.high_rows()[0]}, {}
+        return {LAYER_AGENT: self.instance.high_rows(_MINE)[0]}, {}
 
     def step(  # type: ignore[override]  # RLlib's own differs from gymnasium's
         self, action_dict: dict[Any, Any]
@@ -72,16 +79,22 @@ class PlacementEnv(MultiAgentEnv):
         assert env is not None, "reset comes first"
         if self._high is None:
             self._high = np.asarray(action_dict[LAYER_AGENT], np.int64)[None]
-            row = env.low_rows(self._high)[0]
+            row = env.low_rows(self._high, _MINE)[0]
             going = {"__all__": False}
             return {HEAD_FFN_AGENT: row}, {LAYER_AGENT: 0.0}, going, going, {}
         low = np.asarray(action_dict[HEAD_FFN_AGENT], np.int64)[None]
-        outcome = env.step(self._high, low)
-        reward = float(outcome.rewards.sum())
+        env.act(self._high, low, _MINE)
+        for turn in env.turns:
+            rest = turn[turn != _MINE[0]]
+            if not len(rest):
+                continue
+            env.act(*imitated(env.spec, env.expert(rest), env.grid.num_heads), rest)
+        outcome = env.serve()
+        reward = float(outcome.rewards[0].sum())
         over = env.slot >= self.recipe.num_slots
-        rows = {LAYER_AGENT: env.high_rows()[0]}
+        rows = {LAYER_AGENT: env.high_rows(_MINE)[0]}
         if over:
-            rows[HEAD_FFN_AGENT] = env.low_rows(self._high)[0]
+            rows[HEAD_FFN_AGENT] = env.low_rows(self._high, _MINE)[0]
         self._high = None
         terms = {name: float(values[0]) for name, values in outcome.terms.items()}
         infos = {LAYER_AGENT: {"terms": terms}}

@@ -20,7 +20,7 @@ from splitray.rl.rollout import Act
 from splitray.rl.vector_env import VectorEnv
 from splitray.rl.weather import Climate
 
-Decide = Callable[[VectorEnv], tuple[Ints, Ints | None]]
+Decide = Callable[[VectorEnv, Ints], tuple[Ints, Ints | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +58,9 @@ def paired(a: Floats, b: Floats) -> Paired:
 def program(stay: int = DEFAULT_KNOBS[1], v: int = DEFAULT_KNOBS[0], price: int = DEFAULT_KNOBS[2]) -> Decide:
     """The exact program alone, at fixed knobs (indices into `action.MOVE_WEIGHTS` and so on)."""
 
-    def decide(env: VectorEnv) -> tuple[Ints, None]:
+    def decide(env: VectorEnv, rows: Ints) -> tuple[Ints, None]:
         row = [FREE] * env.spec.num_groups + [v, stay, price]
-        return np.tile(row, (env.num_instances, 1)), None
+        return np.tile(row, (len(rows), 1)), None
 
     return decide
 
@@ -69,11 +69,11 @@ def learned(act: Act, spec: ActionSpec) -> Decide:
     """Trained agents."""
     both = layouts(spec)
 
-    def decide(env: VectorEnv) -> tuple[Ints, Ints | None]:
-        high = greedy(both[LAYER_AGENT].blocks, act(LAYER_AGENT, env.high_rows())[0])
+    def decide(env: VectorEnv, rows: Ints) -> tuple[Ints, Ints | None]:
+        high = greedy(both[LAYER_AGENT].blocks, act(LAYER_AGENT, env.high_rows(rows))[0])
         if not spec.low_decides:
             return high, None
-        return high, greedy(both[HEAD_FFN_AGENT].blocks, act(HEAD_FFN_AGENT, env.low_rows(high))[0])
+        return high, greedy(both[HEAD_FFN_AGENT].blocks, act(HEAD_FFN_AGENT, env.low_rows(high, rows))[0])
 
     return decide
 
@@ -98,7 +98,9 @@ def score(
     for t in range(2 * num_slots):
         if t >= num_slots and not env.simulator.backlog_requests.any():
             break
-        outcome = env.step(*decide(env))
+        for rows in env.turns:
+            env.act(*decide(env, rows), rows)
+        outcome = env.serve()
         energy += -outcome.terms["energy"]
         moves += outcome.moved
         reward += outcome.rewards.sum(1)

@@ -9,7 +9,7 @@ Shapes: N instances, G groups, F global features, L features of a group, H slots
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +121,11 @@ class Seen:
     slots_since_move: Floats
     choice: Choice
 
+    def take(self, rows: NDArray[np.int64]) -> Seen:
+        """Some instances."""
+        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "choice"}
+        return Seen(**arrays, choice=self.choice.take(rows))
+
 
 class History:
     """The last slots of four quantities, latest first, [N, 4, H]; zeros before the first."""
@@ -129,10 +134,11 @@ class History:
         """Remember nothing yet."""
         self.values = np.zeros((num_instances, 4, HISTORY))
 
-    def push(self, seen: Seen, static: Static) -> None:
-        """Remember a slot that is over."""
-        self.values[:, :, 1:] = self.values[:, :, :-1]
-        self.values[:, :, 0] = np.stack(_changing(seen, static), axis=1)
+    def push(self, seen: Seen, static: Static, rows: NDArray[np.int64] | None = None) -> None:
+        """Remember what some instances, all by default, saw in a slot that they have decided on."""
+        at = slice(None) if rows is None else rows
+        now = np.stack(_changing(seen, static), axis=1)[..., None]
+        self.values[at] = np.concatenate([now, self.values[at][..., :-1]], axis=2)
 
 
 def _ratio(value: Floats, mean: Floats) -> Floats:
@@ -150,8 +156,8 @@ def _changing(seen: Seen, static: Static) -> list[Floats]:
     ]
 
 
-def observe(seen: Seen, history: History, static: Static) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The features of the whole [N, F] and of each group [N, G, L]."""
+def observe(seen: Seen, history: Floats, static: Static) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The features of the whole [N, F] and of each group [N, G, L]; history is `History.values` of the instances."""
     known, n = static.known, len(seen.backlog_tokens)
     bandwidth, rtt, arrived, free = _changing(seen, static)
     cloud_now = known.cloud.token_s / np.maximum(seen.cloud_free, _FLOOR)
@@ -186,7 +192,7 @@ def observe(seen: Seen, history: History, static: Static) -> tuple[NDArray[np.fl
         one * np.log10(known.request.output_tokens) - 2,
     ]
     placement, groups = _placement(seen, static)
-    whole = np.concatenate([np.stack(columns, axis=1), history.values.reshape(n, -1), placement], axis=1)
+    whole = np.concatenate([np.stack(columns, axis=1), history.reshape(n, -1), placement], axis=1)
     assert whole.shape[1] == NUM_GLOBAL, "the table and the code have to agree"
     return np.clip(whole, -_LIMIT, _LIMIT).astype(np.float32), np.clip(groups, -_LIMIT, _LIMIT).astype(np.float32)
 

@@ -134,7 +134,7 @@ class Splitwise:
         served = self._of(state)
         moment = self._moment(state, served)
         current = self._current(state, served, moment)
-        whole, groups = observe(self._seen(state, served, moment, current), served.history, served.static)
+        whole, groups = observe(self._seen(state, served, moment, current), served.history.values, served.static)
         knobs = self.policy.knobs(whole, groups)
         request = state.request or USUAL
         if moment.backlog_tokens[0] > self.most_requests * request.output_tokens:

@@ -30,6 +30,7 @@ class Recipe:
         gamma: discount of a slot; `trace_decay` is GAE's lambda.
         dual: two critics, for performance and for the queues; their advantages add up with `beta`.
         clone_steps: of the warm start, which imitates the exact program alone; 0 starts from scratch.
+        foresight_steps: branchings that teach the agent after that (`foresight.py`), each over `foresight_slots`.
         prior_weight: of the divergence from the cloned program, where there is one. Where a choice makes no difference,
             which is in most cells, a bonus for entropy alone would wear it away, and it would not be there in the rest.
         clone_confidence: probability of the program's own choice at which cloning ends, to leave room to explore.
@@ -46,7 +47,7 @@ class Recipe:
     climates: tuple[Climate, ...] = (Climate(),)
     open_at_start: float = 0.5
     num_envs: int = 4
-    num_instances: int = 64
+    num_instances: int = 128
     copies: int = 2
     num_slots: int = 256
     rollout_slots: int = 16
@@ -66,6 +67,8 @@ class Recipe:
     num_epochs: int = 4
     minibatch_slots: int = 1024
     clone_steps: int = 200
+    foresight_steps: int = 0
+    foresight_slots: int = 20
     clone_confidence: float = 0.7
 
     @property

@@ -1,12 +1,13 @@
 """What a slot costs, term by term.
 
-r = -(w_T * latency + w_C * congestion + w_E * energy + w_A * accuracy + w_M * migration) - w_Q * (queue + w_Z * virtual queues)
+r = -(w_T * latency + w_C * congestion + w_E * energy + w_A * accuracy + w_M * migration)
+    - w_Q * (queue + w_Z * virtual queues)
 
 Latency is the real waiting: seconds that requests spend in the system during the slot. Summed over slots this is the
 latency of all requests (Little's law), whatever the slots' length, so nothing of it cancels.
 
-Congestion is the waiting that this line's use of a shared cloud causes to others (`sim/crowd.py`): without it each learns
-what is best for itself, which is not what is best for all.
+Congestion is the waiting that this line's use of a shared cloud causes to others (`sim/crowd.py`): without it each
+learns what is best for itself, which is not what is best for all.
 
 The Lyapunov part charges the level of the Lyapunov function, (Q^2 + w_Z Z^2 + w_Y Y^2) / 2, and not its difference:
 differences telescope to the last slot's level, while the discounted sum of levels is, up to a constant and a factor

@@ -31,6 +31,8 @@ Floats32 = NDArray[np.float32]
 _LEAST = 0.05  # share of slots in which a choice matters, below which it counts no more for being rare
 Act = Callable[[str, Floats32], tuple[Floats32, Floats32]]
 """An agent's name and its rows [M, W] to logits [M, ..] and the two values [M, 2]."""
+Decided = tuple[Floats32, Ints, Floats32, Floats32]
+"""Rows, actions, their log-probabilities and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ class Collector:
         self._noise: dict[str, Floats32] = {}
         self._grids: dict[str, Grid] = {}
         self._returns = np.zeros((recipe.num_envs, recipe.num_instances))
-        self._next_cell = 0
+        self._next_cell, self._renew_at = 0, -1
         self.envs = [self._drawn() for _ in range(recipe.num_envs)]
         self._ends = [
             max(1, recipe.num_slots // recipe.rollout_slots * (i + 1) // recipe.num_envs)
@@ -108,29 +110,45 @@ class Collector:
             copies=recipe.copies,
         )  # fmt: skip
 
+    def next_environment(self) -> VectorEnv:
+        """One of those that are there, in turn; it is drawn anew when its time is over."""
+        self._renew_at = (self._renew_at + 1) % len(self.envs)
+        i = self._renew_at
+        if self.envs[i].slot >= self.recipe.num_slots:
+            self.envs[i] = self._drawn()
+        return self.envs[i]
+
+    def one_slot(self, env: VectorEnv, act: Act) -> tuple[Floats32, Ints]:
+        """Go on for a slot under the layer agent alone: its rows where someone waits, and their clouds."""
+        rows, pools = [], []
+        for turn in env.turns:
+            seen = env.high_rows(turn)
+            logits, _ = act(LAYER_AGENT, seen)
+            waits = env.simulator.next_tokens[turn] > 1
+            rows.append(seen[waits])
+            pools.append(env.weather.pool[turn[waits]])
+            actions, _ = sample(self.layouts[LAYER_AGENT].blocks, logits, gumbel(logits.shape, self.rng))
+            env.act(actions, None, turn)
+        env.serve()
+        return np.concatenate(rows), np.concatenate(pools)
+
     def collect(self, act: Act) -> Rollout:
         """Go on for the recipe's slots under a policy."""
         recipe, slots = self.recipe, self.recipe.rollout_slots
         self._renew()
         agents = AGENTS if recipe.spec.low_decides else (LAYER_AGENT,)
-        kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]] = {a: [] for a in agents}
+        kept: dict[str, list[Decided]] = {a: [] for a in agents}
         rewards, moved = [], 0.0
         mattered = np.zeros((slots, recipe.num_envs * recipe.num_instances), bool)
         totals = dict.fromkeys(TERMS, 0.0)
         for t in range(slots + 1):  # the last one is for the values only
-            high_rows = np.concatenate([e.high_rows() for e in self.envs])
-            high = self._choose(LAYER_AGENT, high_rows, act, kept)
-            low = None
-            if recipe.spec.low_decides:
-                parts = np.split(high, recipe.num_envs)
-                low_rows = np.concatenate([e.low_rows(h) for e, h in zip(self.envs, parts, strict=True)])
-                low = self._choose(HEAD_FFN_AGENT, low_rows, act, kept)
+            self._decide(act, kept, acting=t < slots)
             if t == slots:
                 break
             now = []
             for i, env in enumerate(self.envs):
                 rows = slice(i * recipe.num_instances, (i + 1) * recipe.num_instances)
-                outcome = env.step(high[rows], None if low is None else low[rows], judged=True)
+                outcome = env.serve()
                 mattered[t, rows] = outcome.mattered
                 now.append(self._scaled(i, outcome.rewards))
                 moved += float(outcome.moved.mean())
@@ -143,15 +161,39 @@ class Collector:
         reward_SM2 = np.stack(rewards)
         return Rollout(samples={a: self._sample(k, reward_SM2, mattered) for a, k in kept.items()}, means=means)
 
+    def _decide(self, act: Act, kept: dict[str, list[Decided]], *, acting: bool) -> None:
+        """All turns of a slot in all environments; without acting it is one turn, for the values."""
+        recipe, n = self.recipe, self.recipe.num_instances
+        turns = [e.turns if acting else [np.arange(n)] for e in self.envs]
+        parts: dict[str, list[tuple[Ints, Decided]]] = {a: [] for a in kept}
+        for turn in range(max(len(t) for t in turns)):
+            there = [(i, e, turns[i][turn]) for i, e in enumerate(self.envs) if turn < len(turns[i])]
+            at = np.concatenate([i * n + rows for i, _, rows in there])
+            ends = np.cumsum([len(rows) for _, _, rows in there])[:-1]
+            rows = np.concatenate([e.high_rows(rows) for _, e, rows in there])
+            high = np.split(self._choose(LAYER_AGENT, rows, at, act, parts), ends)
+            low: list[Ints] | None = None
+            if recipe.spec.low_decides:
+                rows = np.concatenate([e.low_rows(h, rows) for (_, e, rows), h in zip(there, high, strict=True)])
+                low = np.split(self._choose(HEAD_FFN_AGENT, rows, at, act, parts), ends)
+            if acting:
+                for k, (_, env, mine) in enumerate(there):
+                    env.act(high[k], None if low is None else low[k], mine, judged=True)
+        for agent, found in parts.items():
+            order = np.argsort(np.concatenate([at for at, _ in found]))
+            columns = zip(*(d for _, d in found), strict=True)
+            kept[agent].append(tuple(np.concatenate(c)[order] for c in columns))  # type: ignore[arg-type]
+
     def _choose(
-        self, agent: str, rows: Floats32, act: Act, kept: dict[str, list[tuple[Floats32, Ints, Floats32, Floats32]]]
+        self, agent: str, rows: Floats32, at: Ints, act: Act, parts: dict[str, list[tuple[Ints, Decided]]]
     ) -> Ints:
         logits, values = act(agent, rows)
-        noise = self._noise.setdefault(agent, gumbel(logits.shape, self.rng))
-        fresh = np.flatnonzero(self.rng.random(len(noise)) * self.recipe.held_slots < 1)
+        everyone = self.recipe.num_envs * self.recipe.num_instances, logits.shape[1]
+        noise = self._noise.setdefault(agent, gumbel(everyone, self.rng))
+        fresh = at[self.rng.random(len(at)) * self.recipe.held_slots < 1]
         noise[fresh] = gumbel((len(fresh), noise.shape[1]), self.rng)
-        actions, log_probability = sample(self.layouts[agent].blocks, logits, noise)
-        kept[agent].append((rows, actions, log_probability, values))
+        actions, log_probability = sample(self.layouts[agent].blocks, logits, noise[at])
+        parts[agent].append((at, (rows, actions, log_probability, values)))
         return actions
 
     def _scaled(self, i: int, rewards: Floats) -> Floats:
@@ -163,7 +205,7 @@ class Collector:
         scaled: Floats = rewards / scale.deviation
         return scaled if recipe.dual else np.stack([scaled.sum(1), np.zeros(len(scaled))], axis=1)
 
-    def _sample(self, kept: list[tuple[Floats32, Ints, Floats32, Floats32]], rewards: Floats, mattered: NDArray[np.bool_]) -> Sample:
+    def _sample(self, kept: list[Decided], rewards: Floats, mattered: NDArray[np.bool_]) -> Sample:
         recipe, slots = self.recipe, len(rewards)
         values = np.stack([k[3] for k in kept]).astype(float)
         advantages = np.zeros_like(rewards)

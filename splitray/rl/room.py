@@ -24,6 +24,12 @@ class Room:
     ffn_bytes: Floats  # [G]
     edge_bytes: Floats  # [N]
 
+    def take(self, rows: NDArray[np.int64]) -> Room:
+        """Some instances."""
+        return Room(
+            attention_bytes=self.attention_bytes[rows], ffn_bytes=self.ffn_bytes, edge_bytes=self.edge_bytes[rows]
+        )
+
 
 def room_of(grid: Grid, memory_bytes: Floats, longest_tokens: Floats) -> Room:
     """Measured on the grid itself, for the memory [N, 2] and the longest requests [N] of instances."""

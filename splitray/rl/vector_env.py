@@ -1,17 +1,17 @@
 """Many instances of one cell, side by side: what a policy is trained and compared on.
 
-A slot: the policy sees this slot's rates and the queues, its placement is made (by the exact program, as far as it
-left that free), a move is paid for as `sim/arena.py` does, and `Simulator` serves the requests. Instances of one pool
-share a cloud, which is as slow for each as the others make it (`sim/crowd.py`). Knows no Ray.
+A slot: instances decide in a few turns. Whoever has the turn sees this slot's rates and queues, and how many others are
+at the cloud as far as that is decided (`sim/crowd.py`); its placement is made (by the exact program, as far as it left
+that free), and a move is paid for as `sim/arena.py` does. Then `Simulator` serves the requests of all. Knows no Ray.
 
-Shapes: N instances, G groups, T slots.
+Shapes: N instances, G groups, T slots; n rows that have the turn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +40,11 @@ from splitray.rl.observation import Floats, History, Seen, Static, observe
 from splitray.rl.reward import Spent, Weights, rewards_of, terms_of
 from splitray.rl.room import room_of
 from splitray.rl.weather import Climate, Weather, copied, draw, users_of
-from splitray.sim import crowd
-from splitray.sim.crowd import delay_to_others, others_there, slowed
+from splitray.sim.crowd import Crowd, delay_to_others, slowed
 from splitray.sim.simulator import Simulator
 
 SLOT_S = 1.0
+TURNS = 4  # of a slot
 _SHARED = np.array([False, True])  # an edge device is nobody else's
 _STILL = ("flops_per_s", "bytes_per_s", "launch_s", "exchange_s", "contention_s_per_byte")
 
@@ -53,18 +53,34 @@ _STILL = ("flops_per_s", "bytes_per_s", "launch_s", "exchange_s", "contention_s_
 class Outcome:
     """One slot: rewards in two parts [N, 2], their terms [N] each, and what was moved.
 
-    `mattered`: whether another choice would have led elsewhere, as far as that was asked for, [N].
+    `mattered`: whether another choice would have led elsewhere, as far as that was asked for, [N]. `cloud_used`: the
+    share of the cloud's time that each line took, [N]; those of a pool add up to 1 at most.
     """
 
     rewards: Floats
     terms: dict[str, Floats]
     moved: NDArray[np.bool_]
     mattered: NDArray[np.bool_]
-    decided: Choice
+    cloud_used: Floats
+    choice: Choice
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """See `VectorEnv.state`."""
+
+    slot: int
+    mine: dict[str, Any]
+    simulator: tuple[float, dict[str, Any]]
+    history: Floats
+    choice: Choice
+
+
+_MINE = ("_arrived", "_debt_j", "_since_move")
 
 
 class VectorEnv:
-    """N instances; `high_rows`, `low_rows` and `step` once a slot, in this order. It never ends by itself."""
+    """N instances: for each of `turns` `high_rows`, `low_rows` and `act`, then `serve`. It never ends by itself."""
 
     def __init__(
         self,
@@ -130,11 +146,16 @@ class VectorEnv:
         self.slot = 0
         self._arrived, self._debt_j = np.zeros(n), np.zeros(n)
         self._since_move = np.zeros(n)
-        self._there = np.zeros((n, 2))  # share of the last slot that each line was at each device
         self._history = History(n)
-        self._rates = self._rates_now()
-        self.choice = self._plan(np.full((n, spec.num_groups), FREE), np.tile(DEFAULT_KNOBS, (n, 1)), first=True)
+        self._everyone = np.arange(n)
+        self._moving_s, self._moved, self._mattered = np.zeros(n), np.zeros(n, bool), np.ones(n, bool)
+        self._crowd = Crowd(self.weather.pool, _SHARED)
+        self._alone = self._rates_now()
+        self._rates = self._alone
+        free, usual = np.full((n, spec.num_groups), FREE), np.tile(DEFAULT_KNOBS, (n, 1))
+        self.choice = self._plan(free, usual, self._everyone, first=True)
         self._load = self.grid.load(self.choice)
+        self._look(self._everyone)
 
     # What the policy sees
 
@@ -146,63 +167,123 @@ class VectorEnv:
             backlog_tokens=simulator.backlog_tokens, arrived_tokens=self._arrived, energy_debt_j=self._debt_j,
             accuracy_debt=np.zeros(self.num_instances), link_bytes_per_s=self.weather.link_bytes_per_s[:, t],
             mean_link_bytes_per_s=self._means[0], rtt_s=self.weather.rtt_s[:, t], mean_rtt_s=self._means[1],
-            cloud_free=self._share[:, CLOUD_DEVICE], context_tokens=simulator.next_tokens,
+            cloud_free=self._crowd.share[:, CLOUD_DEVICE], context_tokens=simulator.next_tokens,
             serving=simulator.serving, free_memory=1 - held / self.memory_bytes,
             slots_since_move=self._since_move, choice=self.choice,
         )  # fmt: skip
 
-    def high_rows(self) -> NDArray[np.float32]:
-        """The layer agent's observations, [N, width]; the same for as long as the slot."""
-        self._features = observe(self.seen(), self._history, self.static)
-        return self._rows.high(*self._features, high_mask(self.spec, self._room))
+    @property
+    def turns(self) -> list[Ints]:
+        """Who decides together in this slot, turn by turn; each pool's edges are spread evenly over them."""
+        place = np.zeros(self.num_instances, np.int64)
+        for members in self._crowd.members:
+            place[members] = (np.arange(len(members)) - self.slot) % len(members) * TURNS // len(members)
+        return [np.flatnonzero(place == turn) for turn in range(TURNS) if (place == turn).any()]
 
-    def low_rows(self, high: Ints) -> NDArray[np.float32]:
-        """The second agent's observations after the first one's action, [N, width]."""
-        modes = modes_that_fit(self.spec, parts(self.spec.high, high)["mode"], self._room)
-        return self._rows.low(*self._features, modes, low_mask(self.spec, modes, self._room))
+    def high_rows(self, rows: Ints | None = None) -> NDArray[np.float32]:
+        """The layer agent's observations, [n, width]; the same for as long as the turn."""
+        rows = self._everyone if rows is None else rows
+        self._features = observe(self.seen().take(rows), self._history.values[rows], self.static)
+        return self._rows.high(*self._features, high_mask(self.spec, self._room.take(rows)))
+
+    def low_rows(self, high: Ints, rows: Ints | None = None) -> NDArray[np.float32]:
+        """The second agent's observations after the first one's action, [n, width]."""
+        room = self._room.take(self._everyone if rows is None else rows)
+        modes = modes_that_fit(self.spec, parts(self.spec.high, high)["mode"], room)
+        return self._rows.low(*self._features, modes, low_mask(self.spec, modes, room))
 
     # What it does
 
-    def step(self, high: Ints, low: Ints | None = None, *, judged: bool = False) -> Outcome:
-        """One slot under both agents' actions; without the second one's, the program decides all shares.
+    def act(self, high: Ints, low: Ints | None, rows: Ints, *, judged: bool = False) -> Choice:
+        """One turn under both agents' actions; without the second one's, the program decides all shares.
 
         Args:
-            high: the layer agent's.
+            high: the layer agent's, [n, choices].
             low: the second agent's.
-            judged: look whether they made a difference, which takes as long as deciding twice more.
+            rows: who has the turn.
+            judged: look whether they made a difference, which takes a little longer.
         """
-        decided = self.decide(high, low)
-        mattered = self._matters(decided) if judged else np.ones(self.num_instances, bool)
-        self._history.push(self.seen(), self.static)
-        moving_s, moved = self._move(decided)
-        start = self.simulator.now_s
-        slot, self._there = crowd.step(self.simulator, self._load, self._alone, self.weather.pool, _SHARED)
-        harm = delay_to_others(self._there, self.simulator.backlog_requests, self.weather.pool)
-        energy = slot.energy_j.sum(1)
+        if judged:
+            decided, self._mattered[rows] = self._judged(high, low, rows)
+        else:
+            decided = self.decide(high, low, rows)
+        self._history.push(self.seen().take(rows), self.static, rows)
+        self._move(decided, rows)
+        return decided
+
+    def serve(self) -> Outcome:
+        """What comes of it, and on to the next slot."""
+        start, share = self.simulator.now_s, self._crowd.share
+        slot = self.simulator.step(self._load, slowed(self._alone, share), share=share)
+        there = np.minimum(slot.busy_s / SLOT_S, 1.0) * _SHARED
+        harm = delay_to_others(there, self.simulator.backlog_requests.astype(float), self.weather.pool)
+        energy, none = slot.energy_j.sum(1), np.zeros(self.num_instances)
         self._debt_j = np.maximum(self._debt_j + energy - self.climate.power_w * SLOT_S, 0.0)
         self._arrived = slot.arrived_tokens
         spent = Spent(
-            waiting_s=self._waited(start), congestion_s=harm.sum(1) * SLOT_S, energy_j=energy, accuracy_loss=np.zeros(len(energy)), moving_s=moving_s,
-            backlog_tokens=self.simulator.backlog_tokens, energy_debt_j=self._debt_j,
-            accuracy_debt=np.zeros(len(energy)),
+            waiting_s=self._waited(start), congestion_s=harm.sum(1) * SLOT_S, energy_j=energy, accuracy_loss=none,
+            moving_s=self._moving_s, backlog_tokens=self.simulator.backlog_tokens, energy_debt_j=self._debt_j,
+            accuracy_debt=none,
         )  # fmt: skip
         terms = terms_of(spent, self.weights, self.known)
+        outcome = Outcome(
+            rewards=rewards_of(terms),
+            terms=terms,
+            moved=self._moved,
+            mattered=self._mattered,
+            cloud_used=(there * share)[:, CLOUD_DEVICE],
+            choice=self.choice,
+        )
         self.slot += 1
-        self._rates = self._rates_now()
-        return Outcome(rewards=rewards_of(terms), terms=terms, moved=moved, mattered=mattered, decided=decided)
+        self._moving_s, self._moved = none.copy(), np.zeros(self.num_instances, bool)
+        self._mattered = np.ones(self.num_instances, bool)
+        self._alone = self._rates_now()
+        self._look(self._everyone)
+        return outcome
 
-    def expert(self) -> Callable[[], Choice]:
+    def step(self, high: Ints, low: Ints | None = None) -> Outcome:
+        """A whole slot under actions that do not depend on whose turn it is, [N, choices]."""
+        for rows in self.turns:
+            self.act(high[rows], None if low is None else low[rows], rows)
+        return self.serve()
+
+    def times(self, copies: int) -> VectorEnv:
+        """A new one whose instances are those of this one so many times over, from the beginning."""
+        return VectorEnv(
+            self.cell, self.climate, spec=self.spec, rng=np.random.default_rng(0), weights=self.weights,
+            grid=self.grid, weather=copied(self.weather, copies),
+        )  # fmt: skip
+
+    def state(self) -> State:
+        """Everything that changes from slot to slot."""
+        mine = {k: getattr(self, k).copy() for k in _MINE}
+        return State(self.slot, mine, self.simulator.state(), self._history.values.copy(), Choice.stack([self.choice]))
+
+    def restore(self, state: State, source: Ints) -> None:
+        """Go back to a state, each instance to that of another one under the same weather, [N]."""
+        self.slot = state.slot
+        for k, values in state.mine.items():
+            setattr(self, k, values[source])
+        self.simulator.restore(state.simulator, source)
+        self._history.values = state.history[source]
+        self.choice = state.choice.take(source)
+        self._load = self.grid.load(self.choice)
+        self._alone = self._rates_now()
+        self._look(self._everyone)
+
+    def expert(self, rows: Ints) -> Choice:
         """What the program alone would do now, with the knobs as they are by default."""
-        n, free = self.num_instances, np.full((self.num_instances, self.spec.num_groups), FREE)
-        return lambda: self._plan(free, np.tile(DEFAULT_KNOBS, (n, 1)))
+        free = np.full((len(rows), self.spec.num_groups), FREE)
+        return self._plan(free, np.tile(DEFAULT_KNOBS, (len(rows), 1)), rows)
 
-    def decide(self, high: Ints, low: Ints | None = None) -> Choice:
+    def decide(self, high: Ints, low: Ints | None = None, rows: Ints | None = None) -> Choice:
         """The placements that two actions mean now; they always fit."""
+        rows = self._everyone if rows is None else rows
         named = parts(self.spec.high, high)
-        modes = modes_that_fit(self.spec, named["mode"], self._room)
+        modes = modes_that_fit(self.spec, named["mode"], self._room.take(rows))
         knobs = np.concatenate([named["v"], named["stay"], named["price"]], axis=1)
         if self.spec.variant != "no_dp":
-            choice = self._plan(modes, knobs)
+            choice = self._plan(modes, knobs, rows)
             if low is None or not self.spec.low_decides:
                 return choice
         else:
@@ -211,46 +292,57 @@ class VectorEnv:
         heads, ffn = eighths_of(self.spec, low)
         g = self.grid.num_groups
         mixed = shared(choice, modes[:, :g], heads[:, :g], ffn[:, :g], self.grid.num_heads)
-        over = (self.grid.memory_bytes(mixed, self.longest) > self.memory_bytes).any(1)
+        over = (self.grid.memory_bytes(mixed, self.longest[rows]) > self.memory_bytes[rows]).any(1)
         if over.any():  # the edge's room was kept; what is left is a cloud that is full, or a program's own shares
-            rows = np.flatnonzero(over)
-            mixed.put(rows, self._plan(np.full_like(modes, FREE), knobs).take(rows))
+            at = np.flatnonzero(over)
+            mixed.put(at, self._plan(np.full_like(modes[at], FREE), knobs[at], rows[at]))
         return mixed
 
-    def _plan(self, modes: Ints, knobs: Ints, *, first: bool = False) -> Choice:
-        """The exact program for one slot under the knobs [N, 3], with the modes [N, G] that are fixed."""
+    def _plan(self, modes: Ints, knobs: Ints, rows: Ints, *, first: bool = False) -> Choice:
+        """The exact program for one slot under the knobs [n, 3], with the modes [n, G] that are fixed.
+
+        Where nobody waits all stays as it is: what would be chosen is not used.
+        """
         modes = modes[:, : self.grid.num_groups]
+        waits = np.arange(len(rows)) if first else np.flatnonzero(self.simulator.next_tokens[rows] > 1)
+        if not len(waits):
+            return self.choice.take(rows)
+        modes, at = modes[waits], rows[waits]
         allowed = None
         if (modes != FREE).any():
             allowed = (modes == FREE)[..., None] | (modes[..., None] == 1 + np.arange(MODES))
-        moment = self._moment(None if first else self.choice)
-        return planned(
-            self.grid, moment, knobs, known=self.known, request=self.climate.request, weights=self.weights,
-            allowed=allowed,
+        planned_now = planned(
+            self.grid, self._moment(at, first=first), knobs[waits], known=self.known, request=self.climate.request,
+            weights=self.weights, allowed=allowed,
         )  # fmt: skip
+        if len(waits) == len(rows):
+            return planned_now
+        choice = self.choice.take(rows)
+        choice.put(waits, planned_now)
+        return choice
 
-    def _moment(self, current: Choice | None) -> Moment:
+    def _moment(self, rows: Ints, *, first: bool = False) -> Moment:
         return Moment(
-            rates=self._rates, cloud_free=self._share[:, CLOUD_DEVICE], backlog_tokens=self.simulator.backlog_tokens,
-            arrived_tokens=self._arrived, energy_debt_j=self._debt_j, longest_tokens=self.longest,
-            memory_bytes=self.memory_bytes, slot_s=SLOT_S, current=current,
+            rates=self._rates.take(rows), cloud_free=self._crowd.share[rows, CLOUD_DEVICE],
+            backlog_tokens=self.simulator.backlog_tokens[rows], arrived_tokens=self._arrived[rows],
+            energy_debt_j=self._debt_j[rows], longest_tokens=self.longest[rows], memory_bytes=self.memory_bytes[rows],
+            slot_s=SLOT_S, current=None if first else self.choice.take(rows),
         )  # fmt: skip
 
-    def _matters(self, decided: Choice) -> NDArray[np.bool_]:
-        """Whether someone waits, and the program would go elsewhere with the default knobs or the highest price, [N]."""
-        waits = self.simulator.next_tokens > 1
-        rows = np.flatnonzero(waits)
-        if self.spec.variant != "dp_knobs" or not len(rows):
-            return waits
-        moment, differs = self._moment(self.choice).take(rows), np.zeros(len(rows), bool)
-        for price in (DEFAULT_KNOBS[2], len(PRICES) - 1):
-            other = planned(
-                self.grid, moment, np.tile([*DEFAULT_KNOBS[:2], price], (len(rows), 1)), known=self.known,
-                request=self.climate.request, weights=self.weights,
-            )  # fmt: skip
-            differs |= ~other.same_as(decided.take(rows))
-        waits[rows] = differs
-        return waits
+    def _judged(self, high: Ints, low: Ints | None, rows: Ints) -> tuple[Choice, NDArray[np.bool_]]:
+        """What is decided, and whether someone waits and other knobs (default, highest price) lead elsewhere, [n]."""
+        waits = self.simulator.next_tokens[rows] > 1
+        at = np.flatnonzero(waits)
+        if self.spec.variant != "dp_knobs" or not len(at):
+            return self.decide(high, low, rows), waits
+        others = [np.tile([*DEFAULT_KNOBS[:2], price], (len(at), 1)) for price in (DEFAULT_KNOBS[2], len(PRICES) - 1)]
+        knobs = np.concatenate([high[at, self.spec.num_groups :], *others])
+        all_three = self._plan(np.full((len(knobs), self.spec.num_groups), FREE), knobs, np.tile(rows[at], 3))
+        first, *rest = (all_three.take(slice(i * len(at), (i + 1) * len(at))) for i in range(3))
+        waits[at] = ~(first.same_as(rest[0]) & first.same_as(rest[1]))
+        choice = self.choice.take(rows)
+        choice.put(at, first)
+        return choice, waits
 
     def _outright(self, modes: Ints) -> Choice:
         """The modes as they are, each end where its neighbour is or where it is pinned."""
@@ -269,29 +361,31 @@ class VectorEnv:
         simulator = self.simulator
         return np.where(simulator.serving, simulator.context_tokens, 0.0)
 
-    def _move(self, decided: Choice) -> tuple[Floats, NDArray[np.bool_]]:
-        """Go to the placements decided where that ends; seconds of moving, and who moved, [N] each."""
-        moved = ~decided.same_as(self.choice)
-        seconds = np.zeros(self.num_instances)
-        rows = np.flatnonzero(moved)
-        if len(rows):
-            cached = self._cached()[rows]
-            new, rates = decided.take(rows), self._rates.take(rows)
-            quick, replays = way_s(self.grid, self.choice.take(rows), new, rates, cached)
+    def _move(self, decided: Choice, rows: Ints) -> None:
+        """Go to the placements decided where that ends."""
+        moves = ~decided.same_as(self.choice.take(rows))
+        at, new = rows[moves], decided.take(moves)
+        if len(at):
+            quick, replays = way_s(self.grid, self.choice.take(at), new, self._rates.take(at), self._cached()[at])
             goes = np.isfinite(quick)
-            moved[rows] = goes
-            seconds[rows] = np.where(goes, quick, 0.0)
-            for i, replay in zip(rows[goes], replays[goes], strict=True):
+            at, new, quick, replays = at[goes], new.take(goes), quick[goes], replays[goes]
+        if len(at):
+            for i, seconds, replay in zip(at, quick, replays, strict=True):
                 if replay:
                     self.simulator.lose_cache(int(i))
-                elif seconds[i] > 0:
-                    self.simulator.pause(int(i), float(seconds[i]))
-            stay = rows[~goes]
-            accepted = Choice.stack([decided])
-            accepted.put(stay, self.choice.take(stay))
-            self.choice, self._load = accepted, self.grid.load(accepted)
-        self._since_move = np.where(moved, 0.0, self._since_move + 1)
-        return seconds, moved
+                elif seconds > 0:
+                    self.simulator.pause(int(i), float(seconds))
+            self._moving_s[at], self._moved[at] = quick, True
+            self.choice.put(at, new)
+            self._load.put(at, self.grid.load(new))
+            self._look(at)
+        self._since_move[rows] += 1
+        self._since_move[at] = 0.0
+
+    def _look(self, rows: Ints) -> None:
+        """What the crowd at the cloud is after these have chosen."""
+        self._crowd.look(self.simulator, self._load, self._alone, rows)
+        self._rates = slowed(self._alone, self._crowd.share)
 
     # The world
 
@@ -300,16 +394,15 @@ class VectorEnv:
         return min(self.slot, self.weather.num_slots - 1)
 
     def _rates_now(self) -> Rates:
+        """Of this slot, with the cloud to oneself."""
         t, n, base = self._t, self.num_instances, self._base
         crossing = ~np.eye(2, dtype=bool)
-        self._alone = replace(
+        return replace(
             base,
             **{k: np.repeat(getattr(base, k), n, axis=0) for k in _STILL},
             link_bytes_per_s=self.weather.link_bytes_per_s[:, t, None, None] * crossing,
             latency_s=self.weather.rtt_s[:, t, None, None] / 2 * crossing,
         )
-        self._share = 1 / (1 + others_there(self._there, self.weather.pool))
-        return slowed(self._alone, self._share)
 
     def _waited(self, start: float) -> Floats:
         """Seconds that requests were in the system since a time, summed over requests, [N]: finish minus arrival."""

@@ -69,15 +69,14 @@ def _demonstrations(recipe: Recipe, rng: np.random.Generator) -> dict[str, tuple
     collector = Collector(recipe, rng)
     found: dict[str, list[tuple[Floats32, Ints]]] = {a: [] for a in AGENTS}
     for env in collector.envs:
-        expert = env.expert()
         for _ in range(_SLOTS):
-            high, low = imitated(recipe.spec, expert(), env.grid.num_heads)
-            high_rows = env.high_rows()
-            # Only what the masks allow can be shown: near a full memory the program may do more than they know.
-            found[LAYER_AGENT].append((high_rows, high))
-            low_rows = env.low_rows(high)
-            found[HEAD_FFN_AGENT].append((low_rows, low))
-            env.step(high, low)
+            for rows in env.turns:
+                high, low = imitated(recipe.spec, env.expert(rows), env.grid.num_heads)
+                # Only what the masks allow can be shown: near a full memory the program may do more than they know.
+                found[LAYER_AGENT].append((env.high_rows(rows), high))
+                found[HEAD_FFN_AGENT].append((env.low_rows(high, rows), low))
+                env.act(high, low, rows)
+            env.serve()
     return {a: _legal(collector, a, pairs) for a, pairs in found.items()}
 
 

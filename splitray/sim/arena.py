@@ -4,7 +4,8 @@ All cases run side by side in one `Simulator`. At the beginning of a slot a plan
 and its own placement. A move takes the cheaper of sending the KV, which stops its line, and replaying its tokens in the
 new place (`planners/pay_back.py`); it happens only where it pays, by the planner's own weighing or else by time. What
 does not fit at the present context gives up the request that it serves, as a device that runs out of memory would.
-Cases of one pool are edges of one cloud, which is as slow for each as the others make it (`crowd.py`).
+Cases of one pool are edges of one cloud, which is as slow for each as the others make it (`crowd.py`); they decide one
+after the other.
 
 Shapes: N cases, T slots, D devices, L layers.
 """
@@ -31,8 +32,7 @@ from splitray.planners.protocol import Learner
 from splitray.planners.whole import layers_on
 from splitray.queues import QueueState, SlotOutcome, advance
 from splitray.route import compile_route
-from splitray.sim import crowd
-from splitray.sim.crowd import others_there
+from splitray.sim.crowd import Crowd, slowed
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario
 from splitray.sim.simulator import Simulator
@@ -134,27 +134,33 @@ class _Arena:
         own = iter(range(len(lines), 2 * len(lines)))
         self._pool = np.array([next(own) if x.case.pool is None else x.case.pool for x in lines])
         self._pool = np.unique(self._pool, return_inverse=True)[1]
-        self._shared = np.array([x.tier == "cloud" for x in self.topology.devices])
-        self._crowded = any(x.case.pool is not None for x in lines)
-        self._there = np.zeros((len(lines), d))  # share of the last slot that each line was at each shared device
+        self._members = [np.flatnonzero(self._pool == p) for p in range(int(self._pool.max()) + 1)]
+        shared = np.array([x.tier == "cloud" for x in self.topology.devices])
+        self._crowd = Crowd(self._pool, shared) if any(x.case.pool is not None for x in lines) else None
         self._held, self._held_per_token = np.zeros((len(lines), d)), np.zeros((len(lines), d))
 
     def slot(self, t: int, *, recorded: bool) -> None:
         """Decide, generate, and write down what came of it."""
         simulator, topologies = self.simulator, {}
-        share = 1 / (1 + others_there(self._there, self._pool))
-        for i, line in enumerate(self.lines):
-            scenario = line.case.scenario
+        alone = Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
+        crowd, ids = self._crowd, self.topology.ids
+        if crowd is not None:
+            crowd.look(simulator, self._now, alone)
+        for at in range(len(self.lines)):
+            i = self._turn(at, t)
+            line, scenario = self.lines[i], self.scenarios[i]
             if id(scenario) not in topologies:
                 topologies[id(scenario)] = scenario.topology_at(t)
-            self._decide(i, line, shared_with(topologies[id(scenario)], self.topology.ids, share[i]), t)
+            where, before = topologies[id(scenario)], line.placement
+            self._decide(i, line, where if crowd is None else shared_with(where, ids, crowd.share[i]), t)
+            if crowd is not None and line.placement is not before:
+                crowd.look(simulator, self._now, alone, np.array([i]))
         self._give_up(t)
-        rates = Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
         states = [x.last for x in self.lines]
-        if self._crowded:
-            slot, self._there = crowd.step(simulator, self._now, rates, self._pool, self._shared, up=self._up)
+        if crowd is None:
+            slot = simulator.step(self._now, alone, up=self._up)
         else:
-            slot = simulator.step(self._now, rates, up=self._up)
+            slot = simulator.step(self._now, slowed(alone, crowd.share), up=self._up, share=crowd.share)
         energy = slot.energy_j.sum(1)
         backlog, waiting = simulator.backlog_tokens, simulator.backlog_requests
         for i, line in enumerate(self.lines):
@@ -177,6 +183,11 @@ class _Arena:
             if recorded:
                 line.shares.append(np.full(self.arch.num_layers, np.nan) if line.share is None else line.share)
 
+    def _turn(self, at: int, t: int) -> int:
+        """Which line decides next: those of a pool in turn, each slot another one first."""
+        members = self._members[self._pool[at]]
+        return int(members[(np.searchsorted(members, at) + t) % len(members)])
+
     def _decide(self, i: int, line: _Line, topology: Topology, t: int) -> None:
         current = line.placement
         here = set(topology.ids)
@@ -184,7 +195,9 @@ class _Arena:
         if current is not None and not whole and not keeps_cache(current, self.arch, here):
             self.simulator.lose_cache(i)  # even if the device comes back, its memory is lost
         due = t % line.case.every == 0 or not whole
-        crowded = line.case.pool is not None  # then most lines of many are empty, and what they would choose is not used
+        crowded = (
+            line.case.pool is not None
+        )  # then most lines of many are empty, and what they would choose is not used
         if crowded and whole and not self.simulator.head(i).waits:
             if isinstance(line.planner.planner, Learner) and current is not None:
                 line.last = self._state(i, line, topology), current
@@ -255,7 +268,7 @@ class _Arena:
         if scenario.accuracy is not None:
             route = compile_route(new, scenario.arch, scenario.topology, codec=scenario.codec)
             line.loss = scenario.accuracy.route_loss(route)
-        self._now.put(i, load)
+        self._now.put([i], load)
         self._held[i], self._held_per_token[i] = held, per_token
 
     def _known(self, placement: Placement, scenario: Scenario) -> tuple[Load, Floats, Floats]:

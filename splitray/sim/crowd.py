@@ -1,9 +1,10 @@
 """Lines that share a device: how fast it is for each while the others are there.
 
-A shared device serves whoever is there in turns too short to see (processor sharing): a line that is there while n others
-are gets 1 / (1 + n) of it. n is taken as their mean number over the slot, as mean value analysis of closed queueing
-networks does (Bard 1979, Schweitzer 1979), and solved for, as who is slowed down is there longer. So no slot gives out more
-than there is of a device, and cloud_only waits as long as the textbook's 1 / (1 - load) says (`tests/unit/test_crowd.py`).
+A shared device serves whoever is there in turns too short to see (processor sharing): a line that is there while n
+others are gets 1 / (1 + n) of it. n is taken as their mean number over the slot, as mean value analysis of closed
+queueing networks does (Bard 1979, Schweitzer 1979), and solved for, as who is slowed down is there longer. So no slot
+gives out more than there is of a device, and cloud_only waits as long as the textbook's 1 / (1 - load) says
+(`tests/unit/test_crowd.py`).
 
 Shapes: N lines, D devices.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.cost import Load, Rates
-from splitray.sim.simulator import Simulator, Slot
+from splitray.sim.simulator import Simulator
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -33,30 +34,46 @@ def slowed(rates: Rates, share: Floats) -> Rates:
     )  # fmt: skip
 
 
-def step(
-    simulator: Simulator, load: Load, rates: Rates, pool: Ints, shared: NDArray[np.bool_], *,
-    up: NDArray[np.bool_] | None = None,
-) -> tuple[Slot, Floats]:  # fmt: skip
-    """One slot of lines that share devices.
+class Crowd:
+    """Who is at which shared device in a slot, as far as it is decided.
 
-    Args:
-        simulator: of all lines.
-        load: of their placements.
-        rates: of devices that each has to itself.
-        pool: lines of one number share their shared devices, [N].
-        shared: which devices are, [D].
-        up: as `Simulator.step` says.
-
-    Returns:
-        The slot, and the share of its time that each line was at each shared device, [N, D].
+    The device knows its sessions, so whoever decides sees what those before it in the same slot have chosen.
     """
-    alone, slot_s = simulator.preview(load, rates, up=up), simulator.slot_s
-    work = alone.busy_s / slot_s * shared
-    think = np.maximum(0.0, alone.active_s[:, None] / slot_s - work)
-    there = longer(work, think, alone.window_s[:, None] / slot_s, pool)
-    share = 1 / (1 + others_there(there, pool))
-    slot = simulator.step(load, slowed(rates, share), up=up, share=share)
-    return slot, np.minimum(slot.busy_s / slot_s, 1.0) * shared
+
+    def __init__(self, pool: Ints, shared: NDArray[np.bool_]) -> None:
+        """Nobody is anywhere.
+
+        Args:
+            pool: lines of one number share their shared devices, [N].
+            shared: which devices are, [D].
+        """
+        self.pool, self.shared = pool, shared
+        self._work, self._think = np.zeros((2, len(pool), len(shared)))
+        self._window = np.zeros((len(pool), 1))
+        self.members = [np.flatnonzero(pool == p) for p in range(int(pool.max()) + 1)]
+        self.share: Floats = np.ones((len(pool), len(shared)))
+
+    def look(self, simulator: Simulator, load: Load, rates: Rates, rows: Ints | None = None) -> None:
+        """Take in what lines are about to do, all by default.
+
+        Args:
+            simulator: of all lines.
+            load: of their placements.
+            rates: of devices that each has to itself.
+            rows: lines whose placement is new.
+        """
+        looked = np.arange(len(self.pool)) if rows is None else rows
+        wanted, slot_s = simulator.wanted(looked, load, rates), simulator.slot_s
+        self._work[looked] = wanted.busy_s / slot_s * self.shared
+        self._think[looked] = np.maximum(0.0, wanted.all_s[:, None] / slot_s - self._work[looked])
+        self._window[looked, 0] = wanted.window_s / slot_s
+        if rows is not None and len(rows) == 1:
+            looked = self.members[self.pool[rows[0]]]
+        else:
+            looked = np.flatnonzero(np.isin(self.pool, self.pool[looked]))
+        pool = self.pool[looked]
+        there = longer(self._work[looked], self._think[looked], self._window[looked], pool)
+        self.share[looked] = 1 / (1 + others_there(there, pool))
 
 
 def longer(work: Floats, think: Floats, window: Floats, pool: Ints) -> Floats:

@@ -90,16 +90,8 @@ class Outcome:
 
     @property
     def backlog_slope_p(self) -> float:
-        """The chance of such a rise of the backlog in the second half of the run if it has no drift (NaN: no backlog).
-
-        A one-sided test on the means of `_BLOCKS` blocks, which are less dependent than slots.
-        """
-        slots = self.scenario.num_slots
-        tail = self.backlog_tokens[slots // 2 : slots]
-        if len(tail) < 2 * _BLOCKS or not np.ptp(tail):
-            return float("nan")
-        means = [b.mean() for b in np.array_split(tail, _BLOCKS)]
-        return float(linregress(np.arange(_BLOCKS), means, alternative="greater").pvalue)
+        """Of the backlog in the second half of the run, see `drift_p`."""
+        return drift_p(self.backlog_tokens[: self.scenario.num_slots])
 
     def document(self) -> dict[str, Any]:
         """The figures of `splitray simulate` (DESIGN section 7) and how many requests they stand for."""
@@ -133,6 +125,18 @@ class Outcome:
             },
             "refusal": None if self.refusal is None else str(self.refusal),
         }
+
+
+def drift_p(backlog: Floats) -> float:
+    """The chance of such a rise in the second half of a run if there is no drift (NaN: no backlog).
+
+    A one-sided test on the means of `_BLOCKS` blocks, which are less dependent than slots.
+    """
+    tail = backlog[len(backlog) // 2 :]
+    if len(tail) < 2 * _BLOCKS or not np.ptp(tail):
+        return float("nan")
+    means = [b.mean() for b in np.array_split(tail, _BLOCKS)]
+    return float(linregress(np.arange(_BLOCKS), means, alternative="greater").pvalue)
 
 
 def _spread(values: Floats) -> dict[str, float | None]:

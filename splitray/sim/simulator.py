@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,19 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-_STATE = ("first_token_s", "finish_s", "_head", "_done", "_prefill_left", "_pause_s", "_busy_s", "_arrived")
+_STATE = ("first_token_s", "finish_s", "failed", "_head", "_done", "_prefill_left", "_pause_s", "_busy_s", "_arrived")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What lines have to do in a slot, at most what fits into it.
+
+    Busy seconds of each device, all seconds, and for how long they have something to do.
+    """
+
+    busy_s: Floats  # [.., D]
+    all_s: Floats  # [..]
+    window_s: Floats  # [..]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +48,6 @@ class Slot:
     served_tokens: Floats
     energy_j: Floats  # [N, D]
     busy_s: Floats  # [N, D], computing
-    active_s: Floats
-    """Seconds that lines made progress in, [N]."""
-    window_s: Floats
-    """Seconds from the first moment on that there was something to do, [N]."""
     tpot_s: Floats
     token_j: Floats
 
@@ -118,6 +127,16 @@ class Simulator:
         waits = self.arrival_s[self._rows, self._head] < self.now_s + self.slot_s
         return np.where(waits, self.prompt_tokens[self._rows, self._head] + self._done, 1.0)
 
+    def state(self) -> tuple[float, dict[str, Any]]:
+        """Everything that changes: the time, and arrays by name."""
+        return self.now_s, {name: getattr(self, name).copy() for name in _STATE}
+
+    def restore(self, state: tuple[float, dict[str, Any]], source: Ints) -> None:
+        """Go back to a state, each line to that of another one with the same requests, [N]."""
+        self.now_s = state[0]
+        for name, values in state[1].items():
+            setattr(self, name, values[source])
+
     def head(self, instance: int) -> Head:
         """Of one line, as `next_tokens`, `context_tokens` and `serving` say for all."""
         at = instance, self._head[instance]
@@ -179,9 +198,6 @@ class Simulator:
         self._pause_s = np.maximum(0.0, self._pause_s - self.slot_s)
         clock = np.where(able, clock, slot_end)
         served, spent, busy = np.zeros(n), np.zeros(price.token_j.shape), np.zeros(price.token_j.shape)
-        made_s, window_s = np.zeros(n), slot_end - np.minimum(
-            slot_end, np.maximum(clock, self.arrival_s[rows, self._head])
-        )  # fmt: skip
         tpot, token_j = price.token_s.copy(), price.token_j.sum(1)
         while True:
             clock = np.maximum(clock, self.arrival_s[rows, self._head])
@@ -194,7 +210,6 @@ class Simulator:
             clock = clock + np.where(filled > 0, filled * np.where(np.isfinite(need), need, 0.0), 0.0)
             spent += filled[:, None] * price.fill_j
             busy += filled[:, None] * price.fill_busy_s
-            made_s += np.where(filled > 0, filled * np.where(np.isfinite(need), need, 0.0), 0.0)
             self._prefill_left = self._prefill_left - filled
             ready = active & (self._prefill_left <= 1e-12)
             first = ready & (self._done == 0)
@@ -208,7 +223,6 @@ class Simulator:
             self._done, served = self._done + tokens, served + tokens
             spent += tokens[:, None] * price.token_j
             busy += tokens[:, None] * price.token_busy_s
-            made_s += tokens * token_s
             ended = ready & (left - tokens <= 1e-9)
             self.finish_s[rows[ended], self._head[ended]] = clock[ended]
             self._head = self._head + ended
@@ -223,20 +237,31 @@ class Simulator:
         if share is not None:
             spent = spent * share
         return Slot(
-            arrived_tokens=fresh, served_tokens=served, energy_j=spent, busy_s=busy, active_s=made_s,
-            window_s=window_s, tpot_s=tpot, token_j=token_j,
-        )  # fmt: skip
+            arrived_tokens=fresh, served_tokens=served, energy_j=spent, busy_s=busy, tpot_s=tpot, token_j=token_j
+        )
 
-    def preview(self, load: Load, rates: Rates, *, up: NDArray[np.bool_] | None = None) -> Slot:
-        """What `step` would do, without doing it."""
-        kept = {name: np.copy(getattr(self, name)) for name in _STATE}
-        now_s = self.now_s
-        try:
-            return self.step(load, rates, up=up)
-        finally:
-            self.now_s = now_s
-            for name, value in kept.items():
-                setattr(self, name, value)
+    def wanted(self, rows: Ints, load: Load, rates: Rates) -> Wanted:
+        """What some lines could do in the coming slot, without doing it.
+
+        Args:
+            rows: which lines.
+            load: of the placements of all.
+            rates: of all, of devices that each has to itself.
+        """
+        slot_end, head = self.now_s + self.slot_s, self._head[rows]
+        price = self._prices(rows, load, rates, slot_end)
+        begins = np.maximum(self.now_s + np.minimum(self._pause_s[rows], self.slot_s), self.arrival_s[rows, head])
+        window_s = np.where(np.isfinite(price.token_s), np.maximum(0.0, slot_end - begins), 0.0)
+        came = self.arrival_s[rows] < slot_end
+        tokens = (self.output_tokens[rows] * came).sum(1) - self._asked[rows, head] - self._done[rows]
+        prompts = self._prefill_left[rows] + np.maximum(0, came.sum(1) - head - 1)
+        works = window_s > 0
+        fill_s = np.where(np.isfinite(price.fill_s), price.fill_s, 0.0)
+        token_s = np.where(works, price.token_s, 0.0)
+        all_s = prompts * fill_s + tokens * token_s
+        busy_s = prompts[:, None] * price.fill_busy_s + tokens[:, None] * price.token_busy_s
+        part = np.where(works, np.minimum(1.0, window_s / np.maximum(all_s, 1e-12)), 0.0)
+        return Wanted(busy_s=busy_s * part[:, None], all_s=all_s * part, window_s=window_s)
 
     def _prices(self, rows: Ints, load: Load, rates: Rates, slot_end: float) -> _Price:
         """What the heads of some lines cost: a token, and the whole prompt of those that may prefill in this slot.

@@ -67,7 +67,9 @@ def dealt(
     order, times = order[times < until_s], times[times < until_s]
     whose = rng.integers(users, size=len(times))
     return tuple(
-        Requests(times[whose == u], recorded.prompt_tokens[order[whose == u]], recorded.output_tokens[order[whose == u]])
+        Requests(
+            times[whose == u], recorded.prompt_tokens[order[whose == u]], recorded.output_tokens[order[whose == u]]
+        )
         for u in range(users)
     )
 

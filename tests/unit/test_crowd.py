@@ -9,7 +9,7 @@ from splitray.rl.action import DEFAULT_KNOBS, FREE, ActionSpec
 from splitray.rl.cell import Cell, references
 from splitray.rl.vector_env import VectorEnv
 from splitray.rl.weather import USERS, Climate, users_of
-from splitray.sim.crowd import delay_to_others, others_there
+from splitray.sim.crowd import delay_to_others, longer, others_there
 
 CELL = Cell("raspberry-pi-5", "llama-7b")  # too slow an edge for anything but the cloud
 
@@ -24,6 +24,20 @@ def test_who_is_there_is_charged_for_all_that_wait_in_the_lines_that_are_there_t
     there = np.array([[0.5], [0.25], [0.0]])
     harm = delay_to_others(there, np.array([1, 3, 9]), np.array([0, 0, 0]))
     assert harm[:, 0].tolist() == [0.5 * (3 * 0.25), 0.25 * (1 * 0.5), 0.0]
+
+
+def test_who_is_slowed_down_is_there_longer_but_never_longer_than_there_is_time() -> None:
+    pool, window = np.zeros(4, np.int64), np.ones((4, 1))
+    busy = longer(np.ones((4, 1)), np.zeros((4, 1)), window, pool)
+    assert busy == pytest.approx(np.ones((4, 1))), "four that never stop get a quarter each"
+    few = longer(np.full((4, 1), 0.1), np.zeros((4, 1)), window, pool)
+    n = few[0, 0]  # n = 0.1 (1 + 3 n)
+    assert n == pytest.approx(0.1 / 0.7, rel=0.02)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        work, think = rng.uniform(0, 1, (2, 6, 1))
+        there = longer(work, think * (1 - work), rng.uniform(0.5, 1, (6, 1)), np.zeros(6, np.int64))
+        assert (there / (1 + others_there(there, np.zeros(6, np.int64)))).sum() <= 1.01
 
 
 def test_the_charge_is_the_marginal_waiting_of_processor_sharing() -> None:
@@ -46,14 +60,14 @@ def test_the_cloud_alone_is_as_slow_as_queueing_theory_says(load: float) -> None
         CELL, climate, spec=ActionSpec(), num_instances=64, num_slots=1500, rng=np.random.default_rng(5),
     )  # fmt: skip
     high = np.tile([FREE] * 12 + list(DEFAULT_KNOBS), (64, 1))
-    busy = 0.0
-    for _ in range(1500):
-        env.step(high)
-        busy += float((env._there * env._share).sum()) / 4 / 1500
-    assert busy == pytest.approx(load, rel=0.1), "four clouds, each loaded as it was told"
+    used = np.array([env.step(high).cloud_used.reshape(4, -1).sum(1) for _ in range(1500)])
+    assert used.max() < 1.05, "a cloud gives out no more than it has"
+    assert used.mean() == pytest.approx(load, rel=0.1), "four clouds, each loaded as it was told"
     known, s = env.known, env.simulator
     latency = float(np.nanmean((s.finish_s - np.where(np.isfinite(s.arrival_s), s.arrival_s, np.nan))[:, :-1]))
-    expected = known.cloud.device_s(climate.request) / (1 - load) + known.service_s - known.cloud.device_s(climate.request)
+    expected = (
+        known.cloud.device_s(climate.request) / (1 - load) + known.service_s - known.cloud.device_s(climate.request)
+    )
     assert latency == pytest.approx(expected, rel=0.25)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rllib_configs.__main__ import RECIPES
-from splitray.rl.action import prior
+from splitray.rl.action import imitated, prior
 from splitray.rl.algorithm import config_of
 from splitray.rl.cell import Cell
 from splitray.rl.choosing import log_probability
@@ -30,8 +30,9 @@ from splitray.rl.warm_start import clone
 from splitray.rl.weather import Climate
 
 CELL = Cell("jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head")
+USERS = 4
 TINY = Recipe(
-    name="tiny", variant="dp_modes", cells=(CELL,), climates=(Climate(users=2),), num_envs=2, num_instances=8,
+    name="tiny", variant="dp_modes", cells=(CELL,), climates=(Climate(users=USERS),), num_envs=2, num_instances=8,
     num_slots=16, rollout_slots=8, iterations=4, minibatch_slots=64, hidden=16, clone_steps=40,
 )  # fmt: skip
 
@@ -58,7 +59,8 @@ def test_rllibs_environment_keeps_its_contract_and_pays_what_the_vectorised_one_
     rows, _ = env.reset(seed=5)
     rng = np.random.default_rng(5)
     rng.integers(1), rng.integers(1)  # the cell and the climate
-    twin = VectorEnv(CELL, recipe.climates[0], spec=recipe.spec, num_instances=1, num_slots=16, rng=rng)
+    twin = VectorEnv(CELL, recipe.climates[0], spec=recipe.spec, num_instances=USERS, num_slots=16, rng=rng)
+    mine = np.array([0])
     act = act_of(modules_of(recipe))
     from splitray.rl.choosing import greedy
 
@@ -71,7 +73,13 @@ def test_rllibs_environment_keeps_its_contract_and_pays_what_the_vectorised_one_
         assert env.observation_spaces[HEAD_FFN_AGENT].contains(rows[HEAD_FFN_AGENT])
         low = greedy(layouts(recipe.spec)[HEAD_FFN_AGENT].blocks, act(HEAD_FFN_AGENT, rows[HEAD_FFN_AGENT][None])[0])
         rows, rewards, ended, cut, infos = env.step({HEAD_FFN_AGENT: low[0]})
-        expected = twin.step(high, low).rewards.sum()
+        twin.act(high, low, mine)
+        for turn in twin.turns:
+            rest = turn[turn != 0]
+            if not len(rest):
+                continue
+            twin.act(*imitated(twin.spec, twin.expert(rest), twin.grid.num_heads), rest)
+        expected = twin.serve().rewards[0].sum()
         assert rewards == dict.fromkeys(AGENTS, pytest.approx(expected, abs=1e-12))
         assert sum(infos[LAYER_AGENT]["terms"].values()) == pytest.approx(expected)
         assert cut["__all__"] is (slot == 15) and ended["__all__"] is False
