@@ -36,7 +36,7 @@ from splitray.topology import Topology
 
 PROMPT = "Return the"
 NEW_TOKENS = 48
-PLANNER = "exact"
+PLANNERS = ("exact", "splitwise")
 IDENTICAL = "tokens identical to transformers"
 _MODEL_NAME = "demo"
 _ANSWER_S = 60.0
@@ -153,12 +153,15 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
 
 
 def _planned(console: Console, folder: Path, shown: Placement, topology: Topology) -> list[Choice]:
-    """What `exact` would do on this machine, beside the placement that was shown; predicted and measured."""
-    with progress(console, "Measuring this machine for the planner") as tell:
-        choices = choose(folder, PLANNER, {"the placement above": shown}, progress=lambda what: tell(what.capitalize()))
-    chosen = choices[0].placement.devices
-    where = f"everything on {chosen[0]}" if len(chosen) == 1 else f"pieces on {', '.join(chosen)}"
-    _say(console, f"Planner {PLANNER} would put {where}. Two processes of this machine, a later token:\n")
+    """What `exact` and the learned policy would do here, beside what was shown; predicted and measured."""
+    others = {"the placement above": shown}
+    with progress(console, "Measuring this machine for the planners") as tell:
+        choices = choose(folder, PLANNERS, others, progress=lambda what: tell(what.capitalize()))
+    for c in choices[: len(PLANNERS)]:
+        chosen = c.placement.devices
+        where = f"everything on {chosen[0]}" if len(chosen) == 1 else f"pieces on {', '.join(chosen)}"
+        _say(console, f"Planner {c.name} would put {where}.")
+    _say(console, "Two processes of this machine, a later token:\n")
     table = Table(box=None, show_header=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if not name else "right")

@@ -1,10 +1,10 @@
-"""What a planner chooses for a model on this machine: predicted after a short calibration, then run and measured."""
+"""What planners choose for a model on this machine: predicted after a short calibration, then run and measured."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,18 +37,18 @@ class Choice:
 
 def choose(
     model: Path,
-    planner: str,
+    planners: Sequence[str],
     others: Mapping[str, Placement],
     *,
     num_devices: int = 2,
     rounds: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Choice]:
-    """Calibrate on random models of this one's shape, let the planner choose, and run its choice and the others.
+    """Calibrate on random models of this one's shape, let the planners choose, and run their choices and the others.
 
     Args:
         model: folder of a llama-like model.
-        planner: by name.
+        planners: by name; what several choose alike runs once.
         others: placements to compare with, on devices named as `Topology.uniform` does.
         num_devices: processes.
         rounds: of the calibration.
@@ -66,10 +66,15 @@ def choose(
             calibration.round()
         measured = calibration.profile().topology()
         context = len(PROMPT) + _NEW_TOKENS
-        chosen = make_planner(planner).propose(ClusterState(arch=arch, topology=measured, context_tokens=context))
+        state = ClusterState(arch=arch, topology=measured, context_tokens=context)
+        chosen = {name: make_planner(name).propose(state) for name in planners}
         cost = CostModel(arch, measured)
-        found = []
-        for name, placement in {planner: chosen, **others}.items():
+        found: list[Choice] = []
+        for name, placement in {**chosen, **others}.items():
+            alike = next((c for c in found if c.placement == placement), None)
+            if alike is not None:
+                found.append(replace(alike, name=name))
+                continue
             progress(f"running the placement of {name}")
             with Engine(
                 fleet=fleet, model_path=model, arch=arch, layout=layout, topology=where, placement=placement,

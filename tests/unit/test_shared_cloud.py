@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from splitray.evaluate import Options, shared_cloud, splitwise
-from splitray.evaluate.shared_cloud import Paired, mean_and_interval, scenario_of
-from splitray.rl.cell import Cell
+from splitray.evaluate.shared_cloud import Paired, mean_and_interval, scenarios_of
+from splitray.planners.protocol import RequestShape
+from splitray.rl.cell import Cell, references
+from splitray.rl.weather import users_of
 
 CELL = Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="embedding_and_head")
 
@@ -30,21 +33,43 @@ def test_a_paired_test_sees_a_steady_difference_and_no_other() -> None:
     assert Paired(other * 0.8, other).ratio == pytest.approx(0.8)
 
 
-def test_seeds_make_weather_and_load_makes_the_cloud_scarce() -> None:
+def test_seeds_make_weather_and_edges_have_links_and_requests_of_their_own() -> None:
     options = Options(slots=300)
-    light, heavy, again = (scenario_of(CELL, load, options, 1) for load in (0.5, 0.95, 0.95))
-    assert light.free_share[:, 1].mean() > heavy.free_share[:, 1].mean() + 0.2
-    assert np.array_equal(heavy.free_share, again.free_share)
-    assert heavy.memory_at(0)[1] == CELL.topology.devices[1].memory_bytes, "other users take speed, not our memory"
-    assert not np.array_equal(heavy.free_share, scenario_of(CELL, 0.95, options, 2).free_share)
+    light, heavy, again, other = (
+        scenarios_of(CELL, load, options, seed) for load, seed in ((0.5, 1), (0.95, 1), (0.95, 1), (0.95, 2))
+    )
+    assert len(heavy) == users_of(references(CELL.arch, CELL.topology))
+    asked = [sum(len(s.requests) for s in world) for world in (light, heavy)]
+    assert asked[1] / asked[0] == pytest.approx(0.95 / 0.5, rel=0.15)
+    pair = ("edge", "cloud")
+    assert np.array_equal(heavy[0].bandwidth_bytes_per_s[pair], again[0].bandwidth_bytes_per_s[pair])
+    assert not np.array_equal(heavy[0].bandwidth_bytes_per_s[pair], heavy[1].bandwidth_bytes_per_s[pair])
+    assert not np.array_equal(heavy[0].bandwidth_bytes_per_s[pair], other[0].bandwidth_bytes_per_s[pair])
+
+
+def test_recorded_requests_are_dealt_at_the_rate_that_loads_the_cloud(tmp_path: Path) -> None:
+    rng, lines = np.random.default_rng(3), ["arrival_s,prompt_tokens,output_tokens"]
+    lines += [f"{t},{rng.integers(20, 300)},{rng.integers(1, 90)}" for t in np.cumsum(rng.exponential(0.1, 900))]
+    path = tmp_path / "requests.csv"
+    path.write_text("\n".join(lines) + "\n")
+    options = Options(slots=400, arrivals=str(path), traces=("log_ar1:0.3",))
+    cell = Cell(edge="galaxy-s23", model="llama-7b")
+    for load in (0.5, 0.95):
+        world = scenarios_of(cell, load, options, 0)
+        shape = world[0].shape
+        assert shape is not None and shape == world[1].shape, "edges of one service know one mean request"
+        known = references(cell.arch, cell.topology, shape)
+        demand = [known.cloud.device_s(RequestShape(p, o)) for s in world
+                  for p, o in zip(s.requests.prompt_tokens, s.requests.output_tokens, strict=True)]  # fmt: skip
+        assert sum(demand) / 400 == pytest.approx(load, rel=0.15)
 
 
 def test_the_report_has_every_cell_and_names_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(shared_cloud.load_cells, edges=(CELL.edge,), models=(CELL.model,), loads=(0.95,), seeds=2)
+    few = partial(shared_cloud.load_cells, edges=("raspberry-pi-5",), models=("llama-7b",), loads=(0.95,), seeds=2)
     monkeypatch.setattr(splitwise, "load_cells", few)
-    report = splitwise.run(Options(slots=60), lambda _: None)
-    targets, latency, energy = report.tables
-    assert len(latency.rows) == len(energy.rows) == 2
+    report = splitwise.run(Options(slots=60, workers=2), lambda _: None)
+    targets, latency, tail, energy = report.tables
+    assert len(latency.rows) == len(tail.rows) == len(energy.rows) == 2
     assert latency.columns[1:] == splitwise.PLANNERS
     assert any("static_cut" in str(row[0]) for row in targets.rows)
     assert "ratios" in report.plots
