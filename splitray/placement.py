@@ -87,9 +87,19 @@ class Placement:
     def devices(self) -> tuple[DeviceId, ...]:
         """Every device that holds a piece, in order of first mention."""
         named = list(self.embedding)
-        for layer in self.layers:
+        for layer, _ in self.runs():
             named += [*layer.attention.devices, *layer.ffn.devices]
         return tuple(dict.fromkeys([*named, *self.head.devices]))
+
+    def runs(self) -> list[tuple[LayerPlacement, int]]:
+        """Layers in order, with how many in a row are placed alike: planners ask for sums over layers all the time."""
+        found: list[tuple[LayerPlacement, int]] = []
+        for layer in self.layers:
+            if found and (found[-1][0] is layer or found[-1][0] == layer):
+                found[-1] = found[-1][0], found[-1][1] + 1
+            else:
+                found.append((layer, 1))
+        return found
 
     def to_document(self) -> dict[str, Any]:
         """The YAML document of this placement (DESIGN section 7)."""
@@ -178,11 +188,13 @@ def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
             actual=list(placement.embedding),
             remedy="name each holder of the embedding once",
         )
-    for i, layer in enumerate(placement.layers):
+    i = 0
+    for layer, count in placement.runs():
         _covered(layer.attention, arch.num_kv_heads, f"layer {i} attention", "head groups")
         _covered(layer.ffn, arch.ffn_dim, f"layer {i} ffn", "experts" if arch.num_experts else "columns")
         if arch.parallel_block:
             _one_sub_block(layer, arch, i)
+        i += count
     _covered(placement.head, arch.vocab, "head", "vocabulary rows")
     if placement.head.is_replicated(arch.vocab):
         raise PlacementError(
@@ -207,11 +219,11 @@ def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
 def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
     """Weight bytes a device holds, norms and biases left out; a tied table is shared where rows coincide."""
     params = dict.fromkeys(placement.devices, 0)
-    for layer in placement.layers:
+    for layer, count in placement.runs():
         for device, ranges in layer.attention.by_device:
-            params[device] += sum(r.count for r in ranges) * arch.group_params
+            params[device] += count * sum(r.count for r in ranges) * arch.group_params
         for device, ranges in layer.ffn.by_device:
-            params[device] += sum(r.count for r in ranges) * arch.ffn_unit_params
+            params[device] += count * sum(r.count for r in ranges) * arch.ffn_unit_params
     for device in placement.embedding:
         params[device] += arch.vocab * arch.vocab_row_params
     for device, _ in placement.head.by_device:

@@ -33,6 +33,7 @@ Floats = NDArray[np.float64]
 What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
 SEEDS = 5
+MOST_USERS = 32  # where a token takes a round trip, more would be needed to load a cloud of quick models in earnest
 _DRIFTS = 0.01
 ALONE = "alone"  # drift_plus_penalty where every edge has a cloud of its own: what no sharing can undercut by much
 SIGMA = 0.7  # of the drawn bandwidth, wider than in training (0.4)
@@ -189,9 +190,11 @@ def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[S
     shape = USUAL
     if recorded is not None:
         shape = RequestShape(float(recorded.prompt_tokens.mean()), float(recorded.output_tokens.mean()))
-    climate = Climate(cloud_load=load, bandwidth_sigma=SIGMA, outages=True, rtt_sigma=0.2, request=shape)
     known = references(cell.arch, cell.topology, shape)
-    users = users_of(known)
+    users = min(MOST_USERS, users_of(known))
+    climate = Climate(
+        cloud_load=load, users=users, bandwidth_sigma=SIGMA, outages=True, rtt_sigma=0.2, request=shape
+    )  # fmt: skip
     drawn = draw(
         climate, cell.topology, known, window_tokens=cell.arch.context_tokens, num_instances=users,
         num_slots=options.slots, slot_s=1.0, rng=rng,

@@ -37,9 +37,9 @@ def needed_bytes(placement: Placement, state: ClusterState) -> dict[DeviceId, in
     """Bytes that each device of the placement must hold: weights and KV."""
     needed = weight_bytes(placement, state.arch)
     per_group = state.arch.kv_bytes_per_token * state.context_tokens
-    for layer in placement.layers:
+    for layer, count in placement.runs():
         for device, ranges in layer.attention.by_device:
-            needed[device] += sum(r.count for r in ranges) * per_group
+            needed[device] += count * sum(r.count for r in ranges) * per_group
     return needed
 
 

@@ -63,8 +63,9 @@ def layers_on(
     """Whole layers, one device each, and the two ends where nothing pins them to the origin."""
     arch = state.arch
     pins = (state.pinned_embedding, state.pinned_head) if pinned else (None, None)
+    each = {d: LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in set(devices)}
     return Placement(
-        tuple(LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in devices),
+        tuple(each[d] for d in devices),
         (pins[0] or embedding,),
         Shares.whole(arch.vocab, pins[1] or head),
     )

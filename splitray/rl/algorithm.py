@@ -20,6 +20,7 @@ from ray.rllib.utils.metrics import LEARNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFET
 
 from splitray.rl.env import PlacementEnv
 from splitray.rl.export import export
+from splitray.rl.foresight import foresee
 from splitray.rl.layout import layouts
 from splitray.rl.learner import SplitwiseLearner, act_of, training_data
 from splitray.rl.module import PlacementModule, module_specs
@@ -87,6 +88,8 @@ class Splitwise(PPO):
         self.recipe: Recipe = self.config.env_config["recipe"]
         rng = np.random.default_rng([self.recipe.seed, _STREAM])
         self.cloned = clone(self.modules, self.recipe, rng) if self.recipe.clone_steps else {}
+        if self.recipe.foresight_steps:
+            self.cloned |= foresee(self.modules, self.recipe, rng)
         self.collector = Collector(self.recipe, rng)
         self.num_slots, self.train_s = 0, 0.0
 
