@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray.rllib.utils.metrics import LEARNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFET
 from splitray.rl.env import PlacementEnv
 from splitray.rl.export import export
 from splitray.rl.foresight import foresee
+from splitray.rl.holdout import learned, program, score
 from splitray.rl.layout import layouts
 from splitray.rl.learner import SplitwiseLearner, act_of, training_data
 from splitray.rl.module import PlacementModule, module_specs
@@ -29,6 +31,7 @@ from splitray.rl.rollout import Collector, Scale
 from splitray.rl.warm_start import clone
 
 _STATE = "splitray"
+_JUDGED, _JUDGED_SEED = 10, 20_000  # times in a run
 _STREAM = 17  # keeps the run's randomness apart from an evaluation's with the same seed
 
 
@@ -82,16 +85,26 @@ class Splitwise(PPO):
         return PPOConfig(algo_class=cls)
 
     def setup(self, config: Any) -> None:
-        """Build what RLlib builds, then clone the exact program into it."""
+        """Build what RLlib builds."""
         torch.set_num_threads(1)
         super().setup(config)
         self.recipe: Recipe = self.config.env_config["recipe"]
-        rng = np.random.default_rng([self.recipe.seed, _STREAM])
-        self.cloned = clone(self.modules, self.recipe, rng) if self.recipe.clone_steps else {}
-        if self.recipe.foresight_steps:
-            self.cloned |= foresee(self.modules, self.recipe, rng)
-        self.collector = Collector(self.recipe, rng)
+        self._rng = np.random.default_rng([self.recipe.seed, _STREAM])
+        self.collector = Collector(self.recipe, self._rng)
         self.num_slots, self.train_s = 0, 0.0
+        self.best_ratio, self.best = float("inf"), {a: m.state_dict() for a, m in self.modules.items()}
+        self.begun: dict[str, float] = {}
+        self._usual: dict[str, float] = {}
+
+    def _begin(self) -> None:
+        """Clone the exact program, then learn from branches; not in `setup`, as a run that is resumed has done so."""
+        started, recipe = time.perf_counter(), self.recipe
+        if recipe.clone_steps:
+            self.begun |= clone(self.modules, recipe, self._rng)
+        if recipe.foresight_steps:
+            self.begun |= foresee(self.modules, recipe, self._rng)
+        self.begun["begin_s"] = time.perf_counter() - started
+        self._judge()
 
     learner_group: Any
     metrics: Any
@@ -106,6 +119,8 @@ class Splitwise(PPO):
 
     def training_step(self) -> None:
         """One rollout and its update."""
+        if not self.num_slots:
+            self._begin()
         recipe, started = self.recipe, time.perf_counter()
         self.collector.progress = self.num_slots / (recipe.iterations * recipe.batch_slots)
         rollout = self.collector.collect(act_of(self.modules))
@@ -127,11 +142,41 @@ class Splitwise(PPO):
         self.metrics.log_value(("loop", "slots_per_s"), self.num_slots / self.train_s, window=1)
         self.metrics.log_value(("loop", "collect_s"), collected - started, window=10)
         self.metrics.log_value(("loop", "update_s"), ended - collected, window=10)
+        if self.num_slots // recipe.batch_slots % max(1, recipe.iterations // _JUDGED) == 0:
+            self._judge()
+        self.metrics.log_value(("judged", "latency_over_program"), self.best_ratio, window=1)
+        for name, value in self.begun.items():
+            self.metrics.log_value(("begun", name), value, window=1)
+
+    def _judge(self) -> None:
+        """Compare with the program on cells and climates of the training, in weather of its own; keep what is best."""
+        recipe, logs = self.recipe, []
+        ours = learned(act_of(self.modules), recipe.spec)
+        for cell in recipe.judged_on or recipe.cells[:1]:
+            climate = recipe.climates[len(recipe.climates) // 2]
+            waits = partial(
+                score, cell=cell, climate=climate, spec=recipe.spec, seed=_JUDGED_SEED,
+                num_instances=min(64, recipe.num_instances), num_slots=recipe.num_slots // 2,
+                leave_out=frozenset(recipe.leave_out),
+            )  # fmt: skip
+            if cell.name not in self._usual:
+                self._usual[cell.name] = float(np.nanmean(waits(program()).latency_s))
+            logs.append(np.log(np.nanmean(waits(ours).latency_s) / self._usual[cell.name]))
+        ratio = float(np.exp(np.mean(logs)))
+        if ratio < self.best_ratio:
+            self.best_ratio = ratio
+            self.best = {a: {k: v.clone() for k, v in m.state_dict().items()} for a, m in self.modules.items()}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """RLlib's checkpoint, and beside it the policy as it would be served."""
+        """RLlib's checkpoint, and beside it the best policy so far as it would be served."""
         super().save_checkpoint(checkpoint_dir)
-        export(self.modules, self.recipe, Path(checkpoint_dir) / "policy")
+        built: dict[str, PlacementModule] = {}
+        for agent, spec in module_specs(self.recipe).items():
+            module = spec.build()
+            assert isinstance(module, PlacementModule), "module_specs names no other class"
+            module.load_state_dict(self.best[agent])
+            built[agent] = module
+        export(built, self.recipe, Path(checkpoint_dir) / "policy")
 
     def get_state(
         self,
@@ -144,7 +189,11 @@ class Splitwise(PPO):
         state = super().get_state(components, not_components=not_components, **kwargs)
         scales = {name: (s.count, s.mean, s.squares) for name, s in self.collector.scales.items()}
         rng = self.collector.rng.bit_generator.state
-        state[_STATE] = {"num_slots": self.num_slots, "train_s": self.train_s, "scales": scales, "rng": rng}
+        state[_STATE] = {
+            "num_slots": self.num_slots, "train_s": self.train_s, "scales": scales, "rng": rng,
+            "best_ratio": self.best_ratio,
+            "best": {a: {k: v.numpy() for k, v in m.items()} for a, m in self.best.items()},
+        }  # fmt: skip
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -154,6 +203,8 @@ class Splitwise(PPO):
             return
         mine = state[_STATE]
         self.num_slots, self.train_s = mine["num_slots"], mine["train_s"]
+        self.best_ratio = mine["best_ratio"]
+        self.best = {a: {k: torch.as_tensor(v) for k, v in m.items()} for a, m in mine["best"].items()}
         self.collector.rng.bit_generator.state = mine["rng"]
         for name, (count, mean, squares) in mine["scales"].items():
             scale = self.collector.scales.setdefault(name, Scale(self.recipe.gamma))

@@ -10,6 +10,7 @@ PPO goes on from there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ _BETWEEN = 8  # slots
 _MOST_REGRET = 2.0  # of the best candidate's cost
 _KEPT_ROWS, _MINIBATCH, _UPDATES = 60_000, 2048, 8
 _SURE = 0.01  # weight of the entropy
+_ENVIRONMENTS = 8  # that are gone through in turn
 
 
 def foresee(
@@ -40,7 +42,8 @@ def foresee(
     """
     module = modules[LAYER_AGENT]
     optimizer = torch.optim.Adam(module.parameters(), lr=_LEARNING_RATE)
-    collector, act = Collector(recipe, rng), act_of(modules)
+    small = replace(recipe, num_instances=min(64, recipe.num_instances), num_envs=_ENVIRONMENTS, copies=1)
+    collector, act = Collector(small, rng), act_of(modules)
     rows, regrets = np.zeros((0, module.layout.width), np.float32), np.zeros((0, len(CANDIDATES)), np.float32)
     history: list[tuple[float, float]] = []
     for step in range(recipe.foresight_steps):

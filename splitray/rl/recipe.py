@@ -21,6 +21,7 @@ class Recipe:
         leave_out: kinds of features that an ablation leaves out (`history`, `placement`).
         weights: of the reward.
         cells: what is trained on; each environment is one of them, drawn anew when its weather is over.
+        judged_on: cells on which the best policy of the run is found; the first one of `cells` by default.
         climates: from easy to hard; `open_at_start` of them are there from the beginning, all after half of the run.
         num_envs: environments side by side, `num_instances` of one cell each, of which `copies` share their weather.
         num_slots: of an environment's life, a multiple of `rollout_slots`.
@@ -44,6 +45,7 @@ class Recipe:
     leave_out: tuple[str, ...] = ()
     weights: Weights = field(default_factory=Weights)
     cells: tuple[Cell, ...]
+    judged_on: tuple[Cell, ...] = ()
     climates: tuple[Climate, ...] = (Climate(),)
     open_at_start: float = 0.5
     num_envs: int = 4
@@ -51,7 +53,7 @@ class Recipe:
     copies: int = 2
     num_slots: int = 256
     rollout_slots: int = 16
-    held_slots: float = 8.0
+    held_slots: float = 16.0
     iterations: int = 300
     gamma: float = 0.97
     trace_decay: float = 0.95
@@ -65,11 +67,11 @@ class Recipe:
     prior_weight: float = 0.001
     clip: float = 0.2
     num_epochs: int = 4
-    minibatch_slots: int = 1024
+    minibatch_slots: int = 2048
     clone_steps: int = 200
     foresight_steps: int = 0
     foresight_slots: int = 20
-    clone_confidence: float = 0.7
+    clone_confidence: float = 0.4
 
     @property
     def spec(self) -> ActionSpec:
