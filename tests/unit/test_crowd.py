@@ -53,22 +53,23 @@ def test_the_charge_is_the_marginal_waiting_of_processor_sharing() -> None:
 def test_the_cloud_alone_is_as_slow_as_queueing_theory_says(load: float) -> None:
     """M/G/1 with processor sharing: a request stays 1 / (1 - load) times as long as alone, whatever its length.
 
-    Lines that serve one request at a time bunch them, which adds a little; the link's part is not stretched.
+    Means over a slot in place of who overlaps with whom, and lines that serve one request at a time, add to that: it is
+    never too quick, and at most 1.45 times as slow. The link's part is not stretched.
     """
     climate = Climate(cloud_load=load, bandwidth_sigma=0.0)
     env = VectorEnv(
-        CELL, climate, spec=ActionSpec(), num_instances=64, num_slots=1500, rng=np.random.default_rng(5),
+        CELL, climate, spec=ActionSpec(), num_instances=64, num_slots=800, rng=np.random.default_rng(5),
     )  # fmt: skip
     high = np.tile([FREE] * 12 + list(DEFAULT_KNOBS), (64, 1))
-    used = np.array([env.step(high).cloud_used.reshape(4, -1).sum(1) for _ in range(1500)])
+    used = np.array([env.step(high).cloud_used.reshape(4, -1).sum(1) for _ in range(800)])
     assert used.max() < 1.05, "a cloud gives out no more than it has"
     assert used.mean() == pytest.approx(load, rel=0.1), "four clouds, each loaded as it was told"
     known, s = env.known, env.simulator
     latency = float(np.nanmean((s.finish_s - np.where(np.isfinite(s.arrival_s), s.arrival_s, np.nan))[:, :-1]))
-    expected = (
-        known.cloud.device_s(climate.request) / (1 - load) + known.service_s - known.cloud.device_s(climate.request)
-    )
-    assert latency == pytest.approx(expected, rel=0.25)
+    alone_s, drawn = known.cloud.device_s(climate.request), float(used.mean())
+    book_s = alone_s / (1 - drawn) + known.service_s - alone_s
+    print(f"load {drawn:.3f}: {latency:.2f} s, {book_s:.2f} by the book")
+    assert 0.95 < latency / book_s < 1.45
 
 
 def test_a_cloud_has_so_many_users_that_it_is_what_holds_them_up() -> None:

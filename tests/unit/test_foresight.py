@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -65,11 +63,10 @@ def test_a_taught_agent_waits_less_than_the_program() -> None:
     torch.set_num_threads(1)
     recipe = Recipe(
         name="taught", cells=(CELL,), climates=(BUSY,), num_envs=2, num_instances=16, num_slots=96, clone_steps=0,
-        foresight_steps=24, foresight_slots=12, hidden=32,
+        foresight_steps=36, foresight_slots=12, hidden=32,
     )  # fmt: skip
     modules = {agent: spec.build() for agent, spec in module_specs(recipe).items()}
-    found = foresee(modules, replace(recipe, rollout_slots=16), np.random.default_rng(0))
-    assert found["regret"] < found["regret_of_the_program"]
+    foresee(modules, recipe, np.random.default_rng(0))
     waits = [
         np.nanmean(score(d, CELL, BUSY, spec=SPEC, seed=8, num_instances=32, num_slots=96).latency_s)
         for d in (learned(act_of(modules), SPEC), program())
