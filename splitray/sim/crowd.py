@@ -3,8 +3,8 @@
 A shared device serves whoever is there in turns too short to see (processor sharing): a line that is there while n
 others are gets 1 / (1 + n) of it. n is taken as their mean number over the slot, as mean value analysis of closed
 queueing networks does (Bard 1979, Schweitzer 1979), and solved for, as who is slowed down is there longer. So no slot
-gives out more than there is of a device. By the book (M/G/1) a request stays 1 / (1 - load) times as long as alone; here
-it is up to 1.4 times that, as means over a slot know no gaps (`pytest -s tests/unit/test_crowd.py`).
+gives out more than there is of a device. By the book (M/G/1) a request stays 1 / (1 - load) times as long as alone;
+here it is up to 1.4 times that, as means over a slot know no gaps (`pytest -s tests/unit/test_crowd.py`).
 
 Shapes: N lines, D devices.
 """
