@@ -33,7 +33,8 @@ Floats = NDArray[np.float64]
 What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
 SEEDS = 5
-MOST_USERS = 32  # where a token takes a round trip, more would be needed to load a cloud of quick models in earnest
+MOST_USERS = 16  # where a token takes a round trip, more would load the cloud in earnest, and take hours to simulate
+EVERY = {"layer_dp": 20}  # slots between decisions; EdgeShard plans offline, and its program takes ten milliseconds
 _DRIFTS = 0.01
 ALONE = "alone"  # drift_plus_penalty where every edge has a cloud of its own: what no sharing can undercut by much
 SIGMA = 0.7  # of the drawn bandwidth, wider than in training (0.4)
@@ -170,9 +171,10 @@ def load_cell(job: tuple[Cell, float], *, options: Options, planners: Sequence[s
         cases = [
             Case(
                 planner="drift_plus_penalty" if planner == ALONE else planner, scenario=scenario,
-                seed=options.seed + seed, pool=None if planner == ALONE else seed,
+                seed=options.seed + seed, every=EVERY.get(planner, 1),
+                pool=seed * users + user if planner == ALONE else seed,
             )
-            for seed, world in enumerate(worlds) for scenario in world
+            for seed, world in enumerate(worlds) for user, scenario in enumerate(world)
         ]  # fmt: skip
         outcomes = run(cases)
         found[planner] = [outcomes[i * users : (i + 1) * users] for i in range(seeds)]

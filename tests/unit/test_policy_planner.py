@@ -69,7 +69,7 @@ def test_it_serves_as_its_policy_did_in_training(seed: int) -> None:
         assert np.isfinite(theirs).any(), "the test is about something"
         both = np.isfinite(theirs) & np.isfinite(outcome.finish_s)
         assert (np.isfinite(theirs) == np.isfinite(outcome.finish_s)).mean() > 0.8
-        assert outcome.finish_s[both] == pytest.approx(theirs[both], rel=0.02)
+        assert outcome.finish_s[both] == pytest.approx(theirs[both], rel=0.05)
 
 
 @pytest.mark.parametrize("edge", ["jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5"])
