@@ -29,7 +29,8 @@ from splitray.rl.recipe import Recipe
 RECIPES: dict[str, Callable[[int], Recipe]] = {
     f.__name__: f
     for f in (
-        splitwise, splitwise_smoke, ablations.fifth, ablations.dp_modes, ablations.no_dp, ablations.bits,
+        splitwise, splitwise_smoke, ablations.fifth, ablations.no_foresight,
+        ablations.selfish, ablations.dp_modes, ablations.no_dp, ablations.bits,
         ablations.no_warm_start, ablations.no_history, ablations.no_current_placement, ablations.no_lyapunov,
         ablations.single_critic,
     )

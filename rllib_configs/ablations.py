@@ -12,19 +12,32 @@ _SHARE = 5
 
 
 def fifth(seed: int = 0) -> Recipe:
-    """Nothing changed: what the others are compared with."""
+    """Nothing changed: what the others are compared with. Variants with other actions learn by PPO alone."""
     whole = splitwise(seed)
-    return replace(whole, name="fifth", iterations=whole.iterations // _SHARE)
+    return replace(
+        whole, name="fifth", iterations=whole.iterations // _SHARE, foresight_steps=whole.foresight_steps // _SHARE
+    )
+
+
+def no_foresight(seed: int = 0) -> Recipe:
+    """PPO alone after cloning, for as many slots as the branches would have taken."""
+    recipe = fifth(seed)
+    return replace(recipe, name="no_foresight", foresight_steps=0, iterations=3 * recipe.iterations)
+
+
+def selfish(seed: int = 0) -> Recipe:
+    """PPO alone, each edge for itself: the waiting that it causes to others is not charged."""
+    return replace(no_foresight(seed), name="selfish", weights=Weights(congestion=0.0))
 
 
 def dp_modes(seed: int = 0) -> Recipe:
     """The agents may also fix modes and shares, the program decides the rest."""
-    return replace(fifth(seed), name="dp_modes", variant="dp_modes")
+    return replace(no_foresight(seed), name="dp_modes", variant="dp_modes")
 
 
 def no_dp(seed: int = 0) -> Recipe:
     """Both agents decide everything, heads and columns by count."""
-    return replace(fifth(seed), name="no_dp", variant="no_dp")
+    return replace(no_foresight(seed), name="no_dp", variant="no_dp")
 
 
 def bits(seed: int = 0) -> Recipe:
