@@ -9,6 +9,7 @@ from importlib.metadata import version
 import numpy as np
 
 from splitray.evaluate import Options, Tell
+from splitray.evaluate.foresight import clairvoyance
 from splitray.evaluate.shared_cloud import ALONE, LOADS, SEEDS, SIGMA, LoadCell, load_cells, mean_and_interval
 from splitray.report.document import Cell, Number, Report, Table
 from splitray.report.plots import ratio_plot
@@ -56,6 +57,7 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
             latencies(cells, planners),
             tails(cells, planners),
             energies(cells, planners),
+            clairvoyance(tell, options.workers),
         ),
         plots={"ratios": ratio_plot(title, rows, others, ratios), **shown},
         captions={n: f"{middle.name}, first edge of the first seed; simulated." for n in shown}

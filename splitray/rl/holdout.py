@@ -16,6 +16,7 @@ from splitray.rl.cell import Cell
 from splitray.rl.choosing import greedy
 from splitray.rl.layout import HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.observation import Floats
+from splitray.rl.policy_planner import Policy
 from splitray.rl.rollout import Act
 from splitray.rl.vector_env import VectorEnv
 from splitray.rl.weather import Climate
@@ -74,6 +75,16 @@ def learned(act: Act, spec: ActionSpec) -> Decide:
         if not spec.low_decides:
             return high, None
         return high, greedy(both[HEAD_FFN_AGENT].blocks, act(HEAD_FFN_AGENT, env.low_rows(high, rows))[0])
+
+    return decide
+
+
+def served(policy: Policy) -> Decide:
+    """A policy as the planner `splitwise` uses it, without a deep-learning library."""
+
+    def decide(env: VectorEnv, rows: Ints) -> tuple[Ints, None]:
+        knobs = policy.knobs(*env.features(rows))
+        return np.concatenate([np.full((len(rows), env.spec.num_groups), FREE), knobs], axis=1), None
 
     return decide
 

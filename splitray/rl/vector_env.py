@@ -180,10 +180,14 @@ class VectorEnv:
             place[members] = (np.arange(len(members)) - self.slot) % len(members) * TURNS // len(members)
         return [np.flatnonzero(place == turn) for turn in range(TURNS) if (place == turn).any()]
 
+    def features(self, rows: Ints) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of the whole [n, F] and of each group [n, G, L]."""
+        return observe(self.seen().take(rows), self._history.values[rows], self.static)
+
     def high_rows(self, rows: Ints | None = None) -> NDArray[np.float32]:
         """The layer agent's observations, [n, width]; the same for as long as the turn."""
         rows = self._everyone if rows is None else rows
-        self._features = observe(self.seen().take(rows), self._history.values[rows], self.static)
+        self._features = self.features(rows)
         return self._rows.high(*self._features, high_mask(self.spec, self._room.take(rows)))
 
     def low_rows(self, high: Ints, rows: Ints | None = None) -> NDArray[np.float32]:
