@@ -34,7 +34,7 @@ What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
 SEEDS = 5
 MOST_USERS = 16  # where a token takes a round trip, more would load the cloud in earnest, and take hours to simulate
-EVERY = {"layer_dp": 20}  # slots between decisions; EdgeShard plans offline, and its program takes ten milliseconds
+RARELY, BOUND = 20, 5  # slots between decisions; see `every`
 _DRIFTS = 0.01
 ALONE = "alone"  # drift_plus_penalty where every edge has a cloud of its own: what no sharing can undercut by much
 SIGMA = 0.7  # of the drawn bandwidth, wider than in training (0.4)
@@ -171,7 +171,7 @@ def load_cell(job: tuple[Cell, float], *, options: Options, planners: Sequence[s
         cases = [
             Case(
                 planner="drift_plus_penalty" if planner == ALONE else planner, scenario=scenario,
-                seed=options.seed + seed, every=EVERY.get(planner, 1),
+                seed=options.seed + seed, every=every(planner, cell),
                 pool=seed * users + user if planner == ALONE else seed,
             )
             for seed, world in enumerate(worlds) for user, scenario in enumerate(world)
@@ -179,6 +179,18 @@ def load_cell(job: tuple[Cell, float], *, options: Options, planners: Sequence[s
         outcomes = run(cases)
         found[planner] = [outcomes[i * users : (i + 1) * users] for i in range(seeds)]
     return LoadCell(cell, load, found)
+
+
+def every(planner: str, cell: Cell) -> int:
+    """Slots between decisions: one, but for programs that take too long to simulate.
+
+    EdgeShard plans offline, and its program takes ten milliseconds. Ours takes up to a hundred where memory binds:
+    where ends are pinned to an edge that has no room for the whole model.
+    """
+    if planner == "layer_dp":
+        return RARELY
+    tight = cell.holds != "none" and references(cell.arch, cell.topology).edge.weight_share > 0.8
+    return BOUND if tight and planner in ("drift_plus_penalty", ALONE) else 1
 
 
 def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[Scenario]:
