@@ -93,6 +93,30 @@ class KvCache:
                     stored[i] = tensor.index_select(0, order.to(tensor.device))
         self._arrays = [None] * len(self._arrays)
 
+    def piece(self, layer: int, at: int, count: int, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """A copy of keys and values of `count` local groups from `at`, positions [start, stop); None if there are none.
+
+        Positions that a running step does not write may be read from another thread.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            return None
+        return tuple(t[:, at : at + count, start:stop].cpu().contiguous() for t in (keys, values))  # type: ignore[return-value]
+
+    def put(self, layer: int, at: int, groups: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write a piece [batch, count, positions, head_dim] from `start` on, of `groups` local ones in all."""
+        batch, count, positions = keys.shape[:3]
+        held = self.slots(layer, batch, groups, (keys.shape[3], values.shape[3]), keys)
+        for slots, new in zip(held, (keys, values), strict=True):
+            slots[:, at : at + count, start : start + positions] = new
+
+    def adopt(self, layer: int, other: KvCache) -> None:
+        """Share a layer's memory with a cache of the same groups."""
+        if other.capacity > self.capacity:
+            self.grow(other.capacity)
+        self.keys[layer], self.values[layer] = other.keys[layer], other.values[layer]
+        self._arrays[layer] = None
+
     @property
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""

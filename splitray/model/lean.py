@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from splitray.arch import ModelArch
 from splitray.model.kv_cache import KvCache
 from splitray.model.layout import LayerLayout
-from splitray.model.split_layer import Array, Exchange, SplitLayer
+from splitray.model.split_layer import Array, Exchange, SplitLayer, SubBlock
 
 _ROPES = ("default", "linear", "llama3", "yarn")  # the others change their table with the length
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -218,13 +218,30 @@ class LeanLoop:
         norm: nn.Module | None,
         head: Any,
         exchange: Exchange,
+        reuse: LeanLoop | None = None,
     ) -> None:
-        """Take over the shard's weights, transposed in place of HF's own layout."""
+        """Take over the shard's weights, transposed in place of HF's own layout.
+
+        Modules that a loop to `reuse` has taken over already stay as they are.
+        """
         self.exchange, self.rotary = exchange, rotary
-        self.head, self.head_bias = _head(head, embedding)
-        self.table = _array(embedding.weight) if embedding is not None else None
-        self.attention = [_Attention(x, i, arch) if x.attention_module else None for i, x in enumerate(layers)]
-        self.ffn = [_Ffn(x) if x.ffn_module else None for x in layers]
+        self._ends = (embedding, head)
+        if reuse is not None and reuse._ends == self._ends:
+            self.head, self.head_bias, self.table = reuse.head, reuse.head_bias, reuse.table
+        else:
+            self.head, self.head_bias = _head(head, embedding)
+            self.table = _array(embedding.weight) if embedding is not None else None
+        held: dict[SubBlock, Any] = {} if reuse is None else reuse.held
+        self.attention: list[_Attention | None] = [
+            (held.get(x.attention) or _Attention(x, i, arch)) if x.attention_module else None
+            for i, x in enumerate(layers)
+        ]
+        self.ffn: list[_Ffn | None] = [
+            (held.get(x.ffn) or _Ffn(x)) if x.ffn_module else None for x in layers
+        ]
+        self.held = {x.attention: a for x, a in zip(layers, self.attention, strict=True)} | {
+            x.ffn: f for x, f in zip(layers, self.ffn, strict=True)
+        }
         self.norm = _norm(norm) if head is not None and norm is not None else None
         self._cos_Sd = self._sin_Sd = np.empty((0, 0), np.float32)
 

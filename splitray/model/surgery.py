@@ -111,8 +111,13 @@ class Shard:
         source: Source,
         exchange: Exchange,
         torch_device: str = "cpu",
+        reuse: Shard | None = None,
     ) -> None:
-        """Read the held slices from the source into this device's memory."""
+        """Read the held slices from the source into this device's memory.
+
+        `reuse` is a shard of the same model, device and exchange: what both hold is shared, not read again. It stays
+        usable.
+        """
         self.arch, self.layout, self.spec = arch, layout, spec
         self.source, self.exchange = source, exchange
         self.device, self.dtype = torch.device(torch_device), DTYPES[arch.dtype]
@@ -124,19 +129,28 @@ class Shard:
         self.cuts = read_cuts(layers[0], self.model.config, arch)
         self.embedding: Any = self.model.get_input_embeddings()
         self.head: Any = self.model.get_output_embeddings()
-        self._ends(decoder)
+        self._reuse = reuse
+        same_ends = reuse is not None and _ends_of(reuse.spec) == _ends_of(spec)
+        if reuse is not None and same_ends:
+            self._take_ends(decoder, reuse)
+        else:
+            self._ends(decoder)
         for i in range(arch.num_layers):
             layers[i] = self._layer(layers[i], i)
         self.layers: nn.ModuleList = layers
         self.decoder = decoder
         self._names = {}
+        self._reuse = None
         self.lean: LeanLoop | None = None
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         assert not left, f"weights never read: {left[:5]}"
         self.model.to(self.device)  # type: ignore[arg-type]
 
-    def make_lean(self) -> None:
-        """Use the lean loop for single-token steps; the caller knows from the self-test that it is exact."""
+    def make_lean(self, reuse: LeanLoop | None = None) -> None:
+        """Use the lean loop for single-token steps; the caller knows from the self-test that it is exact.
+
+        `reuse` is the loop of the shard that this one shares modules with.
+        """
         rotary = getattr(self.decoder, "rotary_emb", None)
         norm = next((m for m in self.decoder.children() if is_norm(m)), None)
         layers = [layer for layer in self.layers if isinstance(layer, SplitLayer)]
@@ -153,6 +167,7 @@ class Shard:
                 norm=norm,
                 head=self.head if self.spec.vocab_rows else None,
                 exchange=self.exchange,
+                reuse=reuse,
             )
 
     @property
@@ -200,6 +215,14 @@ class Shard:
         )
         return out.logits  # type: ignore[no-any-return]
 
+    def _take_ends(self, decoder: nn.Module, other: Shard) -> None:
+        for name, child in list(decoder.named_children()):
+            if not isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
+                setattr(decoder, name, getattr(other.decoder, name))
+        parent, _, child_name = self._names[self.head].rpartition(".")
+        setattr(self.model.get_submodule(parent), child_name, other.head)
+        self.embedding, self.head = other.embedding, other.head
+
     def _ends(self, decoder: nn.Module) -> None:
         hidden, spec = self.arch.hidden_dim, self.spec
         for name, child in list(decoder.named_children()):
@@ -230,7 +253,8 @@ class Shard:
         head, name, rows = self.head, self._names[self.head], list(self.spec.vocab_rows)
         if not rows:
             parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, Skip())
+            self.head = Skip()
+            setattr(self.model.get_submodule(parent), child, self.head)
             return
         shares_table = self.arch.tied_embeddings and self.spec.embedding
         if shares_table and len(rows) == 1:
@@ -250,8 +274,7 @@ class Shard:
     def _layer(self, layer: nn.Module, i: int) -> SplitLayer:
         layout, share = self.layout, self.spec.layers[i]
         step = 1 if layout.parallel else 2
-        attention_body = self._attention(layer, i) if share.groups else None
-        ffn_body = self._ffn(layer, i) if share.columns else None
+        old = self._kept(i)
 
         def norm(name: str | None, needed: bool) -> nn.Module | None:
             if name is None or not needed:
@@ -261,16 +284,16 @@ class Shard:
             return module
 
         parts = [
-            SubBlock(
+            old[0] or SubBlock(
                 norm=norm(layout.attention_norm, bool(share.groups)),
-                body=attention_body,
+                body=self._attention(layer, i) if share.groups else None,
                 post=norm(layout.attention_post_norm, share.attention_post),
                 scale=layout.residual_scale,
                 post_norm=layout.has_post_norm,
             ),
-            SubBlock(
+            old[1] or SubBlock(
                 norm=norm(layout.ffn_norm, bool(share.columns)),
-                body=ffn_body,
+                body=self._ffn(layer, i) if share.columns else None,
                 post=norm(layout.ffn_post_norm, share.ffn_post),
                 scale=layout.residual_scale,
                 post_norm=layout.has_post_norm,
@@ -286,10 +309,27 @@ class Shard:
         )
         split.attention_module = getattr(layer, layout.attention) if share.groups else None
         split.ffn_module = getattr(layer, layout.ffn[0]) if share.columns else None
+        if self._reuse is not None:
+            before = self._reuse.layers[i]
+            split.attention_module = before.attention_module if old[0] else split.attention_module
+            split.ffn_module = before.ffn_module if old[1] else split.ffn_module
         for name, value in vars(layer).items():
             if not name.startswith("_") and name not in vars(split):
                 setattr(split, name, value)  # HF's model loop reads e.g. attention_type off its layers
         return split
+
+    def _kept(self, i: int) -> tuple[SubBlock | None, SubBlock | None]:
+        """Sub-blocks of a layer that the other shard holds just so. Families with one norm for both keep both or none."""
+        if self._reuse is None:
+            return None, None
+        there: Any = self._reuse.layers[i]
+        was, now = self._reuse.spec.layers[i], self.spec.layers[i]
+        attention = (was.groups, was.attention_bias, was.attention_post) == (
+            now.groups, now.attention_bias, now.attention_post)  # fmt: skip
+        ffn = (was.columns, was.ffn_bias, was.ffn_post) == (now.columns, now.ffn_bias, now.ffn_post)
+        if self.layout.parallel:
+            attention = ffn = attention and ffn
+        return there.attention if attention else None, there.ffn if ffn else None
 
     def _attention(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
         arch, share, name = self.arch, self.spec.layers[i], self.layout.attention
@@ -348,3 +388,7 @@ class Shard:
             return h[0] if isinstance(h, tuple) else h
 
         return body
+
+
+def _ends_of(spec: ShardSpec) -> tuple[bool, tuple[Range, ...]]:
+    return spec.embedding, spec.vocab_rows

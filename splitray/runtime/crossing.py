@@ -53,6 +53,19 @@ class Plan:
     """Whom this device sends a row: its partial, or the state."""
 
 
+class Junction:
+    """The `Exchange` that all shards of a device hold for good: behind it the crossing changes with the epoch."""
+
+    cross: Callable[..., Tensor | None]
+    cross_row: Callable[..., Array | None]
+    sum_over_holders: Callable[[int, Tensor], Tensor]
+
+    def lead_to(self, crossing: Crossing) -> None:
+        """From now on everything goes through this one."""
+        self.cross, self.cross_row = crossing.cross, crossing.cross_row
+        self.sum_over_holders = crossing.sum_over_holders
+
+
 class Crossing:
     """The `Exchange` of one device on a wire."""
 

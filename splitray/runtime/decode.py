@@ -49,7 +49,12 @@ class DecodeLoop:
         self.mask_BS: Tensor | None = None
         if order.attention_mask is not None:
             self.mask_BS = torch.tensor(order.attention_mask, dtype=torch.int64)
-        self.chooser = Chooser(self.sampling, self.prompt_BT) if self.is_sampler else None
+        self.chooser: Chooser | None = None
+        if self.is_sampler:
+            assert shard is not None, "the sampler holds rows of the head"
+            before = self.prompt_BT.shape[1] - order.done
+            self.chooser = Chooser(self.sampling, self.prompt_BT[:, :before])
+            self.chooser.catch_up(self.prompt_BT[:, before:], shard.arch.vocab)
 
     @torch.inference_mode()
     def run(self) -> dict[str, Any]:
@@ -59,17 +64,17 @@ class DecodeLoop:
             Counts of the decode steps alone (prefill left out): messages, bytes, seconds, CPU seconds.
         """
         batch, prompt_tokens = self.prompt_BT.shape
-        position = 0
+        position, most = self.order.start, self.sampling.max_new_tokens - self.order.done
         steps = 0
         traffic = self.crossing.wire.traffic
         before = (0, 0, 0)
         start = cpu = 0.0
         try:
-            for at in range(0, prompt_tokens, CHUNK_TOKENS):
+            for at in range(position, prompt_tokens, CHUNK_TOKENS):
                 chunk_BT = self.prompt_BT[:, at : at + CHUNK_TOKENS]
                 logits = self._advance(chunk_BT, position)
                 position += chunk_BT.shape[1]
-            ids_B, last = self._next(logits, position, left=self.sampling.max_new_tokens - 1)
+            ids_B, last = self._next(logits, position, left=most - 1)
             before = (traffic.messages, traffic.payload_bytes, traffic.wire_bytes)
             start, cpu = time.perf_counter(), time.process_time()
             while not last:
@@ -79,7 +84,7 @@ class DecodeLoop:
                 logits = self._advance(tokens_BT, position)
                 position += 1
                 steps += 1
-                ids_B, last = self._next(logits, position, left=self.sampling.max_new_tokens - 1 - steps)
+                ids_B, last = self._next(logits, position, left=most - 1 - steps)
         except StopRun:
             self.crossing.stop()
         return {
@@ -94,7 +99,7 @@ class DecodeLoop:
 
     def _advance(self, tokens_BT: Tensor | None, position: int) -> Tensor | None:
         batch = self.prompt_BT.shape[0]
-        new_tokens = min(CHUNK_TOKENS, self.prompt_BT.shape[1] - position) if position < self.prompt_BT.shape[1] else 1
+        new_tokens = max(1, min(CHUNK_TOKENS, self.prompt_BT.shape[1] - position))
         order = self.order
         self.crossing.step = Step(order.session, order.epoch, order.attempt, position, 1)
         if self.shard is None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,21 +23,28 @@ from torch import Tensor
 
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
-from splitray.errors import DeviceLost, InputError, ModelError
+from splitray.errors import DeviceLost, InputError
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement, validate
-from splitray.route import Route, compile_route
+from splitray.runtime.asking import ask
 from splitray.runtime.crossing import tensor_of
+from splitray.runtime.epoch import Epoch, Kept, Next, astuple, stage_orders, switch_orders, the_same_weights
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.listener import dial
-from splitray.runtime.messages import DecodeOrder, LoadOrder, StepOrder, error_from_plain, shard_spec
+from splitray.runtime.messages import StepOrder, error_from_plain
+from splitray.runtime.protection import Protection
+from splitray.runtime.recovery import Fault, Recovery, recovered
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.session import Session
 from splitray.runtime.shard_host import CALLER, DEADLINE_S
 from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
-from splitray.topology import DeviceId, Topology
+from splitray.topology import Topology
 
 Runtime = Literal["local", "process", "ray"]
-_TICK_S = 0.2  # how often a waiting caller looks whether a device has died
+_TICK_S = 0.1  # how often a waiting caller looks whether a device has died
+_ANSWER_S = 1.0  # a busy device has one thread for its work and another one for us
+_SUMMED = ("messages", "payload_bytes", "wire_bytes", "decode_cpu_s")
+_LOAD_S = 600.0  # of silence from a device that reads its slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +63,11 @@ class RunReport:
 
 
 class Engine:
-    """A model running over a fleet. One run at a time; safe to share between threads."""
+    """A model running over a fleet. One run at a time; safe to share between threads.
+
+    A run is a row of segments: in each the devices generate among themselves, between two of them the placement may
+    change. A migration ends a segment at a token; a fault ends it where it is.
+    """
 
     def __init__(
         self,
@@ -70,81 +83,150 @@ class Engine:
         spin_s: float = 0.0,
         pin: bool = False,
         codec: Codec = "none",
+        recovery: Recovery | None = None,
     ) -> None:
         """Start the fleet and load the shards.
 
         `spin_s` is how long a receive polls before it sleeps; `pin` gives each device a core of its own. Both are
         for devices on one machine with at least as many cores, where the scheduler may put two on one core. `codec` is
-        how partials and states travel (codecs.py): exactly unless it says otherwise.
+        how partials and states travel (codecs.py): exactly unless it says otherwise. With `recovery` every device of
+        the topology is started, and a run survives the loss of some; without, it ends with `DeviceLost`.
 
         Raises:
             InputError: the placement, the topology or the model cannot be used as asked.
             DeviceLost: a device did not come up.
         """
         validate(placement, arch, topology)
-        self.arch, self.layout, self.topology, self.placement = arch, layout, topology, placement
-        self.route: Route = compile_route(placement, arch, topology, codec=codec)
+        self.arch, self.layout, self.topology = arch, layout, topology
         self.tokenizer, self.model_path, self.fleet = tokenizer, str(model_path), fleet
-        self.epoch = 0
+        self.recovery = recovery
         self.report: RunReport | None = None
         self.lost: str | None = None
         self.load_stats: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
-        self._attempt = 0
+        self.faults: list[Fault] = []
+        self.endpoints: dict[str, Endpoint] = {}
+        cores = tuple(sorted(os.sched_getaffinity(0))) if pin else ()
+        self.now = Epoch.of(
+            0, placement, topology, arch=arch, layout=layout, model_path=self.model_path, codec=codec, lean=lean,
+            cores=cores,
+        )  # fmt: skip
+        self.next: Next | None = None
+        self._spin_s, self._lock = spin_s, threading.Lock()
+        self._name = f"{CALLER}/{secrets.token_hex(6)}"
+        self._attempt = self.last_epoch = 0
+        self.restarts: dict[str, int] = {}
         self._channels: dict[str, Channel] = {}
+        self._session: Session | None = None
+        self._kept: dict[int, Kept] = {}
+        """Sessions of callers that sample themselves."""
         try:
-            self._start(lean, spin_s, pin)
+            self._start()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, lean: bool, spin_s: float, pin: bool) -> None:
-        devices = [self.topology.device(d) for d in self.topology.ids if d in self.route.devices]
-        endpoints = self.fleet.start(devices)
+    @property
+    def placement(self) -> Placement:
+        """What runs now."""
+        return self.now.placement
+
+    @property
+    def route(self) -> Route:
+        """Compiled from it."""
+        return self.now.route
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.now.number
+
+    def _start(self) -> None:
+        members = self.topology.ids if self.recovery else self.route.devices
+        devices = [self.topology.device(d) for d in self.topology.ids if d in members]
+        self.endpoints = dict(self.fleet.start(devices))
         for device in devices:
-            self._channels[device.id] = dial(
-                endpoints[device.id], me=CALLER, peer=device.id, token=self.fleet.token, deadline_s=DEADLINE_S
-            )
-        head_rows = {str(d): ranges for d, ranges in self.placement.head.by_device}
-        cores = sorted(os.sched_getaffinity(0)) if pin else []
-        for i, device in enumerate(devices):
-            order = LoadOrder(
-                model_path=device.model_path or self.model_path,
-                arch=self.arch,
-                layout=self.layout,
-                spec=shard_spec(self.placement, self.arch, self.route, self.topology.ids, device.id),
-                route=self.route,
-                head_rows=head_rows,
-                torch_device=device.torch_device,
-                lean=lean,
-                core=cores[i % len(cores)] if cores else None,
-            )
-            self._order(device.id, "load", order.to_plain())
-        self.load_stats = self._replies()
-        prints = {d: s["fingerprint"] for d, s in self.load_stats.items()}
-        if len(set(prints.values())) > 1:
-            raise ModelError(
-                "weights of the devices",
-                expected="the same checkpoint on every device",
-                actual=prints,
-                remedy="copy one checkpoint to every model_path",
-            )
-        dials = self._dials(endpoints)
-        for device in devices:
-            mine = {b: list(_plain(endpoints[b])) for a, b in dials if a == device.id}
-            waits = [a for a, b in dials if b == device.id]
-            self._order(device.id, "connect", {"dial": mine, "await": waits, "spin_s": spin_s})
-        self._replies()
+            self.dial(device.id)
+        self.load_stats = self.stage(self.now, [])
+        self.switch(self.now, [])
 
-    def _dials(self, endpoints: dict[str, Endpoint]) -> list[tuple[str, str]]:
-        """(who opens, to whom) for every pair that exchanges: the edge side opens, it may sit behind NAT."""
-        order = self.topology.ids
-        pairs = {frozenset((m.source, m.target)) for b in self.route.boundaries for m in b.messages}
+    def dial(self, device: str) -> None:
+        """Connect to a device, again if need be.
 
-        def rank(device: DeviceId) -> tuple[bool, int]:
-            return self.topology.device(device).tier == "cloud", order.index(device)
+        Raises:
+            DeviceLost: it does not answer.
+        """
+        before = self._channels.pop(device, None)
+        if before is not None:
+            before.close()
+        self._channels[device] = dial(
+            self.endpoints[device], me=self._name, peer=device, token=self.fleet.token, deadline_s=DEADLINE_S
+        )
 
-        return [(a, b) for a, b in (sorted(pair, key=rank) for pair in sorted(pairs, key=sorted))]
+    def stage(self, epoch: Epoch, sessions: Sequence[Kept]) -> dict[str, dict[str, Any]]:
+        """Let every device of an epoch read what it lacks and copy the KV of sessions; what runs goes on.
+
+        Raises:
+            ModelError: devices have different weights.
+            DeviceLost: a device is gone.
+        """
+        orders = stage_orders(epoch, self.now, sessions, self.endpoints)
+        answers = ask(orders, self.endpoints, self.fleet.token, within_s=_LOAD_S)
+        the_same_weights(answers)
+        return answers
+
+    def switch(self, epoch: Epoch, sessions: Sequence[Kept], *, anew: bool = False) -> dict[str, dict[str, Any]]:
+        """Let a staged epoch run from now on. Only between segments.
+
+        `anew` opens all connections between devices again.
+        """
+        orders = switch_orders(epoch, None if anew or epoch is self.now else self.now, sessions, self.endpoints,
+                               spin_s=self._spin_s)  # fmt: skip
+        for device, order in orders.items():
+            self._order(device, "switch", order)
+        answers = self._replies(set(orders))
+        self.now = epoch
+        return answers
+
+    def migrate(self, placement: Placement, *, topology: Topology | None = None) -> Next:
+        """Stage another placement in the background; it takes over between two tokens of the run, or now if none runs.
+
+        Returns:
+            What becomes of it; `done` is set once it runs or has failed.
+
+        Raises:
+            InputError: the placement does not fit, or another one is on its way.
+        """
+        topology = topology or self.topology
+        validate(placement, self.arch, topology)
+        if self.next is not None and not self.next.done.is_set():
+            raise InputError("migration", expected="one at a time", actual="another one on its way",
+                             remedy="wait for it")  # fmt: skip
+        self.last_epoch = max(self.last_epoch, self.epoch) + 1
+        missing = [d for d in self.now.moved(placement, topology, self.last_epoch).route.devices
+                   if d not in self._channels]  # fmt: skip
+        if missing:
+            raise InputError("placement", expected=f"devices that were started ({', '.join(self._channels)})",
+                             actual=", ".join(missing), remedy="start the engine with recovery")  # fmt: skip
+        self.next = Next(self.now.moved(placement, topology, self.last_epoch))
+        threading.Thread(target=self._prepare, args=(self.next,), name="splitray-stage", daemon=True).start()
+        return self.next
+
+    def _prepare(self, coming: Next) -> None:
+        started = time.perf_counter()
+        try:
+            coming.sessions = self._sessions()
+            answers = self.stage(coming.epoch, coming.sessions)
+            coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
+            coming.stage_s = time.perf_counter() - started
+            coming.staged.set()
+        except (DeviceLost, InputError) as error:
+            coming.fail(error)
+            return
+        if self._lock.acquire(blocking=False):  # no run: nobody else would do it
+            try:
+                self._switch_to_next()
+            finally:
+                self._lock.release()
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Generate for one prompt; yields new ids as they come, a stop id included. Closing it cancels the run.
@@ -183,46 +265,143 @@ class Engine:
         """Generate for a batch of equally long prompts (left-padded, with a mask, if they are not)."""
         with self._lock:
             self._usable()
-            self._attempt += 1
-            order = DecodeOrder(
-                session=self._attempt,
-                attempt=self._attempt,
-                epoch=self.epoch,
-                prompt=prompts,
-                attention_mask=attention_mask,
-                sampling=asdict(sampling),
-                capacity=len(prompts[0]) + sampling.max_new_tokens,
+            session = Session(
+                number=self._attempt + 1, prompt=prompts, attention_mask=attention_mask, sampling=sampling
             )
-            started = time.perf_counter()
-            for device in self._channels:
-                self._order(device, "decode", asdict(order))
-            arrivals: list[float] = []
-            replies: dict[str, dict[str, Any]] = {}
-            finished = False
+            protection = self._protected(session)
+            self._session, meter = session, _Meter()
             try:
-                while len(replies) < len(self._channels):
-                    device, frame = self._next_frame(set(self._channels) - set(replies))
-                    if frame.kind == Kind.TOKEN:
-                        if frame.attempt == self._attempt:
-                            arrivals.append(time.perf_counter())
-                            yield tensor_of(frame).tolist()
-                    else:
-                        replies[device] = self._reply(device, frame)
-                finished = True
+                while True:
+                    try:
+                        finished = yield from self._segment(session, meter, protection)
+                        if finished:
+                            break
+                        self._switch_to_next()
+                    except DeviceLost as error:
+                        self._recover(session, error)
+            except (DeviceLost, InputError) as error:
+                self.lost = self.lost or (str(error) if isinstance(error, DeviceLost) else None)
+                raise
             finally:
-                if not finished and self.lost is None:
-                    self._cancel(set(self._channels) - set(replies))
-            self.report = _report(replies, started, arrivals, len(prompts))
+                self._session = None
+                self._end(session)
+                if protection is not None:
+                    protection.end()
+            self.report = meter.report(len(prompts))
+            if self.next is not None and self.next.staged.is_set():
+                self._switch_to_next()
 
-    def _cancel(self, open_devices: set[str]) -> None:
+    def _segment(
+        self, session: Session, meter: _Meter, protection: Protection | None
+    ) -> Generator[list[int], None, bool]:
+        """Generate until the end (True), or until a staged placement may take over (False)."""
+        self._attempt += 1
+        order = session.order(self._attempt, self.epoch)
+        members = [str(d) for d in self.route.devices]
+        for device in members:
+            self._order(device, "decode", order)
+        replies: dict[str, dict[str, Any]] = {}
+        paused = finished = False
+        try:
+            while len(replies) < len(members):
+                device, frame = self._next_frame(set(members) - set(replies))
+                if frame.kind == Kind.TOKEN:
+                    if frame.attempt == self._attempt:
+                        ids = tensor_of(frame).tolist()
+                        session.steps.append(ids)
+                        meter.arrivals.append(time.perf_counter())
+                        if protection is not None:
+                            protection.token()
+                        yield ids
+                        if not paused and self.next is not None and self._ready(self.next):
+                            paused = True
+                            self._stop_run()
+                else:
+                    replies[device] = self._reply(device, frame)
+            finished = True
+        except DeviceLost:
+            raise
+        finally:
+            if not finished and self.lost is None and sys.exc_info()[0] is GeneratorExit:
+                self._stop_run()
+                self._drain(set(members) - set(replies))
+        session.valid = session.positions
+        meter.add(replies)
+        return not paused or session.ended
+
+    @staticmethod
+    def _ready(coming: Next) -> bool:
+        return coming.staged.is_set() and not coming.done.is_set()
+
+    def _switch_to_next(self) -> None:
+        """Let the staged placement run: only between segments, with the lock held."""
+        coming = self.next
+        if coming is None or not self._ready(coming):
+            return
+        started = time.perf_counter()
+        behind = {s.number: s.stop for s in coming.sessions}
+        tails = [replace(s, start=behind.get(s.number, 0)) for s in self._sessions()]
+        try:
+            answers = self.switch(coming.epoch, tails)
+        except InputError as error:
+            coming.fail(error)
+            return
+        except DeviceLost as error:
+            coming.fail(error)
+            raise
+        self.topology = coming.epoch.topology
+        coming.tail_bytes = sum(a["copied_bytes"] for a in answers.values())
+        coming.pause_s = time.perf_counter() - started
+        coming.done.set()
+
+    def _sessions(self) -> list[Kept]:
+        """What has to move with a placement."""
+        kept = list(self._kept.values())
+        session = self._session
+        if session is not None and session.steps:
+            kept.append(Kept(number=session.number, capacity=session.capacity, stop=session.positions))
+        return kept
+
+    def _protected(self, session: Session) -> Protection | None:
+        recovery = self.recovery
+        if recovery is None or recovery.store is None:
+            return None
+        return Protection(self, session, url=recovery.store, every=recovery.every_tokens,
+                          failures_per_s=recovery.failures_per_s)  # fmt: skip
+
+    def _recover(self, session: Session | None, error: DeviceLost) -> None:
+        """See recovery.py; without a `Recovery` the run ends here."""
+        if self.recovery is None or self.lost is not None:
+            raise error
+        if self.next is not None and not self.next.done.is_set():
+            self.next.fail(error)
+        recovered(self, session, error)
+
+    def _stop_run(self) -> None:
+        """Ask for the end of the run at the next token."""
         header = (int(Kind.CANCEL), 0, self.epoch, 0, 0, self._attempt, "", ())
         self._channels[self.route.sampler].send(header)
-        while open_devices:
-            device, frame = self._next_frame(open_devices)
+
+    def _drain(self, devices: set[str]) -> None:
+        while devices:
+            device, frame = self._next_frame(devices)
             if frame.kind == Kind.REPLY:
                 with contextlib.suppress(DeviceLost):
                     self._reply(device, frame)
-                open_devices.discard(device)
+                devices.discard(device)
+
+    def _end(self, session: Session) -> None:
+        if self.lost is None:
+            for device in self.route.devices:
+                with contextlib.suppress(DeviceLost):
+                    self._order(device, "end", {"session": session.number})
+
+    def leave(self, device: str) -> None:
+        """Count no longer on a device."""
+        channel = self._channels.pop(device, None)
+        if channel is not None:
+            channel.close()
+        self.endpoints.pop(device, None)
 
     def step(
         self,
@@ -260,14 +439,16 @@ class Engine:
                 reorder=None if reorder is None else reorder.tolist(),
             )
             plain = msgpack.packb({"op": "step", **asdict(order)})
-            for device in self._channels:
+            members = [str(d) for d in self.route.devices]
+            for device in members:
                 self._channels[device].send((int(Kind.CALL), 0, 0, 0, 0, 0, "", ()), plain)
                 self._channels[device].drain_fully()
+            self._kept[session] = Kept(number=session, capacity=capacity, stop=position + new_tokens)
             holders = self.placement.head.by_device
             waiting = {str(d) for d, _ in holders}
             parts: dict[str, Tensor] = {}
             while waiting:
-                device, frame = self._next_frame(set(self._channels))
+                device, frame = self._next_frame(set(members))
                 if frame.dtype != "float32":
                     self._reply(device, frame)  # raises the device's error
                 parts[device] = tensor_of(frame)
@@ -286,6 +467,7 @@ class Engine:
     def forget(self, session: int) -> None:
         """Free a session's KV on every device."""
         with self._lock:
+            self._kept.pop(session, None)
             if self.lost is None and self._channels:
                 self._ask("forget", {"session": session})
 
@@ -325,7 +507,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop every device. Idempotent."""
-        for channel in self._channels.values():
+        for device, channel in self._channels.items():
+            with contextlib.suppress(DeviceLost):
+                self._order(device, "leave", {})
             channel.close()
         self._channels.clear()
         self.lost = self.lost or "the engine is closed"
@@ -366,13 +550,14 @@ class Engine:
         values: dict[str, Any] = msgpack.unpackb(bytes(frame.payload), strict_map_key=False)
         if "error" in values:
             error = error_from_plain(values["error"], device)
-            if not isinstance(error, InputError):
+            if not isinstance(error, InputError) and (self.recovery is None or not isinstance(error, DeviceLost)):
                 self.lost = str(error)
             raise error
         return values
 
     def _next_frame(self, devices: set[str]) -> tuple[str, Frame]:
-        """The next frame of any of the devices; looks for dead ones while it waits."""
+        """The next frame of any of the devices; looks for dead and silent ones while it waits."""
+        waited_s = 0.0
         try:
             while True:
                 by_fd = {}
@@ -385,39 +570,69 @@ class Engine:
                     by_fd[channel.sock.fileno()] = device
                     poll.register(channel.sock.fileno(), select.POLLIN)
                 if not poll.poll(_TICK_S * 1000):
-                    dead = self.fleet.dead()
+                    waited_s += _TICK_S
+                    dead = {d: why for d, why in self.fleet.dead().items() if d in self._channels}
                     if dead:
                         raise DeviceLost("; ".join(f"{d}: {why}" for d, why in dead.items()))
+                    if self.recovery is not None and waited_s >= self.recovery.stall_s:
+                        self._ask_for_life(devices)
+                        waited_s = 0.0
         except DeviceLost as error:
             dead = self.fleet.dead()
-            self.lost = "; ".join(f"{d}: {why}" for d, why in dead.items()) or str(error)
-            raise DeviceLost(self.lost) from error
+            why = "; ".join(f"{d}: {reason}" for d, reason in dead.items() if d in devices) or str(error)
+            if self.recovery is None:
+                self.lost = why
+            raise DeviceLost(why) from error
 
+    def _ask_for_life(self, devices: set[str]) -> None:
+        """Busy devices answer beside their work, and so do the ways between them.
 
-def _plain(endpoint: Endpoint) -> tuple[str, str, int]:
-    return endpoint.unix, endpoint.host, endpoint.port
+        Raises:
+            DeviceLost: one does not.
+        """
+        ask(dict.fromkeys(devices, ("ping", {})), self.endpoints, self.fleet.token, within_s=_ANSWER_S)
+        for device in devices:
+            peers = {b: astuple(self.endpoints[b]) for a, b in self.now.dials() if a == device}
+            order = {"peers": peers, "within_s": _ANSWER_S}
+            answers = ask({device: ("reach", order)}, self.endpoints, self.fleet.token,
+                          within_s=_ANSWER_S * (2 + len(peers)))  # fmt: skip
+            if answers[device]["unreached"]:
+                raise DeviceLost(f"{device} does not reach {', '.join(answers[device]['unreached'])}")
 
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.to(torch.int64).contiguous().numpy().tobytes()
 
 
-def _report(replies: dict[str, dict[str, Any]], started: float, arrivals: list[float], batch: int) -> RunReport:
-    steps = max((r["steps"] for r in replies.values()), default=0)
-    each = max(steps, 1)
+@dataclass(slots=True)
+class _Meter:
+    """Adds up the segments of one run."""
 
-    def total(key: str) -> float:
-        return sum(r[key] for r in replies.values()) / each
+    started: float = field(default_factory=time.perf_counter)
+    arrivals: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMMED, 0.0))
+    steps: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
 
-    spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
-    return RunReport(
-        new_tokens=len(arrivals),
-        ttft_s=arrivals[0] - started if arrivals else 0.0,
-        tpot_s=None if spread is None else spread / (len(arrivals) - 1),
-        messages_per_token=total("messages"),
-        bytes_per_token=total("payload_bytes"),
-        wire_bytes_per_token=total("wire_bytes"),
-        driver_bytes_per_token=4.0 * batch,
-        decode_cpu_s=sum(r["decode_cpu_s"] for r in replies.values()),
-        kv_bytes={d: r["kv_bytes"] for d, r in replies.items()},
-    )
+    def add(self, replies: Mapping[str, Mapping[str, Any]]) -> None:
+        """One segment: what each device counted."""
+        self.steps += max((r["steps"] for r in replies.values()), default=0)
+        for key in _SUMMED:
+            self.sums[key] += sum(r[key] for r in replies.values())
+        self.kv_bytes = {d: r["kv_bytes"] for d, r in replies.items()}
+
+    def report(self, batch: int) -> RunReport:
+        """The whole run."""
+        each, arrivals = max(self.steps, 1), self.arrivals
+        spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
+        return RunReport(
+            new_tokens=len(arrivals),
+            ttft_s=arrivals[0] - self.started if arrivals else 0.0,
+            tpot_s=None if spread is None else spread / (len(arrivals) - 1),
+            messages_per_token=self.sums["messages"] / each,
+            bytes_per_token=self.sums["payload_bytes"] / each,
+            wire_bytes_per_token=self.sums["wire_bytes"] / each,
+            driver_bytes_per_token=4.0 * batch,
+            decode_cpu_s=self.sums["decode_cpu_s"],
+            kv_bytes=self.kv_bytes,
+        )

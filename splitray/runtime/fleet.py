@@ -40,6 +40,13 @@ class Fleet(Protocol):
     def dead(self) -> dict[str, str]:
         """Devices that have died, each with the reason."""
 
+    def restart(self, device: Device) -> Endpoint:
+        """Start a dead device anew; returns where it listens now.
+
+        Raises:
+            DeviceLost: it does not come up.
+        """
+
     def close(self) -> None:
         """Stop every device; nothing is left running."""
 
@@ -52,21 +59,31 @@ class ThreadFleet:
         self.token = new_token()
         self._source, self._deadline_s = source, deadline_s
         self.hosts: dict[str, ShardHost] = {}
+        self._killed: dict[str, str] = {}
         self._threads: list[threading.Thread] = []
 
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the threads."""
-        for device in devices:
-            host = ShardHost(device.id, token=self.token, deadline_s=self._deadline_s, source=self._source)
-            thread = threading.Thread(target=host.serve, name=f"splitray-{device.id}", daemon=True)
-            thread.start()
-            self.hosts[device.id] = host
-            self._threads.append(thread)
-        return {name: host.endpoint for name, host in self.hosts.items()}
+        return {device.id: self.restart(device) for device in devices}
+
+    def restart(self, device: Device) -> Endpoint:
+        """Start one thread."""
+        host = ShardHost(device.id, token=self.token, deadline_s=self._deadline_s, source=self._source)
+        thread = threading.Thread(target=host.serve, name=f"splitray-{device.id}", daemon=True)
+        thread.start()
+        self.hosts[device.id] = host
+        self._killed.pop(device.id, None)
+        self._threads.append(thread)
+        return host.endpoint
+
+    def kill(self, device: str) -> None:
+        """As if the device's process were killed: it forgets all and its sockets close (tests)."""
+        self._killed[device] = "it was killed"
+        self.hosts[device].kill()
 
     def dead(self) -> dict[str, str]:
-        """Threads do not die."""
-        return {}
+        """Threads die only where `kill` was asked for."""
+        return dict(self._killed)
 
     def close(self) -> None:
         """Stop and join the threads."""
@@ -90,28 +107,40 @@ class ProcessFleet:
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the processes side by side and wait until each one listens."""
         for device in devices:
-            environment = dict(os.environ)
-            for name in THREAD_VARIABLES:
-                environment[name] = str(self._threads)
-            order = {
-                "device": device.id,
-                "token": self.token.hex(),
-                "deadline_s": self._deadline_s,
-                "threads": self._threads,
-            }
-            process = subprocess.Popen(
-                [sys.executable, "-m", "splitray.runtime.host_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-            )
-            self._processes[device.id] = process
-            assert process.stdin is not None, "stdin is a pipe"
-            with contextlib.suppress(BrokenPipeError):  # it has ended already: reading its endpoint says so
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                process.stdin.flush()
+            self._spawn(device)
         return {device.id: self._endpoint(device.id) for device in devices}
+
+    def restart(self, device: Device) -> Endpoint:
+        """Start a new process in place of one that has ended."""
+        before = self._processes.pop(device.id)
+        before.kill()
+        before.wait()
+        _close_pipes(before)
+        self._spawn(device)
+        return self._endpoint(device.id)
+
+    def _spawn(self, device: Device) -> None:
+        environment = dict(os.environ)
+        for name in THREAD_VARIABLES:
+            environment[name] = str(self._threads)
+        order = {
+            "device": device.id,
+            "token": self.token.hex(),
+            "deadline_s": self._deadline_s,
+            "threads": self._threads,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "splitray.runtime.host_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        self._processes[device.id] = process
+        assert process.stdin is not None, "stdin is a pipe"
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: reading its endpoint says so
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
 
     def _endpoint(self, device: str) -> Endpoint:
         process = self._processes[device]
@@ -125,7 +154,6 @@ class ProcessFleet:
             timer.cancel()
         if not line:
             code = process.wait()
-            self.close()
             raise DeviceLost(f"{device}: its process ended at start with exit code {code}")
         return Endpoint(*json.loads(line))
 
@@ -141,7 +169,7 @@ class ProcessFleet:
     def close(self) -> None:
         """End the processes: by closing their stdin, then by force."""
         for process in self._processes.values():
-            assert process.stdin is not None and process.stdout is not None, "both are pipes"
+            assert process.stdin is not None, "stdin is a pipe"
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         for process in self._processes.values():
@@ -150,6 +178,12 @@ class ProcessFleet:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            assert process.stdout is not None, "stdout is a pipe"
-            process.stdout.close()
+            _close_pipes(process)
         self._processes.clear()
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None, "both are pipes"
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()

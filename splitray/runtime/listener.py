@@ -32,6 +32,7 @@ class Listener:
         self._unix.listen(64)
         self.endpoint = Endpoint(name, host, self._tcp.getsockname()[1])
         self._wake, self._woken = os.pipe()
+        self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._serve, name="splitray-accept", daemon=True)
         self._thread.start()
 
@@ -44,15 +45,22 @@ class Listener:
                 if server.fileno() not in ready:
                     continue
                 sock, _ = server.accept()
-                try:
-                    channel = _answer(sock, self._token, self._deadline_s)
-                except (OSError, EOFError, DeviceLost, ValueError, RuntimeError):
-                    sock.close()  # a stranger, or a peer that went away: the next one is served
-                    continue
-                self._accept(channel)
+                threading.Thread(target=self._shake, args=(sock,), daemon=True).start()  # one may fall silent half way
+
+    def _shake(self, sock: socket.socket) -> None:
+        try:
+            channel = _answer(sock, self._token, self._deadline_s)
+        except (OSError, EOFError, DeviceLost, ValueError, RuntimeError):
+            sock.close()  # a stranger, or a peer that went away
+        else:
+            self._accept(channel)
 
     def close(self) -> None:
-        """Stop accepting and free the addresses."""
+        """Stop accepting and free the addresses. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         os.write(self._woken, b"x")
         self._thread.join()
         for sock in (self._unix, self._tcp):
@@ -61,7 +69,9 @@ class Listener:
         os.close(self._woken)
 
 
-def dial(endpoint: Endpoint, *, me: str, peer: str, token: bytes, deadline_s: float) -> Channel:
+def dial(
+    endpoint: Endpoint, *, me: str, peer: str, token: bytes, deadline_s: float, within_s: float = _HANDSHAKE_S
+) -> Channel:
     """Connect to a device: by its Unix socket if it is on this node, by TCP otherwise.
 
     Raises:
@@ -73,12 +83,12 @@ def dial(endpoint: Endpoint, *, me: str, peer: str, token: bytes, deadline_s: fl
     except OSError:
         sock.close()
         try:
-            sock = socket.create_connection((endpoint.host, endpoint.port), timeout=_HANDSHAKE_S)
+            sock = socket.create_connection((endpoint.host, endpoint.port), timeout=within_s)
         except OSError as error:
             raise DeviceLost(f"cannot reach {peer} at {endpoint.host}:{endpoint.port}: {error}") from error
         sock.settimeout(None)
     try:
-        receive_timeout(sock, _HANDSHAKE_S)
+        receive_timeout(sock, within_s)
         _challenge(sock, token, first=False)
     except (OSError, EOFError, ValueError, RuntimeError) as error:
         sock.close()

@@ -30,6 +30,7 @@ class LoadOrder:
     torch_device: str = "cpu"
     lean: bool = True
     core: int | None = None
+    epoch: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dicts and scalars only."""
@@ -52,12 +53,17 @@ class LoadOrder:
             torch_device=plain["torch_device"],
             lean=plain["lean"],
             core=plain["core"],
+            epoch=plain["epoch"],
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeOrder:
-    """Generate up to `max_new_tokens` for a batch, the devices among themselves."""
+    """Generate up to `max_new_tokens` for a batch, the devices among themselves.
+
+    A run may go on after a pause: then the prompt ends with the `done` tokens of each sequence that are generated
+    already, and the caches hold the positions below `start`.
+    """
 
     session: int
     attempt: int
@@ -66,6 +72,8 @@ class DecodeOrder:
     attention_mask: list[list[int]] | None
     sampling: dict[str, Any]
     capacity: int
+    start: int = 0
+    done: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

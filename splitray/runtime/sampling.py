@@ -88,6 +88,13 @@ class Chooser:
             self.ids_BT = torch.cat([self.ids_BT, ids_B[:, None]], dim=1)
         return ids_B
 
+    def catch_up(self, chosen_BN: Tensor, vocab: int) -> None:
+        """Go on behind tokens [batch, done] that were chosen before, the generator included."""
+        for ids_B in chosen_BN.T:
+            if self.sampling.temperature > 0:  # a draw takes the same numbers whatever the probabilities are
+                torch.multinomial(torch.ones(ids_B.shape[0], vocab), 1, generator=self._generator)
+            self.accept(ids_B)
+
     @property
     def done(self) -> bool:
         """Whether every sequence has stopped."""

@@ -18,25 +18,27 @@ import psutil
 import torch
 from torch import Tensor
 
-from splitray.errors import DeviceLost, InputError
-from splitray.model.kv_cache import KvCache, sliding_windows
-from splitray.model.reading import StateDictSource, read_config
-from splitray.model.source import Checkpoint
-from splitray.model.surgery import Shard
-from splitray.runtime.coded import CodedCrossing
-from splitray.runtime.crossing import Crossing, Step, payload_of
+from splitray.errors import DeviceLost
+from splitray.model.reading import StateDictSource
+from splitray.runtime.crossing import Crossing, Junction, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
+from splitray.runtime.holding import Holding
 from splitray.runtime.listener import Listener, dial
-from splitray.runtime.messages import DecodeOrder, LoadOrder, StepOrder, error_to_plain
+from splitray.runtime.messages import DecodeOrder, StepOrder, error_to_plain
+from splitray.runtime.side import Side, fill
 from splitray.runtime.speed import cold_ffn, speeds
 from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
 
-CALLER = "caller"
+CALLER, SIDE = "caller", "side"
+"""Names under which an engine dials: for runs, and for what must be heard while a run goes on."""
 DEADLINE_S = 60.0
 
 
 class ShardHost:
-    """Serves one device: listens for peers and for one caller at a time, and executes the caller's orders."""
+    """Serves one device: listens for peers and for one caller at a time, and executes the caller's orders.
+
+    `current` runs, `staged` waits to be switched to, `previous` stays until the next run, as peers may yet copy from it.
+    """
 
     def __init__(
         self,
@@ -50,12 +52,16 @@ class ShardHost:
         """Start listening; `source` gives weights in memory instead of a model folder (tests, self-test)."""
         self.device = device
         self.wire = Wire()
-        self.shard: Shard | None = None
+        self.junction = Junction()
+        self.current: Holding | None = None
+        self.staged: Holding | None = None
+        self.previous: Holding | None = None
         self.caller: Channel | None = None
-        self._token, self._deadline_s, self._source = token, deadline_s, source
+        self.token, self.memory = token, source
+        self._deadline_s = deadline_s
         self._callers: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         self._joined = threading.Condition()
-        self._caches: dict[int, KvCache] = {}
+        self._sides: list[Side] = []
         self._listener = Listener(token=token, host=host, deadline_s=deadline_s, accept=self._accepted)
 
     @property
@@ -65,11 +71,13 @@ class ShardHost:
 
     def serve(self, *, once: bool = False) -> None:
         """Execute callers' orders until `close` (or until the first caller leaves, if `once`)."""
+        last = ""
         while (channel := self._callers.get()) is not None:
-            self.caller = channel
+            if channel.peer != last:  # another engine: what the last one left behind is of no use to it
+                self._forget()
+            self.caller, last = channel, channel.peer
             self._serve(channel)
             channel.close()
-            self._forget()
             if once:
                 break
         self._release()
@@ -80,9 +88,20 @@ class ShardHost:
         if self.caller is not None:
             self.caller.close()
 
+    def kill(self) -> None:
+        """End as a killed process does: no farewell, everything forgotten (tests)."""
+        self._listener.close()
+        self.close()
+        self.sever()
+        for side in self._sides:
+            side.cut()
+        self.current = self.staged = self.previous = None
+
     def _release(self) -> None:
         self._listener.close()
         self._forget()
+        for side in self._sides:
+            side.close()
         while not self._callers.empty():
             left = self._callers.get()
             if left is not None:
@@ -90,19 +109,29 @@ class ShardHost:
 
     def _forget(self) -> None:
         """Leave nothing of one caller's model, sessions and peers to the next one."""
+        self.sever()
+        self.current = self.staged = self.previous = None
+
+    def sever(self) -> None:
+        """Close the connections to all peers: a run that goes on notices it at once."""
         self.wire.close()
-        self.wire.channels.clear()
-        self._caches.clear()
-        self.shard = None
 
     def _accepted(self, channel: Channel) -> None:
-        if channel.peer == CALLER:
+        kind = channel.peer.partition("/")[0]
+        if kind == CALLER:
             channel.wait_forever()  # an idle device sleeps until the next order
+            before = self.caller
             self._callers.put(channel)
-            return
-        with self._joined:
-            self.wire.channels[channel.peer] = channel
-            self._joined.notify_all()
+            if before is not None:
+                before.close()  # an engine dials anew when it hears nothing: the old connection is dead
+        elif kind == SIDE:
+            channel.wait_forever()
+            self._sides = [s for s in self._sides if s.alive]
+            self._sides.append(Side(self, channel))
+        else:
+            with self._joined:
+                self.wire.channels[channel.peer] = channel
+                self._joined.notify_all()
 
     def _serve(self, caller: Channel) -> None:
         while True:
@@ -123,26 +152,44 @@ class ShardHost:
 
     def _execute(self, op: str, order: dict[str, Any]) -> None:
         match op:
-            case "load":
-                self._reply(self._load(LoadOrder.from_plain(order)))
-            case "connect":
-                self._connect(order)
-                self._reply({})
+            case "switch":
+                self._reply(self._switch(order))
             case "decode":
                 self._reply(self._decode(DecodeOrder(**order)))
             case "step":
                 self._step(StepOrder(**order))
+            case "end":  # of a run: nobody waits for an answer
+                self._end(order["session"])
             case "forget":
-                self._caches.pop(order["session"], None)
+                self._end(order["session"])
                 self._reply({})
             case "stats":
-                self._reply(self._stats())
+                self._reply(self.stats())
             case "echo":
                 self._reply(self._echo(**order))
             case "speeds":
                 self._reply(speeds(**order))
+            case "leave":
+                self._forget()
             case _:
                 raise RuntimeError(f"unknown order {op}")
+
+    @property
+    def held(self) -> Holding:
+        """What runs."""
+        if self.current is None:
+            raise DeviceLost(f"{self.device} holds nothing: it was started anew")
+        return self.current
+
+    @property
+    def crossing(self) -> Crossing:
+        """This device's side of the exchange rule."""
+        return self.held.crossing
+
+    def _end(self, session: int) -> None:
+        for holding in (self.current, self.staged, self.previous):
+            if holding is not None:
+                holding.caches.pop(session, None)
 
     def _reply(self, values: dict[str, Any], tensor: Tensor | None = None) -> None:
         assert self.caller is not None, "replies follow orders"
@@ -155,46 +202,45 @@ class ShardHost:
             self.caller.send((int(Kind.REPLY), 0, 0, 0, 0, 0, name, tuple(kept.shape)), payload)
         self.caller.drain_fully()
 
-    def _load(self, order: LoadOrder) -> dict[str, Any]:
-        source = self._source or Checkpoint(order.model_path)
-        self.order = order
-        if order.core is not None:
-            os.sched_setaffinity(0, {order.core})  # of this thread: the one that will run every order
-        kind = Crossing if order.route.codec == "none" else CodedCrossing
-        self.crossing = kind(self.device, order.route, order.arch, self.wire)
-        self.crossing.torch_device = torch.device(order.torch_device)
-        self._head_rows = {
-            device: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for device, rows in order.head_rows.items()
-        }
-        started = time.monotonic()
-        self._windows: tuple[bool, ...] = ()
-        if order.spec is not None:
-            config = self._source.config if self._source else read_config(order.model_path)
-            if order.torch_device.startswith("cuda") and not torch.cuda.is_available():
-                raise InputError(
-                    f"torch_device of {self.device}",
-                    expected="a CUDA device on that node",
-                    actual="none",
-                    remedy="set torch_device: cpu",
-                )
-            self.shard = Shard(
-                config=config,
-                arch=order.arch,
-                layout=order.layout,
-                spec=order.spec,
-                source=source,
-                exchange=self.crossing,
-                torch_device=order.torch_device,
-            )
-            if order.lean:
-                self.shard.make_lean()
-            self._windows = sliding_windows(config, order.arch.num_layers)
-        return {"fingerprint": source.fingerprint(), "load_s": time.monotonic() - started, **self._stats()}
+    def _switch(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Let what is staged run, between two tokens; first copy what was written since it was staged."""
+        staged = self.staged
+        if staged is None or staged.epoch != order["epoch"]:
+            raise DeviceLost(f"{self.device} has not staged epoch {order['epoch']}")
+        self._connect(order)
+        copied = sum(self.copy(staged, session) for session in order["sessions"])
+        self.previous, self.current, self.staged = self.current, staged, None
+        self.junction.lead_to(staged.crossing)
+        return {"copied_bytes": copied}
+
+    def copy(self, staged: Holding, session: dict[str, Any]) -> int:
+        """Bring what is staged the KV of positions [start, stop), of this device itself and of others.
+
+        Returns:
+            Bytes that came over the wire.
+        """
+        number, start, stop = session["id"], session["start"], session["stop"]
+        staged.cache(number, session["capacity"])
+        if self.current is not None and number in self.current.caches:
+            staged.adopt(self.current, number)
+        copied = 0
+        for source in session["sources"]:
+            here = source["device"] == self.device
+            copied += fill(self if here else None, staged, source, number, start, stop, token=self.token)
+        return copied
+
+    def revert(self, epoch: int) -> None:
+        """Take back a switch that others have not made."""
+        before = self.previous
+        if before is not None and before.epoch == epoch:
+            self.current, self.previous = before, None
+            self.junction.lead_to(before.crossing)
 
     def _connect(self, order: dict[str, Any]) -> None:
+        self.wire.channels = {p: c for p, c in self.wire.channels.items() if not c.closed}
         for peer, endpoint in order["dial"].items():
             channel = dial(
-                Endpoint(*endpoint), me=self.device, peer=peer, token=self._token, deadline_s=self._deadline_s
+                Endpoint(*endpoint), me=self.device, peer=peer, token=self.token, deadline_s=self._deadline_s
             )
             self.wire.channels[peer] = channel
         expected = set(order["await"])
@@ -205,49 +251,40 @@ class ShardHost:
         for channel in self.wire.channels.values():
             channel.spin_s = order["spin_s"]
 
-    def _cache(self, session: int, capacity: int) -> KvCache:
-        cache = self._caches.get(session)
-        if cache is None:
-            layers = self.order.arch.num_layers
-            cache = KvCache(num_layers=layers, windows=self._windows or (False,) * layers, capacity=capacity)
-            self._caches[session] = cache
-        return cache
-
     def _decode(self, order: DecodeOrder) -> dict[str, Any]:
         assert self.caller is not None, "orders come from a caller"
+        held, self.previous = self.held, None
         self.wire.begin(order.attempt)
         self.wire.epoch = order.epoch
         loop = DecodeLoop(
             device=self.device,
-            shard=self.shard,
-            crossing=self.crossing,
+            shard=held.shard,
+            crossing=held.crossing,
             caller=self.caller,
-            cache=self._cache(order.session, order.capacity),
+            cache=held.cache(order.session, order.capacity),
             order=order,
-            head_rows=self._head_rows,
+            head_rows=held.head_rows,
         )
         try:
-            report = loop.run()
+            return loop.run()
         except DeviceLost:
             self._abort()
             raise
-        finally:
-            self._caches.pop(order.session, None)
-        return report
 
     def _step(self, order: StepOrder) -> None:
-        cache = self._cache(order.session, order.capacity)
+        held, self.previous = self.held, None
+        cache = held.cache(order.session, order.capacity)
         self.wire.begin(order.attempt)
         self.wire.epoch = order.epoch
         shape = (order.batch, order.new_tokens)
         if order.reorder is not None:
             cache.reorder(torch.tensor(order.reorder))
-        if self.shard is None:
+        if held.shard is None:
             return
-        self.crossing.step = Step(order.session, order.epoch, order.attempt, order.position, order.keep)
+        held.crossing.step = Step(order.session, order.epoch, order.attempt, order.position, order.keep)
         cache.begin(order.position, order.new_tokens)
         try:
-            logits = self.shard.forward(
+            logits = held.shard.forward(
                 cache=cache,
                 tokens_BT=_ints(order.ids, shape),
                 batch=order.batch,
@@ -297,13 +334,15 @@ class ShardHost:
             times.append(time.perf_counter() - start)
         return {"round_trip_s": times, "worked_s": worked}
 
-    def _stats(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
+        """Memory, bytes, CPU seconds."""
         process = psutil.Process()
         traffic = self.wire.traffic
-        shard = self.shard
+        held = self.current
+        shard = held.shard if held else None
         return {
             "weight_bytes": shard.weight_bytes if shard else 0,
-            "kv_bytes": sum(c.num_bytes for c in self._caches.values()),
+            "kv_bytes": sum(c.num_bytes for c in held.caches.values()) if held else 0,
             "checkpoint_bytes_read": shard.source.bytes_read if shard else 0,
             "rss_anon_bytes": rss_anon_bytes(),
             "cpu_s": time.process_time(),

@@ -103,6 +103,7 @@ class Channel:
         self.backlog: deque[memoryview] = deque()
         self.pending: deque[Frame] = deque()
         self.spin_s = 0.0
+        self.closed = False
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -258,7 +259,8 @@ class Channel:
         return DeviceLost(f"lost {self.peer}: {reason}")
 
     def close(self) -> None:
-        """Close the connection; harmless when it is closed already."""
+        """Close the connection; harmless when it is closed already. A thread that waits on it wakes."""
+        self.closed = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
@@ -280,6 +282,7 @@ class Wire:
     def begin(self, attempt: int) -> None:
         """Start a run: frames of earlier attempts are dropped from now on."""
         self.attempt = attempt
+        self._backlogged = any(c.backlog for c in self.channels.values())
         self._early = {k: v for k, v in self._early.items() if k[1].attempt >= attempt}
 
     def send(self, peer: str, header: tuple[Any, ...], payload: Payload = b"") -> None:
@@ -367,8 +370,8 @@ class Wire:
         self._backlogged = any(c.backlog for c in self.channels.values())
 
     def close(self) -> None:
-        """Close every channel."""
-        for channel in self.channels.values():
+        """Close every channel; safe from another thread."""
+        for channel in list(self.channels.values()):
             channel.close()
 
 

@@ -15,6 +15,7 @@ from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.engine import Engine
 from splitray.runtime.fleet import ThreadFleet
+from splitray.runtime.recovery import Recovery
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology
 
@@ -38,6 +39,7 @@ def split(
     lean: bool | None = None,
     topology: Topology | None = None,
     codec: Codec = "none",
+    recovery: Recovery | None = None,
 ) -> Iterator[Engine]:
     """The model in memory, split over threads."""
     arch, layout = read_arch(model.config)
@@ -47,5 +49,5 @@ def split(
     lean = self_test(model.config) if lean is None else lean
     fleet = ThreadFleet(source=StateDictSource(model), deadline_s=20)
     with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=where, placement=chosen,
-                lean=lean, codec=codec) as engine:  # fmt: skip
+                lean=lean, codec=codec, recovery=recovery) as engine:  # fmt: skip
         yield engine

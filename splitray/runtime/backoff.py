@@ -1,0 +1,40 @@
+"""When to try again: d_n = min(d_max, d_0 2^n) with jitter (SPEC 2.10), and often while a fault is young.
+
+Thirty lines and not a library: the libraries retry a call, and here the engine asks when to look again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """A schedule of looks.
+
+    Args:
+        first_s: d_0, behind the young time.
+        most_s: d_max.
+        young_s: as long a fault is looked at every `often_s`, as most faults end soon.
+        budget_s: after which there is no further look.
+    """
+
+    first_s: float = 0.25
+    most_s: float = 8.0
+    young_s: float = 10.0
+    often_s: float = 0.2
+    budget_s: float = 60.0
+
+    def waits(self, rng: random.Random | None = None) -> Iterator[float]:
+        """Seconds before each next look (full jitter in the upper half), until the budget is spent."""
+        rng, since, n = rng or random.Random(), time.monotonic(), 0
+        while (age := time.monotonic() - since) < self.budget_s:
+            if age < self.young_s:
+                yield self.often_s
+            else:
+                wait = min(self.most_s, self.first_s * 2**n)
+                n += 1
+                yield wait * (0.5 + 0.5 * rng.random())

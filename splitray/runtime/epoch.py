@@ -1,0 +1,202 @@
+"""One placement as devices run it: the orders that stage it beside the one before, and that switch to it.
+
+Pure: from placements to orders. What is asked of whom is decided here, asking is the engine's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from splitray.arch import ModelArch
+from splitray.codecs import Codec
+from splitray.errors import ModelError
+from splitray.model.layout import LayerLayout
+from splitray.placement import Placement
+from splitray.route import Route, compile_route
+from splitray.runtime.checkpoint import Saved
+from splitray.runtime.messages import LoadOrder, shard_spec
+from splitray.runtime.wire import Endpoint
+from splitray.topology import DeviceId, Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """A numbered placement, and all that a device needs to take its part in it."""
+
+    number: int
+    placement: Placement
+    topology: Topology
+    route: Route
+    arch: ModelArch
+    layout: LayerLayout
+    model_path: str
+    codec: Codec
+    lean: bool
+    cores: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(number: int, placement: Placement, topology: Topology, *, arch: ModelArch, codec: Codec, **rest: Any) -> Epoch:
+        """With its route compiled."""
+        route = compile_route(placement, arch, topology, codec=codec)
+        return Epoch(number=number, placement=placement, topology=topology, route=route, arch=arch, codec=codec, **rest)
+
+    def moved(self, placement: Placement, topology: Topology, number: int) -> Epoch:
+        """The same model otherwise placed."""
+        route = compile_route(placement, self.arch, topology, codec=self.codec)
+        return replace(self, number=number, placement=placement, topology=topology, route=route)
+
+    def load_order(self, device: str) -> LoadOrder:
+        """What a device is to hold."""
+        at = self.topology.device(DeviceId(device))
+        cores = self.cores
+        return LoadOrder(
+            model_path=at.model_path or self.model_path,
+            arch=self.arch,
+            layout=self.layout,
+            spec=shard_spec(self.placement, self.arch, self.route, self.topology.ids, device),
+            route=self.route,
+            head_rows={str(d): ranges for d, ranges in self.placement.head.by_device},
+            torch_device=at.torch_device,
+            lean=self.lean,
+            core=cores[self.route.devices.index(at.id) % len(cores)] if cores else None,
+            epoch=self.number,
+        )
+
+    def dials(self) -> list[tuple[str, str]]:
+        """(who opens, to whom) for every pair that exchanges: the edge side opens, it may sit behind NAT."""
+        order = self.topology.ids
+        pairs = {frozenset((m.source, m.target)) for b in self.route.boundaries for m in b.messages}
+
+        def rank(device: DeviceId) -> tuple[bool, int]:
+            return self.topology.device(device).tier == "cloud", order.index(device)
+
+        return [(a, b) for a, b in (sorted(pair, key=rank) for pair in sorted(pairs, key=sorted))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A session whose KV has to be there in the next epoch too: positions [start, stop) are to be copied.
+
+    Pieces that no living device holds come from `files` in `store`, or not at all.
+    """
+
+    number: int
+    capacity: int
+    stop: int
+    start: int = 0
+    files: tuple[Saved, ...] = ()
+    store: str | None = None
+
+
+@dataclass
+class Next:
+    """An epoch on its way, and what it took. `done` is set at the end, with `error` if it came to nothing."""
+
+    epoch: Epoch
+    sessions: list[Kept] = field(default_factory=list)
+    staged: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+    stage_s: float = 0.0
+    pause_s: float = 0.0
+    staged_bytes: int = 0
+    tail_bytes: int = 0
+
+    def fail(self, error: Exception) -> None:
+        """It will not run."""
+        self.error = error
+        self.done.set()
+
+
+def stage_orders(
+    epoch: Epoch, now: Epoch, sessions: Sequence[Kept], endpoints: Mapping[str, Endpoint],
+    void: frozenset[str] = frozenset(),
+) -> dict[str, tuple[str, dict[str, Any]]]:  # fmt: skip
+    """For each device of an epoch. Devices in `void` hold nothing of the epoch that runs now."""
+    return {
+        d: ("stage", {
+            "load": epoch.load_order(d).to_plain(),
+            "sessions": [_session(s, epoch, now, d, endpoints, void) for s in sessions],
+        })
+        for d in epoch.route.devices
+    }  # fmt: skip
+
+
+def switch_orders(
+    epoch: Epoch, before: Epoch | None, sessions: Sequence[Kept], endpoints: Mapping[str, Endpoint], *, spin_s: float,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """For each device; connections that the epoch before has are kept."""
+    known = set(before.dials()) if before is not None else set()
+    dials = [d for d in epoch.dials() if d not in known]
+    orders = {}
+    for device in epoch.route.devices:
+        orders[str(device)] = {
+            "epoch": epoch.number,
+            "dial": {b: astuple(endpoints[b]) for a, b in dials if a == device},
+            "await": [a for a, b in dials if b == device],
+            "spin_s": spin_s,
+            "sessions": [
+                _session(s, epoch, before, device, endpoints, frozenset()) for s in sessions if before is not None
+            ],
+        }
+    return orders
+
+
+def kv_sources(now: Placement, then: Placement, target: str, void: frozenset[str]) -> dict[str | None, list[list[int]]]:
+    """Where a device gets the KV of groups that it is to hold: device (itself, where only the layout changes), or None
+    where all who had it are gone, -> [layer, start, stop]. Layers whose groups stay as they are need nothing.
+    """
+    found: dict[str | None, list[list[int]]] = {}
+    for layer, (before, after) in enumerate(zip(now.layers, then.layers, strict=True)):
+        device = DeviceId(target)
+        wanted = after.attention.ranges(device)
+        if target not in void and before.attention.ranges(device) == wanted:
+            continue
+        for group in (g for r in wanted for g in range(r.start, r.stop)):
+            holders = [str(d) for d, ranges in before.attention.by_device if any(r.start <= group < r.stop for r in ranges)]
+            living = sorted((d for d in holders if d not in void), key=lambda d: d != target)
+            pieces = found.setdefault(living[0] if living else None, [])
+            if pieces and pieces[-1][0] == layer and pieces[-1][2] == group:
+                pieces[-1][2] = group + 1
+            else:
+                pieces.append([layer, group, group + 1])
+    return found
+
+
+def _session(
+    session: Kept, epoch: Epoch, now: Epoch, device: str, endpoints: Mapping[str, Endpoint], void: frozenset[str]
+) -> dict[str, Any]:
+    sources = kv_sources(now.placement, epoch.placement, device, void)
+    lost = sources.pop(None, [])
+    return {
+        "id": session.number, "capacity": session.capacity, "start": session.start, "stop": session.stop,
+        "sources": [
+            {"device": d, "endpoint": astuple(endpoints[d]), "epoch": now.number, "pieces": p}
+            for d, p in sources.items() if d is not None
+        ],
+        "lost": lost, "files": [asdict(f) for f in session.files] if lost else [], "store": session.store,
+    }  # fmt: skip
+
+
+def the_same_weights(answers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse devices that read different checkpoints.
+
+    Raises:
+        ModelError: says who has which.
+    """
+    prints = {d: a["fingerprint"] for d, a in answers.items()}
+    if len(set(prints.values())) > 1:
+        raise ModelError(
+            "weights of the devices",
+            expected="the same checkpoint on every device",
+            actual=prints,
+            remedy="copy one checkpoint to every model_path",
+        )
+
+
+def astuple(endpoint: Endpoint) -> tuple[str, str, int]:
+    """For the wire."""
+    return endpoint.unix, endpoint.host, endpoint.port

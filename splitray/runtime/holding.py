@@ -1,0 +1,162 @@
+"""What one device holds in one epoch: its slices, its side of the exchange rule, and the KV of every session.
+
+A device has one that runs and, while a re-placement is under way, a second one that shares all that both hold.
+Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from splitray.arch import Range
+from splitray.errors import InputError
+from splitray.model.kv_cache import KvCache, sliding_windows
+from splitray.model.reading import StateDictSource, read_config
+from splitray.model.slice_reader import Source
+from splitray.model.surgery import Shard
+from splitray.runtime.coded import CodedCrossing
+from splitray.runtime.crossing import Crossing, Junction
+from splitray.runtime.messages import LoadOrder
+from splitray.runtime.wire import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class KvPiece:
+    """The KV of some groups of a layer, of one session."""
+
+    layer: int
+    groups: Range
+
+
+@dataclass(slots=True)
+class Holding:
+    """See above. `caches` are by session."""
+
+    order: LoadOrder
+    source: Source
+    shard: Shard | None
+    crossing: Crossing
+    head_rows: dict[str, Tensor]
+    windows: tuple[bool, ...]
+    caches: dict[int, KvCache] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Whose placement this is."""
+        return self.order.epoch
+
+    def cache(self, session: int, capacity: int) -> KvCache:
+        """A session's cache, made if there is none."""
+        if session not in self.caches:
+            layers = self.order.arch.num_layers
+            windows = self.windows or (False,) * layers
+            self.caches[session] = KvCache(num_layers=layers, windows=windows, capacity=capacity)
+        return self.caches[session]
+
+    def groups(self, layer: int) -> tuple[Range, ...]:
+        """The KV head groups that are held of a layer."""
+        return self.order.spec.layers[layer].groups if self.order.spec is not None else ()
+
+    def adopt(self, other: Holding, session: int) -> None:
+        """Share the KV of layers of which both hold the same groups."""
+        cache, old = self.cache(session, other.caches[session].capacity), other.caches[session]
+        for layer in range(self.order.arch.num_layers):
+            if self.groups(layer) and self.groups(layer) == other.groups(layer):
+                cache.adopt(layer, old)
+
+    def read(self, session: int, piece: KvPiece, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Copies of keys and values, positions [start, stop); None if nothing is written there yet."""
+        cache = self.caches.get(session)
+        at = _place(self.groups(piece.layer), piece.groups)
+        return None if cache is None else cache.piece(piece.layer, at, piece.groups.count, start, stop)
+
+    def write(self, session: int, piece: KvPiece, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values of a session that has a cache here."""
+        held = self.groups(piece.layer)
+        where = self.crossing.torch_device
+        self.caches[session].put(
+            piece.layer, _place(held, piece.groups), sum(r.count for r in held), start, keys.to(where), values.to(where)
+        )
+
+
+def build(
+    order: LoadOrder,
+    *,
+    device: str,
+    wire: Wire,
+    junction: Junction,
+    memory: StateDictSource | None = None,
+    old: Holding | None = None,
+) -> Holding:
+    """Read what a device is to hold and does not hold yet.
+
+    Args:
+        order: what to hold.
+        device: this one.
+        wire: of this device.
+        junction: that its shards exchange through.
+        memory: gives weights instead of a model folder.
+        old: what it holds of the same model now.
+
+    Raises:
+        InputError: the model or the torch device cannot be used.
+    """
+    from splitray.model.source import Checkpoint
+
+    if old is not None and old.order.model_path != order.model_path:
+        old = None
+    source: Source = old.source if old is not None else memory or Checkpoint(order.model_path)
+    kind = Crossing if order.route.codec == "none" else CodedCrossing
+    crossing = kind(device, order.route, order.arch, wire)
+    crossing.torch_device = torch.device(order.torch_device)
+    head_rows = {d: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for d, rows in order.head_rows.items()}
+    shard: Shard | None = None
+    windows: tuple[bool, ...] = ()
+    if order.spec is not None:
+        config = memory.config if memory else read_config(order.model_path)
+        if order.torch_device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"torch_device of {device}",
+                expected="a CUDA device on that node",
+                actual="none",
+                remedy="set torch_device: cpu",
+            )
+        before = None if old is None else old.shard
+        windows = sliding_windows(config, order.arch.num_layers)
+        if before is not None and before.spec == order.spec:
+            shard = before
+        else:
+            shard = Shard(
+                config=config,
+                arch=order.arch,
+                layout=order.layout,
+                spec=order.spec,
+                source=source,
+                exchange=junction,
+                torch_device=order.torch_device,
+                reuse=before,
+            )
+            if order.lean:
+                shard.make_lean(None if before is None else before.lean)
+    return Holding(order, source, shard, crossing, head_rows, windows)
+
+
+def pieces(plain: Sequence[Sequence[int]]) -> Iterator[KvPiece]:
+    """From lists of layer, start, stop."""
+    for layer, start, stop in plain:
+        yield KvPiece(layer, Range(start, stop))
+
+
+def _place(held: Sequence[Range], wanted: Range) -> int:
+    """Where a range of groups begins among the local ones."""
+    at = 0
+    for r in held:
+        if r.start <= wanted.start and wanted.stop <= r.stop:
+            return at + wanted.start - r.start
+        at += r.count
+    raise AssertionError(f"{wanted} is not within {held}")
+

@@ -1,0 +1,85 @@
+"""Checkpoints of a run while it goes on: when they are due, what they cost, and whether they are being kept at all."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from splitray.errors import DeviceLost, InputError
+from splitray.runtime.asking import ask
+from splitray.runtime.checkpoint import Saved, Store, StoreError, best_period_tokens
+
+if TYPE_CHECKING:
+    from splitray.runtime.engine import Engine
+    from splitray.runtime.session import Session
+
+logger = logging.getLogger(__name__)
+_FIRST_TOKENS = 16
+_WRITE_S = 60.0  # of silence from a device that writes its part
+
+
+class Protection:
+    """Saves one session, one checkpoint at a time, in a thread of its own."""
+
+    def __init__(self, engine: Engine, session: Session, *, url: str, every: int | None, failures_per_s: float) -> None:
+        """`every` tokens; None: as Young's formula says from the measured cost and the rate of failures."""
+        self.url, self.session = url, session
+        self.problem: str | None = None
+        self.cost_s = 0.0
+        self.num_bytes = 0
+        self.count = 0
+        self._engine, self._every, self._failures_per_s = engine, every, failures_per_s
+        self._store = Store(url)
+        self._thread: threading.Thread | None = None
+        self._began = time.monotonic()
+
+    @property
+    def period_tokens(self) -> int:
+        """Tokens from one to the next."""
+        if self._every is not None:
+            return self._every
+        steps = len(self.session.steps)
+        if not self.count or not steps:
+            return _FIRST_TOKENS
+        tpot_s = (time.monotonic() - self._began) / steps
+        return best_period_tokens(self.cost_s / self.count, self._failures_per_s, tpot_s)
+
+    def token(self) -> None:
+        """One more token is there: save if it is time and the last one is done."""
+        stop = self.session.positions
+        start = self.session.saved[-1].stop if self.session.saved else 0
+        if stop - start < self.period_tokens or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._thread = threading.Thread(target=self._save, args=(start, stop), name="splitray-checkpoint", daemon=True)
+        self._thread.start()
+
+    def _save(self, start: int, stop: int) -> None:
+        engine, session = self._engine, self.session
+        order = {"session": session.number, "epoch": engine.epoch, "start": start, "stop": stop, "store": self.url}
+        try:
+            answers = ask(dict.fromkeys(map(str, engine.route.devices), ("checkpoint", order)), engine.endpoints,
+                          engine.fleet.token, within_s=_WRITE_S)  # fmt: skip
+            files = [Saved.from_plain(a["file"]) for a in answers.values() if a["file"]]
+            self._store.write_manifest(session.number, [*session.saved, *files], session.ids)
+        except (DeviceLost, InputError, RuntimeError, *StoreError) as error:
+            if self.problem is None:  # generation goes on; what is not protected is said once
+                logger.warning("the run goes on without a new checkpoint: %s", error)
+            self.problem = str(error)
+            return
+        session.saved.extend(files)
+        self.problem = None
+        self.count += 1
+        self.cost_s += sum(a["cpu_s"] for a in answers.values())
+        self.num_bytes += sum(f.num_bytes for f in files)
+
+    def settle(self) -> None:
+        """Wait for the one under way: what it reads is about to change."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def end(self) -> None:
+        """The session is over."""
+        self.settle()
+        self._store.forget(self.session.number)

@@ -1,0 +1,203 @@
+"""What the engine does when a device is gone or silent: bring it back or do without it, and go on at the same token.
+
+Every fault is treated alike. Who still lives stops where it is; who is dead is started anew, and who cannot be is left
+out by another placement; each piece of KV comes from a living holder, else from a checkpoint; the positions that nobody
+has are read again from their tokens, all at once. In float32 the tokens are those of a run without a fault.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from splitray.errors import DeviceLost, InputError
+from splitray.placement import Placement
+from splitray.runtime.asking import Unanswered, ask
+from splitray.runtime.backoff import Backoff
+from splitray.runtime.epoch import Kept, astuple, stage_orders, the_same_weights
+from splitray.topology import Topology
+
+if TYPE_CHECKING:
+    from splitray.runtime.engine import Engine
+    from splitray.runtime.session import Session
+
+_LOAD_S = 600.0
+_PROBE_S = 0.25
+
+Replan = Callable[[Topology, int], Placement]
+"""From the devices that are left and the tokens of context to a placement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What may be done.
+
+    Args:
+        store: URL or folder of checkpoints that all devices reach; without one, lost KV is computed from the tokens.
+        every_tokens: between checkpoints; by default Young's period for `failures_per_s` and the measured cost.
+        restarts: how often each device may be started anew.
+        replan: gives the placement that does without lost devices; None: there is to be none.
+        patience_s: how long a device that lives but is not reached is waited for before it is left out.
+        stall_s: without a token after which devices are asked whether they live.
+        backoff: when to look again.
+    """
+
+    store: str | None = None
+    every_tokens: int | None = None
+    failures_per_s: float = 1 / 3600
+    restarts: int = 3
+    replan: Replan | None = None
+    patience_s: float = 5.0
+    stall_s: float = 0.5
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+@dataclass(slots=True, kw_only=True)
+class Fault:
+    """One fault as it was met. Times are from its detection; `replayed` positions were read again."""
+
+    reason: str
+    restarted: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    restart_s: float = 0.0
+    load_s: float = 0.0
+    recovery_s: float = 0.0
+    replayed: int = 0
+
+
+def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fault:
+    """Make the engine able to go on with a session.
+
+    Raises:
+        DeviceLost: within the budget there was no way; says what is missing.
+    """
+    recovery = engine.recovery
+    assert recovery is not None, "asked for"
+    began, fault, last = time.monotonic(), Fault(reason=str(error)), str(error)
+    for wait_s in recovery.backoff.waits():
+        gone = [d for d in engine.fleet.dead() if d in engine.endpoints]
+        gone = _restarted(engine, gone, fault)
+        living = [d for d in engine.endpoints if d not in gone]
+        silent, void = _settled(engine, living)
+        out = [*gone, *(d for d in silent if d in engine.route.devices)]
+        late = time.monotonic() - began > recovery.patience_s
+        try:
+            if not out or ((late or not silent) and recovery.replan is not None):
+                _rebuild(engine, session, fault, out=[*gone, *silent], void=frozenset({*void, *gone, *silent}))
+                fault.recovery_s = time.monotonic() - began
+                engine.faults.append(fault)
+                return fault
+            last = f"{', '.join(out)} cannot be reached"
+        except DeviceLost as again:
+            last = str(again)
+        if gone and recovery.replan is None:
+            break
+        time.sleep(wait_s)
+    raise DeviceLost(f"{fault.reason}; no way to go on in {time.monotonic() - began:.1f} s: {last}")
+
+
+def _restarted(engine: Engine, gone: list[str], fault: Fault) -> list[str]:
+    """Start dead devices anew; gives those that cannot be."""
+    recovery, left = engine.recovery, []
+    assert recovery is not None, "asked for"
+    for device in gone:
+        if engine.restarts.get(device, 0) >= recovery.restarts:
+            left.append(device)
+            continue
+        engine.restarts[device] = engine.restarts.get(device, 0) + 1
+        began = time.monotonic()
+        try:
+            engine.endpoints[device] = engine.fleet.restart(engine.topology.device(device))  # type: ignore[arg-type]
+            fault.restarted = (*fault.restarted, device)
+        except DeviceLost:
+            left.append(device)
+        fault.restart_s += time.monotonic() - began
+    return left
+
+
+def _settled(engine: Engine, living: list[str]) -> tuple[list[str], list[str]]:
+    """Stop what still runs; gives who is not reached, and who answers but holds nothing of this epoch."""
+    silent: dict[str, str] = {}
+    answers: dict[str, dict[str, object]] = {}
+    for device in living:
+        try:
+            answers |= ask({device: ("abort", {"epoch": engine.epoch})}, engine.endpoints, engine.fleet.token,
+                           within_s=_PROBE_S)  # fmt: skip
+        except Unanswered as error:
+            silent |= error.silent
+    pairs = [(a, b) for a, b in engine.now.dials() if a in answers and b in answers]
+    for device in answers:
+        peers = {b: astuple(engine.endpoints[b]) for a, b in pairs if a == device}
+        if not peers:
+            continue
+        try:
+            order = {"peers": peers, "within_s": _PROBE_S}
+            (answer,) = ask({device: ("reach", order)}, engine.endpoints, engine.fleet.token,
+                            within_s=_PROBE_S * (len(peers) + 2)).values()  # fmt: skip
+            silent |= {_far(engine, device, peer): "its link is down" for peer in answer["unreached"]}
+        except Unanswered as error:
+            silent |= error.silent
+    void = [d for d, a in answers.items() if a["epoch"] != engine.epoch]
+    return list(silent), void
+
+
+def _far(engine: Engine, a: str, b: str) -> str:
+    """Which of two that do not reach each other is left out: not the origin, where the tokens go."""
+    return a if b == engine.topology.origin else b
+
+
+def _rebuild(engine: Engine, session: Session | None, fault: Fault, *, out: list[str], void: frozenset[str]) -> None:
+    """Stage and switch, on the same placement or on another one without `out`."""
+    recovery, began = engine.recovery, time.monotonic()
+    assert recovery is not None, "asked for"
+    placement, topology = engine.placement, engine.topology
+    needed = [d for d in out if d in engine.route.devices]
+    if needed:
+        assert recovery.replan is not None, "checked"
+        topology = _without(topology, out)
+        context = session.capacity if session is not None else 0
+        try:
+            placement = recovery.replan(topology, context)
+        except InputError as error:
+            raise DeviceLost(f"without {', '.join(out)} there is no placement: {error}") from error
+    engine.last_epoch = max(engine.last_epoch, engine.epoch) + 1
+    epoch = engine.now.moved(placement, topology, engine.last_epoch)
+    for device in epoch.route.devices:
+        engine.dial(device)
+    kept = [] if session is None or not session.steps else [
+        Kept(number=session.number, capacity=session.capacity, stop=session.positions, files=tuple(session.saved),
+             store=recovery.store)
+    ]  # fmt: skip
+    answers = ask(stage_orders(epoch, engine.now, kept, engine.endpoints, void), engine.endpoints, engine.fleet.token,
+                  within_s=_LOAD_S)  # fmt: skip
+    the_same_weights(answers)
+    fault.load_s += time.monotonic() - began
+    engine.switch(epoch, [], anew=True)
+    if needed:
+        fault.left_out = (*fault.left_out, *needed)
+        engine.topology = topology
+        for device in needed:
+            engine.leave(device)
+    if session is not None:
+        session.valid = min((a["valid"].get(session.number, 0) for a in answers.values()), default=0) if kept else 0
+        fault.replayed += max(0, session.positions - session.valid)
+
+
+def _without(topology: Topology, out: list[str]) -> Topology:
+    """The devices that are left.
+
+    Raises:
+        DeviceLost: none are, or the origin that holds pinned pieces is gone.
+    """
+    left = tuple(d for d in topology.devices if d.id not in out)
+    if not left:
+        raise DeviceLost("no device is left")
+    origin = topology.origin
+    if origin in out:
+        if topology.origin_holds != "none":
+            raise DeviceLost(f"{origin} is gone, and by origin_holds its pieces may be nowhere else")
+        origin = left[0].id
+    links = tuple(x for x in topology.links if x.source not in out and x.target not in out)
+    return replace(topology, devices=left, links=links, origin=origin)

@@ -1,0 +1,63 @@
+"""One batch of sequences being generated, as the engine knows it: what it takes to go on anywhere, from any position."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from splitray.runtime.checkpoint import Saved
+from splitray.runtime.messages import DecodeOrder
+from splitray.runtime.sampling import Sampling
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """See above.
+
+    `valid` is the position below which the devices hold the KV of all pieces as the placement has them.
+    """
+
+    number: int
+    prompt: list[list[int]]
+    attention_mask: list[list[int]] | None
+    sampling: Sampling
+    steps: list[list[int]] = field(default_factory=list)
+    """New ids, [steps][batch]."""
+    valid: int = 0
+    saved: list[Saved] = field(default_factory=list)
+    """Checkpoints, without gaps from position 0."""
+
+    @property
+    def positions(self) -> int:
+        """Positions whose KV a fleet without a fault has: the last token is only known, not read yet."""
+        return max(0, len(self.prompt[0]) + len(self.steps) - 1) if self.steps else 0
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the longest that it can become."""
+        return len(self.prompt[0]) + self.sampling.max_new_tokens
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """All ids so far, [batch][positions]."""
+        return [row + [ids[i] for ids in self.steps] for i, row in enumerate(self.prompt)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every sequence has its last token."""
+        if len(self.steps) >= self.sampling.max_new_tokens:
+            return True
+        stops = set(self.sampling.stop_ids)
+        return bool(stops) and all(any(i in stops for i in row) for row in zip(*self.steps, strict=True))
+
+    def order(self, attempt: int, epoch: int) -> dict[str, Any]:
+        """Go on from here."""
+        mask = self.attention_mask
+        if mask is not None:
+            mask = [row + [1] * len(self.steps) for row in mask]
+        return asdict(
+            DecodeOrder(
+                session=self.number, attempt=attempt, epoch=epoch, prompt=self.ids, attention_mask=mask,
+                sampling=asdict(self.sampling), capacity=self.capacity, start=self.valid, done=len(self.steps),
+            )
+        )  # fmt: skip

@@ -1,0 +1,211 @@
+"""What a device answers while a run goes on: staging of the next placement, copies of KV, checkpoints, a sign of life.
+
+One thread for each engine or device that has dialled; the run has its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+from torch import Tensor
+
+from splitray.errors import DeviceLost
+from splitray.runtime.checkpoint import Saved, Store
+from splitray.runtime.crossing import payload_of, tensor_of
+from splitray.runtime.holding import Holding, KvPiece, build, pieces
+from splitray.runtime.listener import dial
+from splitray.runtime.messages import LoadOrder, error_from_plain, error_to_plain
+from splitray.runtime.wire import Channel, Endpoint, Kind
+
+if TYPE_CHECKING:
+    from splitray.runtime.shard_host import ShardHost
+
+_COPY_S = 20.0  # of silence from a device that is to send KV
+_HEADER = (0, 0, 0, 0, 0, "", ())
+
+
+class Side:
+    """Serves one such connection."""
+
+    def __init__(self, host: ShardHost, channel: Channel) -> None:
+        """Start at once."""
+        self._host, self._channel = host, channel
+        self._thread = threading.Thread(target=self._serve, name=f"splitray-side-{host.device}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the other end is still there."""
+        return self._thread.is_alive()
+
+    def cut(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def close(self) -> None:
+        """End the connection and wait for the thread."""
+        self.cut()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                frame = self._channel.read()
+                assert frame is not None, "a blocking read returns a frame"
+                order = msgpack.unpackb(bytes(frame.payload), strict_map_key=False)
+                try:
+                    self._execute(order.pop("op"), order)
+                except Exception as error:  # noqa: BLE001 - the process's boundary: every failure becomes a reply
+                    self._reply({"error": error_to_plain(error)})
+            except (DeviceLost, OSError):
+                self._channel.close()
+                return
+
+    def _execute(self, op: str, order: dict[str, Any]) -> None:
+        host = self._host
+        match op:
+            case "ping":
+                self._reply({"epoch": host.current.epoch if host.current else None})
+            case "reach":
+                self._reply({"unreached": _unreached(host, order)})
+            case "abort":
+                host.sever()
+                host.revert(order["epoch"])
+                self._reply({"epoch": host.current.epoch if host.current else None})
+            case "stage":
+                self._reply(self._stage(order))
+            case "unstage":
+                host.staged = None
+                self._reply({})
+            case "kv":
+                self._kv(order)
+            case "checkpoint":
+                self._reply(self._checkpoint(order))
+            case _:
+                raise RuntimeError(f"unknown order {op}")
+
+    def _stage(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Read the slices of the next placement and copy the KV that there is; what runs goes on."""
+        host, started = self._host, time.monotonic()
+        load = LoadOrder.from_plain(order["load"])
+        host.staged = None
+        staged = build(
+            load, device=host.device, wire=host.wire, junction=host.junction, memory=host.memory, old=host.current
+        )
+        copied, valid = 0, {}
+        for session in order["sessions"]:
+            copied += host.copy(staged, session)
+            valid[session["id"]] = session["stop"]
+            if session["lost"]:
+                store = Store(session["store"]) if session["store"] else None
+                files = [Saved.from_plain(f) for f in session["files"]]
+                wanted = list(pieces(session["lost"]))
+                number = session["id"]
+                valid[number] = store.restore(staged, number, wanted, files) if store else 0
+        host.staged = staged
+        return {
+            "fingerprint": staged.source.fingerprint(),  # type: ignore[attr-defined]
+            "load_s": time.monotonic() - started,
+            "copied_bytes": copied,
+            "valid": valid,
+            **host.stats(),
+            "weight_bytes": staged.shard.weight_bytes if staged.shard else 0,
+            "checkpoint_bytes_read": staged.source.bytes_read,
+        }
+
+    def _kv(self, order: dict[str, Any]) -> None:
+        """Send keys and values of pieces of one session, one frame each."""
+        holding = self._holding(order["epoch"])
+        for piece in pieces(order["pieces"]):
+            kv = holding.read(order["session"], piece, order["start"], order["stop"])
+            for tensor in kv or ():
+                self._send(tensor)
+        self._reply({})
+
+    def _holding(self, epoch: int) -> Holding:
+        for holding in (self._host.current, self._host.previous):
+            if holding is not None and holding.epoch == epoch:
+                return holding
+        raise DeviceLost(f"{self._host.device} has nothing of epoch {epoch} any more")
+
+    def _checkpoint(self, order: dict[str, Any]) -> dict[str, Any]:
+        holding, began = self._holding(order["epoch"]), time.thread_time()
+        saved = Store(order["store"]).save(
+            holding, order["session"], self._host.device, order["start"], order["stop"]
+        )
+        file = {k: getattr(saved, k) for k in Saved.__slots__} if saved else None  # type: ignore[attr-defined]
+        return {"file": file, "cpu_s": time.thread_time() - began}
+
+    def _send(self, tensor: Tensor) -> None:
+        kept, payload = payload_of(tensor)
+        name = str(kept.dtype).removeprefix("torch.")
+        self._channel.send((int(Kind.TENSOR), 0, 0, 0, 0, 0, name, tuple(kept.shape)), payload)
+        self._channel.drain_fully()
+
+    def _reply(self, values: dict[str, Any]) -> None:
+        self._channel.send((int(Kind.REPLY), *_HEADER), msgpack.packb(values))
+        self._channel.drain_fully()
+
+
+def fill(
+    here: ShardHost | None, staged: Holding, source: dict[str, Any], session: int, start: int, stop: int, *,
+    token: bytes,
+) -> int:  # fmt: skip
+    """Copy pieces of a session's KV, positions [start, stop), into what is staged: from this device or another.
+
+    Returns:
+        Bytes that came over the wire.
+    """
+    if start >= stop:
+        return 0
+    if here is not None:
+        current = here.current
+        assert current is not None, "it is a source"
+        for piece in pieces(source["pieces"]):
+            kv = current.read(session, piece, start, stop)
+            if kv is not None:
+                staged.write(session, piece, start, *kv)
+        return 0
+    channel = dial(Endpoint(*source["endpoint"]), me="side/kv", peer=source["device"], token=token, deadline_s=_COPY_S)
+    try:
+        return _fetch(channel, staged, source, session, start, stop)
+    finally:
+        channel.close()
+
+
+def _fetch(channel: Channel, staged: Holding, source: dict[str, Any], session: int, start: int, stop: int) -> int:
+    order = {"op": "kv", "session": session, "epoch": source["epoch"], "pieces": source["pieces"],
+             "start": start, "stop": stop}  # fmt: skip
+    channel.send((int(Kind.CALL), *_HEADER), msgpack.packb(order))
+    channel.drain_fully()
+    wanted: list[KvPiece] = list(pieces(source["pieces"]))
+    got: list[Tensor] = []
+    copied = 0
+    while True:
+        frame = channel.read()
+        assert frame is not None, "a blocking read returns a frame"
+        if frame.kind == Kind.REPLY:
+            values = msgpack.unpackb(bytes(frame.payload))
+            if "error" in values:
+                raise error_from_plain(values["error"], source["device"])
+            return copied
+        got.append(tensor_of(frame))
+        copied += len(frame.payload)
+        if len(got) == 2:
+            staged.write(session, wanted.pop(0), start, *got)
+            got.clear()
+
+
+def _unreached(host: ShardHost, order: dict[str, Any]) -> list[str]:
+    """Peers that do not answer a new connection."""
+    failed = []
+    for peer, endpoint in order["peers"].items():
+        try:
+            dial(Endpoint(*endpoint), me="side/probe", peer=peer, token=host.token, deadline_s=order["within_s"],
+                 within_s=order["within_s"]).close()  # fmt: skip
+        except DeviceLost:
+            failed.append(peer)
+    return failed

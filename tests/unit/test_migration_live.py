@@ -1,0 +1,132 @@
+"""Placements that change while tokens come: the tokens are those of a run that stays where it is, and bytes the formula's."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from families import FAMILIES, MORE, family_model
+from splits import greedy, split
+
+from splitray.migration import diff
+from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
+from splitray.runtime.decode import DecodeLoop
+from splitray.runtime.recovery import Recovery
+from splitray.runtime.sampling import Sampling
+
+PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
+NEW_TOKENS = 60
+SOON_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def devices_that_take_their_time(monkeypatch):
+    """Else small models have said all before a placement is staged."""
+    at_once = DecodeLoop._emit
+
+    def later(loop, ids_B):
+        time.sleep(0.01)
+        at_once(loop, ids_B)
+
+    monkeypatch.setattr(DecodeLoop, "_emit", later)
+
+
+def another(engine, seed: int):
+    state = ClusterState(arch=engine.arch, topology=engine.topology)
+    return make_planner("random", seed=seed).propose(state)
+
+
+def moved_while_generating(engine, prompt, sampling, seeds):
+    """Tokens of a run in which placement after placement takes over, and the migrations."""
+    tokens, done, seeds = [], [], list(seeds)
+    for token in engine.stream(prompt, sampling):
+        tokens.append(token)
+        if seeds and (not done or done[-1].done.is_set()):
+            done.append(engine.migrate(another(engine, seeds.pop(0))))
+            assert done[-1].staged.wait(SOON_S)
+    assert all(m.done.wait(SOON_S) and m.error is None for m in done)
+    return tokens, done
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_every_family_moves_while_it_generates(family):
+    model = family_model(family)
+    with split(model, devices=3, seed=1, recovery=Recovery()) as engine:
+        tokens, moves = moved_while_generating(engine, PROMPT, Sampling(max_new_tokens=NEW_TOKENS), range(2, 5))
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+        assert len(moves) == 3 == engine.epoch
+        again = list(engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)))
+        assert again == tokens, "the placement that stays runs on"
+        assert {s["kv_bytes"] for s in engine.stats().values()} == {0}, "nothing is left of the sessions"
+
+
+def test_sampling_goes_on_with_the_same_numbers():
+    model = family_model("qwen3")
+    settings = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=7)
+    with split(model, devices=3, seed=1) as engine:
+        still = list(engine.stream(PROMPT, settings))
+    with split(model, devices=3, seed=1, recovery=Recovery()) as engine:
+        tokens, _ = moved_while_generating(engine, PROMPT, settings, range(2, 6))
+    assert tokens == still
+
+
+def test_bytes_are_those_of_the_formula():
+    model = family_model("llama")
+    with split(model, devices=3, seed=1, recovery=Recovery()) as engine:
+        for seed in range(2, 6):
+            before = engine.placement
+            positions = len(PROMPT)
+            moves = []
+            for n, _ in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)), start=1):
+                if not moves:
+                    moves.append(engine.migrate(another(engine, seed)))
+                    assert moves[0].staged.wait(SOON_S)
+                if moves[0].done.is_set() and len(moves) == 1:
+                    positions += n - 2  # the switch came before this token, which was read by the new placement
+                    moves.append(None)
+            wanted = sum(m.kv_bytes for m in diff(before, engine.placement, engine.arch, 1))
+            got = moves[0].staged_bytes + moves[0].tail_bytes
+            assert got % wanted == 0 if wanted else got == 0
+            if wanted:
+                assert got // wanted == positions
+
+
+def test_a_migration_without_a_run_happens_at_once_and_keeps_sessions_of_hf_generate():
+    from splitray.runtime.hf import CacheHandle
+
+    model = family_model("llama")
+    ids = torch.tensor([PROMPT])
+    with split(model, devices=3, seed=1, recovery=Recovery()) as engine, torch.no_grad():
+        handle = CacheHandle(engine, 40)
+        logits = engine.step(session=handle.session, ids_BT=ids, position=0, keep=1, capacity=40)
+        move = engine.migrate(another(engine, 2))
+        assert move.done.wait(SOON_S) and move.error is None
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        after = engine.step(session=handle.session, ids_BT=token, position=len(PROMPT), keep=1, capacity=40)
+        expected = model(torch.cat([ids, token], dim=1)).logits[:, -1:]
+        assert torch.allclose(after, expected, atol=1e-4)
+
+
+def test_what_both_placements_hold_is_shared_and_not_read_again():
+    model = family_model("llama")
+    with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
+        before = {d: h.current.shard for d, h in engine.fleet.hosts.items()}
+        move = engine.migrate(engine.placement)
+        assert move.done.wait(SOON_S) and move.error is None
+        for device, host in engine.fleet.hosts.items():
+            assert host.current.shard is before[device]
+        layers = list(engine.placement.layers)
+        turned = type(engine.placement)(
+            (*layers[:-1], type(layers[0])(layers[-1].attention, layers[-1].ffn.whole(engine.arch.ffn_dim, "edge0"))),
+            engine.placement.embedding, engine.placement.head,
+        )  # fmt: skip
+        move = engine.migrate(turned)
+        assert move.done.wait(SOON_S) and move.error is None
+        for device, host in engine.fleet.hosts.items():
+            new, old = host.current.shard, before[device]
+            assert new.layers[0].attention is old.layers[0].attention
+            assert new.layers[-1].ffn is not old.layers[-1].ffn
+            assert new.lean is not None and new.lean.attention[0] is old.lean.attention[0]
+        assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == greedy(model, PROMPT, 8)
