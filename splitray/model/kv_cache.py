@@ -24,6 +24,8 @@ class KvCache:
         self.capacity = capacity
         self.position = 0
         self.length = 0
+        self.written = 0
+        """Positions of steps that are over: others may read them while the next step runs."""
         self.is_sliding = list(windows)
         self.is_linear = [False] * num_layers
         self.is_dummy = [False] * num_layers

@@ -109,7 +109,7 @@ class DecodeLoop:
         if self.mask_BS is not None:
             mask_BS = self.mask_BS[:, : position + new_tokens]
             position_ids = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -new_tokens:]
-        return self.shard.forward(
+        logits = self.shard.forward(
             cache=self.cache,
             tokens_BT=tokens_BT,
             batch=batch,
@@ -117,6 +117,8 @@ class DecodeLoop:
             attention_mask=mask_BS,
             position_ids=position_ids,
         )
+        self.cache.written = position + new_tokens
+        return logits
 
     def _next(self, logits_BTR: Tensor | None, position: int, *, left: int) -> tuple[Tensor | None, bool]:
         """Choose the next token or wait for it; returns (ids or None where nobody needs them here, last)."""

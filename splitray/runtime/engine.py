@@ -115,6 +115,8 @@ class Engine:
         self._name = f"{CALLER}/{secrets.token_hex(6)}"
         self._attempt = self.last_epoch = 0
         self.restarts: dict[str, int] = {}
+        self.disturbed = False
+        """Whether a fault is being seen to."""
         self._channels: dict[str, Channel] = {}
         self._session: Session | None = None
         self._kept: dict[int, Kept] = {}
@@ -375,7 +377,9 @@ class Engine:
             raise error
         if self.next is not None and not self.next.done.is_set():
             self.next.fail(error)
+        self.disturbed = True
         recovered(self, session, error)
+        self.disturbed = False
 
     def _stop_run(self) -> None:
         """Ask for the end of the run at the next token."""

@@ -64,6 +64,8 @@ class Protection:
             files = [Saved.from_plain(a["file"]) for a in answers.values() if a["file"]]
             self._store.write_manifest(session.number, [*session.saved, *files], session.ids)
         except (DeviceLost, InputError, RuntimeError, *StoreError) as error:
+            if engine.epoch != order["epoch"] or engine.disturbed:
+                return  # not the store's fault; the next one comes soon
             if self.problem is None:  # generation goes on; what is not protected is said once
                 logger.warning("the run goes on without a new checkpoint: %s", error)
             self.problem = str(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LOAD_S = 600.0
 _PROBE_S = 0.25
+_STOP_S = 30.0  # a weak device may have seconds of a prompt to finish
 
 Replan = Callable[[Topology, int], Placement]
 """From the devices that are left and the tokens of context to a placement."""
@@ -80,12 +81,13 @@ def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fau
         gone = [d for d in engine.fleet.dead() if d in engine.endpoints]
         gone = _restarted(engine, gone, fault)
         living = [d for d in engine.endpoints if d not in gone]
-        silent, void = _settled(engine, living)
+        silent, void, reached = _settled(engine, living, None if session is None else session.number)
         out = [*gone, *(d for d in silent if d in engine.route.devices)]
         late = time.monotonic() - began > recovery.patience_s
         try:
             if not out or ((late or not silent) and recovery.replan is not None):
-                _rebuild(engine, session, fault, out=[*gone, *silent], void=frozenset({*void, *gone, *silent}))
+                _rebuild(engine, session, fault, out=[*gone, *silent], reached=reached,
+                         void=frozenset({*void, *gone, *silent}))  # fmt: skip
                 fault.recovery_s = time.monotonic() - began
                 engine.faults.append(fault)
                 return fault
@@ -117,30 +119,37 @@ def _restarted(engine: Engine, gone: list[str], fault: Fault) -> list[str]:
     return left
 
 
-def _settled(engine: Engine, living: list[str]) -> tuple[list[str], list[str]]:
-    """Stop what still runs; gives who is not reached, and who answers but holds nothing of this epoch."""
+def _settled(engine: Engine, living: list[str], session: int | None) -> tuple[list[str], list[str], int | None]:
+    """Stop what still runs.
+
+    Returns:
+        Who is not reached; who answers but holds nothing of this epoch; the position up to which all others hold the
+        session's KV (a copy that nobody waits for may be behind), None where nobody has any.
+    """
     silent: dict[str, str] = {}
-    answers: dict[str, dict[str, object]] = {}
+    answers: dict[str, dict[str, Any]] = {}
+
+    def asked(device: str, op: str, order: dict[str, Any], within_s: float) -> None:
+        try:
+            answers[device] = ask({device: (op, order)}, engine.endpoints, engine.fleet.token, within_s=within_s)[device]
+        except Unanswered as error:
+            answers.pop(device, None)
+            silent.update(error.silent)
+
     for device in living:
-        try:
-            answers |= ask({device: ("abort", {"epoch": engine.epoch})}, engine.endpoints, engine.fleet.token,
-                           within_s=_PROBE_S)  # fmt: skip
-        except Unanswered as error:
-            silent |= error.silent
+        asked(device, "ping", {}, _PROBE_S)
+    for device in list(answers):
+        asked(device, "abort", {"epoch": engine.epoch}, _STOP_S)
     pairs = [(a, b) for a, b in engine.now.dials() if a in answers and b in answers]
-    for device in answers:
+    stopped = dict(answers)
+    for device in stopped:
         peers = {b: astuple(engine.endpoints[b]) for a, b in pairs if a == device}
-        if not peers:
-            continue
-        try:
-            order = {"peers": peers, "within_s": _PROBE_S}
-            (answer,) = ask({device: ("reach", order)}, engine.endpoints, engine.fleet.token,
-                            within_s=_PROBE_S * (len(peers) + 2)).values()  # fmt: skip
-            silent |= {_far(engine, device, peer): "its link is down" for peer in answer["unreached"]}
-        except Unanswered as error:
-            silent |= error.silent
-    void = [d for d, a in answers.items() if a["epoch"] != engine.epoch]
-    return list(silent), void
+        if peers:
+            asked(device, "reach", {"peers": peers, "within_s": _PROBE_S}, _PROBE_S * (len(peers) + 2))
+            silent |= {_far(engine, device, p): "its link is down" for p in answers.get(device, {}).get("unreached", ())}
+    void = [d for d, a in stopped.items() if a["epoch"] != engine.epoch]
+    reached = [a["positions"][session] for d, a in stopped.items() if d not in void and session in a["positions"]]
+    return list(silent), void, min(reached, default=None)
 
 
 def _far(engine: Engine, a: str, b: str) -> str:
@@ -148,7 +157,9 @@ def _far(engine: Engine, a: str, b: str) -> str:
     return a if b == engine.topology.origin else b
 
 
-def _rebuild(engine: Engine, session: Session | None, fault: Fault, *, out: list[str], void: frozenset[str]) -> None:
+def _rebuild(
+    engine: Engine, session: Session | None, fault: Fault, *, out: list[str], void: frozenset[str], reached: int | None
+) -> None:
     """Stage and switch, on the same placement or on another one without `out`."""
     recovery, began = engine.recovery, time.monotonic()
     assert recovery is not None, "asked for"
@@ -167,7 +178,8 @@ def _rebuild(engine: Engine, session: Session | None, fault: Fault, *, out: list
     for device in epoch.route.devices:
         engine.dial(device)
     kept = [] if session is None or not session.steps else [
-        Kept(number=session.number, capacity=session.capacity, stop=session.positions, files=tuple(session.saved),
+        Kept(number=session.number, capacity=session.capacity,
+             stop=session.positions if reached is None else min(session.positions, reached), files=tuple(session.saved),
              store=recovery.store)
     ]  # fmt: skip
     answers = ask(stage_orders(epoch, engine.now, kept, engine.endpoints, void), engine.endpoints, engine.fleet.token,

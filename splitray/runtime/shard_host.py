@@ -58,6 +58,7 @@ class ShardHost:
         self.previous: Holding | None = None
         self.caller: Channel | None = None
         self.token, self.memory = token, source
+        self._running = threading.Lock()  # held while an order of the caller is executed
         self._deadline_s = deadline_s
         self._callers: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         self._joined = threading.Condition()
@@ -142,13 +143,16 @@ class ShardHost:
             if frame is None or frame.kind != Kind.CALL:
                 continue
             order = msgpack.unpackb(bytes(frame.payload), strict_map_key=False)
-            try:
-                self._execute(order.pop("op"), order)
-            except Exception as error:  # noqa: BLE001 - the process's boundary: every failure becomes a reply
-                try:
-                    self._reply({"error": error_to_plain(error)})
-                except DeviceLost:
+            with self._running:
+                if caller.closed:  # an order that was given before the engine gave up waiting
                     return
+                try:
+                    self._execute(order.pop("op"), order)
+                except Exception as error:  # noqa: BLE001 - the process's boundary: every failure becomes a reply
+                    try:
+                        self._reply({"error": error_to_plain(error)})
+                    except DeviceLost:
+                        return
 
     def _execute(self, op: str, order: dict[str, Any]) -> None:
         match op:
@@ -220,7 +224,7 @@ class ShardHost:
             Bytes that came over the wire.
         """
         number, start, stop = session["id"], session["start"], session["stop"]
-        staged.cache(number, session["capacity"])
+        staged.cache(number, session["capacity"]).written = stop
         if self.current is not None and number in self.current.caches:
             staged.adopt(self.current, number)
         copied = 0
@@ -229,12 +233,21 @@ class ShardHost:
             copied += fill(self if here else None, staged, source, number, start, stop, token=self.token)
         return copied
 
-    def revert(self, epoch: int) -> None:
-        """Take back a switch that others have not made."""
-        before = self.previous
-        if before is not None and before.epoch == epoch:
-            self.current, self.previous = before, None
-            self.junction.lead_to(before.crossing)
+    def abort(self, epoch: int) -> dict[int, int]:
+        """Stop whatever runs, and take back a switch to an epoch after this one, which others have not made.
+
+        Returns:
+            Of each session, the positions whose KV is certain to be here.
+        """
+        if self.caller is not None:
+            self.caller.close()  # the engine dials anew
+        self.sever()
+        with self._running:
+            before = self.previous
+            if before is not None and before.epoch == epoch:
+                self.current, self.previous = before, None
+                self.junction.lead_to(before.crossing)
+            return {n: c.written for n, c in self.current.caches.items()} if self.current else {}
 
     def _connect(self, order: dict[str, Any]) -> None:
         self.wire.channels = {p: c for p, c in self.wire.channels.items() if not c.closed}
@@ -296,6 +309,7 @@ class ShardHost:
         except DeviceLost:
             self._abort()
             raise
+        cache.written = order.position + order.new_tokens
         if logits.shape[-1]:
             self._reply({}, logits.float())
 

@@ -72,9 +72,8 @@ class Side:
             case "reach":
                 self._reply({"unreached": _unreached(host, order)})
             case "abort":
-                host.sever()
-                host.revert(order["epoch"])
-                self._reply({"epoch": host.current.epoch if host.current else None})
+                positions = host.abort(order["epoch"])
+                self._reply({"epoch": host.current.epoch if host.current else None, "positions": positions})
             case "stage":
                 self._reply(self._stage(order))
             case "unstage":
@@ -105,6 +104,7 @@ class Side:
                 wanted = list(pieces(session["lost"]))
                 number = session["id"]
                 valid[number] = store.restore(staged, number, wanted, files) if store else 0
+                staged.caches[number].written = valid[number]
         host.staged = staged
         return {
             "fingerprint": staged.source.fingerprint(),  # type: ignore[attr-defined]
