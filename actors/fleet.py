@@ -23,7 +23,7 @@ from actors.cluster import Membership
 from actors.device import DeviceHost, Seat
 from actors.edge import EdgeActor
 from actors.seating import CPU, GPU, demand, find_seats, no_room
-from splitray.errors import DeviceLost
+from splitray.errors import DeviceLost, InputError
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.shard_host import DEADLINE_S
 from splitray.runtime.wire import Endpoint, new_token
@@ -108,6 +108,26 @@ class RayFleet(Fleet):
         for ref in self._ended(0.0):
             self._dead[self._ends.pop(ref)] = _end(ref)
         return dict(self._dead)
+
+    def restart(self, device: Device) -> Endpoint:
+        """Start a dead device's actor anew, on any node that offers what it asks for: its own may be gone.
+
+        Raises:
+            DeviceLost: there is no room, or it did not come up.
+        """
+        before = self._actors.pop(device.id)
+        self._ends = {ref: d for ref, d in self._ends.items() if d != device.id}
+        ray.kill(before)
+        try:
+            demands, nodes = self._seated([device])
+        except InputError as error:
+            raise DeviceLost(f"{device.id}: {error}") from error
+        actor = self._actors[device.id] = self._actor(device, demands[device.id], nodes[device.id])
+        refs = (actor.endpoint.remote(), actor.ping.remote())
+        endpoint, self.seats[device.id] = self._answers(device.id, refs, time.monotonic() + self._start_s)
+        self._ends[actor.until_stopped.remote()] = device.id
+        self._dead.pop(device.id, None)
+        return endpoint
 
     def pid(self, device: str) -> int:
         """Process id of a device, on its node."""

@@ -130,11 +130,11 @@ def _finished(recipe: Recipe, checkpoint: Path, folder: Path) -> dict[str, Any]:
         for climate in HELD_OUT:
             scores = [
                 score(
-                    decide, cell, climate, spec=recipe.spec, seed=_EVALUATION_SEED,
+                    decide, cell, climate, spec=spec, seed=_EVALUATION_SEED,
                     num_instances=min(64, recipe.num_instances), num_slots=recipe.num_slots // 2,
                     leave_out=frozenset(recipe.leave_out),
                 )
-                for decide in (ours, program())
+                for decide, spec in ((ours, recipe.spec), (program(), replace(recipe.spec, variant="dp_knobs")))
             ]  # fmt: skip
             against = paired(scores[0].latency_s, scores[1].latency_s)
             rows.append(

@@ -226,6 +226,9 @@ class LeanLoop:
         """
         self.exchange, self.rotary = exchange, rotary
         self._ends = (embedding, head)
+        self.head: Array | None
+        self.head_bias: Array | None
+        self.table: Array | None
         if reuse is not None and reuse._ends == self._ends:
             self.head, self.head_bias, self.table = reuse.head, reuse.head_bias, reuse.table
         else:
@@ -236,12 +239,10 @@ class LeanLoop:
             (held.get(x.attention) or _Attention(x, i, arch)) if x.attention_module else None
             for i, x in enumerate(layers)
         ]
-        self.ffn: list[_Ffn | None] = [
-            (held.get(x.ffn) or _Ffn(x)) if x.ffn_module else None for x in layers
-        ]
-        self.held = {x.attention: a for x, a in zip(layers, self.attention, strict=True)} | {
-            x.ffn: f for x, f in zip(layers, self.ffn, strict=True)
-        }
+        self.ffn: list[_Ffn | None] = [(held.get(x.ffn) or _Ffn(x)) if x.ffn_module else None for x in layers]
+        self.held: dict[SubBlock, Any] = {}
+        for layer, attention, ffn in zip(layers, self.attention, self.ffn, strict=True):
+            self.held |= {layer.attention: attention, layer.ffn: ffn}
         self.norm = _norm(norm) if head is not None and norm is not None else None
         self._cos_Sd = self._sin_Sd = np.empty((0, 0), np.float32)
 

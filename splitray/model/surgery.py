@@ -284,14 +284,16 @@ class Shard:
             return module
 
         parts = [
-            old[0] or SubBlock(
+            old[0]
+            or SubBlock(
                 norm=norm(layout.attention_norm, bool(share.groups)),
                 body=self._attention(layer, i) if share.groups else None,
                 post=norm(layout.attention_post_norm, share.attention_post),
                 scale=layout.residual_scale,
                 post_norm=layout.has_post_norm,
             ),
-            old[1] or SubBlock(
+            old[1]
+            or SubBlock(
                 norm=norm(layout.ffn_norm, bool(share.columns)),
                 body=self._ffn(layer, i) if share.columns else None,
                 post=norm(layout.ffn_post_norm, share.ffn_post),
@@ -310,7 +312,7 @@ class Shard:
         split.attention_module = getattr(layer, layout.attention) if share.groups else None
         split.ffn_module = getattr(layer, layout.ffn[0]) if share.columns else None
         if self._reuse is not None:
-            before = self._reuse.layers[i]
+            before: Any = self._reuse.layers[i]
             split.attention_module = before.attention_module if old[0] else split.attention_module
             split.ffn_module = before.ffn_module if old[1] else split.ffn_module
         for name, value in vars(layer).items():
@@ -319,7 +321,7 @@ class Shard:
         return split
 
     def _kept(self, i: int) -> tuple[SubBlock | None, SubBlock | None]:
-        """Sub-blocks of a layer that the other shard holds just so. Families with one norm for both keep both or none."""
+        """Sub-blocks of a layer that the other shard holds just so; where both run in parallel, both or none."""
         if self._reuse is None:
             return None, None
         there: Any = self._reuse.layers[i]

@@ -170,5 +170,3 @@ def _armed(fleet: ThreadFleet, device: str, moment: Moment, message: int) -> Ite
 
 def _open_files() -> int:
     return psutil.Process().num_fds()
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,15 @@ class Splitwise(PPO):
         for cell in recipe.judged_on or recipe.cells[:1]:
             climate = recipe.climates[len(recipe.climates) // 2]
             waits = partial(
-                score, cell=cell, climate=climate, spec=recipe.spec, seed=_JUDGED_SEED,
+                score, cell=cell, climate=climate, seed=_JUDGED_SEED,
                 num_instances=min(64, recipe.num_instances), num_slots=recipe.num_slots // 2,
                 leave_out=frozenset(recipe.leave_out),
             )  # fmt: skip
             if cell.name not in self._usual:
-                self._usual[cell.name] = float(np.nanmean(waits(program()).latency_s))
-            logs.append(np.log(np.nanmean(waits(ours).latency_s) / self._usual[cell.name]))
+                self._usual[cell.name] = float(
+                    np.nanmean(waits(program(), spec=replace(recipe.spec, variant="dp_knobs")).latency_s)
+                )
+            logs.append(np.log(np.nanmean(waits(ours, spec=recipe.spec).latency_s) / self._usual[cell.name]))
         ratio = float(np.exp(np.mean(logs)))
         if ratio < self.best_ratio:
             self.best_ratio = ratio

@@ -63,10 +63,10 @@ def ask(
             assert frame is not None, "a blocking read returns a frame"
             values = msgpack.unpackb(bytes(frame.payload), strict_map_key=False)
             if "error" in values:
-                error = error_from_plain(values["error"], device)
-                if not isinstance(error, DeviceLost):
-                    raise error
-                silent[device] = str(error)
+                reported = error_from_plain(values["error"], device)
+                if not isinstance(reported, DeviceLost):
+                    raise reported
+                silent[device] = str(reported)
             else:
                 answers[device] = values
     finally:

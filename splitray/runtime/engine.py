@@ -26,6 +26,7 @@ from splitray.codecs import Codec
 from splitray.errors import DeviceLost, InputError
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement, validate
+from splitray.route import Route
 from splitray.runtime.asking import ask
 from splitray.runtime.crossing import tensor_of
 from splitray.runtime.epoch import Epoch, Kept, Next, astuple, stage_orders, switch_orders, the_same_weights
@@ -286,9 +287,9 @@ class Engine:
                 raise
             finally:
                 self._session = None
-                self._end(session)
                 if protection is not None:
                     protection.end()
+                self._end(session)
             self.report = meter.report(len(prompts))
             if self.next is not None and self.next.staged.is_set():
                 self._switch_to_next()

@@ -38,7 +38,9 @@ class Epoch:
     cores: tuple[int, ...] = ()
 
     @staticmethod
-    def of(number: int, placement: Placement, topology: Topology, *, arch: ModelArch, codec: Codec, **rest: Any) -> Epoch:
+    def of(
+        number: int, placement: Placement, topology: Topology, *, arch: ModelArch, codec: Codec, **rest: Any
+    ) -> Epoch:
         """With its route compiled."""
         route = compile_route(placement, arch, topology, codec=codec)
         return Epoch(number=number, placement=placement, topology=topology, route=route, arch=arch, codec=codec, **rest)
@@ -146,8 +148,10 @@ def switch_orders(
 
 
 def kv_sources(now: Placement, then: Placement, target: str, void: frozenset[str]) -> dict[str | None, list[list[int]]]:
-    """Where a device gets the KV of groups that it is to hold: device (itself, where only the layout changes), or None
-    where all who had it are gone, -> [layer, start, stop]. Layers whose groups stay as they are need nothing.
+    """Where a device gets the KV of groups that it is to hold, as [layer, start, stop] by source.
+
+    The source may be itself, where only the layout changes, or None, where all who had it are gone. Layers whose groups
+    stay as they are need nothing.
     """
     found: dict[str | None, list[list[int]]] = {}
     for layer, (before, after) in enumerate(zip(now.layers, then.layers, strict=True)):
@@ -156,7 +160,9 @@ def kv_sources(now: Placement, then: Placement, target: str, void: frozenset[str
         if target not in void and before.attention.ranges(device) == wanted:
             continue
         for group in (g for r in wanted for g in range(r.start, r.stop)):
-            holders = [str(d) for d, ranges in before.attention.by_device if any(r.start <= group < r.stop for r in ranges)]
+            holders = [
+                str(d) for d, ranges in before.attention.by_device if any(r.start <= group < r.stop for r in ranges)
+            ]
             living = sorted((d for d in holders if d not in void), key=lambda d: d != target)
             pieces = found.setdefault(living[0] if living else None, [])
             if pieces and pieces[-1][0] == layer and pieces[-1][2] == group:

@@ -159,4 +159,3 @@ def _place(held: Sequence[Range], wanted: Range) -> int:
             return at + wanted.start - r.start
         at += r.count
     raise AssertionError(f"{wanted} is not within {held}")
-

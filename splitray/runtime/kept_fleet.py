@@ -35,6 +35,11 @@ class KeptFleet:
         """Processes that ended."""
         return self._fleet.dead()
 
+    def restart(self, device: Device) -> Endpoint:
+        """A new process in place of a dead one, for the engines to come too."""
+        self._endpoints[device.id] = self._fleet.restart(device)
+        return self._endpoints[device.id]
+
     def close(self) -> None:
         """The engine is done; the processes wait for the next one."""
 

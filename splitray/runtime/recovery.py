@@ -131,7 +131,9 @@ def _settled(engine: Engine, living: list[str], session: int | None) -> tuple[li
 
     def asked(device: str, op: str, order: dict[str, Any], within_s: float) -> None:
         try:
-            answers[device] = ask({device: (op, order)}, engine.endpoints, engine.fleet.token, within_s=within_s)[device]
+            answers[device] = ask({device: (op, order)}, engine.endpoints, engine.fleet.token, within_s=within_s)[
+                device
+            ]
         except Unanswered as error:
             answers.pop(device, None)
             silent.update(error.silent)
@@ -146,7 +148,9 @@ def _settled(engine: Engine, living: list[str], session: int | None) -> tuple[li
         peers = {b: astuple(engine.endpoints[b]) for a, b in pairs if a == device}
         if peers:
             asked(device, "reach", {"peers": peers, "within_s": _PROBE_S}, _PROBE_S * (len(peers) + 2))
-            silent |= {_far(engine, device, p): "its link is down" for p in answers.get(device, {}).get("unreached", ())}
+            silent |= {
+                _far(engine, device, p): "its link is down" for p in answers.get(device, {}).get("unreached", ())
+            }
     void = [d for d, a in stopped.items() if a["epoch"] != engine.epoch]
     reached = [a["positions"][session] for d, a in stopped.items() if d not in void and session in a["positions"]]
     return list(silent), void, min(reached, default=None)
@@ -190,8 +194,8 @@ def _rebuild(
     if needed:
         fault.left_out = (*fault.left_out, *needed)
         engine.topology = topology
-        for device in needed:
-            engine.leave(device)
+        for lost in needed:
+            engine.leave(lost)
     if session is not None:
         session.valid = min((a["valid"].get(session.number, 0) for a in answers.values()), default=0) if kept else 0
         fault.replayed += max(0, session.positions - session.valid)

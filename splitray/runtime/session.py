@@ -1,4 +1,4 @@
-"""One batch of sequences being generated, as the engine knows it: what it takes to go on anywhere, from any position."""
+"""One batch of sequences being generated, as the engine knows it: all that it takes to go on, anywhere."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ DEADLINE_S = 60.0
 class ShardHost:
     """Serves one device: listens for peers and for one caller at a time, and executes the caller's orders.
 
-    `current` runs, `staged` waits to be switched to, `previous` stays until the next run, as peers may yet copy from it.
+    `current` runs, `staged` waits for the switch, `previous` stays until the next run: peers may yet copy from it.
     """
 
     def __init__(

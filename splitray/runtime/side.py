@@ -133,9 +133,7 @@ class Side:
 
     def _checkpoint(self, order: dict[str, Any]) -> dict[str, Any]:
         holding, began = self._holding(order["epoch"]), time.thread_time()
-        saved = Store(order["store"]).save(
-            holding, order["session"], self._host.device, order["start"], order["stop"]
-        )
+        saved = Store(order["store"]).save(holding, order["session"], self._host.device, order["start"], order["stop"])
         file = {k: getattr(saved, k) for k in Saved.__slots__} if saved else None  # type: ignore[attr-defined]
         return {"file": file, "cpu_s": time.thread_time() - began}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -13,6 +15,7 @@ from splitray.model.reading import StateDictSource, read_arch
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
+from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.engine import Engine
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.recovery import Recovery
@@ -26,6 +29,17 @@ def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[i
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options)
     return out[0, len(prompt) :].tolist()
+
+
+def slow_devices(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let each token take its time: small models are else at their end before anything can happen to them."""
+    at_once = DecodeLoop._emit
+
+    def later(loop: DecodeLoop, ids_B: torch.Tensor) -> None:
+        time.sleep(seconds)
+        at_once(loop, ids_B)
+
+    monkeypatch.setattr(DecodeLoop, "_emit", later)
 
 
 @contextmanager

@@ -1,18 +1,15 @@
-"""Placements that change while tokens come: the tokens are those of a run that stays where it is, and bytes the formula's."""
+"""Placements that change while tokens come: the tokens are those of a run that stays, and bytes the formula's."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
-from splits import greedy, split
+from splits import greedy, slow_devices, split
 
 from splitray.migration import diff
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 
@@ -22,15 +19,8 @@ SOON_S = 20.0
 
 
 @pytest.fixture(autouse=True)
-def devices_that_take_their_time(monkeypatch):
-    """Else small models have said all before a placement is staged."""
-    at_once = DecodeLoop._emit
-
-    def later(loop, ids_B):
-        time.sleep(0.01)
-        at_once(loop, ids_B)
-
-    monkeypatch.setattr(DecodeLoop, "_emit", later)
+def time_to_stage(monkeypatch):
+    slow_devices(monkeypatch, 0.01)
 
 
 def another(engine, seed: int):

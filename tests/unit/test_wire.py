@@ -121,6 +121,9 @@ def test_peers_with_the_clusters_token_connect_by_unix_socket_or_tcp(listener, b
     channel = dial(endpoint, me="edge0", peer="cloud0", token=token, deadline_s=5)
     family = socket.AF_INET if by_tcp else socket.AF_UNIX
     assert channel.sock.family == family
+    give_up = time.monotonic() + 5
+    while not accepted and time.monotonic() < give_up:  # the listener's thread is a little later than the handshake
+        time.sleep(0.001)
     assert [c.peer for c in accepted] == ["edge0"]
     channel.close()
 
@@ -130,6 +133,9 @@ def test_a_peer_with_another_token_is_refused_and_the_next_one_served(listener):
     with pytest.raises(DeviceLost, match="token"):
         dial(server.endpoint, me="stranger", peer="cloud0", token=b"x" * 32, deadline_s=5)
     dial(server.endpoint, me="edge0", peer="cloud0", token=token, deadline_s=5).close()
+    give_up = time.monotonic() + 5
+    while not accepted and time.monotonic() < give_up:  # the listener's thread is a little later than the handshake
+        time.sleep(0.001)
     assert [c.peer for c in accepted] == ["edge0"]
 
 

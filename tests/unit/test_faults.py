@@ -1,0 +1,292 @@
+"""Devices that die at any moment: the tokens are those of a run without a fault, nothing hangs or is left open."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from families import family_model
+from splits import greedy, slow_devices, split
+
+from splitray.errors import DeviceLost, ModelError
+from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
+from splitray.profiling.faults import MOMENTS, trials
+from splitray.runtime.backoff import Backoff
+from splitray.runtime.checkpoint import Saved, Store, best_period_tokens
+from splitray.runtime.epoch import kv_sources
+from splitray.runtime.recovery import Recovery
+from splitray.runtime.sampling import Sampling
+from splitray.topology import Topology
+
+PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
+NEW_TOKENS = 24
+GREEDY = Sampling(max_new_tokens=NEW_TOKENS)
+DRAWN = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_k=20, repetition_penalty=1.2, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def replan(model, planner="even"):
+    from splitray.model.reading import read_arch
+
+    arch, _ = read_arch(model.config)
+    return lambda topology, _: make_planner(planner).propose(ClusterState(arch=arch, topology=topology))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kept", [False, True], ids=["no_store", "store"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_five_hundred_faults_change_no_token(family, kept, sampling, tmp_path):
+    """63 in each of eight settings: 504. In-process; real processes and actors die in other tests."""
+    recovery = Recovery(store=str(tmp_path) if kept else None, every_tokens=4 if kept else None)
+    with split(family_model(family), devices=3, seed=1, recovery=recovery) as engine:
+        run = trials(engine, engine.fleet, prompt=PROMPT, sampling=sampling, count=63, seed=4)
+        assert len(run.trials) == 63 and run.hangs == 0 and run.leaks == 0
+        assert [t for t in run.trials if not t.identical] == []
+        assert {t.moment for t in run.struck} == set(MOMENTS), "the faults happen"
+        assert len(run.struck) > 40
+        restored = [t.replayed for t in run.struck]
+        assert max(restored) > 0, "positions are read again"
+    assert list(tmp_path.rglob("*.safetensors")) == [], "checkpoints of sessions that are over are deleted"
+
+
+def test_a_checkpoint_spares_reading_positions_again(tmp_path, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model = family_model("llama")
+    replayed = {}
+    for store in (None, str(tmp_path)):
+        with split(model, devices=2, planner="even", recovery=Recovery(store=store, every_tokens=4)) as engine:
+            tokens = []
+            for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+                tokens.append(token)
+                if n == 15:
+                    engine.fleet.kill("cloud0")
+            assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+            replayed[store] = sum(f.replayed for f in engine.faults)
+    assert 0 <= replayed[str(tmp_path)] <= 16 < len(PROMPT) + 15 <= replayed[None]
+
+
+def test_a_device_that_stays_away_is_left_out_and_the_run_goes_on(monkeypatch):
+    model = family_model("llama")
+    with split(model, devices=3, planner="even", recovery=Recovery(restarts=0, replan=replan(model))) as engine:
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, DRAWN)):
+            tokens.append(token)
+            if n == 5:
+                engine.fleet.kill("cloud0")
+        assert engine.faults[0].left_out == ("cloud0",) and "cloud0" not in engine.route.devices
+        assert list(engine.stream(PROMPT, DRAWN)) == tokens
+    with split(model, devices=3, planner="even") as engine:
+        assert list(engine.stream(PROMPT, DRAWN)) == tokens
+
+
+def test_the_origin_may_be_lost_too():
+    model = family_model("llama")
+    with split(model, devices=3, planner="even", recovery=Recovery(restarts=0, replan=replan(model))) as engine:
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 5:
+                engine.fleet.kill("edge0")
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+        assert engine.topology.origin != "edge0"
+
+
+def test_replicated_attention_is_a_live_copy_so_that_no_position_is_read_again():
+    """More than one: the token that was under way when the device died."""
+    model = family_model("llama")
+    topology = Topology.uniform(2)
+    a, b = topology.ids
+    layer = LayerPlacement(Shares.whole(3, a, b), Shares.of({a: [(0, 13)], b: [(13, 40)]}))
+    placement = Placement((layer,) * model.config.num_hidden_layers, (a,), Shares.whole(97, a))
+    recovery = Recovery(restarts=0, replan=replan(model, "edge_only"))
+    with split(model, topology=topology, placement=placement, recovery=recovery) as engine:
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 8:
+                engine.fleet.kill(b)
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+        assert [f.replayed for f in engine.faults] in ([0], [1])
+
+
+def test_what_cannot_be_placed_ends_with_what_is_missing():
+    model = family_model("llama")
+    recovery = Recovery(restarts=0, backoff=Backoff(budget_s=2.0))
+    with split(model, devices=2, planner="even", recovery=recovery) as engine:
+        with pytest.raises(DeviceLost, match="cloud0") as lost:
+            for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
+                if n == 3:
+                    engine.fleet.kill("cloud0")
+        assert "no way to go on" in str(lost.value)
+
+
+def test_a_fault_between_two_runs_is_mended_by_the_next_one():
+    model = family_model("llama")
+    with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
+        list(engine.stream(PROMPT, GREEDY))
+        engine.fleet.kill("cloud0")
+        assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
+
+
+def test_two_devices_may_die_at_once():
+    model = family_model("llama")
+    with split(model, devices=3, planner="even", recovery=Recovery()) as engine:
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 5:
+                engine.fleet.kill("cloud0")
+                engine.fleet.kill("edge0")
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "deleted"])
+def test_a_damaged_checkpoint_is_found_and_what_is_older_is_used(tmp_path, damage, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model = family_model("llama")
+    monkeypatch.setattr(Store, "forget", lambda *_: None)
+    with split(model, devices=2, planner="even", recovery=Recovery(store=str(tmp_path), every_tokens=4)) as engine:
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 15:
+                files = sorted(tmp_path.rglob("cloud0-*.safetensors"), key=lambda f: int(f.name.split("-")[1]))
+                assert len(files) >= 2
+                _damage(files[-1], damage)
+                older = int(files[-1].name.split("-")[1])
+                engine.fleet.kill("cloud0")
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+        reached = engine.faults[0].replayed
+        assert reached >= 15 + len(PROMPT) - older > 0, "from the older one, and not from the damaged one"
+        assert reached < 15 + len(PROMPT) + 4, "not from the beginning"
+
+
+def _damage(file: Path, how: str) -> None:
+    raw = bytearray(file.read_bytes())
+    if how == "deleted":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(raw[:-5])
+    else:
+        raw[-3] ^= 1
+        file.write_bytes(raw)
+
+
+def test_a_store_that_is_gone_leaves_the_run_unprotected_and_says_so(tmp_path, caplog, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model = family_model("llama")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "_write", full)
+    with (
+        split(model, devices=2, planner="even", recovery=Recovery(store=str(tmp_path), every_tokens=2)) as engine,
+        caplog.at_level(logging.WARNING),
+    ):
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 12:
+                engine.fleet.kill("cloud0")
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+    said = [r.message for r in caplog.records if "without a new checkpoint" in r.message]
+    assert len(said) == 1 and "No space left" in said[0], "once, and why"
+
+
+def test_a_device_that_comes_back_with_other_weights_is_refused(monkeypatch):
+    from splitray.model.reading import StateDictSource
+
+    model, other = family_model("llama"), StateDictSource(family_model("llama"))
+    recovery = Recovery(backoff=Backoff(budget_s=2.0))
+    with (
+        split(model, devices=2, planner="even", recovery=recovery) as engine,
+        pytest.raises(ModelError, match="same checkpoint"),
+    ):
+        for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
+            if n == 3:
+                engine.fleet._source = other
+                engine.fleet.kill("cloud0")
+
+
+def test_messages_twice_late_and_in_the_wrong_order_have_no_effect():
+    model = family_model("llama")
+    rng = random.Random(0)
+    with split(model, devices=3, seed=1) as engine:
+        for host in engine.fleet.hosts.values():
+            _unruly(host.wire, rng)
+        assert list(engine.stream(PROMPT, DRAWN)) == list(engine.stream(PROMPT, DRAWN))
+        assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
+        assert sum(h.wire.dropped for h in engine.fleet.hosts.values()) > 20
+
+
+def _unruly(wire, rng) -> None:
+    """Repeats frames, and repeats old ones later."""
+    put, old = wire.put, []
+
+    def unruly(peer, start, payload):
+        for stale in [o for o in old if rng.random() < 0.1]:
+            put(*stale)
+        put(peer, start, payload)
+        if rng.random() < 0.3:
+            put(peer, start, bytes(payload))
+        old.append((peer, start, bytes(payload)))
+        del old[:-20]
+
+    wire.put = unruly
+
+
+def test_kv_comes_from_itself_then_from_the_first_living_holder_then_from_nowhere():
+    def layer(shares):
+        return LayerPlacement(Shares.of(shares), Shares.whole(8, "a"))
+
+    def placement(*layers):
+        return Placement(tuple(layers), ("a",), Shares.whole(9, "a"))
+
+    now = placement(layer({"a": [(0, 2)], "b": [(2, 4)]}), layer({"a": [(0, 4)], "b": [(0, 4)]}))
+    then = placement(layer({"a": [(0, 3)], "b": [(3, 4)]}), layer({"c": [(0, 4)]}))
+    assert kv_sources(now, then, "a", frozenset()) == {"a": [[0, 0, 2]], "b": [[0, 2, 3]]}
+    assert kv_sources(now, then, "b", frozenset()) == {"b": [[0, 3, 4]]}
+    assert kv_sources(now, then, "c", frozenset()) == {"a": [[1, 0, 4]]}
+    assert kv_sources(now, then, "c", frozenset({"a"})) == {"b": [[1, 0, 4]]}
+    assert kv_sources(now, then, "a", frozenset({"b"})) == {"a": [[0, 0, 2]], None: [[0, 2, 3]]}
+    assert kv_sources(now, now, "b", frozenset({"b"})) == {None: [[0, 2, 4]], "a": [[1, 0, 4]]}
+
+
+def test_youngs_period():
+    assert best_period_tokens(cost_s=0.01, failures_per_s=1 / 3600, tpot_s=0.1) == 85
+    assert best_period_tokens(cost_s=0.0, failures_per_s=1.0, tpot_s=0.1) == 1
+
+
+def test_backoff_looks_often_while_a_fault_is_young_then_doubles():
+    waits = Backoff(often_s=0.0, young_s=0.001, first_s=1.0, most_s=4.0, budget_s=60.0).waits(random.Random(0))
+    seen = [w for _, w in zip(range(400), waits, strict=False)]
+    late = [w for w in seen if w > 0]
+    assert seen[0] == 0.0
+    for n, w in enumerate(late[:5]):
+        d = min(4.0, 2.0**n)
+        assert d / 2 <= w <= d
+    assert list(Backoff(budget_s=0.0).waits()) == []
+
+
+def test_a_manifest_names_what_is_there(tmp_path, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model = family_model("llama")
+    monkeypatch.setattr(Store, "forget", lambda *_: None)
+    with split(model, devices=2, planner="even", recovery=Recovery(store=str(tmp_path), every_tokens=4)) as engine:
+        assert len(list(engine.stream(PROMPT, GREEDY))) == NEW_TOKENS
+    (manifest,) = tmp_path.rglob("manifest.json")
+    document = json.loads(manifest.read_text())
+    files = [Saved.from_plain(f) for f in document["files"]]
+    assert len(document["ids"][0]) > len(PROMPT) and {Path(f.path).exists() for f in files} == {True}
+    assert all(Store(str(tmp_path)).read(f) for f in files)
