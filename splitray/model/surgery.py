@@ -7,7 +7,7 @@ placement of one device, not the wire.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,8 +173,7 @@ class Shard:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the distinct parameter storages held (a tied or fused tensor once)."""
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
-        return sum(storages.values())
+        return weight_bytes([self])
 
     @torch.inference_mode()
     def forward(
@@ -390,6 +389,12 @@ class Shard:
             return h[0] if isinstance(h, tuple) else h
 
         return body
+
+
+def weight_bytes(shards: Sequence[Shard]) -> int:
+    """Bytes of the distinct parameter storages of shards: what they share counts once."""
+    storages = [p.untyped_storage() for s in shards for p in s.model.parameters()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def _ends_of(spec: ShardSpec) -> tuple[bool, tuple[Range, ...]]:

@@ -6,6 +6,7 @@ It awaits one value a token; between tokens the devices talk to each other. It d
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import select
@@ -34,14 +35,15 @@ from splitray.runtime.fleet import Fleet
 from splitray.runtime.listener import dial
 from splitray.runtime.messages import StepOrder, error_from_plain
 from splitray.runtime.protection import Protection
-from splitray.runtime.recovery import Fault, Recovery, recovered
+from splitray.runtime.recovery import Fault, Recovery, recovered, without
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.session import Session
 from splitray.runtime.shard_host import CALLER, DEADLINE_S
 from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 Runtime = Literal["local", "process", "ray"]
+logger = logging.getLogger(__name__)
 _TICK_S = 0.1  # how often a waiting caller looks whether a device has died
 _ANSWER_S = 1.0  # a busy device has one thread for its work and another one for us
 _SUMMED = ("messages", "payload_bytes", "wire_bytes", "decode_cpu_s")
@@ -111,6 +113,8 @@ class Engine:
             0, placement, topology, arch=arch, layout=layout, model_path=self.model_path, codec=codec, lean=lean,
             cores=cores,
         )  # fmt: skip
+        self._whole = placement, topology
+        """What to go back to when all devices are there again."""
         self.next: Next | None = None
         self._spin_s, self._lock = spin_s, threading.Lock()
         self._name = f"{CALLER}/{secrets.token_hex(6)}"
@@ -151,6 +155,7 @@ class Engine:
             self.dial(device.id)
         self.load_stats = self.stage(self.now, [])
         self.switch(self.now, [])
+        self.make_ready()
 
     def dial(self, device: str) -> None:
         """Connect to a device, again if need be.
@@ -353,9 +358,58 @@ class Engine:
             coming.fail(error)
             raise
         self.topology = coming.epoch.topology
+        self._whole = coming.epoch.placement, self.topology
         coming.tail_bytes = sum(a["copied_bytes"] for a in answers.values())
         coming.pause_s = time.perf_counter() - started
         coming.done.set()
+
+    def make_ready(self) -> None:
+        """Let the others hold what they need if a device of `Recovery.stand_by` is lost."""
+        recovery = self.recovery
+        if recovery is None or recovery.replan is None:
+            return
+        for device in recovery.stand_by:
+            if device in self.route.devices:
+                left = without(self.topology, [device])
+                then = self.now.moved(recovery.replan(left, self.arch.context_tokens), left, -1)
+                orders = {str(d): ("ready", {"load": then.load_order(d).to_plain()}) for d in then.route.devices}
+                ask(orders, self.endpoints, self.fleet.token, within_s=_LOAD_S)
+
+    def restart(self, device: str, topology: Topology | None = None) -> None:
+        """Start a dead device anew.
+
+        Raises:
+            DeviceLost: it does not come up, or it has died too often.
+        """
+        most = self.recovery.restarts if self.recovery else 0
+        if self.restarts.get(device, 0) >= most:
+            raise DeviceLost(f"{device} has been started anew {most} times")
+        self.restarts[device] = self.restarts.get(device, 0) + 1
+        self.endpoints[device] = self.fleet.restart((topology or self.topology).device(DeviceId(device)))
+
+    def await_return(self, devices: Sequence[str]) -> None:
+        """Start lost devices anew in the background and give them back what they held."""
+        before = self._whole
+        thread = threading.Thread(target=self._return, args=(devices, *before), name="splitray-return", daemon=True)
+        thread.start()
+
+    def _return(self, devices: Sequence[str], placement: Placement, topology: Topology) -> None:
+        assert self.recovery is not None, "asked for"
+        for wait_s in self.recovery.backoff.waits():
+            if self.lost is not None:
+                return
+            try:
+                for device in devices:
+                    if device not in self.endpoints:
+                        self.restart(device, topology)
+                        self.dial(device)
+                back = self.migrate(placement, topology=topology)
+                back.done.wait()
+                if back.error is None:
+                    return
+            except (DeviceLost, InputError) as error:
+                logger.info("%s: not back yet: %s", ", ".join(devices), error)
+            time.sleep(wait_s)
 
     def _sessions(self) -> list[Kept]:
         """What has to move with a placement."""

@@ -91,6 +91,7 @@ def build(
     junction: Junction,
     memory: StateDictSource | None = None,
     old: Holding | None = None,
+    ready: Holding | None = None,
 ) -> Holding:
     """Read what a device is to hold and does not hold yet.
 
@@ -101,6 +102,7 @@ def build(
         junction: that its shards exchange through.
         memory: gives weights instead of a model folder.
         old: what it holds of the same model now.
+        ready: what it holds in case another device is lost.
 
     Raises:
         InputError: the model or the torch device cannot be used.
@@ -127,8 +129,9 @@ def build(
             )
         before = None if old is None else old.shard
         windows = sliding_windows(config, order.arch.num_layers)
-        if before is not None and before.spec == order.spec:
-            shard = before
+        same = (x.shard for x in (old, ready) if x is not None and x.shard is not None and x.shard.spec == order.spec)
+        if (known := next(same, None)) is not None:
+            shard = known
         else:
             shard = Shard(
                 config=config,

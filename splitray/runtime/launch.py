@@ -19,6 +19,7 @@ from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.engine import Engine
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
+from splitray.runtime.recovery import Recovery
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology
 
@@ -124,6 +125,7 @@ def launch_engine(
     spin_s: float = 0.0,
     pin: bool = False,
     codec: str = "none",
+    recovery: Recovery | None = None,
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -141,6 +143,7 @@ def launch_engine(
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
         pin: bind each device to a core of its own (likewise).
         codec: how partials and states travel between devices; `none` is exact.
+        recovery: what may be done about lost devices; without one they end the run.
         progress: told what is being done.
 
     Raises:
@@ -167,4 +170,5 @@ def launch_engine(
         spin_s=spin_s,
         pin=pin,
         codec=coded,
+        recovery=recovery,
     )

@@ -39,7 +39,10 @@ class Recovery:
         store: URL or folder of checkpoints that all devices reach; without one, lost KV is computed from the tokens.
         every_tokens: between checkpoints; by default Young's period for `failures_per_s` and the measured cost.
         restarts: how often each device may be started anew.
-        replan: gives the placement that does without lost devices; None: there is to be none.
+        replan: gives the placement that does without lost devices, which is tried before they are started anew; None:
+            there is to be none.
+        stand_by: devices for whose loss the others hold the slices ready that `replan` gives them then.
+        fail_back: whether a device that was left out is started anew, and what it held goes back to it.
         patience_s: how long a device that lives but is not reached is waited for before it is left out.
         stall_s: without a token after which devices are asked whether they live.
         backoff: when to look again.
@@ -50,6 +53,8 @@ class Recovery:
     failures_per_s: float = 1 / 3600
     restarts: int = 3
     replan: Replan | None = None
+    stand_by: tuple[str, ...] = ()
+    fail_back: bool = True
     patience_s: float = 5.0
     stall_s: float = 0.5
     backoff: Backoff = field(default_factory=Backoff)
@@ -79,22 +84,26 @@ def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fau
     began, fault, last = time.monotonic(), Fault(reason=str(error)), str(error)
     for wait_s in recovery.backoff.waits():
         gone = [d for d in engine.fleet.dead() if d in engine.endpoints]
-        gone = _restarted(engine, gone, fault)
         living = [d for d in engine.endpoints if d not in gone]
         silent, void, reached = _settled(engine, living, None if session is None else session.number)
-        out = [*gone, *(d for d in silent if d in engine.route.devices)]
+        out = [*gone, *silent]
         late = time.monotonic() - began > recovery.patience_s
+        do_without = recovery.replan is not None and (bool(gone) or late)
         try:
-            if not out or ((late or not silent) and recovery.replan is not None):
-                _rebuild(engine, session, fault, out=[*gone, *silent], reached=reached,
-                         void=frozenset({*void, *gone, *silent}))  # fmt: skip
+            if do_without or not set(out) & set(engine.route.devices):
+                _rebuild(engine, session, fault, out=out, void=frozenset({*void, *out}), reached=reached)
                 fault.recovery_s = time.monotonic() - began
                 engine.faults.append(fault)
+                if fault.left_out and recovery.fail_back:
+                    engine.await_return(fault.left_out)
                 return fault
             last = f"{', '.join(out)} cannot be reached"
         except DeviceLost as again:
             last = str(again)
-        if gone and recovery.replan is None:
+        left = _restarted(engine, gone, fault)
+        if gone and not left:
+            continue
+        if left and recovery.replan is None:
             break
         time.sleep(wait_s)
     raise DeviceLost(f"{fault.reason}; no way to go on in {time.monotonic() - began:.1f} s: {last}")
@@ -102,20 +111,14 @@ def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fau
 
 def _restarted(engine: Engine, gone: list[str], fault: Fault) -> list[str]:
     """Start dead devices anew; gives those that cannot be."""
-    recovery, left = engine.recovery, []
-    assert recovery is not None, "asked for"
+    began, left = time.monotonic(), []
     for device in gone:
-        if engine.restarts.get(device, 0) >= recovery.restarts:
-            left.append(device)
-            continue
-        engine.restarts[device] = engine.restarts.get(device, 0) + 1
-        began = time.monotonic()
         try:
-            engine.endpoints[device] = engine.fleet.restart(engine.topology.device(device))  # type: ignore[arg-type]
+            engine.restart(device)
             fault.restarted = (*fault.restarted, device)
         except DeviceLost:
             left.append(device)
-        fault.restart_s += time.monotonic() - began
+    fault.restart_s += time.monotonic() - began
     return left
 
 
@@ -171,7 +174,7 @@ def _rebuild(
     needed = [d for d in out if d in engine.route.devices]
     if needed:
         assert recovery.replan is not None, "checked"
-        topology = _without(topology, out)
+        topology = without(topology, out)
         context = session.capacity if session is not None else 0
         try:
             placement = recovery.replan(topology, context)
@@ -201,7 +204,7 @@ def _rebuild(
         fault.replayed += max(0, session.positions - session.valid)
 
 
-def _without(topology: Topology, out: list[str]) -> Topology:
+def without(topology: Topology, out: list[str]) -> Topology:
     """The devices that are left.
 
     Raises:

@@ -26,6 +26,7 @@ from splitray.runtime.holding import Holding
 from splitray.runtime.listener import Listener, dial
 from splitray.runtime.messages import DecodeOrder, StepOrder, error_to_plain
 from splitray.runtime.side import Side, fill
+from splitray.model.surgery import weight_bytes
 from splitray.runtime.speed import cold_ffn, speeds
 from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
 
@@ -56,6 +57,8 @@ class ShardHost:
         self.current: Holding | None = None
         self.staged: Holding | None = None
         self.previous: Holding | None = None
+        self.ready: Holding | None = None
+        """Slices for the case that another device is lost."""
         self.caller: Channel | None = None
         self.token, self.memory = token, source
         self._running = threading.Lock()  # held while an order of the caller is executed
@@ -96,7 +99,7 @@ class ShardHost:
         self.sever()
         for side in self._sides:
             side.cut()
-        self.current = self.staged = self.previous = None
+        self.current = self.staged = self.previous = self.ready = None
 
     def _release(self) -> None:
         self._listener.close()
@@ -111,7 +114,7 @@ class ShardHost:
     def _forget(self) -> None:
         """Leave nothing of one caller's model, sessions and peers to the next one."""
         self.sever()
-        self.current = self.staged = self.previous = None
+        self.current = self.staged = self.previous = self.ready = None
 
     def sever(self) -> None:
         """Close the connections to all peers: a run that goes on notices it at once."""
@@ -355,7 +358,7 @@ class ShardHost:
         held = self.current
         shard = held.shard if held else None
         return {
-            "weight_bytes": shard.weight_bytes if shard else 0,
+            "weight_bytes": weight_bytes([h.shard for h in (held, self.ready) if h and h.shard]),
             "kv_bytes": sum(c.num_bytes for c in held.caches.values()) if held else 0,
             "checkpoint_bytes_read": shard.source.bytes_read if shard else 0,
             "rss_anon_bytes": rss_anon_bytes(),

@@ -76,6 +76,11 @@ class Side:
                 self._reply({"epoch": host.current.epoch if host.current else None, "positions": positions})
             case "stage":
                 self._reply(self._stage(order))
+            case "ready":
+                load = LoadOrder.from_plain(order["load"])
+                host.ready = build(load, device=host.device, wire=host.wire, junction=host.junction,
+                                   memory=host.memory, old=host.current)  # fmt: skip
+                self._reply(host.stats())
             case "unstage":
                 host.staged = None
                 self._reply({})
@@ -92,7 +97,8 @@ class Side:
         load = LoadOrder.from_plain(order["load"])
         host.staged = None
         staged = build(
-            load, device=host.device, wire=host.wire, junction=host.junction, memory=host.memory, old=host.current
+            load, device=host.device, wire=host.wire, junction=host.junction, memory=host.memory, old=host.current,
+            ready=host.ready,
         )
         copied, valid = 0, {}
         for session in order["sessions"]:

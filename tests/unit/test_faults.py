@@ -89,6 +89,35 @@ def test_a_device_that_stays_away_is_left_out_and_the_run_goes_on(monkeypatch):
         assert list(engine.stream(PROMPT, DRAWN)) == tokens
 
 
+def test_a_device_that_was_left_out_gets_back_what_it_held(monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model = family_model("llama")
+    with split(model, devices=3, planner="even", recovery=Recovery(replan=replan(model))) as engine:
+        before, tokens = engine.placement, []
+        for n, token in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=60))):
+            tokens.append(token)
+            if n == 5:
+                engine.fleet.kill("cloud0")
+        assert tokens == greedy(model, PROMPT, 60)
+        assert engine.faults[0].left_out == ("cloud0",) and engine.faults[0].restarted == ()
+        assert engine.placement == before and engine.epoch == 2, "left out, and back"
+
+
+def test_who_stands_by_reads_nothing_when_a_device_is_lost(monkeypatch):
+    model = family_model("llama")
+    recovery = Recovery(restarts=0, replan=replan(model, "edge_only"), stand_by=("cloud0",))
+    with split(model, devices=2, planner="even", recovery=recovery) as engine:
+        held = engine.fleet.hosts["edge0"]
+        assert engine.stats()["edge0"]["weight_bytes"] > held.current.shard.weight_bytes, "it counts"
+        ready, tokens = held.ready.shard, []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 5:
+                engine.fleet.kill("cloud0")
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+        assert held.current.shard is ready
+
+
 def test_the_origin_may_be_lost_too():
     model = family_model("llama")
     with split(model, devices=3, planner="even", recovery=Recovery(restarts=0, replan=replan(model))) as engine:
