@@ -29,7 +29,7 @@ from splitray.topology import Topology
 if TYPE_CHECKING:
     from splitray.runtime.engine import Engine, RunReport
 
-SUITES = ("engine", "predicted", "simulator")
+SUITES = ("engine", "predicted", "simulator", "faults")
 MODELS = (BENCH_110M, BENCH_190M)
 _ROUNDS, _NEW_TOKENS, _PROMPT_TOKENS, _PREFILL_TOKENS = 5, 48, 16, 512
 _IDLE_S, _ECHO_ROUNDS = 3.0, 3000
@@ -55,6 +55,10 @@ def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -
         from splitray.sim.speed import simulator_speed
 
         result, table = {**simulator_speed(), "machine": machine()}, _simulator_table
+    elif suite == "faults":
+        from splitray.profiling.fault_bench import faults
+
+        result, table = faults(BENCH_110M, say=_say), _faults_table
     else:
         result, table = _engine(), _table
     text = jsonlib.dumps(result, indent=2)
@@ -308,6 +312,34 @@ def _predicted_table(result: dict[str, Any]) -> None:
     console.print(f"median error             {result['median_error']:.1%}")
     console.print(f"worst error              {result['worst_error']:.1%}")
     console.print(f"load before the run      {result['machine']['load_before']:.2f}")
+
+
+def _faults_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+
+    def line(name: str, spread: dict[str, float], form: str = ".3f") -> None:
+        console.print(f"  {name:44} {spread['median']:{form}} median, {spread['max']:{form}} at most")
+
+    console.print(f"{result['trials']} faults in threads, {result['struck']} that struck: {result['identical']} with "
+                  f"the same tokens, {result['hangs']} hangs, {result['leaks']} leaks")  # fmt: skip
+    line("recovery, s", result["recovery_s"])
+    killed, standing, moved = (result[k] for k in ("killed_processes", "standing_by", "migration"))
+    console.print(f"{killed['trials']} processes killed and started anew: {killed['identical']} with the same tokens")
+    line("start of a process, s", killed["restart_s"])
+    line("gap between two tokens beyond that, s", killed["beyond_restart_s"])
+    console.print(f"{standing['trials']} processes killed, another one standing by: {standing['identical']} the same")
+    line("gap between two tokens, s", standing["gap_s"])
+    line("the same in decode steps", standing["gap_steps"], ".1f")
+    console.print(f"half of all heads moved {moved['rounds']} times at a context of 512 tokens")
+    line("extra gap, decode steps", moved["extra_steps"], ".1f")
+    console.print(
+        f"  bytes off the formula {moved['bytes_error']}, delay off by {moved['delay_error_median']:.0%} (median)"
+    )
+    lost = result["checkpoint_cost"]["lost_share"]
+    console.print("checkpoints cost " + ", ".join(f"{v:.1%} of tokens/s ({k})" for k, v in lost.items()))
+    console.print(f"load before the run {result['machine']['load_before']:.2f}")
 
 
 def _simulator_table(result: dict[str, Any]) -> None:

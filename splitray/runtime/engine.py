@@ -225,6 +225,7 @@ class Engine:
             coming.sessions = self._sessions()
             answers = self.stage(coming.epoch, coming.sessions)
             coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
+            coming.copy_s = max(a["copy_s"] for a in answers.values())
             coming.stage_s = time.perf_counter() - started
             coming.staged.set()
         except (DeviceLost, InputError) as error:

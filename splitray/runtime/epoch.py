@@ -103,6 +103,7 @@ class Next:
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     stage_s: float = 0.0
+    copy_s: float = 0.0
     pause_s: float = 0.0
     staged_bytes: int = 0
     tail_bytes: int = 0

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from splitray.errors import DeviceLost
 from splitray.model.reading import StateDictSource
+from splitray.model.surgery import weight_bytes
 from splitray.runtime.crossing import Crossing, Junction, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.holding import Holding
 from splitray.runtime.listener import Listener, dial
 from splitray.runtime.messages import DecodeOrder, StepOrder, error_to_plain
 from splitray.runtime.side import Side, fill
-from splitray.model.surgery import weight_bytes
 from splitray.runtime.speed import cold_ffn, speeds
 from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
 

@@ -97,10 +97,15 @@ class Side:
         load = LoadOrder.from_plain(order["load"])
         host.staged = None
         staged = build(
-            load, device=host.device, wire=host.wire, junction=host.junction, memory=host.memory, old=host.current,
+            load,
+            device=host.device,
+            wire=host.wire,
+            junction=host.junction,
+            memory=host.memory,
+            old=host.current,
             ready=host.ready,
         )
-        copied, valid = 0, {}
+        copied, valid, copying = 0, {}, time.monotonic()
         for session in order["sessions"]:
             copied += host.copy(staged, session)
             valid[session["id"]] = session["stop"]
@@ -111,11 +116,13 @@ class Side:
                 number = session["id"]
                 valid[number] = store.restore(staged, number, wanted, files) if store else 0
                 staged.caches[number].written = valid[number]
+        copied_s = time.monotonic() - copying
         host.staged = staged
         return {
             "fingerprint": staged.source.fingerprint(),  # type: ignore[attr-defined]
             "load_s": time.monotonic() - started,
             "copied_bytes": copied,
+            "copy_s": copied_s,
             "valid": valid,
             **host.stats(),
             "weight_bytes": staged.shard.weight_bytes if staged.shard else 0,
