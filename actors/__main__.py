@@ -90,6 +90,7 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
     from actors.roster import pieces, roster
     from splitray.report.run import run_document
     from splitray.runtime.launch import launch_engine
+    from splitray.runtime.recovery import Recovery
     from splitray.runtime.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop_ids=_stop_ids(options.model))
@@ -101,6 +102,7 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
         planner=options.planner,
         placement=options.placement,
         fleet=fleet,
+        recovery=Recovery(replan="drift_plus_penalty"),
         progress=lambda what: print(f"{what} ...", file=sys.stderr),
     ) as engine:
         interrupt.wait()

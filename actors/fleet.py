@@ -115,9 +115,10 @@ class RayFleet(Fleet):
         Raises:
             DeviceLost: there is no room, or it did not come up.
         """
-        before = self._actors.pop(device.id)
+        before = self._actors.pop(device.id, None)
         self._ends = {ref: d for ref, d in self._ends.items() if d != device.id}
-        ray.kill(before)
+        if before is not None:
+            ray.kill(before)
         try:
             demands, nodes = self._seated([device])
         except InputError as error:

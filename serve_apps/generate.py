@@ -30,6 +30,9 @@ class Args(BaseModel):
     placement: str | None = Field(None, description="placement file instead of a planner")
     runtime: Literal["local", "process", "ray"] = Field("ray", description="devices as threads, ... or actors")
     model_name: str | None = Field(None, description="the name clients ask for, else the path's last part")
+    checkpoints: str | None = Field(
+        None, description="folder or URL that all devices reach, for KV of running requests"
+    )
     seed: int = Field(0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")
@@ -69,8 +72,10 @@ class Replica:
 
 def _launch(args: Args) -> Engine:
     from splitray.runtime.launch import launch_engine
+    from splitray.runtime.recovery import Recovery
 
     return launch_engine(
+        recovery=Recovery(store=args.checkpoints, replan="drift_plus_penalty"),
         model=args.model,
         topology=args.topology,
         devices=args.devices,

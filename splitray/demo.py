@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +42,7 @@ PLANNERS = ("exact", "splitwise")
 IDENTICAL = "tokens identical to transformers"
 _MODEL_NAME = "demo"
 _ANSWER_S = 60.0
+_STRIKE_AT = 5  # pieces of text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,7 @@ class Answer:
     num_tokens: int
     ttft_s: float
     tpot_s: float | None
+    longest_gap_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +114,16 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         _say(console, f"POST {url}/v1/completions, {NEW_TOKENS} tokens at most, streamed:\n")
         answer = _ask(console, url)
         stats = _get(url, "/v1/stats")
+        victim = topology.ids[0]
+        pid = stats["devices"][victim]["pid"]
+        _say(console, f"Once more; in mid-sentence {victim} (pid {pid}) is killed by SIGKILL:\n")
+        survived = _ask(console, url, strike=lambda: os.kill(pid, signal.SIGKILL))
+        _say(console, f"The longest wait between two tokens was {seconds_text(survived.longest_gap_s)}.\n")
         with progress(console, "Stopping Serve and Ray"):
             stack.close()
     choices = _planned(console, Path(folder), placement, topology)
     (reference,) = references
-    problem = difference(answer, reference)
+    problem = difference(answer, reference) or difference(survived, reference)
     run_facts = {**stats["run"], "ttft_s": answer.ttft_s, "tpot_s": answer.tpot_s}
     document = {
         "model": model,
@@ -127,6 +136,7 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
             epoch=stats["epoch"],
             devices={d: stats["devices"][d] for d in topology.ids},
         ),
+        "killed": {"device": str(victim), "longest_gap_s": survived.longest_gap_s},
         "identical": problem is None,
         "difference": problem,
         "planners": [
@@ -234,7 +244,8 @@ def difference(answer: Answer, reference: Reference) -> str | None:
     return None
 
 
-def _ask(console: Console, url: str) -> Answer:
+def _ask(console: Console, url: str, strike: Callable[[], None] | None = None) -> Answer:
+    """Ask and show the answer as it comes; `strike` is called in the middle of it."""
     body = {"model": _MODEL_NAME, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
     started = time.perf_counter()
     pieces, arrivals, num_tokens = [], [], 0
@@ -246,6 +257,9 @@ def _ask(console: Console, url: str) -> Answer:
             arrivals.append(time.perf_counter())
             pieces.append(event["choices"][0]["text"])
             console.print(Text(pieces[-1]), end="", soft_wrap=True)
+            if strike is not None and len(pieces) == _STRIKE_AT:
+                strike()
+                console.print(Text(" ✗", "bold red"), end="")
         num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
     console.print("\n")
     spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
@@ -254,6 +268,7 @@ def _ask(console: Console, url: str) -> Answer:
         num_tokens=num_tokens,
         ttft_s=arrivals[0] - started if arrivals else time.perf_counter() - started,
         tpot_s=None if spread is None else spread / (num_tokens - 1),
+        longest_gap_s=max((b - a for a, b in zip(arrivals, arrivals[1:], strict=False)), default=0.0),
     )
 
 

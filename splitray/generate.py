@@ -57,6 +57,7 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
     from serve_apps.text_stream import Detokenizer
     from splitray.model.reading import read_config
     from splitray.runtime.launch import launch_engine, model_path, read_tokenizer, read_topology
+    from splitray.runtime.recovery import Recovery
     from splitray.runtime.sampling import Sampling
 
     topology = read_topology(request.topology, request.devices)
@@ -81,6 +82,7 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
                 seed=request.seed,
                 dtype=request.dtype,
                 codec=request.codec,
+                recovery=Recovery(replan="drift_plus_penalty"),
                 progress=lambda what: progress(what.capitalize()),
             )
         )

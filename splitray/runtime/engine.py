@@ -27,6 +27,8 @@ from splitray.codecs import Codec
 from splitray.errors import DeviceLost, InputError
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement, validate
+from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
 from splitray.route import Route
 from splitray.runtime.asking import ask
 from splitray.runtime.crossing import tensor_of
@@ -92,8 +94,8 @@ class Engine:
 
         `spin_s` is how long a receive polls before it sleeps; `pin` gives each device a core of its own. Both are
         for devices on one machine with at least as many cores, where the scheduler may put two on one core. `codec` is
-        how partials and states travel (codecs.py): exactly unless it says otherwise. With `recovery` every device of
-        the topology is started, and a run survives the loss of some; without, it ends with `DeviceLost`.
+        how partials and states travel (codecs.py): exactly unless it says otherwise. With `recovery` a run survives the
+        loss of devices; without, it ends with `DeviceLost`.
 
         Raises:
             InputError: the placement, the topology or the model cannot be used as asked.
@@ -148,8 +150,7 @@ class Engine:
         return self.now.number
 
     def _start(self) -> None:
-        members = self.topology.ids if self.recovery else self.route.devices
-        devices = [self.topology.device(d) for d in self.topology.ids if d in members]
+        devices = [self.topology.device(d) for d in self.topology.ids if d in self.route.devices]
         self.endpoints = dict(self.fleet.start(devices))
         for device in devices:
             self.dial(device.id)
@@ -210,11 +211,6 @@ class Engine:
             raise InputError("migration", expected="one at a time", actual="another one on its way",
                              remedy="wait for it")  # fmt: skip
         self.last_epoch = max(self.last_epoch, self.epoch) + 1
-        missing = [d for d in self.now.moved(placement, topology, self.last_epoch).route.devices
-                   if d not in self._channels]  # fmt: skip
-        if missing:
-            raise InputError("placement", expected=f"devices that were started ({', '.join(self._channels)})",
-                             actual=", ".join(missing), remedy="start the engine with recovery")  # fmt: skip
         self.next = Next(self.now.moved(placement, topology, self.last_epoch))
         threading.Thread(target=self._prepare, args=(self.next,), name="splitray-stage", daemon=True).start()
         return self.next
@@ -222,6 +218,7 @@ class Engine:
     def _prepare(self, coming: Next) -> None:
         started = time.perf_counter()
         try:
+            self.ensure(coming.epoch)
             coming.sessions = self._sessions()
             answers = self.stage(coming.epoch, coming.sessions)
             coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
@@ -372,9 +369,22 @@ class Engine:
         for device in recovery.stand_by:
             if device in self.route.devices:
                 left = without(self.topology, [device])
-                then = self.now.moved(recovery.replan(left, self.arch.context_tokens), left, -1)
+                then = self.now.moved(self.replan(left, self.arch.context_tokens), left, -1)
+                self.ensure(then)
                 orders = {str(d): ("ready", {"load": then.load_order(d).to_plain()}) for d in then.route.devices}
                 ask(orders, self.endpoints, self.fleet.token, within_s=_LOAD_S)
+
+    def ensure(self, epoch: Epoch) -> None:
+        """Start the devices of an epoch that were not needed so far.
+
+        Raises:
+            DeviceLost: one does not come up.
+        """
+        for device in epoch.route.devices:
+            if device not in self.endpoints:
+                self.endpoints[device] = self.fleet.restart(epoch.topology.device(device))
+            if device not in self._channels:
+                self.dial(device)
 
     def restart(self, device: str, topology: Topology | None = None) -> None:
         """Start a dead device anew.
@@ -387,6 +397,20 @@ class Engine:
             raise DeviceLost(f"{device} has been started anew {most} times")
         self.restarts[device] = self.restarts.get(device, 0) + 1
         self.endpoints[device] = self.fleet.restart((topology or self.topology).device(DeviceId(device)))
+
+    def replan(self, topology: Topology, context_tokens: int) -> Placement:
+        """What `Recovery.replan` says.
+
+        Raises:
+            InputError: nothing fits.
+        """
+        assert self.recovery is not None and self.recovery.replan is not None, "asked for"
+        if not isinstance(self.recovery.replan, str):
+            return self.recovery.replan(topology, context_tokens)
+        state = ClusterState(arch=self.arch, topology=topology, context_tokens=context_tokens)
+        placement = make_planner(self.recovery.replan).propose(state)
+        validate(placement, self.arch, topology)
+        return placement
 
     def await_return(self, devices: Sequence[str]) -> None:
         """Start lost devices anew in the background and give them back what they held."""

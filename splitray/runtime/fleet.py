@@ -41,7 +41,7 @@ class Fleet(Protocol):
         """Devices that have died, each with the reason."""
 
     def restart(self, device: Device) -> Endpoint:
-        """Start a dead device anew; returns where it listens now.
+        """Start a dead device anew, or one that was not needed so far; returns where it listens now.
 
         Raises:
             DeviceLost: it does not come up.
@@ -111,11 +111,12 @@ class ProcessFleet:
         return {device.id: self._endpoint(device.id) for device in devices}
 
     def restart(self, device: Device) -> Endpoint:
-        """Start a new process in place of one that has ended."""
-        before = self._processes.pop(device.id)
-        before.kill()
-        before.wait()
-        _close_pipes(before)
+        """Start a new process, in place of one that has ended if there is one."""
+        before = self._processes.pop(device.id, None)
+        if before is not None:
+            before.kill()
+            before.wait()
+            _close_pipes(before)
         self._spawn(device)
         return self._endpoint(device.id)
 

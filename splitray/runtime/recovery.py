@@ -39,8 +39,8 @@ class Recovery:
         store: URL or folder of checkpoints that all devices reach; without one, lost KV is computed from the tokens.
         every_tokens: between checkpoints; by default Young's period for `failures_per_s` and the measured cost.
         restarts: how often each device may be started anew.
-        replan: gives the placement that does without lost devices, which is tried before they are started anew; None:
-            there is to be none.
+        replan: a planner's name, or what gives the placement that does without lost devices. It is tried before they
+            are started anew; None: there is to be none.
         stand_by: devices for whose loss the others hold the slices ready that `replan` gives them then.
         fail_back: whether a device that was left out is started anew, and what it held goes back to it.
         patience_s: how long a device that lives but is not reached is waited for before it is left out.
@@ -52,7 +52,7 @@ class Recovery:
     every_tokens: int | None = None
     failures_per_s: float = 1 / 3600
     restarts: int = 3
-    replan: Replan | None = None
+    replan: str | Replan | None = None
     stand_by: tuple[str, ...] = ()
     fail_back: bool = True
     patience_s: float = 5.0
@@ -177,11 +177,12 @@ def _rebuild(
         topology = without(topology, out)
         context = session.capacity if session is not None else 0
         try:
-            placement = recovery.replan(topology, context)
+            placement = engine.replan(topology, context)
         except InputError as error:
             raise DeviceLost(f"without {', '.join(out)} there is no placement: {error}") from error
     engine.last_epoch = max(engine.last_epoch, engine.epoch) + 1
     epoch = engine.now.moved(placement, topology, engine.last_epoch)
+    engine.ensure(epoch)
     for device in epoch.route.devices:
         engine.dial(device)
     kept = [] if session is None or not session.steps else [

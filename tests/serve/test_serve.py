@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -114,3 +115,18 @@ def test_stats_tell_what_the_last_run_cost_and_who_holds_what(client: openai.Ope
     assert stats["exchanges_per_token"] == 26  # 12 layers partitioned on two devices, and the head
     assert set(stats["devices"]) == {"edge0", "cloud0"}
     assert set(stats["placement"]) == {"layers", "embedding", "head"}
+
+
+def test_a_request_whose_device_dies_goes_on_and_its_text_is_unchanged(client: openai.OpenAI, url: str) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 300, "temperature": 0.8, "seed": 5}
+    wanted = client.completions.create(**body).choices[0].text
+    for device in ("cloud0", "edge0"):
+        pid = httpx.get(f"{url}/v1/stats").json()["devices"][device]["pid"]
+        pieces = []
+        for chunk in client.completions.create(**body, stream=True):
+            pieces.append(chunk.choices[0].text)
+            if len(pieces) == 10:
+                os.kill(pid, signal.SIGKILL)
+        assert "".join(pieces) == wanted
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert client.completions.create(**body).choices[0].text == wanted

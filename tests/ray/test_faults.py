@@ -1,0 +1,70 @@
+"""Devices killed by SIGKILL while they generate: processes of this machine, and actors on real node processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+from conformance import PROMPT, eventually, expected, small_model
+from ray_nodes import RayNodes
+
+from actors.fleet import RayFleet
+from splitray.runtime.fleet import Fleet, ProcessFleet
+from splitray.runtime.launch import launch_engine
+from splitray.runtime.recovery import Recovery
+from splitray.runtime.sampling import Sampling
+
+NEW_TOKENS = 400
+KILLS = 30
+
+
+def killed(fleet: Any, model, folder, tmp_path, *, kills: int, recovery: Recovery) -> list[Any]:
+    """Runs in each of which a device is killed; the faults as they were met."""
+    wanted, rng, sampling = (
+        expected(model, max_new_tokens=NEW_TOKENS),
+        random.Random(0),
+        Sampling(max_new_tokens=NEW_TOKENS),
+    )
+    with launch_engine(model=folder, devices=3, planner="even", fleet=fleet, recovery=recovery) as engine:
+        for n in range(kills):
+            victim, at, got = rng.choice(engine.topology.ids), rng.randrange(1, NEW_TOKENS // 2), []
+            for token in engine.stream(PROMPT, sampling):
+                got.append(token)
+                if len(got) == at:
+                    os.kill(fleet.pid(victim), signal.SIGKILL)
+            assert got == wanted, f"kill {n}: {victim} at token {at}"
+        return engine.faults
+
+
+def test_processes_killed_by_sigkill_come_back_and_no_token_changes(tmp_path) -> None:
+    folder = tmp_path / "model"
+    model = small_model(folder)
+    before = set(psutil.Process().children(recursive=True))
+    recovery = Recovery(store=str(tmp_path / "kv"), every_tokens=32, restarts=99)
+    faults = killed(ProcessFleet(), model, folder, tmp_path, kills=3, recovery=recovery)
+    assert faults and all(f.restarted for f in faults)
+    beyond = [f.recovery_s - f.restart_s for f in faults]
+    print(f"started anew in {[round(f.restart_s, 2) for f in faults]} s, and {[round(s, 2) for s in beyond]} s beyond")
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_thirty_actors_killed_by_sigkill_change_no_token(nodes: RayNodes, tmp_path) -> None:
+    folder = tmp_path / "model"
+    model = small_model(folder)
+    fleet: Fleet = RayFleet()
+    started = time.monotonic()
+    recovery = Recovery(store=str(tmp_path / "kv"), every_tokens=32, restarts=99)
+    faults = killed(fleet, model, folder, tmp_path, kills=KILLS, recovery=recovery)
+    assert len(faults) >= KILLS * 0.8 > 15, "the others died behind the last token"
+    beyond = sorted(f.recovery_s - f.restart_s for f in faults)
+    print(
+        f"{len(faults)} faults, {time.monotonic() - started:.0f} s; beyond the start of an actor {beyond[15]:.2f} s (median)"
+    )
+    assert eventually(lambda: not fleet.dead())
