@@ -116,7 +116,7 @@ def private_ray(topology: Topology) -> Iterator[None]:
 
     tiers = {tier: float(len(topology.tier(tier))) for tier in ("edge", "cloud") if topology.tier(tier)}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _nothing_left(), _folder() as folder:
+    with _nothing_left(), _folder() as folder, _no_obituaries():
         try:
             try:
                 ray.init(
@@ -141,6 +141,21 @@ def private_ray(topology: Topology) -> Iterator[None]:
             # Ray's threads tell on stdout about the actors that end now, which is what was asked for.
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 ray.shutdown()
+
+
+@contextmanager
+def _no_obituaries() -> Iterator[None]:
+    """Ray prints a page about each dead worker, `log_to_driver` or not; whoever starts devices here says so himself."""
+    from ray._private import worker
+
+    usual = getattr(worker, "print_to_stdstream", None)
+    if usual is not None:
+        worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if usual is not None:
+            worker.print_to_stdstream = usual
 
 
 @contextmanager

@@ -406,7 +406,9 @@ REFERENCE = Reference(token_ids=(4, 5, 0), pieces=(" a", " cat"))
     ids=["the same", "another word", "too short", "no end of sequence", "too long"],
 )
 def test_the_demo_names_the_first_difference(pieces: tuple[str, ...], num_tokens: int, words: str | None) -> None:
-    found = difference(Answer(pieces=pieces, num_tokens=num_tokens, ttft_s=0.1, tpot_s=None, longest_gap_s=0.0), REFERENCE)
+    found = difference(
+        Answer(pieces=pieces, num_tokens=num_tokens, ttft_s=0.1, tpot_s=None, longest_gap_s=0.0), REFERENCE
+    )
     assert found is None if words is None else words in str(found)
 
 
