@@ -106,6 +106,8 @@ class Engine:
         self.tokenizer, self.model_path, self.fleet = tokenizer, str(model_path), fleet
         self.recovery = recovery
         self.report: RunReport | None = None
+        self.tokens = 0
+        """Decode steps of all runs so far."""
         self.lost: str | None = None
         self.load_stats: dict[str, dict[str, Any]] = {}
         self.faults: list[Fault] = []
@@ -148,6 +150,11 @@ class Engine:
     def epoch(self) -> int:
         """Its number."""
         return self.now.number
+
+    @property
+    def progress(self) -> Session | None:
+        """The run that goes on, or None."""
+        return self._session
 
     def _start(self) -> None:
         devices = [self.topology.device(d) for d in self.topology.ids if d in self.route.devices]
@@ -315,6 +322,7 @@ class Engine:
                     if frame.attempt == self._attempt:
                         ids = tensor_of(frame).tolist()
                         session.steps.append(ids)
+                        self.tokens += 1
                         meter.arrivals.append(time.perf_counter())
                         if protection is not None:
                             protection.token()

@@ -120,6 +120,14 @@ class ProcessFleet:
         self._spawn(device)
         return self._endpoint(device.id)
 
+    def host_of(self, device: str) -> str:
+        """The address on which a device listens."""
+        return "127.0.0.1"
+
+    def prefix_of(self, device: str) -> list[str]:
+        """What its command begins with (a laboratory puts each device into a network of its own)."""
+        return []
+
     def _spawn(self, device: Device) -> None:
         environment = dict(os.environ)
         for name in THREAD_VARIABLES:
@@ -127,11 +135,12 @@ class ProcessFleet:
         order = {
             "device": device.id,
             "token": self.token.hex(),
+            "host": self.host_of(device.id),
             "deadline_s": self._deadline_s,
             "threads": self._threads,
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "splitray.runtime.host_process"],
+            [*self.prefix_of(device.id), sys.executable, "-m", "splitray.runtime.host_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

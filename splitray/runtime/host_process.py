@@ -22,7 +22,8 @@ def main() -> None:
     from splitray.runtime.shard_host import ShardHost
 
     torch.set_num_threads(order["threads"])
-    host = ShardHost(order["device"], token=bytes.fromhex(order["token"]), deadline_s=order["deadline_s"])
+    host = ShardHost(order["device"], token=bytes.fromhex(order["token"]), host=order["host"],
+                     deadline_s=order["deadline_s"])  # fmt: skip
     sys.stdout.write(json.dumps([host.endpoint.unix, host.endpoint.host, host.endpoint.port]) + "\n")
     sys.stdout.flush()
 

@@ -83,6 +83,7 @@ def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fau
     assert recovery is not None, "asked for"
     began, fault, last = time.monotonic(), Fault(reason=str(error)), str(error)
     for wait_s in recovery.backoff.waits():
+        looked = time.monotonic()
         gone = [d for d in engine.fleet.dead() if d in engine.endpoints]
         living = [d for d in engine.endpoints if d not in gone]
         silent, void, reached = _settled(engine, living, None if session is None else session.number)
@@ -105,7 +106,7 @@ def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fau
             continue
         if left and recovery.replan is None:
             break
-        time.sleep(wait_s)
+        time.sleep(max(0.0, wait_s - (time.monotonic() - looked)))
     raise DeviceLost(f"{fault.reason}; no way to go on in {time.monotonic() - began:.1f} s: {last}")
 
 

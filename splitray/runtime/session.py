@@ -33,6 +33,11 @@ class Session:
         return max(0, len(self.prompt[0]) + len(self.steps) - 1) if self.steps else 0
 
     @property
+    def tokens_left(self) -> int:
+        """That may yet come."""
+        return self.sampling.max_new_tokens - len(self.steps)
+
+    @property
     def capacity(self) -> int:
         """Positions of the longest that it can become."""
         return len(self.prompt[0]) + self.sampling.max_new_tokens

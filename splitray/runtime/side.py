@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import torch
 from torch import Tensor
 
 from splitray.errors import DeviceLost
@@ -71,6 +72,11 @@ class Side:
                 self._reply({"epoch": host.current.epoch if host.current else None})
             case "reach":
                 self._reply({"unreached": _unreached(host, order)})
+            case "probe":
+                self._reply(_probed(host, order))
+            case "bounce":
+                self._send(torch.zeros(order["bytes"], dtype=torch.uint8))
+                self._reply({})
             case "abort":
                 positions = host.abort(order["epoch"])
                 self._reply({"epoch": host.current.epoch if host.current else None, "positions": positions})
@@ -220,3 +226,26 @@ def _unreached(host: ShardHost, order: dict[str, Any]) -> list[str]:
         except DeviceLost:
             failed.append(peer)
     return failed
+
+
+def _probed(host: ShardHost, order: dict[str, Any]) -> dict[str, float]:
+    """Time a round trip to a peer, and some bytes each way, over a connection of its own."""
+    size = order["bytes"]
+    channel = dial(Endpoint(*order["endpoint"]), me="side/probe", peer=order["peer"], token=host.token,
+                   deadline_s=order["within_s"], within_s=order["within_s"])  # fmt: skip
+
+    def timed(there: int, back: int) -> float:
+        began = time.perf_counter()
+        asked = msgpack.packb({"op": "bounce", "bytes": back, "filling": bytes(there)})
+        channel.send((int(Kind.CALL), *_HEADER), asked)
+        channel.drain_fully()
+        while (frame := channel.read()) is not None and frame.kind != Kind.REPLY:
+            pass
+        return time.perf_counter() - began
+
+    try:
+        rtt_s = min(timed(1, 1) for _ in range(3))
+        there_s, back_s = (max(1e-6, timed(*sizes) - rtt_s) for sizes in ((size, 1), (1, size)))
+    finally:
+        channel.close()
+    return {"rtt_s": rtt_s, "there_bytes_per_s": size / there_s, "back_bytes_per_s": size / back_s}

@@ -23,6 +23,7 @@ from splitray.errors import DeviceLost
 
 _PREFIX = struct.Struct("<IH")
 _BUFFER_BYTES = 1 << 16
+_TCP_THIN_LINEAR_TIMEOUTS = 16  # of linux/tcp.h
 Payload = bytes | bytearray | memoryview
 
 
@@ -109,6 +110,8 @@ class Channel:
         self._start = self._end = 0
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # Linux: after a short cut try again soon, not ever later
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
         receive_timeout(sock, deadline_s)
 
     def send(self, header: tuple[Any, ...], payload: Payload = b"") -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -66,3 +69,44 @@ def test_thirty_actors_killed_by_sigkill_change_no_token(nodes: RayNodes, tmp_pa
     beyond = sorted(f.recovery_s - f.restart_s for f in faults)
     print(f"{len(faults)} faults, {time.monotonic() - started:.0f} s; beyond an actor's start {beyond[15]:.2f} s")
     assert eventually(lambda: not fleet.dead())
+
+
+NODE_DIES = """
+import json, os, signal, sys, time
+import psutil
+from actors.fleet import RayFleet
+from splitray.runtime.launch import launch_engine
+from splitray.runtime.recovery import Recovery
+from splitray.runtime.sampling import Sampling
+
+address, node = sys.argv[1], int(sys.argv[2])
+sampling, prompt = Sampling(max_new_tokens=400), list(range(5, 25))
+recovery = Recovery(replan="best_device", fail_back=False)
+with launch_engine(model="tiny", devices=2, fleet=RayFleet(address=address), recovery=recovery) as engine:
+    wanted, got, gap, last = list(engine.stream(prompt, sampling)), [], 0.0, time.perf_counter()
+    for token in engine.stream(prompt, sampling):
+        gap, last = max(gap, time.perf_counter() - last), time.perf_counter()
+        got.append(token)
+        if len(got) == 20:
+            (raylet,) = [p for p in psutil.Process(node).children(recursive=True) if p.name() == "raylet"]
+            raylet.kill()
+            for child in psutil.Process(node).children(recursive=True):  # its workers end with it, a little later
+                child.kill()
+    print(json.dumps({"identical": got == wanted, "gap_s": gap, "left_out": engine.faults[0].left_out}))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_raylet_leaves_its_device_out_within_ten_seconds() -> None:
+    cluster = RayNodes([{"cloud": 1}, {"edge": 1}], first_host=61)
+    try:
+        command = [sys.executable, "-W", "ignore", "-c", NODE_DIES, cluster.address, str(cluster._nodes[1].pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    finally:
+        cluster.close()
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(f"the longest wait for a token: {told['gap_s']:.2f} s")
+    assert told["identical"] and told["left_out"] == ["edge0"]
+    assert told["gap_s"] < 10

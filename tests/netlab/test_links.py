@@ -1,0 +1,116 @@
+"""Links that are cut, restored and shaped, between device processes in networks of their own."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from lab import NetFleet, NetLab, why_not
+
+from splitray.migration import delay_s, diff
+from splitray.placement import Placement, Shares
+from splitray.profiling.random_llama import RandomLlama
+from splitray.runtime.engine import Engine
+from splitray.runtime.launch import launch_engine
+from splitray.runtime.recovery import Recovery
+from splitray.runtime.sampling import Sampling
+
+_REASON = why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+PROMPT = list(range(5, 25))
+SAMPLING = Sampling(max_new_tokens=400, temperature=0.9, seed=3)
+CUT_S = 2.0
+SOON_S = 2.0  # after the link is back; half a second on a quiet machine, which is printed
+MODEL = RandomLlama("netlab", layers=6, hidden=512, heads=8, kv_heads=8, ffn=512, vocab=512, tied=True)
+RATE_BYTES_PER_S = 4e6
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[NetLab]:
+    with NetLab(["edge0", "cloud0"]) as made:
+        yield made
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert made._tag not in left, "the laboratory takes itself down"
+
+
+@pytest.mark.parametrize("victim", ["cloud0", "edge0"])
+def test_a_link_that_is_cut_for_two_seconds_costs_no_token_and_little_more_than_that(lab: NetLab, victim: str) -> None:
+    with launch_engine(model="tiny", devices=2, fleet=NetFleet(lab), recovery=Recovery()) as engine:
+        wanted = list(engine.stream(PROMPT, SAMPLING))
+        back: list[float] = []
+
+        def cut() -> None:
+            lab.cut(victim)
+            time.sleep(CUT_S)
+            lab.restore(victim)
+            back.append(time.perf_counter())
+
+        got, times = [], []
+        for token in engine.stream(PROMPT, SAMPLING):
+            got.append(token)
+            times.append(time.perf_counter())
+            if len(got) == 50:
+                threading.Thread(target=cut).start()
+        assert got == wanted
+        assert [f.restarted for f in engine.faults] == [()], "nobody died"
+        later = min(t for t in times if t > back[0]) - back[0]
+        print(f"{victim} cut for {CUT_S:g} s: the next token {later:.2f} s after the link was back")
+        assert later < SOON_S
+
+
+def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(lab: NetLab) -> None:
+    recovery = Recovery(replan="best_device", patience_s=1.0)
+    with launch_engine(model="tiny", devices=2, fleet=NetFleet(lab), recovery=recovery) as engine:
+        wanted, got = list(engine.stream(PROMPT, SAMPLING)), []
+        try:
+            for token in engine.stream(PROMPT, SAMPLING):
+                got.append(token)
+                if len(got) == 50:
+                    lab.cut("cloud0")
+            assert got == wanted
+            assert engine.faults[0].left_out == ("cloud0",)
+        finally:
+            lab.restore("cloud0")
+
+
+def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_path) -> None:
+    MODEL.write(tmp_path)
+    for host in lab.hosts:
+        lab.shape(host, RATE_BYTES_PER_S)
+    errors = []
+    options = {"planner": "even", "fleet": NetFleet(lab), "recovery": Recovery()}
+    with launch_engine(model=tmp_path, devices=2, **options) as engine:
+        prompt = [5 + i % 300 for i in range(512)]
+        near, far = engine.placement, _turned(engine)
+        for after in (far, near, far):
+            before, stream = engine.placement, engine.stream(prompt, Sampling(max_new_tokens=400))
+            for seen, _ in enumerate(stream, start=1):
+                if seen == 3:
+                    move = engine.migrate(after)
+                if seen > 3 and move.done.is_set():
+                    stream.close()
+            assert move.done.wait(30) and move.error is None
+            positions = move.staged_bytes // max(1, sum(m.kv_bytes for m in diff(before, after, engine.arch, 1)))
+            links = tuple(replace(x, bandwidth_bytes_per_s=RATE_BYTES_PER_S, rtt_s=0.0) for x in engine.topology.links)
+            predicted = delay_s(
+                diff(before, after, engine.arch, positions), replace(engine.topology, links=links), staged=True
+            )
+            errors.append(predicted / move.copy_s - 1)
+    print(f"predicted over measured delay - 1: {[f'{e:+.0%}' for e in errors]}")
+    assert abs(statistics.median(errors)) < 0.2
+
+
+def _turned(engine: Engine) -> Placement:
+    """The attention of the two devices exchanged: all KV moves."""
+    a, b = engine.topology.ids
+    layers = tuple(replace(x, attention=Shares.of({a: _plain(x, b), b: _plain(x, a)})) for x in engine.placement.layers)
+    return replace(engine.placement, layers=layers)
+
+
+def _plain(layer, device) -> list[tuple[int, int]]:
+    return [(r.start, r.stop) for r in layer.attention.ranges(device)]
