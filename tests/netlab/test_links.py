@@ -26,7 +26,7 @@ PROMPT = list(range(5, 25))
 SAMPLING = Sampling(max_new_tokens=400, temperature=0.9, seed=3)
 CUT_S = 2.0
 SOON_S = 2.0  # after the link is back; half a second on a quiet machine, which is printed
-MODEL = RandomLlama("netlab", layers=6, hidden=512, heads=8, kv_heads=8, ffn=512, vocab=512, tied=True)
+MODEL = RandomLlama(name="netlab", layers=6, hidden=512, heads=8, kv_heads=8, ffn=512, vocab=512, tied=True)
 RATE_BYTES_PER_S = 4e6
 
 
