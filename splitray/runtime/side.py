@@ -5,6 +5,7 @@ One thread for each engine or device that has dialled; the run has its own.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from splitray.runtime.wire import Channel, Endpoint, Kind
 if TYPE_CHECKING:
     from splitray.runtime.shard_host import ShardHost
 
+_IN_FLIGHT_BYTES = 1 << 17
 _COPY_S = 20.0  # of silence from a device that is to send KV
 _HEADER = (0, 0, 0, 0, 0, "", ())
 
@@ -34,6 +36,8 @@ class Side:
     def __init__(self, host: ShardHost, channel: Channel) -> None:
         """Start at once."""
         self._host, self._channel = host, channel
+        # Copies share links with the run: what waits in a socket's buffer delays every token behind it.
+        channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _IN_FLIGHT_BYTES)
         self._thread = threading.Thread(target=self._serve, name=f"splitray-side-{host.device}", daemon=True)
         self._thread.start()
 
