@@ -280,10 +280,9 @@ def test_an_unknown_command_is_refused_with_code_2() -> None:
     assert "genrate" in result.stderr
 
 
-def test_a_device_that_dies_in_the_middle_ends_the_run_with_code_1(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream = Engine.stream
+def test_a_device_that_dies_in_the_middle_changes_no_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, asked = Engine.stream, ("--prompt", PROMPT, "--max-new-tokens", 100, "--json")
+    wanted = json.loads(generate(model, *asked, runtime="process").stdout)
 
     def dying(self: Engine, *arguments: Any) -> Iterator[int]:
         for number, token_id in enumerate(stream(self, *arguments)):
@@ -292,11 +291,9 @@ def test_a_device_that_dies_in_the_middle_ends_the_run_with_code_1(
             yield token_id
 
     monkeypatch.setattr(Engine, "stream", dying)
-    started = time.monotonic()
-    result = generate(model, "--prompt", PROMPT, "--max-new-tokens", 100, "--json", runtime="process")
-    assert result.exit_code == 1
-    assert "cloud0" in json.loads(result.stdout)["error"]["message"]
-    assert time.monotonic() - started < 40
+    result = generate(model, *asked, runtime="process")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["token_ids"] == wanted["token_ids"]
 
 
 def test_a_device_that_dies_at_start_ends_the_run_with_code_1(
