@@ -120,6 +120,8 @@ class Engine:
         self._whole = placement, topology
         """What to go back to when all devices are there again."""
         self.next: Next | None = None
+        self._returns: list[threading.Thread] = []
+        self._closed = threading.Event()
         self._spin_s, self._lock = spin_s, threading.Lock()
         self._name = f"{CALLER}/{secrets.token_hex(6)}"
         self._attempt = self.last_epoch = 0
@@ -424,6 +426,7 @@ class Engine:
         """Start lost devices anew in the background and give them back what they held."""
         before = self._whole
         thread = threading.Thread(target=self._return, args=(devices, *before), name="splitray-return", daemon=True)
+        self._returns.append(thread)
         thread.start()
 
     def _return(self, devices: Sequence[str], placement: Placement, topology: Topology) -> None:
@@ -436,13 +439,18 @@ class Engine:
                     if device not in self.endpoints:
                         self.restart(device, topology)
                         self.dial(device)
+                if self.lost is not None:
+                    return
                 back = self.migrate(placement, topology=topology)
-                back.done.wait()
+                while not back.done.wait(_TICK_S):
+                    if self.lost is not None:
+                        return
                 if back.error is None:
                     return
             except (DeviceLost, InputError) as error:
                 logger.info("%s: not back yet: %s", ", ".join(devices), error)
-            time.sleep(wait_s)
+            if self._closed.wait(wait_s):
+                return
 
     def _sessions(self) -> list[Kept]:
         """What has to move with a placement."""
@@ -599,12 +607,15 @@ class Engine:
 
     def close(self) -> None:
         """Stop every device. Idempotent."""
+        self.lost = self.lost or "the engine is closed"
+        self._closed.set()
+        for thread in self._returns:  # one may be starting a device just now, which must not outlive this
+            thread.join()
         for device, channel in self._channels.items():
             with contextlib.suppress(DeviceLost):
                 self._order(device, "leave", {})
             channel.close()
         self._channels.clear()
-        self.lost = self.lost or "the engine is closed"
         self.fleet.close()
 
     def __enter__(self) -> Self:

@@ -319,3 +319,17 @@ def test_a_manifest_names_what_is_there(tmp_path, monkeypatch):
     files = [Saved.from_plain(f) for f in document["files"]]
     assert len(document["ids"][0]) > len(PROMPT) and {Path(f.path).exists() for f in files} == {True}
     assert all(Store(str(tmp_path)).read(f) for f in files)
+
+
+def test_an_engine_that_closes_while_a_device_comes_back_leaves_nothing(tmp_path):
+    import psutil
+
+    from splitray.runtime.fleet import ProcessFleet
+    from splitray.runtime.launch import launch_engine
+
+    before, fleet = set(psutil.Process().children(recursive=True)), ProcessFleet()
+    with launch_engine(model="tiny", devices=2, fleet=fleet, recovery=Recovery(replan="best_device")) as engine:
+        for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
+            if n == 5:
+                psutil.Process(fleet.pid("cloud0")).kill()
+    assert set(psutil.Process().children(recursive=True)) <= before
