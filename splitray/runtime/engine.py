@@ -121,7 +121,10 @@ class Engine:
         """What to go back to when all devices are there again."""
         self.next: Next | None = None
         self._returns: list[threading.Thread] = []
+        self._missing: set[str] = set()
         self._closed = threading.Event()
+        self._starting = threading.RLock()
+        """Held while devices are started, dialled or left out, by a run or beside it."""
         self._spin_s, self._lock = spin_s, threading.Lock()
         self._name = f"{CALLER}/{secrets.token_hex(6)}"
         self._attempt = self.last_epoch = 0
@@ -227,7 +230,8 @@ class Engine:
     def _prepare(self, coming: Next) -> None:
         started = time.perf_counter()
         try:
-            self.ensure(coming.epoch)
+            with self._starting:
+                self.ensure(coming.epoch)
             coming.sessions = self._sessions()
             answers = self.stage(coming.epoch, coming.sessions)
             coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
@@ -424,31 +428,33 @@ class Engine:
 
     def await_return(self, devices: Sequence[str]) -> None:
         """Start lost devices anew in the background and give them back what they held."""
-        before = self._whole
-        thread = threading.Thread(target=self._return, args=(devices, *before), name="splitray-return", daemon=True)
-        self._returns.append(thread)
-        thread.start()
+        self._missing.update(devices)
+        if not any(t.is_alive() for t in self._returns):
+            thread = threading.Thread(target=self._return, args=self._whole, name="splitray-return", daemon=True)
+            self._returns = [thread]
+            thread.start()
 
-    def _return(self, devices: Sequence[str], placement: Placement, topology: Topology) -> None:
+    def _return(self, placement: Placement, topology: Topology) -> None:
         assert self.recovery is not None, "asked for"
         for wait_s in self.recovery.backoff.waits():
-            if self.lost is not None:
-                return
             try:
-                for device in devices:
-                    if device not in self.endpoints:
-                        self.restart(device, topology)
-                        self.dial(device)
+                with self._starting:
+                    for device in sorted(self._missing):
+                        if device not in self.endpoints:
+                            self.restart(device, topology)
+                        if device not in self._channels:
+                            self.dial(device)
+                        self._missing.discard(device)
                 if self.lost is not None:
                     return
                 back = self.migrate(placement, topology=topology)
                 while not back.done.wait(_TICK_S):
                     if self.lost is not None:
                         return
-                if back.error is None:
+                if back.error is None and not self._missing:
                     return
             except (DeviceLost, InputError) as error:
-                logger.info("%s: not back yet: %s", ", ".join(devices), error)
+                logger.info("%s: not back yet: %s", ", ".join(self._missing), error)
             if self._closed.wait(wait_s):
                 return
 
@@ -474,7 +480,8 @@ class Engine:
         if self.next is not None and not self.next.done.is_set():
             self.next.fail(error)
         self.disturbed = True
-        recovered(self, session, error)
+        with self._starting:
+            recovered(self, session, error)
         self.disturbed = False
 
     def _stop_run(self) -> None:
@@ -635,12 +642,13 @@ class Engine:
         channel.drain_fully()
 
     def _ask(self, op: str, order: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        for device in self._channels:
+        devices = set(self._channels)  # one may come back while these answer
+        for device in devices:
             self._order(device, op, order)
-        return self._replies()
+        return self._replies(devices)
 
-    def _replies(self, devices: set[str] | None = None) -> dict[str, dict[str, Any]]:
-        waiting = set(self._channels) if devices is None else set(devices)
+    def _replies(self, devices: set[str]) -> dict[str, dict[str, Any]]:
+        waiting = set(devices)
         replies = {}
         while waiting:
             device, frame = self._next_frame(waiting)
