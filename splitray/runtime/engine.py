@@ -243,7 +243,7 @@ class Engine:
             return
         if self._lock.acquire(blocking=False):  # no run: nobody else would do it
             try:
-                self._switch_to_next()
+                self._switch_at_rest()
             finally:
                 self._lock.release()
 
@@ -307,8 +307,7 @@ class Engine:
                     protection.end()
                 self._end(session)
             self.report = meter.report(len(prompts))
-            if self.next is not None and self.next.staged.is_set():
-                self._switch_to_next()
+            self._switch_at_rest()
 
     def _segment(
         self, session: Session, meter: _Meter, protection: Protection | None
@@ -352,6 +351,16 @@ class Engine:
     @staticmethod
     def _ready(coming: Next) -> bool:
         return coming.staged.is_set() and not coming.done.is_set()
+
+    def _switch_at_rest(self) -> None:
+        """The same where no run goes on: a fault is mended for the next one."""
+        try:
+            self._switch_to_next()
+        except DeviceLost as error:
+            try:
+                self._recover(None, error)
+            except DeviceLost as again:
+                self.lost = self.lost or str(again)
 
     def _switch_to_next(self) -> None:
         """Let the staged placement run: only between segments, with the lock held."""
@@ -410,7 +419,7 @@ class Engine:
         if self.restarts.get(device, 0) >= most:
             raise DeviceLost(f"{device} has been started anew {most} times")
         self.restarts[device] = self.restarts.get(device, 0) + 1
-        self.endpoints[device] = self.fleet.restart((topology or self.topology).device(DeviceId(device)))
+        self.endpoints[device] = self.fleet.restart((topology or self._whole[1]).device(DeviceId(device)))
 
     def replan(self, topology: Topology, context_tokens: int) -> Placement:
         """What `Recovery.replan` says.
