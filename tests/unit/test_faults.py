@@ -333,3 +333,19 @@ def test_an_engine_that_closes_while_a_device_comes_back_leaves_nothing(tmp_path
             if n == 5:
                 psutil.Process(fleet.pid("cloud0")).kill()
     assert set(psutil.Process().children(recursive=True)) <= before
+
+
+def test_devices_die_while_others_come_back(monkeypatch):
+    slow_devices(monkeypatch, 0.003)
+    model, rng = family_model("llama"), random.Random(1)
+    sampling = Sampling(max_new_tokens=40, temperature=0.8, seed=2)
+    with split(model, devices=3, planner="even", recovery=Recovery(replan="best_device", restarts=1000)) as engine:
+        wanted = list(engine.stream(PROMPT, sampling))
+        for run in range(40):
+            moments, got = rng.sample(range(1, 38), rng.choice([1, 2])), []
+            for n, token in enumerate(engine.stream(PROMPT, sampling)):
+                got.append(token)
+                if n in moments:
+                    engine.fleet.kill(rng.choice(list(engine.endpoints)))
+            assert got == wanted, f"run {run}"
+        assert len(engine.faults) > 10
