@@ -183,14 +183,18 @@ class Engine:
             self.endpoints[device], me=self._name, peer=device, token=self.fleet.token, deadline_s=DEADLINE_S
         )
 
-    def stage(self, epoch: Epoch, sessions: Sequence[Kept]) -> dict[str, dict[str, Any]]:
+    def stage(
+        self, epoch: Epoch, sessions: Sequence[Kept], *, void: frozenset[str] = frozenset()
+    ) -> dict[str, dict[str, Any]]:
         """Let every device of an epoch read what it lacks and copy the KV of sessions; what runs goes on.
+
+        Devices in `void` hold nothing of the epoch that runs now.
 
         Raises:
             ModelError: devices have different weights.
             DeviceLost: a device is gone.
         """
-        orders = stage_orders(epoch, self.now, sessions, self.endpoints)
+        orders = stage_orders(epoch, self.now, sessions, self.endpoints, void)
         answers = ask(orders, self.endpoints, self.fleet.token, within_s=_LOAD_S)
         the_same_weights(answers)
         return answers
@@ -298,6 +302,8 @@ class Engine:
                         self._switch_to_next()
                     except DeviceLost as error:
                         self._recover(session, error)
+                        if session.ended:  # the fault came behind the last token
+                            break
             except (DeviceLost, InputError) as error:
                 self.lost = self.lost or (str(error) if isinstance(error, DeviceLost) else None)
                 raise
@@ -338,12 +344,11 @@ class Engine:
                 else:
                     replies[device] = self._reply(device, frame)
             finished = True
-        except DeviceLost:
-            raise
         finally:
             if not finished and self.lost is None and sys.exc_info()[0] is GeneratorExit:
-                self._stop_run()
-                self._drain(set(members) - set(replies))
+                with contextlib.suppress(DeviceLost):  # the next run mends it
+                    self._stop_run()
+                    self._drain(set(members) - set(replies))
         session.valid = session.positions
         meter.add(replies)
         return not paused or session.ended
@@ -409,7 +414,7 @@ class Engine:
             if device not in self._channels:
                 self.dial(device)
 
-    def restart(self, device: str, topology: Topology | None = None) -> None:
+    def restart(self, device: str) -> None:
         """Start a dead device anew.
 
         Raises:
@@ -419,7 +424,7 @@ class Engine:
         if self.restarts.get(device, 0) >= most:
             raise DeviceLost(f"{device} has been started anew {most} times")
         self.restarts[device] = self.restarts.get(device, 0) + 1
-        self.endpoints[device] = self.fleet.restart((topology or self._whole[1]).device(DeviceId(device)))
+        self.endpoints[device] = self.fleet.restart(self._whole[1].device(DeviceId(device)))
 
     def replan(self, topology: Topology, context_tokens: int) -> Placement:
         """What `Recovery.replan` says.
@@ -450,7 +455,7 @@ class Engine:
                 with self._starting:
                     for device in sorted(self._missing):
                         if device not in self.endpoints:
-                            self.restart(device, topology)
+                            self.restart(device)
                         if device not in self._channels:
                             self.dial(device)
                         self._missing.discard(device)

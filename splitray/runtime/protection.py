@@ -28,7 +28,6 @@ class Protection:
         self.url, self.session = url, session
         self.problem: str | None = None
         self.cost_s = 0.0
-        self.num_bytes = 0
         self.count = 0
         self._engine, self._every, self._failures_per_s = engine, every, failures_per_s
         self._store = Store(url)
@@ -74,14 +73,9 @@ class Protection:
         self.problem = None
         self.count += 1
         self.cost_s += sum(a["cpu_s"] for a in answers.values())
-        self.num_bytes += sum(f.num_bytes for f in files)
-
-    def settle(self) -> None:
-        """Wait for the one under way: what it reads is about to change."""
-        if self._thread is not None:
-            self._thread.join()
 
     def end(self) -> None:
         """The session is over."""
-        self.settle()
+        if self._thread is not None:
+            self._thread.join()
         self._store.forget(self.session.number)

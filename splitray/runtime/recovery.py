@@ -16,14 +16,13 @@ from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement
 from splitray.runtime.asking import Unanswered, ask
 from splitray.runtime.backoff import Backoff
-from splitray.runtime.epoch import Kept, astuple, stage_orders, the_same_weights
+from splitray.runtime.epoch import Kept, astuple
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
     from splitray.runtime.engine import Engine
     from splitray.runtime.session import Session
 
-_LOAD_S = 600.0
 _PROBE_S = 0.25
 _STOP_S = 30.0  # a weak device may have seconds of a prompt to finish
 
@@ -191,9 +190,7 @@ def _rebuild(
              stop=session.positions if reached is None else min(session.positions, reached), files=tuple(session.saved),
              store=recovery.store)
     ]  # fmt: skip
-    answers = ask(stage_orders(epoch, engine.now, kept, engine.endpoints, void), engine.endpoints, engine.fleet.token,
-                  within_s=_LOAD_S)  # fmt: skip
-    the_same_weights(answers)
+    answers = engine.stage(epoch, kept, void=void)
     fault.load_s += time.monotonic() - began
     engine.switch(epoch, [], anew=True)
     if needed:

@@ -91,9 +91,6 @@ class Side:
                 host.ready = build(load, device=host.device, wire=host.wire, junction=host.junction,
                                    memory=host.memory, old=host.current)  # fmt: skip
                 self._reply(host.stats())
-            case "unstage":
-                host.staged = None
-                self._reply({})
             case "kv":
                 self._kv(order)
             case "checkpoint":

@@ -19,6 +19,7 @@ from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import MOMENTS, trials
 from splitray.runtime.backoff import Backoff
 from splitray.runtime.checkpoint import Saved, Store, best_period_tokens
+from splitray.runtime.engine import Engine
 from splitray.runtime.epoch import kv_sources
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
@@ -349,3 +350,29 @@ def test_devices_die_while_others_come_back(monkeypatch):
                     engine.fleet.kill(rng.choice(list(engine.endpoints)))
             assert got == wanted, f"run {run}"
         assert len(engine.faults) > 10
+
+
+def test_a_fault_behind_the_last_token_adds_none(monkeypatch):
+    model, reply = family_model("llama"), Engine._reply
+    with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
+        lost = iter([True])
+
+        def late(self, device, frame):
+            if self.progress is not None and self.progress.ended and next(lost, False):
+                raise DeviceLost(f"{device} fell silent behind the last token")
+            return reply(self, device, frame)
+
+        monkeypatch.setattr(Engine, "_reply", late)
+        assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
+        assert len(engine.faults) == 1
+        assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
+
+
+def test_a_run_is_given_up_while_a_device_is_dead_and_the_next_one_works():
+    model = family_model("llama")
+    with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
+        stream = engine.stream(PROMPT, Sampling(max_new_tokens=100))
+        next(stream)
+        engine.fleet.kill("cloud0")
+        stream.close()
+        assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
