@@ -79,7 +79,7 @@ def trials(
     wanted = list(engine.stream(prompt, sampling))
     at_start = _open_files()
     for done in range(count):
-        engine.restarts.clear()
+        engine.restarted.clear()
         moment = rng.choice(MOMENTS)
         device = rng.choice([str(d) for d in engine.route.devices])
         trial, seconds = _trial(engine, fleet, prompt, sampling, wanted, moment, device, rng)

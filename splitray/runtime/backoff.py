@@ -35,6 +35,6 @@ class Backoff:
             if age < self.young_s:
                 yield self.often_s
             else:
-                wait = min(self.most_s, self.first_s * 2**n)
+                wait = min(self.most_s, self.first_s * 2 ** min(n, 30))
                 n += 1
                 yield wait * (0.5 + 0.5 * rng.random())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import select
@@ -128,7 +129,7 @@ class Engine:
         self._spin_s, self._lock = spin_s, threading.Lock()
         self._name = f"{CALLER}/{secrets.token_hex(6)}"
         self._attempt = self.last_epoch = 0
-        self.restarts: dict[str, int] = {}
+        self.restarted: dict[str, list[float]] = {}
         self.disturbed = False
         """Whether a fault is being seen to."""
         self._channels: dict[str, Channel] = {}
@@ -242,7 +243,7 @@ class Engine:
             coming.copy_s = max(a["copy_s"] for a in answers.values())
             coming.stage_s = time.perf_counter() - started
             coming.staged.set()
-        except (DeviceLost, InputError) as error:
+        except Exception as error:  # a boundary: whoever waits for it must learn it
             coming.fail(error)
             return
         if self._lock.acquire(blocking=False):  # no run: nobody else would do it
@@ -420,10 +421,12 @@ class Engine:
         Raises:
             DeviceLost: it does not come up, or it has died too often.
         """
-        most = self.recovery.restarts if self.recovery else 0
-        if self.restarts.get(device, 0) >= most:
-            raise DeviceLost(f"{device} has been started anew {most} times")
-        self.restarts[device] = self.restarts.get(device, 0) + 1
+        assert self.recovery is not None, "asked for"
+        most, within_s = self.recovery.restarts, self.recovery.restarts_within_s
+        recent = [t for t in self.restarted.get(device, ()) if time.monotonic() - t < within_s]
+        if len(recent) >= most:
+            raise DeviceLost(f"{device} has been started anew {most} times in {within_s:g} s")
+        self.restarted[device] = [*recent, time.monotonic()]
         self.endpoints[device] = self.fleet.restart(self._whole[1].device(DeviceId(device)))
 
     def replan(self, topology: Topology, context_tokens: int) -> Placement:
@@ -450,7 +453,7 @@ class Engine:
 
     def _return(self, placement: Placement, topology: Topology) -> None:
         assert self.recovery is not None, "asked for"
-        for wait_s in self.recovery.backoff.waits():
+        for wait_s in replace(self.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
             try:
                 with self._starting:
                     for device in sorted(self._missing):

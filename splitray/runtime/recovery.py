@@ -37,7 +37,7 @@ class Recovery:
     Args:
         store: URL or folder of checkpoints that all devices reach; without one, lost KV is computed from the tokens.
         every_tokens: between checkpoints; by default Young's period for `failures_per_s` and the measured cost.
-        restarts: how often each device may be started anew.
+        restarts: how often each device may be started anew, in `restarts_within_s`.
         replan: a planner's name, or what gives the placement that does without lost devices. It is tried before they
             are started anew; None: there is to be none.
         stand_by: devices for whose loss the others hold the slices ready that `replan` gives them then.
@@ -51,6 +51,7 @@ class Recovery:
     every_tokens: int | None = None
     failures_per_s: float = 1 / 3600
     restarts: int = 3
+    restarts_within_s: float = 600.0
     replan: str | Replan | None = None
     stand_by: tuple[str, ...] = ()
     fail_back: bool = True

@@ -90,7 +90,7 @@ class ShardHost:
         """Stop serving; frees sockets. Safe from another thread."""
         self._callers.put(None)
         if self.caller is not None:
-            self.caller.close()
+            self._give_up(self.caller)
 
     def kill(self) -> None:
         """End as a killed process does: no farewell, everything forgotten (tests)."""
@@ -127,7 +127,7 @@ class ShardHost:
             before = self.caller
             self._callers.put(channel)
             if before is not None:
-                before.close()  # an engine dials anew when it hears nothing: the old connection is dead
+                self._give_up(before)  # an engine dials anew when it hears nothing: the old connection is dead
         elif kind == SIDE:
             channel.wait_forever()
             self._sides = [s for s in self._sides if s.alive]
@@ -243,7 +243,7 @@ class ShardHost:
             Of each session, the positions whose KV is certain to be here.
         """
         if self.caller is not None:
-            self.caller.close()  # the engine dials anew
+            self._give_up(self.caller)  # the engine dials anew
         self.sever()
         with self._running:
             before = self.previous
@@ -252,6 +252,12 @@ class ShardHost:
                 self.junction.lead_to(before.crossing)
             return {n: c.written for n, c in self.current.caches.items()} if self.current else {}
 
+    def _give_up(self, caller: Channel) -> None:
+        """End a caller's orders: also the one that waits for peers, who may be dead."""
+        caller.close()
+        with self._joined:
+            self._joined.notify_all()
+
     def _connect(self, order: dict[str, Any]) -> None:
         self.wire.channels = {p: c for p, c in self.wire.channels.items() if not c.closed}
         for peer, endpoint in order["dial"].items():
@@ -259,9 +265,13 @@ class ShardHost:
                 Endpoint(*endpoint), me=self.device, peer=peer, token=self.token, deadline_s=self._deadline_s
             )
             self.wire.channels[peer] = channel
-        expected = set(order["await"])
+        expected, caller = set(order["await"]), self.caller
+
+        def settled() -> bool:
+            return expected <= set(self.wire.channels) or caller is None or caller.closed
+
         with self._joined:
-            if not self._joined.wait_for(lambda: expected <= set(self.wire.channels), timeout=self._deadline_s):
+            if not self._joined.wait_for(settled, timeout=self._deadline_s) or not expected <= set(self.wire.channels):
                 missing = sorted(expected - set(self.wire.channels))
                 raise DeviceLost(f"{missing} did not connect within {self._deadline_s:g} s")
         for channel in self.wire.channels.values():

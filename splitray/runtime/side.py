@@ -181,7 +181,8 @@ def fill(
         return 0
     if here is not None:
         current = here.current
-        assert current is not None, "it is a source"
+        if current is None:
+            raise DeviceLost(f"{here.device} holds nothing any more")
         for piece in pieces(source["pieces"]):
             kv = current.read(session, piece, start, stop)
             if kv is not None:

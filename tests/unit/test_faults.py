@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from splitray.runtime.engine import Engine
 from splitray.runtime.epoch import kv_sources
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.shard_host import ShardHost
 from splitray.topology import Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
@@ -102,6 +104,29 @@ def test_a_device_that_was_left_out_gets_back_what_it_held(monkeypatch):
         assert tokens == greedy(model, PROMPT, 60)
         assert engine.faults[0].left_out == ("cloud0",) and engine.faults[0].restarted == ()
         assert engine.placement == before and engine.epoch == 2, "left out, and back"
+
+
+def test_a_device_that_dies_while_others_wait_for_it_in_a_switch_does_not_hold_them_up(monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model, connect, armed = family_model("llama"), ShardHost._connect, []
+
+    def dies_first(host, order):
+        if armed and host.device == "edge0":
+            armed.pop()()
+            raise DeviceLost("it is dead")
+        connect(host, order)
+
+    with split(model, devices=3, planner="edge_only", recovery=Recovery(replan=replan(model))) as engine:
+        tokens, last, gap_s = [], time.monotonic(), 0.0
+        monkeypatch.setattr(ShardHost, "_connect", dies_first)
+        for n, token in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=60))):
+            gap_s, last = max(gap_s, time.monotonic() - last), time.monotonic()
+            tokens.append(token)
+            if n == 5:
+                armed.append(lambda: engine.fleet.kill("edge0"))
+                engine.migrate(replan(model)(engine.topology, 0))
+        assert not armed and tokens == greedy(model, PROMPT, 60)
+        assert gap_s < 5.0, "not until the deadline of a connection"
 
 
 def test_who_stands_by_reads_nothing_when_a_device_is_lost(monkeypatch):
