@@ -32,8 +32,10 @@ class Desired:
 
     placement: Placement
     tpot_s: float
-    move_s: float
-    """Predicted time of copying the KV."""
+    copy_s: float = 0.0
+    """Copying the run's KV, beside the run."""
+    read_s: float = float("inf")
+    """Reading the run's tokens again, while it waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,7 @@ class Action:
 
     kind: Literal["stay", "move"]
     why: str
+    copies_kv: bool = True
 
 
 def next_action(desired: Desired, observed: Observed, gate: Gate, *, returns: int = 0) -> Action:
@@ -85,17 +88,52 @@ def next_action(desired: Desired, observed: Observed, gate: Gate, *, returns: in
     if desired.tpot_s == float("inf"):
         return Action("stay", "what is wanted cannot run either")
     if observed.tpot_s == float("inf"):
-        return Action("move", "what runs cannot go on")
+        return Action("move", "what runs cannot go on", copies_kv=False)
     rest = min(gate.most_rest_tokens, gate.rest_tokens * 2**returns)
     if observed.since_move_tokens < rest:
         return Action("stay", f"moved {observed.since_move_tokens} tokens ago, rests for {rest}")
     saved_s = observed.tpot_s - desired.tpot_s
     if saved_s < gate.gain * observed.tpot_s:
         return Action("stay", f"gains {saved_s / observed.tpot_s:.0%} a token, less than {gate.gain:.0%}")
-    cost_s = desired.move_s + _PAUSE_STEPS * desired.tpot_s
+    # While KV is copied the run goes on at the old pace.
+    copy_s = desired.copy_s * saved_s / observed.tpot_s
+    cost_s = min(copy_s, desired.read_s) + _PAUSE_STEPS * desired.tpot_s
     if saved_s * observed.tokens_left < gate.pays * cost_s:
         return Action("stay", f"{observed.tokens_left} tokens do not pay for {cost_s:.2f} s")
-    return Action("move", f"gains {saved_s / observed.tpot_s:.0%} a token for {cost_s:.2f} s")
+    gains = f"gains {saved_s / observed.tpot_s:.0%} a token for {cost_s:.2f} s"
+    return Action("move", gains, copies_kv=copy_s <= desired.read_s)
+
+
+def weighed(planner: Planner, state: ClusterState) -> tuple[Desired, float]:
+    """What a planner wants in a state, and a later token's time on what runs (`state.current`)."""
+    assert state.current is not None, "something runs"
+    wanted, cached, prices = planner.propose(state), state.cached_tokens or 0, _Prices(state)
+    desired = Desired(
+        placement=wanted,
+        tpot_s=prices.tpot_s(wanted, cached),
+        copy_s=delay_s(diff(state.current, wanted, state.arch, cached), state.topology, staged=True),
+        read_s=prices.read_s(wanted, cached),
+    )
+    return desired, prices.tpot_s(state.current, cached)
+
+
+class _Prices:
+    """Infinite where a link is missing."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._model = CostModel(state.arch, state.topology, codec=state.codec)
+
+    def tpot_s(self, placement: Placement, context: int) -> float:
+        try:
+            return self._model.tpot_s(placement, context_tokens=max(1, context))
+        except InputError:
+            return float("inf")
+
+    def read_s(self, placement: Placement, tokens: int) -> float:
+        try:
+            return self._model.ttft_s(placement, prompt_tokens=tokens) if tokens else 0.0
+        except InputError:
+            return float("inf")
 
 
 @dataclass(slots=True)
@@ -133,6 +171,7 @@ class Controller:
         every_tokens: between looks.
         change: of a link's rate since the last look after which it looks at once.
         gate: when a move is worth it.
+        tokens_at_rest: for which a placement is chosen while nothing runs.
     """
 
     engine: Engine
@@ -141,6 +180,7 @@ class Controller:
     every_tokens: int = 16
     change: float = 0.3
     gate: Gate = field(default_factory=Gate)
+    tokens_at_rest: int = 64
     decisions: list[Decision] = field(default_factory=list)
     _history: History = field(default_factory=History)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -184,37 +224,25 @@ class Controller:
         engine, tokens = self.engine, self.engine.tokens
         self._looked = tokens, now
         session = engine.progress
-        cached, left = (session.positions, session.tokens_left) if session is not None else (0, 0)
+        cached, left = (session.positions, session.tokens_left) if session is not None else (0, self.tokens_at_rest)
         capacity = engine.arch.context_tokens if session is None else session.capacity
         state = ClusterState(
             arch=engine.arch, topology=now, context_tokens=capacity,
-            current=engine.placement, cached_tokens=cached, interval_tokens=max(1, left),
+            current=engine.placement, cached_tokens=cached, interval_tokens=max(1, left), codec=engine.now.codec,
         )  # fmt: skip
-        wanted = self.planner.propose(state)
-        desired = Desired(
-            placement=wanted, tpot_s=self._tpot_s(wanted, now, cached),
-            move_s=delay_s(diff(engine.placement, wanted, engine.arch, cached), now, staged=True),
-        )  # fmt: skip
+        desired, current_s = weighed(self.planner, state)
         coming = engine.next
         observed = Observed(
-            placement=engine.placement, tpot_s=self._tpot_s(engine.placement, now, cached), tokens_left=left,
+            placement=engine.placement, tpot_s=current_s, tokens_left=left,
             moving=coming is not None and not coming.done.is_set(), since_move_tokens=tokens - self._moved_at,
         )  # fmt: skip
         action = next_action(desired, observed, self.gate, returns=self._history.returns)
         if action.kind == "move":
-            self._history.moved(engine.placement, wanted)
+            self._history.moved(engine.placement, desired.placement)
             self._moved_at = tokens
-            engine.migrate(wanted)
+            engine.migrate(desired.placement, copies_kv=action.copies_kv)
         decision = Decision(
             action=action, predicted_tpot_s=desired.tpot_s, current_tpot_s=observed.tpot_s, at_token=tokens
         )
         self.decisions.append(decision)
         return decision
-
-    def _tpot_s(self, placement: Placement, now: Topology, context: int) -> float:
-        try:
-            return CostModel(self.engine.arch, now, codec=self.engine.now.codec).tpot_s(
-                placement, context_tokens=max(1, context)
-            )
-        except InputError:  # a link is gone
-            return float("inf")

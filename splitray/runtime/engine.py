@@ -213,8 +213,11 @@ class Engine:
         self.now = epoch
         return answers
 
-    def migrate(self, placement: Placement, *, topology: Topology | None = None) -> Next:
+    def migrate(self, placement: Placement, *, topology: Topology | None = None, copies_kv: bool = True) -> Next:
         """Stage another placement in the background; it takes over between two tokens of the run, or now if none runs.
+
+        The KV of the run is copied meanwhile or, without `copies_kv`, computed anew from its tokens at the switch: less
+        to send where KV is larger than the states of a prompt, and nothing where the new placement is one device.
 
         Returns:
             What becomes of it; `done` is set once it runs or has failed.
@@ -228,7 +231,7 @@ class Engine:
             raise InputError("migration", expected="one at a time", actual="another one on its way",
                              remedy="wait for it")  # fmt: skip
         self.last_epoch = max(self.last_epoch, self.epoch) + 1
-        self.next = Next(self.now.moved(placement, topology, self.last_epoch))
+        self.next = Next(self.now.moved(placement, topology, self.last_epoch), copies_kv)
         threading.Thread(target=self._prepare, args=(self.next,), name="splitray-stage", daemon=True).start()
         return self.next
 
@@ -237,7 +240,7 @@ class Engine:
         try:
             with self._starting:
                 self.ensure(coming.epoch)
-            coming.sessions = self._sessions()
+            coming.sessions = self._sessions(coming)
             answers = self.stage(coming.epoch, coming.sessions)
             coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
             coming.copy_s = max(a["copy_s"] for a in answers.values())
@@ -375,7 +378,7 @@ class Engine:
             return
         started = time.perf_counter()
         behind = {s.number: s.stop for s in coming.sessions}
-        tails = [replace(s, start=behind.get(s.number, 0)) for s in self._sessions()]
+        tails = [replace(s, start=behind.get(s.number, 0)) for s in self._sessions(coming)]
         try:
             answers = self.switch(coming.epoch, tails)
         except InputError as error:
@@ -384,6 +387,8 @@ class Engine:
         except DeviceLost as error:
             coming.fail(error)
             raise
+        if self._session is not None and not coming.copies_kv:
+            self._session.valid = 0
         self.topology = coming.epoch.topology
         self._whole = coming.epoch.placement, self.topology
         coming.tail_bytes = sum(a["copied_bytes"] for a in answers.values())
@@ -475,11 +480,11 @@ class Engine:
             if self._closed.wait(wait_s):
                 return
 
-    def _sessions(self) -> list[Kept]:
+    def _sessions(self, coming: Next) -> list[Kept]:
         """What has to move with a placement."""
         kept = list(self._kept.values())
         session = self._session
-        if session is not None and session.steps:
+        if session is not None and session.steps and coming.copies_kv:
             kept.append(Kept(number=session.number, capacity=session.capacity, stop=session.positions))
         return kept
 

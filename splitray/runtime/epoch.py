@@ -98,6 +98,8 @@ class Next:
     """An epoch on its way, and what it took. `done` is set at the end, with `error` if it came to nothing."""
 
     epoch: Epoch
+    copies_kv: bool = True
+    """Whether the run's KV is copied; if not, the new placement reads its tokens again."""
     sessions: list[Kept] = field(default_factory=list)
     staged: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)

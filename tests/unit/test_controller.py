@@ -25,8 +25,10 @@ NEAR, FAR = (
 INFINITE = float("inf")
 
 
-def asked(*, wanted=FAR, now_s=0.10, then_s=0.05, move_s=0.2, left=100, moving=False, since=1000, returns=0) -> Action:
-    desired = Desired(placement=wanted, tpot_s=then_s, move_s=move_s)
+def asked(
+    *, wanted=FAR, now_s=0.10, then_s=0.05, copy_s=0.4, read_s=INFINITE, left=100, moving=False, since=1000, returns=0
+) -> Action:
+    desired = Desired(placement=wanted, tpot_s=then_s, copy_s=copy_s, read_s=read_s)
     observed = Observed(placement=NEAR, tpot_s=now_s, tokens_left=left, moving=moving, since_move_tokens=since)
     return next_action(desired, observed, Gate(), returns=returns)
 
@@ -40,7 +42,8 @@ def asked(*, wanted=FAR, now_s=0.10, then_s=0.05, move_s=0.2, left=100, moving=F
         ({"then_s": 0.095}, "stay", "less than 10%"),
         ({"then_s": 0.2}, "stay", "less than 10%"),
         ({"left": 5}, "stay", "do not pay"),
-        ({"move_s": 10.0}, "stay", "do not pay"),
+        ({"copy_s": 20.0}, "stay", "do not pay"),
+        ({"copy_s": 20.0, "read_s": 0.1}, "move", "0.20 s"),
         ({"since": 10}, "stay", "rests for 16"),
         ({"since": 40, "returns": 2}, "stay", "rests for 64"),
         ({"since": 70, "returns": 2}, "move", "gains"),
@@ -53,13 +56,19 @@ def test_what_is_done(case, kind, why):
     assert action.kind == kind and why in action.why
 
 
+def test_kv_is_copied_where_that_costs_the_run_less_than_reading_again():
+    assert asked(copy_s=1.0, read_s=0.6).copies_kv
+    assert not asked(copy_s=1.0, read_s=0.4).copies_kv
+    assert not asked(now_s=INFINITE).copies_kv, "from where it is nothing can be copied"
+
+
 def test_an_oscillating_link_is_not_followed_for_ever():
     """The link flips every 20 tokens for 2,000 tokens: rests double, so that moves grow with the logarithm."""
     history, current, moved_at, moves = History(), NEAR, -1000, 0
     for token in range(0, 2000, 4):
         good, bad = (FAR, NEAR) if token // 20 % 2 else (NEAR, FAR)
         price = {good: 0.05, bad: 0.10}
-        desired = Desired(placement=good, tpot_s=price[good], move_s=0.01)
+        desired = Desired(placement=good, tpot_s=price[good], copy_s=0.02)
         observed = Observed(
             placement=current, tpot_s=price[current], tokens_left=2000 - token, moving=False,
             since_move_tokens=token - moved_at,

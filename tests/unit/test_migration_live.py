@@ -29,12 +29,12 @@ def another(engine, seed: int):
 
 
 def moved_while_generating(engine, prompt, sampling, seeds):
-    """Tokens of a run in which placement after placement takes over, and the migrations."""
+    """Tokens of a run in which placement after placement takes over, and the migrations: every other one with KV."""
     tokens, done, seeds = [], [], list(seeds)
     for token in engine.stream(prompt, sampling):
         tokens.append(token)
         if seeds and (not done or done[-1].done.is_set()):
-            done.append(engine.migrate(another(engine, seeds.pop(0))))
+            done.append(engine.migrate(another(engine, seeds.pop(0)), copies_kv=len(done) % 2 == 0))
             assert done[-1].staged.wait(SOON_S)
     assert all(m.done.wait(SOON_S) and m.error is None for m in done)
     return tokens, done
@@ -47,6 +47,7 @@ def test_every_family_moves_while_it_generates(family):
         tokens, moves = moved_while_generating(engine, PROMPT, Sampling(max_new_tokens=NEW_TOKENS), range(2, 5))
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
         assert len(moves) == 3 == engine.epoch
+        assert moves[1].staged_bytes == moves[1].tail_bytes == 0, "it read the tokens again"
         again = list(engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)))
         assert again == tokens, "the placement that stays runs on"
         assert {s["kv_bytes"] for s in engine.stats().values()} == {0}, "nothing is left of the sessions"
