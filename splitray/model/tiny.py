@@ -3,6 +3,7 @@
 ``python -m splitray.model.tiny --out DIR`` trains a tokenizer and a Llama-type decoder on the documentation
 that every CPython installation carries, or on the files given with ``--text``, scores both the model and a
 modified Kneser-Ney 5-gram on documents neither has seen, and writes weights, tokenizer and model card.
+``--architecture gpt_neox`` trains another kind of decoder in the same way.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from splitray.model.kneser_ney import KneserNey
 
@@ -46,6 +47,9 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+ARCHITECTURES = {"llama": "Llama", "gpt_neox": "GPT-NeoX"}
+"""What can be trained, by its name in transformers: the second one has layer norms, biases and parallel blocks."""
+INTO_RESIDUAL = ("o_proj", "down_proj", "dense", "dense_4h_to_h")
 SHORTEST_TEXT_BYTES = 20_000
 FILE_DOCUMENT_BYTES = 3_000
 HELD_OUT_OF = 20
@@ -82,6 +86,7 @@ class Recipe:
     distributions tell far more per token than the one token that follows, and so save most of the early steps.
     """
 
+    architecture: str = "llama"
     vocabulary: int = 2048
     hidden: int = 128
     intermediate: int = 384
@@ -342,23 +347,24 @@ def encode_chats(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Documen
     return sequences
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Build the untrained decoder, with dropout on the embedding and on what each block adds."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden,
-            intermediate_size=recipe.intermediate,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.kv_heads,
-            max_position_embeddings=recipe.context,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    grouped = {"num_key_value_heads": recipe.kv_heads} if recipe.architecture == "llama" else {}
+    config = AutoConfig.for_model(
+        recipe.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **grouped,
     )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
 
     def drop(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
@@ -369,9 +375,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
     with torch.no_grad():
         for name, module in model.named_modules():
-            if name.endswith(("o_proj", "down_proj")):
+            last = name.rpartition(".")[2]
+            if last in INTO_RESIDUAL:
                 module.weight.zero_()  # every block starts as the identity, which trains faster
-            if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            if last in ("embed_tokens", "embed_in", *INTO_RESIDUAL):
                 module.register_forward_hook(drop)
     return model
 
@@ -475,7 +482,7 @@ def mixed_loss(logits: torch.Tensor, ids: torch.Tensor, taught: torch.Tensor, we
     return (hard.sum() + weight * (soft - hard[:count].sum())) / hard.numel()
 
 
-def model_bits(model: LlamaForCausalLM, sequences: Sequence[Sequence[int]], context: int) -> float:
+def model_bits(model: PreTrainedModel, sequences: Sequence[Sequence[int]], context: int) -> float:
     """Return the total of -log2 p over all tokens of ``sequences`` but their leading bos.
 
     A window of ``context`` tokens moves by half its length, so that every token but those early in a
@@ -523,7 +530,7 @@ class Outcome:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: Batches,
     check: Callable[[], float],
     recipe: Recipe,
@@ -572,7 +579,7 @@ def train(
         progress.tell(f"{done:4.0%}  step {step}  tokens {batches.tokens:,}  loss {float(loss.detach()):.3f}")
 
 
-def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, most_tokens: int = 80) -> str:
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: str, most_tokens: int = 80) -> str:
     """Return the model's greedy answer to one chat question."""
     turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -629,7 +636,7 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
         recipe,
         save,
     )
-    best = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    best = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     scores = {"neural": model_bits(best, held_ids, recipe.long_window) / held_bytes}
     # Questions repeat the text they were made from, which spoils counts of counts: the n-gram is given the
     # text with and without them, and credited with the better of the two.
@@ -653,7 +660,7 @@ def cook(documents: Sequence[Document], out: Path, recipe: Recipe, source: str, 
 
 def write_card(
     out: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     recipe: Recipe,
     facts: dict[str, str],
     scores: dict[str, float],
@@ -673,7 +680,8 @@ the English of the Python documentation. It is no source of facts: it makes up w
 
 | | |
 |---|---|
-| Architecture | Llama; {recipe.layers} layers, {recipe.heads} heads, {recipe.kv_heads} key-value heads, \
+| Architecture | {ARCHITECTURES[recipe.architecture]}; {recipe.layers} layers, {recipe.heads} heads, \
+{getattr(model.config, "num_key_value_heads", recipe.heads)} key-value heads, \
 hidden size {recipe.hidden}, intermediate size {recipe.intermediate}, tied embeddings, \
 context {recipe.context} |
 | Tokenizer | byte-level BPE, {model.config.vocab_size} tokens, with a chat template |
@@ -715,16 +723,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m splitray.model.tiny", description=(__doc__ or "").strip())
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default=Recipe.architecture)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="processor time to train for")
     parser.add_argument("--steps", type=int, help="train for this many steps, whatever time they take")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=Recipe.device)
     args = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
-    recipe = Recipe(seed=args.seed, device=args.device, minutes=args.minutes, steps=args.steps)
+    recipe = Recipe(
+        architecture=args.architecture, seed=args.seed, device=args.device, minutes=args.minutes, steps=args.steps
+    )
     budget = f"--minutes {args.minutes:g}" if args.steps is None else f"--steps {args.steps}"
     texts = "".join(f"--text {path.name} " for path in args.text)
-    command = f"python -m splitray.model.tiny {texts}--out DIR {budget} --seed {args.seed} --device {args.device}"
+    kind = "" if args.architecture == Recipe.architecture else f"--architecture {args.architecture} "
+    command = f"python -m splitray.model.tiny {texts}{kind}--out DIR {budget} --seed {args.seed} --device {args.device}"
     try:
         if args.minutes <= 0 or (args.steps is not None and args.steps < 1):
             raise RecipeError("--minutes and --steps must be above zero")
