@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitray.arch import ModelArch
+from splitray.channel import NoisyChannel
 from splitray.codecs import Codec, encoded_bytes
 from splitray.errors import TopologyError
 from splitray.placement import Placement, Shares
@@ -68,7 +69,8 @@ class Boundary:
 class Route:
     """Execution order of one decode step: sub-blocks, and the boundaries between them.
 
-    `codec` is how partials and states travel (codecs.py), the same at every boundary.
+    `codec` is how partials and states travel (codecs.py), the same at every boundary, and `channel` what happens to
+    them on the way (channel.py).
     """
 
     sub_blocks: tuple[SubBlock, ...]
@@ -76,6 +78,7 @@ class Route:
     origin: DeviceId
     greedy: bool
     codec: Codec = "none"
+    channel: NoisyChannel | None = None
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
@@ -130,7 +133,13 @@ def message_bytes(
 
 
 def compile_route(
-    placement: Placement, arch: ModelArch, topology: Topology, *, greedy: bool = True, codec: Codec = "none"
+    placement: Placement,
+    arch: ModelArch,
+    topology: Topology,
+    *,
+    greedy: bool = True,
+    codec: Codec = "none",
+    channel: NoisyChannel | None = None,
 ) -> Route:
     """Compile a valid placement into its Route.
 
@@ -140,6 +149,7 @@ def compile_route(
         topology: device order, links and origin.
         greedy: whether a partitioned head sends (max, id) or its logits to the sampler.
         codec: how partials and states travel; a lossy one keeps the residual apart from the lead's partial.
+        channel: what happens to them on the way; a noisy one keeps the residual apart too.
 
     Raises:
         TopologyError: two devices that must exchange have no link.
@@ -150,7 +160,7 @@ def compile_route(
         if arch.qk_norm_over_heads and here.kind == "attention" and here.mode == "partitioned":
             pairs = [(a, b) for a in here.devices for b in here.devices if a != b]
             boundaries.append(Boundary(here.index, tuple(Message(a, b, "norm_sums") for a, b in pairs), inner=True))
-        boundaries.append(Boundary(here.index, crossing(here, there, arch, topology, codec)))
+        boundaries.append(Boundary(here.index, crossing(here, there, arch, topology, codec, channel)))
     head = blocks[-1]
     content: Content = "best" if greedy else "logits"
     boundaries.append(
@@ -170,7 +180,7 @@ def compile_route(
                     actual="none in the topology",
                     remedy="add the link, or place the pieces elsewhere",
                 )
-    return Route(tuple(blocks), tuple(boundaries), topology.origin, greedy, codec)
+    return Route(tuple(blocks), tuple(boundaries), topology.origin, greedy, codec, channel)
 
 
 def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]) -> list[SubBlock]:
@@ -195,13 +205,20 @@ def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]
     return blocks
 
 
-def crossing(here: SubBlock, there: SubBlock, arch: ModelArch, topology: Topology, codec: Codec) -> tuple[Message, ...]:
+def crossing(
+    here: SubBlock,
+    there: SubBlock,
+    arch: ModelArch,
+    topology: Topology,
+    codec: Codec,
+    channel: NoisyChannel | None = None,
+) -> tuple[Message, ...]:
     """The messages between two sub-blocks that follow each other, by the exchange rule (DESIGN section 3)."""
     lacking = [d for d in there.devices if d not in here.devices]
     if here.mode != "partitioned":
         num_bytes = encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
         return tuple(Message(_cheapest(here.devices, d, num_bytes, topology), d, "state") for d in lacking)
-    unfolded = arch.post_norm or codec != "none"
+    unfolded = arch.post_norm or codec != "none" or channel is not None
     messages = []
     for source in here.devices:
         for target in there.devices:

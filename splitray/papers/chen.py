@@ -1,7 +1,7 @@
-"""Chen et al. (arXiv 2406.02616): what the user's device computes for the first p layers, eq. (2).
+"""Chen et al. (arXiv 2406.02616): what the user's device computes for the first p layers, eq. (2), and eq. (5).
 
-The formula and eq. (2) are STATED, its corrections are ours (SPEC 3.2, 3.11). Channel and reward are not here. The
-authors' released code has no licence and was not used.
+The formulas are STATED, their corrections are ours (SPEC 3.2, 3.11). The channel as it is run is `splitray.channel`;
+the reward is not here. The authors' released code has no licence and was not used.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 
 from splitray.arch import ModelArch
+from splitray.channel import Nakagami
 
 
 class Errata(enum.Flag):
@@ -18,6 +19,7 @@ class Errata(enum.Flag):
     MULTIPLY_ADDS = enum.auto()  # E2: a multiply-add counts once
     PLAIN_MLP = enum.auto()  # 3.2: full K and V and two maps of 4 d for any model, SwiGLU too
     PER_SECOND = enum.auto()  # E3: a count is called a rate, which is right only for steps of one second
+    SQUARED_OMEGA = enum.auto()  # E1: eq. (5)'s exponent has omega^2, so that it is no probability
 
 
 AS_PRINTED = ~Errata(0)
@@ -52,3 +54,15 @@ def ue_flops_per_s(
     """C_UE(p) as the rate that the text calls it: the count over the time of a step, or the count itself (E3)."""
     count = ue_operations(arch, num_layers, tokens=tokens, errata=errata)
     return count if Errata.PER_SECOND in errata else count / step_s
+
+
+def packet_loss(m: float, omega: float, threshold: float, errata: Errata = CORRECTED) -> float:
+    """P_loss, eq. (5): the chance that a Nakagami-m gain with E[h^2] = omega lies below the threshold.
+
+    As printed the integral tends to omega^m and not to 1.
+    """
+    from scipy.special import gammainc
+
+    if Errata.SQUARED_OMEGA in errata:
+        return float(omega**m * gammainc(m, m * threshold**2 / omega**2))
+    return Nakagami(m=m, omega=omega, threshold=threshold).loss

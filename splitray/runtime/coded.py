@@ -27,7 +27,7 @@ class CodedCrossing(Crossing):
         super().__init__(me, route, arch, wire)
         self.codec: Codec = route.codec
         self._dtype = TORCH_DTYPES[arch.dtype]
-        self._part_bytes = encoded_bytes(route.codec, 1, arch.hidden_dim)
+        self._part_bytes = encoded_bytes(route.codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
         self._rounds_state = {b.after for b in route.boundaries if any(m.content == "state" for m in b.messages)}
 
     def cross_row(self, index: int, x_D: Array | None, y_D: Array | None) -> Array | None:
@@ -60,8 +60,10 @@ class CodedCrossing(Crossing):
             assert part is not None, "own partial exists for a holder"
             if not plan.member and peer == plan.parts[0]:
                 part, apart = part.split([self._part_bytes, part.shape[-1] - self._part_bytes], dim=-1)
-                x_BTD = apart.contiguous().view(self._dtype).to(self.torch_device)
+                x_BTD = self._arrived(peer, index, apart.contiguous().view(self._dtype).to(self.torch_device))
             value = self._decode(part)
+            if peer != self.me:
+                value = self._arrived(peer, index, value, coded=True)
             total = value if total is None else total + value
         self.wire.flush()
         if total is None:
@@ -79,14 +81,23 @@ class CodedCrossing(Crossing):
         return self._decode(coded)
 
     def _receive_state(self, peer: str, index: int) -> Tensor:
-        return self._decode(tensor_of(self._frame(peer, index, inner=False)))
+        value = self._decode(tensor_of(self._frame(peer, index, inner=False)))
+        return self._arrived(peer, index, value, coded=True)
+
+    def _arrived(self, peer: str, index: int, value_BTD: Tensor, *, coded: bool = False) -> Tensor:
+        """What a peer sent, as the way left it: here intact."""
+        return value_BTD
 
     def _encode(self, x_BTD: Tensor) -> Tensor:
+        if self.codec == "none":
+            return x_BTD.cpu().contiguous().view(torch.uint8)
         batch, positions, hidden = x_BTD.shape
         rows_ND = x_BTD.detach().float().cpu().reshape(-1, hidden).numpy()
         return torch.from_numpy(encode(self.codec, rows_ND)).view(batch, positions, self._part_bytes)
 
     def _decode(self, coded_BTB: Tensor) -> Tensor:
+        if self.codec == "none":
+            return coded_BTB.contiguous().view(self._dtype).to(self.torch_device)
         rows_NB: np.ndarray = coded_BTB.reshape(-1, self._part_bytes).numpy()
         rows_ND = torch.from_numpy(decode(self.codec, rows_NB, self._hidden))
         return rows_ND.view(*coded_BTB.shape[:2], self._hidden).to(self.torch_device, self._dtype)

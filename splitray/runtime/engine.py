@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from splitray.arch import ModelArch
+from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import DeviceLost, InputError
 from splitray.model.layout import LayerLayout
@@ -89,14 +90,16 @@ class Engine:
         spin_s: float = 0.0,
         pin: bool = False,
         codec: Codec = "none",
+        channel: NoisyChannel | None = None,
         recovery: Recovery | None = None,
     ) -> None:
         """Start the fleet and load the shards.
 
         `spin_s` is how long a receive polls before it sleeps; `pin` gives each device a core of its own. Both are
         for devices on one machine with at least as many cores, where the scheduler may put two on one core. `codec` is
-        how partials and states travel (codecs.py): exactly unless it says otherwise. With `recovery` a run survives the
-        loss of devices; without, it ends with `DeviceLost`.
+        how partials and states travel (codecs.py): exactly unless it says otherwise; `channel` is what happens to
+        them on the way (channel.py): nothing by default. With `recovery` a run survives the loss of devices; without,
+        it ends with `DeviceLost`.
 
         Raises:
             InputError: the placement, the topology or the model cannot be used as asked.
@@ -116,7 +119,7 @@ class Engine:
         cores = tuple(sorted(os.sched_getaffinity(0))) if pin else ()
         self.now = Epoch.of(
             0, placement, topology, arch=arch, layout=layout, model_path=self.model_path, codec=codec, lean=lean,
-            cores=cores,
+            cores=cores, channel=channel,
         )  # fmt: skip
         self._whole = placement, topology
         """What to go back to when all devices are there again."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from splitray.arch import ModelArch
+from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import ModelError
 from splitray.model.layout import LayerLayout
@@ -34,20 +35,29 @@ class Epoch:
     layout: LayerLayout
     model_path: str
     codec: Codec
+    channel: NoisyChannel | None = None
     lean: bool
     cores: tuple[int, ...] = ()
 
     @staticmethod
     def of(
-        number: int, placement: Placement, topology: Topology, *, arch: ModelArch, codec: Codec, **rest: Any
+        number: int,
+        placement: Placement,
+        topology: Topology,
+        *,
+        arch: ModelArch,
+        codec: Codec,
+        channel: NoisyChannel | None = None,
+        **rest: Any,
     ) -> Epoch:
         """With its route compiled."""
-        route = compile_route(placement, arch, topology, codec=codec)
-        return Epoch(number=number, placement=placement, topology=topology, route=route, arch=arch, codec=codec, **rest)
+        route = compile_route(placement, arch, topology, codec=codec, channel=channel)
+        return Epoch(number=number, placement=placement, topology=topology, route=route, arch=arch, codec=codec,
+                     channel=channel, **rest)  # fmt: skip
 
     def moved(self, placement: Placement, topology: Topology, number: int) -> Epoch:
         """The same model otherwise placed."""
-        route = compile_route(placement, self.arch, topology, codec=self.codec)
+        route = compile_route(placement, self.arch, topology, codec=self.codec, channel=self.channel)
         return replace(self, number=number, placement=placement, topology=topology, route=route)
 
     def load_order(self, device: str) -> LoadOrder:

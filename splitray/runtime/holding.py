@@ -18,9 +18,9 @@ from splitray.model.kv_cache import KvCache, sliding_windows
 from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
 from splitray.model.surgery import Shard
-from splitray.runtime.coded import CodedCrossing
 from splitray.runtime.crossing import Crossing, Junction
 from splitray.runtime.messages import LoadOrder
+from splitray.runtime.noisy import crossing_of
 from splitray.runtime.wire import Wire
 
 
@@ -112,8 +112,7 @@ def build(
     if old is not None and old.order.model_path != order.model_path:
         old = None
     source: Source = old.source if old is not None else memory or Checkpoint(order.model_path)
-    kind = Crossing if order.route.codec == "none" else CodedCrossing
-    crossing = kind(device, order.route, order.arch, wire)
+    crossing = crossing_of(device, order.route, order.arch, wire)
     crossing.torch_device = torch.device(order.torch_device)
     head_rows = {d: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for d, rows in order.head_rows.items()}
     shard: Shard | None = None

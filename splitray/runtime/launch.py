@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from splitray.arch import ModelArch
+from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import as_codec
 from splitray.errors import InputError
 from splitray.model.layout import LayerLayout
@@ -125,6 +126,7 @@ def launch_engine(
     spin_s: float = 0.0,
     pin: bool = False,
     codec: str = "none",
+    channel: str | NoisyChannel | None = None,
     recovery: Recovery | None = None,
     progress: Progress = lambda _: None,
 ) -> Engine:
@@ -143,6 +145,7 @@ def launch_engine(
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
         pin: bind each device to a core of its own (likewise).
         codec: how partials and states travel between devices; `none` is exact.
+        channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.
         progress: told what is being done.
 
@@ -151,6 +154,7 @@ def launch_engine(
         DeviceLost: a device did not come up.
     """
     coded = as_codec(codec)
+    way = as_channel(channel) if isinstance(channel, str) else channel
     fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
     progress("reading and testing the model")
@@ -170,5 +174,6 @@ def launch_engine(
         spin_s=spin_s,
         pin=pin,
         codec=coded,
+        channel=way,
         recovery=recovery,
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from splitray.arch import ModelArch, Range
+from splitray.channel import NoisyChannel
 from splitray.errors import DeviceLost, InputError, ModelError, PlacementError, TopologyError
 from splitray.model.layout import LayerLayout
 from splitray.model.surgery import LayerShare, ShardSpec
@@ -175,4 +176,5 @@ def _route(plain: Mapping[str, Any]) -> Route:
     boundaries = tuple(
         Boundary(b["after"], tuple(Message(**m) for m in b["messages"]), b["inner"]) for b in plain["boundaries"]
     )
-    return Route(blocks, boundaries, plain["origin"], plain["greedy"], plain["codec"])
+    channel = None if plain["channel"] is None else NoisyChannel.from_plain(plain["channel"])
+    return Route(blocks, boundaries, plain["origin"], plain["greedy"], plain["codec"], channel)

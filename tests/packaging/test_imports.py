@@ -20,12 +20,12 @@ PACKAGES = (("splitray",), ("actors",), ("serve_apps", "rllib_configs"))
 # floors. A new unit needs a place here; one marked with a later issue may not exist yet.
 FLOORS = (
     ("errors",),
-    ("arch", "codecs"),
+    ("arch", "codecs", "channel"),
     ("catalog",),
     ("topology",),
     ("placement",),
     ("route", "migration", "profile"),
-    ("accuracy", "channel", "energy", "queues"),
+    ("accuracy", "energy", "queues"),
     ("cost",),
     ("papers",),
     ("planners", "model"),
@@ -42,7 +42,9 @@ FLOORS = (
 FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}
 # The command line stands on everything, and imports actors and serve_apps inside its functions only.
 COMMAND_LINE = tuple(unit for units in FLOORS[-5:] for unit in units)
-WITHOUT_TORCH = ("errors", "arch", "topology", "placement", "codecs", "route", "accuracy", "papers", "planners")
+WITHOUT_TORCH = (
+    "errors", "arch", "topology", "placement", "codecs", "channel", "route", "accuracy", "papers", "planners",
+)  # fmt: skip
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner",)
 

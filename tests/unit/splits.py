@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.model.reading import StateDictSource, read_arch
 from splitray.placement import Placement
@@ -53,6 +54,7 @@ def split(
     lean: bool | None = None,
     topology: Topology | None = None,
     codec: Codec = "none",
+    channel: NoisyChannel | None = None,
     recovery: Recovery | None = None,
 ) -> Iterator[Engine]:
     """The model in memory, split over threads."""
@@ -63,5 +65,5 @@ def split(
     lean = self_test(model.config) if lean is None else lean
     fleet = ThreadFleet(source=StateDictSource(model), deadline_s=20)
     with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=where, placement=chosen,
-                lean=lean, codec=codec, recovery=recovery) as engine:  # fmt: skip
+                lean=lean, codec=codec, channel=channel, recovery=recovery) as engine:  # fmt: skip
         yield engine
