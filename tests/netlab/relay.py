@@ -1,8 +1,8 @@
 """A way that takes its time and loses frames, for kernels without netem: a process between two TAP devices.
 
 `python relay.py NAME NAME DELAY_S LOSS SEED` makes both devices in its own network namespace, writes a line, and hands
-frames from one to the other, each `DELAY_S` later and each with the probability `LOSS` not at all. No order changes. The
-devices go with the process. It knows nothing of what the frames carry.
+frames from one to the other, each `DELAY_S` later and each with the probability `LOSS` not at all. They stay in order.
+The devices go with the process. It knows nothing of what the frames carry.
 """
 
 from __future__ import annotations
