@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ CUT_S = 2.0
 SOON_S = 2.0  # after the link is back; half a second on a quiet machine, which is printed
 MODEL = RandomLlama(name="netlab", layers=6, hidden=512, heads=8, kv_heads=8, ffn=512, vocab=512, tied=True)
 RATE_BYTES_PER_S = 4e6
+WHOLE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -38,74 +40,103 @@ def lab() -> Iterator[NetLab]:
     assert not made.left(), "the laboratory takes itself down"
 
 
+@pytest.fixture(scope="module")
+def engine(lab: NetLab) -> Iterator[Engine]:
+    with launch_engine(model="tiny", devices=2, fleet=NetFleet(lab), recovery=Recovery()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def wanted(engine: Engine) -> list[int]:
+    return list(engine.stream(PROMPT, SAMPLING))
+
+
 @pytest.mark.parametrize("victim", ["cloud0", "edge0"])
-def test_a_link_that_is_cut_for_two_seconds_costs_no_token_and_little_more_than_that(lab: NetLab, victim: str) -> None:
-    with launch_engine(model="tiny", devices=2, fleet=NetFleet(lab), recovery=Recovery()) as engine:
-        wanted = list(engine.stream(PROMPT, SAMPLING))
-        back: list[float] = []
+def test_a_link_that_is_cut_for_two_seconds_costs_no_token_and_little_more_than_that(
+    lab: NetLab, engine: Engine, wanted: list[int], victim: str
+) -> None:
+    back: list[float] = []
 
-        def cut() -> None:
-            lab.cut(victim)
-            time.sleep(CUT_S)
-            lab.restore(victim)
-            back.append(time.perf_counter())
+    def cut() -> None:
+        lab.cut(victim)
+        time.sleep(CUT_S)
+        lab.restore(victim)
+        back.append(time.perf_counter())
 
-        got, times = [], []
+    got, times = [], []
+    for token in engine.stream(PROMPT, SAMPLING):
+        got.append(token)
+        times.append(time.perf_counter())
+        if len(got) == 50:
+            threading.Thread(target=cut).start()
+    assert got == wanted
+    assert all(not f.restarted for f in engine.faults), "nobody died"
+    later = min(t for t in times if t > back[0]) - back[0]
+    print(f"{victim} cut for {CUT_S:g} s: the next token {later:.2f} s after the link was back")
+    assert later < SOON_S
+
+
+def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(
+    lab: NetLab, engine: Engine, wanted: list[int], monkeypatch
+) -> None:
+    monkeypatch.setattr(engine, "recovery", Recovery(replan="best_device", patience_s=1.0))
+    got = []
+    try:
         for token in engine.stream(PROMPT, SAMPLING):
             got.append(token)
-            times.append(time.perf_counter())
             if len(got) == 50:
-                threading.Thread(target=cut).start()
+                lab.cut("cloud0")
         assert got == wanted
-        assert [f.restarted for f in engine.faults] == [()], "nobody died"
-        later = min(t for t in times if t > back[0]) - back[0]
-        print(f"{victim} cut for {CUT_S:g} s: the next token {later:.2f} s after the link was back")
-        assert later < SOON_S
-
-
-def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(lab: NetLab) -> None:
-    recovery = Recovery(replan="best_device", patience_s=1.0)
-    with launch_engine(model="tiny", devices=2, fleet=NetFleet(lab), recovery=recovery) as engine:
-        wanted, got = list(engine.stream(PROMPT, SAMPLING)), []
-        try:
-            for token in engine.stream(PROMPT, SAMPLING):
-                got.append(token)
-                if len(got) == 50:
-                    lab.cut("cloud0")
-            assert got == wanted
-            assert engine.faults[0].left_out == ("cloud0",)
-        finally:
-            lab.restore("cloud0")
+        assert engine.faults[-1].left_out == ("cloud0",)
+    finally:
+        lab.restore("cloud0")
+    give_up = time.monotonic() + WHOLE_S
+    while "cloud0" not in engine.route.devices:
+        assert time.monotonic() < give_up, "it comes back"
+        time.sleep(0.1)
 
 
 def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_path) -> None:
     """Of a session that waits; while tokens come, theirs go over the same link, and the copy takes longer."""
     MODEL.write(tmp_path)
-    for host in lab.hosts:
-        lab.shape(host, RATE_BYTES_PER_S)
     errors: dict[str, list[float]] = {"waiting": [], "generating": []}
     options = {"planner": "even", "fleet": NetFleet(lab), "recovery": Recovery()}
     prompt = [5 + i % 300 for i in range(512)]
     with launch_engine(model=tmp_path, devices=2, **options) as engine:
         near, far = engine.placement, _turned(engine)
         engine.step(session=1 << 20, ids_BT=torch.tensor([prompt]), position=0, keep=1, capacity=600)
-        for after in (far, near, far):
-            before, move = engine.placement, engine.migrate(after)
-            assert move.done.wait(30) and move.error is None
-            errors["waiting"].append(_predicted_s(engine, before, after, move) / move.copy_s - 1)
+        with _shaped(lab):
+            for after in (far, near, far):
+                before, move = engine.placement, engine.migrate(after)
+                assert move.done.wait(30) and move.error is None
+                errors["waiting"].append(_predicted_s(engine, before, after, move) / move.copy_s - 1)
         engine.forget(1 << 20)
         for after in (near, far):
             before, stream = engine.placement, engine.stream(prompt, Sampling(max_new_tokens=400))
-            for seen, _ in enumerate(stream, start=1):
-                if seen == 3:
-                    move = engine.migrate(after)
-                if seen > 3 and move.done.is_set():
-                    stream.close()
-            assert move.done.wait(30) and move.error is None
+            for _ in range(3):
+                next(stream)
+            with _shaped(lab):
+                move = engine.migrate(after)
+                for _ in stream:
+                    if move.done.is_set():
+                        stream.close()
+                assert move.done.wait(30) and move.error is None
             errors["generating"].append(_predicted_s(engine, before, after, move) / move.copy_s - 1)
     for what, found in errors.items():
         print(f"{what}: predicted over measured delay - 1: {[f'{e:+.0%}' for e in found]}")
     assert abs(statistics.median(errors["waiting"])) < 0.5  # 0.2 is wanted, and reached on a quiet machine
+
+
+@contextmanager
+def _shaped(lab: NetLab) -> Iterator[None]:
+    """Not while a prompt goes over the links, which would take most of the test."""
+    for host in lab.hosts:
+        lab.shape(host, RATE_BYTES_PER_S)
+    try:
+        yield
+    finally:
+        for host in lab.hosts:
+            lab.free(host)
 
 
 def _predicted_s(engine: Engine, before: Placement, after: Placement, move: Next) -> float:

@@ -88,7 +88,7 @@ def test_a_link_cut_for_two_seconds_costs_little_more_than_that(cluster: Cluster
     times = struck(cluster, cutter.start)
     cutter.join()
     faults = cluster.driver.faults()
-    assert [(f["restarted"], f["left_out"]) for f in faults] == [([], [])], "nobody died"
+    assert faults and not any(f["restarted"] or f["left_out"] for f in faults), "nobody died"
     later_s = min(t for t in times if t > back[0]) - back[0]
     print(f"cut for {CUT_S:g} s: the next token {later_s:.2f} s after the link was back")
     assert later_s < SOON_S
