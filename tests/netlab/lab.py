@@ -55,7 +55,7 @@ class NetLab:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         """Make the networks; `close` takes them down."""
-        number = next(_numbers)
+        number = os.getpid() + next(_numbers)  # laboratories side by side have networks of their own
         self.tag, self._net = f"sr{os.getpid() % 100000}{chr(97 + number % 26)}", f"10.77.{number % 200}"
         self.address = f"{self._net}.1"
         self.hosts = {host: f"{self._net}.{i}" for i, host in enumerate(hosts, start=2)}
@@ -147,7 +147,11 @@ class NetLab:
 
         Addresses and connections stay.
         """
-        port, (here, there), behind = self._port(host), (f"{self._port(host)}{x}" for x in "ab"), f"br-{host}"
+        port, (here, there), behind = (
+            self._port(host),
+            (f"{self._port(host)}{x}" for x in "ab"),
+            f"br{self._index[host]}",
+        )
         command = [*_inside(self._bridge), sys.executable, str(_RELAY), here, there, f"{delay_s}", f"{loss}", f"{seed}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as relay:
             try:

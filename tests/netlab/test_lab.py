@@ -23,14 +23,15 @@ DELAY_S = 0.02
 
 # On a host: gives datagrams back, and sends without end to whoever connects.
 HOST = """
-import socket, sys, threading
+import contextlib, socket, sys, threading
 echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 echo.bind((sys.argv[1], 700))
 source = socket.create_server((sys.argv[1], 700))
 def flood():
     peer, _ = source.accept()
-    while True:
-        peer.sendall(bytes(65536))
+    with contextlib.suppress(ConnectionError):
+        while True:
+            peer.sendall(bytes(65536))
 threading.Thread(target=flood, daemon=True).start()
 print("ready", flush=True)
 while True:

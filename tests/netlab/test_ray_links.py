@@ -106,7 +106,7 @@ def test_a_killed_actor_is_left_out_and_gets_back_what_it_held(cluster: Cluster)
 def test_a_late_and_lossy_link_that_follows_a_trace_changes_no_token(cluster: Cluster, tmp_path) -> None:
     (tmp_path / "trace").write_text(TRACE)
     few = SAMPLING | {"max_new_tokens": FEW}
-    near = list(cluster.driver.run(**few))
+    near = list(cluster.driver.run(**few))  # before the echo too: devices count attempts alike only behind a run
     near_s = statistics.median(cluster.driver.round_trips_s(size=64, rounds=20))
     with cluster.lab.far("edge0", delay_s=DELAY_S, loss=LOSS):
         far_s = statistics.median(cluster.driver.round_trips_s(size=64, rounds=20))
