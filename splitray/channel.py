@@ -7,10 +7,12 @@ defaults are the paper's: each element is a packet of its own, what is lost beco
 Written as text, `KIND:VALUES` and options behind commas:
 
 - `loss:P`: each unit is lost with probability P in [0, 1).
-- `awgn:DB`: white noise at that ratio of signal to noise. The paper does not tie its sigma to one; here a token's noise
-  has the token's own mean power over the ratio, so that a prompt and single tokens suffer alike.
+- `awgn:DB`: white noise at that ratio of signal to noise: a token's noise has the token's own mean power over the
+  ratio, so that a prompt and single tokens suffer alike, and each layer too.
+- `sigma:S`: white noise of that standard deviation, in units of the values, whatever the signal: eq. (3) as printed,
+  which ties sigma to no ratio. A residual that grows from layer to layer then drowns it.
 - `nakagami:M,OMEGA,HTH`: each unit has a gain of its own, and is lost below HTH. What arrives is intact (digital), or
-  with `snr=DB` h y + n as in eq. (3), divided by h with `equalise`.
+  with `snr=DB` or `sigma=S` h y + n as in eq. (3), divided by h with `equalise`.
 - `unit=element`, `unit=packet:BYTES` (consecutive values of one token) or `unit=token`; `burst=UNITS`: losses come in
   runs of that mean length (Gilbert 1960) and as often as before; `fill=zero`, `last` (the element's value in the token
   before) or `mean` (of what arrived of the token); `rescale`: what arrives is divided by 1 - P.
@@ -33,8 +35,8 @@ Fill = Literal["zero", "last", "mean"]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
-KINDS = {"none": "none", "loss": "loss:P", "awgn": "awgn:DB", "nakagami": "nakagami:M,OMEGA,HTH"}
-OPTIONS = ("unit", "burst", "fill", "rescale", "snr", "equalise")
+KINDS = {"none": "none", "loss": "loss:P", "awgn": "awgn:DB", "sigma": "sigma:S", "nakagami": "nakagami:M,OMEGA,HTH"}
+OPTIONS = ("unit", "burst", "fill", "rescale", "snr", "sigma", "equalise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ class NoisyChannel:
     loss: float = 0.0
     fading: Nakagami | None = None
     snr_db: float | None = None
+    sigma: float | None = None
     unit: Unit = "element"
     packet_bytes: int | None = None
     burst_units: float | None = None
@@ -101,6 +104,9 @@ class NoisyChannel:
         _within(0 <= self.loss < 1, "loss of the channel", "a probability in [0, 1)", self.loss)
         if self.snr_db is not None:
             _within(math.isfinite(self.snr_db), "snr of the channel", "a finite number of dB", self.snr_db)
+        if self.sigma is not None:
+            _within(0 < self.sigma < math.inf, "sigma of the channel", "above 0", self.sigma)
+            _within(self.snr_db is None, "noise of the channel", "a ratio or a sigma", "both")
         _within(not (self.loss and self.fading), "channel", "one source of loss", "loss and nakagami")
         packets = self.unit == "packet"
         _within(packets == (self.packet_bytes is not None), "unit of the channel", "packet:BYTES", self.unit)
@@ -115,8 +121,13 @@ class NoisyChannel:
         if self.rescale:
             _within(self.fill == "zero", "rescale of the channel", "fill=zero", f"fill={self.fill}")
         if self.equalise:
-            both = self.fading is not None and self.snr_db is not None
-            _within(both, "equalise of the channel", "nakagami with snr=DB: gains to divide by", str(self))
+            both = self.fading is not None and self.is_analogue
+            _within(both, "equalise of the channel", "nakagami with snr=DB or sigma=S: gains to divide by", str(self))
+
+    @property
+    def is_analogue(self) -> bool:
+        """Whether values arrive with noise on them."""
+        return self.snr_db is not None or self.sigma is not None
 
     @property
     def loss_probability(self) -> float:
@@ -128,10 +139,12 @@ class NoisyChannel:
         parts = []
         if self.fading is not None:
             parts.append(f"nakagami:{self.fading.m:g},{self.fading.omega:g},{self.fading.threshold:g}")
-        elif self.snr_db is None or self.loss:
+        elif self.loss or not self.is_analogue:
             parts.append(f"loss:{self.loss:g}")
         if self.snr_db is not None:
             parts.append(f"snr={self.snr_db:g}" if parts else f"awgn:{self.snr_db:g}")
+        if self.sigma is not None:
+            parts.append(f"sigma={self.sigma:g}" if parts else f"sigma:{self.sigma:g}")
         if self.unit != "element":
             parts.append(f"unit={self.unit}" + (f":{self.packet_bytes}" if self.packet_bytes else ""))
         if self.burst_units is not None:
@@ -181,7 +194,7 @@ class Receiver:
         if channel.fading is not None:
             h_BTU = channel.fading.gains(self._rng, units)
             lost_BTD = spread(h_BTU < channel.fading.threshold)
-            if channel.snr_db is not None:
+            if channel.is_analogue:
                 h_BTD = spread(h_BTU)
                 y_BTD = h_BTD * x_BTD + self._noise(x_BTD)
                 if channel.equalise:
@@ -189,7 +202,7 @@ class Receiver:
         else:
             if channel.loss:
                 lost_BTD = spread(self._lost(units))
-            if channel.snr_db is not None:
+            if channel.is_analogue:
                 y_BTD = x_BTD + self._noise(x_BTD)
         if lost_BTD is not None:
             y_BTD = self._filled(y_BTD, lost_BTD, boundary, fresh)
@@ -198,10 +211,13 @@ class Receiver:
         return y_BTD
 
     def _noise(self, x_BTD: Floats) -> Floats:
-        """White noise whose power is each token's mean power over the ratio."""
-        assert self.channel.snr_db is not None, "noise has a ratio"
+        """White noise of the channel's sigma, or of each token's mean power over the ratio."""
+        white_BTD = self._rng.standard_normal(x_BTD.shape, np.float32)
+        if self.channel.sigma is not None:
+            return white_BTD * np.float32(self.channel.sigma)
+        assert self.channel.snr_db is not None, "noise has a ratio or a sigma"
         power_BT1 = np.square(x_BTD).mean(-1, keepdims=True) * np.float32(10 ** (-self.channel.snr_db / 10))
-        return self._rng.standard_normal(x_BTD.shape, np.float32) * np.sqrt(power_BT1)
+        return white_BTD * np.sqrt(power_BT1)
 
     def _lost(self, units: tuple[int, ...]) -> Bools:
         if self.channel.burst_units is None:
@@ -278,6 +294,8 @@ def as_channel(text: str, *, seed: int = 0) -> NoisyChannel | None:
             channel = NoisyChannel(loss=numbers[0], seed=seed)
         case "awgn":
             channel = NoisyChannel(snr_db=numbers[0], seed=seed)
+        case "sigma":
+            channel = NoisyChannel(sigma=numbers[0], seed=seed)
         case _:
             m, omega, threshold = numbers
             channel = NoisyChannel(fading=Nakagami(m=m, omega=omega, threshold=threshold), seed=seed)
@@ -289,6 +307,7 @@ def as_channel(text: str, *, seed: int = 0) -> NoisyChannel | None:
     return replace(
         channel,
         snr_db=_number(text, options["snr"]) if "snr" in options else channel.snr_db,
+        sigma=_number(text, options["sigma"]) if "sigma" in options else channel.sigma,
         unit=unit,  # type: ignore[arg-type]
         packet_bytes=int(_number(text, size)) if size else None,
         burst_units=_number(text, options["burst"]) if "burst" in options else None,

@@ -115,6 +115,9 @@ def generate(
     runtime: Runtime = "process",
     dtype: Dtype = "float32",
     codec: Codec = "none",
+    channel: Annotated[
+        str, typer.Option(help="What happens on the way, as in perplexity: loss:0.1.", metavar="CHANNEL")
+    ] = "none",
     seed: Seed = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", metavar="X")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is off.", metavar="N")] = 0,
@@ -129,7 +132,7 @@ def generate(
 
     request = Request(
         model=model, prompt=prompt, prompt_ids=prompt_ids, topology=topology, devices=devices, planner=planner,
-        placement=placement, runtime=runtime, dtype=dtype, codec=codec, seed=seed,
+        placement=placement, runtime=runtime, dtype=dtype, codec=codec, channel=channel, seed=seed,
         sampling={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
                   "repetition_penalty": repetition_penalty},
     )  # fmt: skip
@@ -324,30 +327,72 @@ def demo(
 def perplexity(
     model: Model,
     text: Annotated[str, typer.Option(help="A UTF-8 file to score.", metavar="FILE")],
-    cut: Annotated[int | None, typer.Option(help="Two devices, the first P layers on one.", metavar="P")] = None,
-    placement: PlacementFile = None,
-    codec: Codec = "none",
-    channel: Annotated[str, typer.Option(help="Only none so far.", metavar="NAME")] = "none",
+    cut: Annotated[
+        str | None,
+        typer.Option(help="Two devices, the first P layers on one; with --out several, or all.", metavar="P"),
+    ] = None,
+    placement: Annotated[
+        list[str] | None,
+        typer.Option(help="Placement file (YAML) instead of a cut; with --out several.", metavar="FILE"),
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="How what crosses is coded: none, bf16, int8, int4; with --out several.", metavar="NAME"),
+    ] = None,
+    channel: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="none, loss:P, awgn:DB, sigma:S or nakagami:M,OMEGA,HTH; behind commas unit=token or packet:BYTES, "
+            "burst=UNITS, fill=last or mean, rescale, snr=DB, sigma=S, equalise. With --out several, also as "
+            "loss:0.1/0.2.",
+            metavar="CHANNEL",
+        ),
+    ] = None,
+    masks: Annotated[int, typer.Option(help="Draws of the losses that are averaged.", min=1, metavar="N")] = 5,
+    tokens: Annotated[int | None, typer.Option(help="Only the text's first tokens.", min=2, metavar="N")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of a window (the context).", metavar="N")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between two (half of it).", metavar="N")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A sweep over all that is given, into a table to go on with.", metavar="FILE")
+    ] = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Score a text with a model, whole or split, exact or through a codec."""
-    from splitray.perplexity import Request, run
-    from splitray.report.progress import progress
+    """Score a text with a model, whole or split, exact, through codecs and over noisy channels."""
+    from splitray.perplexity import Request, run, single, single_cut
+    from splitray.report.progress import bar, progress
+    from splitray.report.quality import quality_tables
+    from splitray.sweep import SweepRequest, sweep
 
+    codecs, channels, placements = codec or ["none"], channel or ["none"], placement or []
+    console = Console(highlight=False)
+    if out is not None:
+        wanted = SweepRequest(
+            model=model, text=text, out=out, cuts=cut, placements=placements, channels=channels, codecs=codecs,
+            dtype=dtype, seed=seed, window=window, stride=stride, tokens=tokens, masks=masks,
+        )  # fmt: skip
+        with _stdout_kept(as_json), bar(Console(stderr=True), "Measuring") as tell:
+            measured = sweep(wanted, tell=tell)
+        if as_json:
+            _print_json(measured.document())
+            return
+        for table in quality_tables(measured):
+            console.print(table)
+        return
     request = Request(
-        model=model, text=text, cut=cut, placement=placement, codec=codec, channel=channel, dtype=dtype, seed=seed
-    )
+        model=model, text=text, cut=single_cut(cut), placement=single("placement", placements),
+        codec=single("codec", codecs) or "none", channel=single("channel", channels) or "none", dtype=dtype, seed=seed,
+        window=window, stride=stride, tokens=tokens, masks=masks,
+    )  # fmt: skip
     with _stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin:
         document = run(request, progress=spin)
     if as_json:
         _print_json(document)
         return
-    where = "one device" if document["placement"] is None else f"split, codec {document['codec']}"
-    Console(highlight=False).print(
-        f"perplexity {document['perplexity']:.4f} over {document['tokens']:,} tokens ({where})"
-    )
+    where = f"split, codec {document['codec']}, channel {document['channel']}"
+    where = "one device" if document["placement"] is None else where
+    console.print(f"perplexity {document['perplexity']:.4f} over {document['tokens']:,} tokens ({where})")
 
 
 @app.command()

@@ -29,6 +29,7 @@ class Request:
     runtime: str
     dtype: Literal["float32", "bfloat16"]
     codec: str
+    channel: str
     seed: int
     sampling: dict[str, Any]
 
@@ -55,6 +56,7 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
         )
     from serve_apps.prompts import end_ids
     from serve_apps.text_stream import Detokenizer
+    from splitray.channel import as_channel
     from splitray.model.reading import read_config
     from splitray.runtime.launch import launch_engine, model_path, read_tokenizer, read_topology
     from splitray.runtime.recovery import Recovery
@@ -82,6 +84,7 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
                 seed=request.seed,
                 dtype=request.dtype,
                 codec=request.codec,
+                channel=as_channel(request.channel, seed=request.seed),
                 recovery=Recovery(replan="drift_plus_penalty"),
                 progress=lambda what: progress(what.capitalize()),
             )

@@ -1,7 +1,8 @@
-"""`splitray perplexity`: how well a model predicts a text, whole or split, exact or through a codec.
+"""`splitray perplexity`: how well a model predicts a text, whole or split, exact, through a codec or over a channel.
 
 A window slides over the text by a stride; each token is scored once, with all of the window before it as context.
-Every token weighs the same, wherever the windows end, and nothing that is not finite is left out (SPEC 3.8).
+Every token weighs the same, wherever the windows end, and nothing that is not finite is left out (SPEC 3.8). Under a
+channel the text is read several times, each time with other losses ("masks"), which follow from the seed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError, ModelError
 from splitray.model.reading import read_config
@@ -28,6 +30,7 @@ from splitray.runtime.launch import model_path, read_tokenizer
 from splitray.topology import Link, Topology
 
 WINDOW_TOKENS, STRIDE_TOKENS = 2048, 512
+MASKS = 5
 Forward = Callable[[Tensor, int], Tensor]
 """Ids [1, T] and how many last positions are wanted, to their logits [1, positions, vocab]."""
 Progress = Callable[[str], None]
@@ -38,6 +41,7 @@ class Request:
     """What was asked for on the command line. At most one of `cut` and `placement`; neither is one device.
 
     `window` is at most the model's context (default: that, or 2048), `stride` less than it (512, or half the window).
+    `tokens` takes the beginning of the text only; `masks` is how often it is read under a channel.
     """
 
     model: str
@@ -50,6 +54,8 @@ class Request:
     seed: int = 0
     window: int | None = None
     stride: int | None = None
+    tokens: int | None = None
+    masks: int = MASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,11 @@ class Window:
 def run(request: Request, *, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Score a text file.
 
-    A codec without a cut is tried at the middle one: on one device nothing would cross.
+    A codec or a channel without a cut is tried at the middle one: on one device nothing would cross.
 
     Returns:
-        `perplexity`, `tokens` (how many were scored), `channel`, `codec`, `cut`, `placement` (its document, null for
-        one device), `seed`.
+        `perplexity` (of the mean likelihood over all masks), `tokens` (how many were scored), `channel`, `codec`,
+        `cut`, `placement` (its document, null for one device), `seed`, `mask_perplexities` (one without a channel).
 
     Raises:
         InputError: the text, the cut, the placement, the codec or the channel cannot be used.
@@ -76,39 +82,68 @@ def run(request: Request, *, progress: Progress = lambda _: None) -> dict[str, A
         DeviceLost: a device died.
     """
     codec = as_codec(request.codec)
-    if request.channel != "none":
-        raise InputError("channel", expected="none", actual=request.channel, remedy="leave --channel out")
+    channel = as_channel(request.channel, seed=request.seed)
+    at_least("masks", request.masks)
     if request.cut is not None and request.placement is not None:
         raise InputError("placement", expected="either --cut or --placement", actual="both", remedy="leave one out")
     config = read_config(model_path(request.model))
     num_layers = config.num_hidden_layers
     cut = request.cut
-    if cut is None and request.placement is None and codec != "none":
+    if cut is None and request.placement is None and (codec != "none" or channel is not None):
         cut = num_layers // 2
-    if cut is not None and not 0 <= cut <= num_layers:
-        raise InputError("cut", expected=f"0 to {num_layers}, the layers of {request.model}", actual=cut,
-                         remedy="cut within the model")  # fmt: skip
-    ids_T = read_ids(request.model, read_text(request.text))
+    if cut is not None:
+        within_layers(cut, num_layers, request.model)
     window, stride = window_and_stride(config, request.window, request.stride)
+    ids_T = read_ids(request.model, read_text(request.text), window=window, most=request.tokens)
     with ExitStack() as stack:
         placement: Placement | None = None
         progress("Reading the model")
         if cut is None and request.placement is None:
             forward = whole(request.model, request.dtype)
         else:
-            model = stack.enter_context(split(request, cut, codec))
+            model = stack.enter_context(split(request, cut, codec, channel))
             placement = model.engine.placement
             forward = of_split(model)
-        nll_T = losses(ids_T, forward, window, stride, progress=progress)
+        masks = 1 if channel is None else request.masks
+        nll_MT = np.stack([losses(ids_T, forward, window, stride, progress=progress) for _ in range(masks)])
     return {
-        "perplexity": math.exp(float(nll_T.mean())),
-        "tokens": len(nll_T),
-        "channel": request.channel,
+        "perplexity": math.exp(float(nll_MT.mean())),
+        "tokens": nll_MT.shape[1],
+        "channel": "none" if channel is None else str(channel),
         "codec": codec,
         "cut": cut,
         "placement": None if placement is None else placement.to_document(),
         "seed": request.seed,
+        "mask_perplexities": [math.exp(float(nll_T.mean())) for nll_T in nll_MT],
     }
+
+
+def single(what: str, given: str | Sequence[str] | None) -> str | None:
+    """The one value of an option that a sweep may have several of.
+
+    Raises:
+        InputError: there are several.
+    """
+    values = [given] if isinstance(given, str) else list(given or ())
+    if len(values) > 1 or any("/" in v for v in values if what == "channel"):
+        raise InputError(what, expected="one, or --out FILE for a sweep over several", actual=values,
+                         remedy="give --out FILE")  # fmt: skip
+    return values[0] if values else None
+
+
+def single_cut(text: str | None) -> int | None:
+    """The one cut of a run that is no sweep.
+
+    Raises:
+        InputError: it is no whole number, or several.
+    """
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError("cut", expected="a whole number, or --out FILE for a sweep over several", actual=repr(text),
+                         remedy="write for example --cut 6, or give --out FILE") from error  # fmt: skip
 
 
 def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
@@ -161,16 +196,38 @@ def read_text(path: str | Path) -> str:
                          remedy="give the path of a plain text file") from error  # fmt: skip
 
 
-def read_ids(model: str, text: str) -> list[int]:
-    """The text's tokens, with whatever the tokenizer puts before them."""
+def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None) -> list[int]:
+    """The text's tokens, with whatever the tokenizer puts before them; the first `most` of them.
+
+    Raises:
+        InputError: the model has no tokenizer, or the text is shorter than a window.
+    """
+    if most is not None:
+        at_least("tokens", most, 2)
     tokenizer = read_tokenizer(model)
     if tokenizer is None:
         raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}",
                          remedy="put the tokenizer's files beside the weights")  # fmt: skip
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"][:most]
     if len(ids) < 2:
         raise InputError("text", expected="at least two tokens", actual=len(ids), remedy="give a longer text")
+    if len(ids) < window:
+        raise InputError("text", expected=f"at least a window of {window} tokens", actual=f"{len(ids)} tokens",
+                         remedy=f"give a longer text, or --window {len(ids)}")  # fmt: skip
     return ids
+
+
+def at_least(what: str, value: int, least: int = 1) -> None:
+    """Refuse a smaller number."""
+    if value < least:
+        raise InputError(what, expected=f"at least {least}", actual=value, remedy="give a larger number")
+
+
+def within_layers(cut: int, num_layers: int, model: str) -> None:
+    """Refuse a cut beyond the model."""
+    if not 0 <= cut <= num_layers:
+        raise InputError("cut", expected=f"0 to {num_layers}, the layers of {model}", actual=cut,
+                         remedy="cut within the model")  # fmt: skip
 
 
 def window_and_stride(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -193,9 +250,11 @@ def whole(model: str, dtype: str) -> Forward:
     return lambda ids, keep: loaded(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
 
 
-def split(request: Request, cut: int | None, codec: Codec) -> SplitModel:
+def split(request: Request, cut: int | None, codec: Codec, channel: NoisyChannel | None = None) -> SplitModel:
     """The model over threads: two devices for a cut, those that it names for a placement."""
-    options: dict[str, Any] = {"runtime": "local", "dtype": request.dtype, "seed": request.seed, "codec": codec}
+    options: dict[str, Any] = {
+        "runtime": "local", "dtype": request.dtype, "seed": request.seed, "codec": codec, "channel": channel
+    }  # fmt: skip
     if cut is not None:
         return SplitModel.from_pretrained(request.model, devices=2, planner=f"fixed_cut:{cut}", **options)
     placement = request.placement

@@ -93,6 +93,13 @@ def test_gains_have_the_density_of_eq_4(m, omega):
 # --- what arrives
 
 
+def test_a_sigma_is_the_same_for_weak_and_strong_tokens():
+    x = values(positions=2000)
+    noise = received("sigma:0.7", x) - x
+    assert noise.std(-1).mean() == pytest.approx(0.7, rel=0.02)
+    assert abs(np.corrcoef(noise.std(-1).ravel(), np.abs(x).mean(-1).ravel())[0, 1]) < 0.1
+
+
 @pytest.mark.parametrize("snr_db", [-3.0, 0.0, 10.0, 30.0])
 def test_noise_has_the_ratio_that_was_set_for_every_token_alike(snr_db):
     x = values(positions=4000)
@@ -182,7 +189,7 @@ def test_an_equaliser_leaves_noise_over_gain_and_without_one_the_gain_stays():
 @pytest.mark.parametrize(
     "text",
     ["loss:0.1", "awgn:10", "loss:0.1,snr=12", "nakagami:1,1,0.3", "nakagami:0.5,2,0.4,snr=20,unit=token,equalise",
-     "loss:0.2,unit=packet:64,burst=3,fill=mean", "loss:0.2,rescale", "loss:0"],
+     "loss:0.2,unit=packet:64,burst=3,fill=mean", "sigma:0.5", "loss:0.1,sigma=2", "loss:0.2,rescale", "loss:0"],
 )  # fmt: skip
 def test_a_channel_comes_back_from_its_text_and_from_the_wire(text):
     channel = as_channel(text, seed=9)
@@ -215,6 +222,8 @@ REFUSED = {
     "a packet of nothing": "loss:0.1,unit=packet:0",
     "elements with a size": "loss:0.1,unit=element:4",
     "an unknown fill": "loss:0.1,fill=noise",
+    "two noises": "awgn:10,sigma=1",
+    "no sigma": "sigma:0",
     "bursts of nothing": "loss:0.1,burst=0",
     "bursts that leave no room": "loss:0.8,burst=2",
     "bursts of gains": "nakagami:1,1,0.3,burst=2",

@@ -412,14 +412,15 @@ def test_the_demo_names_the_first_difference(pieces: tuple[str, ...], num_tokens
 def test_a_text_is_scored_whole_and_cut_alike(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the other cat sat on that hat " * 4)
+    base = ["perplexity", "--model", str(model), "--text", str(text)]
     whole, cut, coded = (
-        json.loads(
-            CliRunner().invoke(app, ["perplexity", "--model", str(model), "--text", str(text), "--json", *more]).stdout
-        )
+        json.loads(CliRunner().invoke(app, [*base, "--window", "40", "--json", *more]).stdout)
         for more in ((), ("--cut", "1"), ("--cut", "1", "--codec", "int4"))
     )
     assert {"perplexity", "tokens", "channel", "codec", "cut", "placement", "seed"} <= set(whole)
     assert cut["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
     assert coded["perplexity"] != pytest.approx(whole["perplexity"], rel=1e-5)
-    wrong = CliRunner().invoke(app, ["perplexity", "--model", str(model), "--text", str(text), "--cut", "9"])
+    wrong = CliRunner().invoke(app, [*base, "--cut", "9"])
     assert wrong.exit_code == 2 and "cut" in wrong.stderr
+    short = CliRunner().invoke(app, base)
+    assert short.exit_code == 2 and "window" in short.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def test_the_mean_is_over_tokens_and_not_over_windows(folder):
 
 def test_the_document_says_what_ran(folder):
     whole, tokens = run(request(folder, seed=7)), len(read_ids(str(folder), TEXT)) - 1
+    assert whole.pop("mask_perplexities") == [whole["perplexity"]]
     assert {k: v for k, v in whole.items() if k != "perplexity"} == {
         "tokens": tokens, "channel": "none", "codec": "none", "cut": None, "placement": None, "seed": 7,
     }  # fmt: skip
@@ -105,6 +107,17 @@ def test_a_codec_changes_the_perplexity_a_little_and_without_a_cut_takes_the_mid
     off = {c: abs(run(request(folder, codec=c, cut=1))["perplexity"] / exact - 1) for c in ("bf16", "int8", "int4")}
     assert 0 < off["bf16"] < off["int4"] < 0.2 and 0 < off["int8"] < 0.02
     assert run(request(folder, codec="int4"))["cut"] == 1  # of three layers
+
+
+def test_a_channel_is_averaged_over_masks_that_follow_from_the_seed(folder):
+    asked = request(folder, channel="loss:0.4", masks=3)
+    found, again, other = run(asked), run(asked), run(replace(asked, seed=1))
+    assert found == again and found["cut"] == 1 and found["mask_perplexities"] != other["mask_perplexities"]
+    mean = np.mean(np.log(found["mask_perplexities"]))
+    assert found["perplexity"] == pytest.approx(math.exp(mean))
+    assert run(request(folder, channel="loss:0", masks=2))["perplexity"] == pytest.approx(
+        run(request(folder))["perplexity"], rel=1e-5
+    )
 
 
 def test_windows_score_every_token_once_with_something_before_it():
@@ -146,6 +159,9 @@ REFUSED = {
     "a codec that does not exist": ({"codec": "int3"}, "codec"),
     "a channel that does not exist": ({"channel": "smoke"}, "channel"),
     "a cut beyond the model": ({"cut": 4}, "cut"),
+    "a certain loss": ({"channel": "loss:1"}, "loss"),
+    "no masks": ({"channel": "loss:0.1", "masks": 0}, "masks"),
+    "a text shorter than a window": ({"window": 128, "tokens": 100}, "text"),
     "a negative cut": ({"cut": -1}, "cut"),
     "a cut and a placement": ({"cut": 1, "placement": "x.yaml"}, "placement"),
     "a placement file that is not there": ({"placement": "no.yaml"}, "placement"),

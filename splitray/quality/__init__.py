@@ -1,0 +1,1 @@
+"""What a channel costs in quality: measured tables of relative perplexity, and a surrogate fitted to them."""

@@ -1,0 +1,134 @@
+"""What a surrogate sees of a channel and of a placement: a few numbers each, none of which is a name.
+
+Knows routes, not models. A cut at p of L layers is one state that crosses at the depth p / L.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from splitray.channel import NoisyChannel
+from splitray.codecs import Codec
+from splitray.errors import InputError
+from splitray.route import Route
+
+_STEP: dict[Codec, float] = {"none": 0.0, "bf16": 2.0**-8, "int8": 1 / 127, "int4": 1 / 7}
+"""Distance of two neighbouring values of a codec over the largest one that it scales by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceFeatures:
+    """Where values of the residual cross between devices. All are in 0 to 1, but `states`."""
+
+    states: float
+    """Whole residuals that cross."""
+    state_depth: float
+    """Mean share of the model before them."""
+    partials: float
+    """Share of all boundaries that partial sums cross."""
+    partial_depth: float
+    remote_share: float
+    """Mean share of the partial sums which a device adds that came over the wire."""
+    attention_share: float
+    """Share of the boundaries with partial sums that lie behind attention."""
+
+    @staticmethod
+    def of_cut(cut: int, num_layers: int) -> PlaceFeatures:
+        """One cut behind `cut` layers.
+
+        Raises:
+            InputError: not within 0 and the number of layers.
+        """
+        if not 0 <= cut <= num_layers:
+            raise InputError("cut", expected=f"0 to {num_layers}", actual=cut, remedy="cut within the model")
+        return PlaceFeatures(
+            states=1.0, state_depth=cut / num_layers, partials=0.0, partial_depth=0.0, remote_share=0.0,
+            attention_share=0.0,
+        )  # fmt: skip
+
+    @staticmethod
+    def of_route(route: Route) -> PlaceFeatures:
+        """Of any placement, by what its route sends."""
+        blocks = route.sub_blocks
+        last = len(blocks) - 2  # the block before the head
+        state_depths: list[float] = []
+        partial_depths: list[float] = []
+        remote: list[float] = []
+        behind_attention = 0
+        for boundary in route.boundaries:
+            if boundary.inner or boundary.after > last:
+                continue
+            here, there = blocks[boundary.after], blocks[boundary.after + 1]
+            contents = {m.content for m in boundary.messages}
+            if contents & {"state", "partial_and_state"}:
+                state_depths.append(boundary.after / last)
+            if contents & {"partial", "partial_and_state"}:
+                partial_depths.append(boundary.after / last)
+                behind_attention += here.kind == "attention"
+                remote += [1 - (d in here.devices) / len(here.devices) for d in there.devices]
+        crossings = len(partial_depths)
+        return PlaceFeatures(
+            states=float(len(state_depths)),
+            state_depth=_mean(state_depths),
+            partials=crossings / max(1, last),
+            partial_depth=_mean(partial_depths),
+            remote_share=_mean(remote),
+            attention_share=behind_attention / max(1, crossings),
+        )
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> PlaceFeatures:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            InputError: other keys, or values that are no numbers.
+        """
+        names = {f.name for f in fields(PlaceFeatures)}
+        if set(plain) != names or not all(isinstance(v, int | float) for v in plain.values()):
+            raise InputError("features of a placement", expected=f"numbers for {sorted(names)}", actual=dict(plain),
+                             remedy="measure the table with `splitray perplexity --out FILE`")  # fmt: skip
+        return PlaceFeatures(**plain)
+
+
+CHANNEL_FEATURES = (
+    "loss", "loss_of_tokens", "loss_in_bursts", "noise", "sigma", "fading", "equalised", "fill_last", "fill_mean",
+    "rescaled", "codec_step",
+)  # fmt: skip
+PLACE_FEATURES = tuple(f.name for f in fields(PlaceFeatures))
+
+
+def channel_features(channel: NoisyChannel | None, codec: Codec) -> list[float]:
+    """The numbers of `CHANNEL_FEATURES`.
+
+    `loss` is a probability, the next two are it again where whole tokens (or packets, by the logarithm of their bytes)
+    or runs of units are lost; `noise` is the amplitude over the signal's, 10^(-dB / 20), `sigma` the other noise's in
+    units of the values; `fading` is the standard deviation of the gain's square over its mean where values arrive with
+    it.
+    """
+    if channel is None:
+        return [0.0] * (len(CHANNEL_FEATURES) - 1) + [_STEP[codec]]
+    loss = channel.loss_probability
+    share = {"element": 0.0, "token": 1.0}.get(channel.unit)
+    if share is None:
+        share = min(1.0, math.log2(max(4, channel.packet_bytes or 4) / 4) / 10)
+    burst = 0.0 if channel.burst_units is None else math.log2(channel.burst_units) / 4
+    noise = 0.0 if channel.snr_db is None else 10 ** (-channel.snr_db / 20)
+    fading = 0.0
+    if channel.fading is not None and channel.is_analogue:
+        fading = channel.fading.m**-0.5
+    return [
+        loss, loss * share, loss * burst, noise, channel.sigma or 0.0, fading, float(channel.equalise),
+        float(channel.fill == "last"), float(channel.fill == "mean"), float(channel.rescale), _STEP[codec],
+    ]  # fmt: skip
+
+
+def place_features(place: PlaceFeatures) -> list[float]:
+    """The numbers of `PLACE_FEATURES`."""
+    return list(asdict(place).values())
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

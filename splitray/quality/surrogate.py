@@ -1,0 +1,295 @@
+"""The surrogate of Chen et al.: an MLP that tells the relative perplexity of a channel at a cut or a placement.
+
+Input: the features of quality/features.py, and a switch for each model it was fitted to. Output: the logarithm of the
+relative perplexity (no unit). The paper's maps (loss, p) to a reward of unknown unit (E14) by two layers of 128 ReLU;
+this one has two of `hidden` tanh. Fitting takes torch, predicting numpy only.
+
+Two files: `NAME.safetensors` holds float32 `weight_0`, `bias_0`, ... and the inputs' `mean` and `scale`;
+`NAME.json`, the card, holds the names of the inputs, the models, the unit, what it was fitted to, the metrics on
+held-out rows, and the SHA-256 of the tensors' file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from splitray.channel import NoisyChannel, as_channel
+from splitray.codecs import Codec
+from splitray.errors import InputError
+from splitray.quality.features import (
+    CHANNEL_FEATURES,
+    PLACE_FEATURES,
+    PlaceFeatures,
+    channel_features,
+    place_features,
+)
+from splitray.quality.table import QualityTable
+
+FORMAT = 1
+UNIT = "relative perplexity: with the channel over the exact model's, 1 is no loss"
+HIDDEN, STEPS, FOLDS = 64, 2000, 5
+Reals = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One thing to learn from: what was asked, and the relative perplexity that was measured."""
+
+    model: str
+    place: PlaceFeatures
+    channel: NoisyChannel | None
+    codec: Codec
+    relative_perplexity: float
+
+    @property
+    def is_loss_at_a_cut(self) -> bool:
+        """Whether this is the paper's question: elements lost at one cut, exact values."""
+        channel = self.channel
+        plain = channel is not None and replace(channel, loss=0.0, seed=0) == NoisyChannel()
+        return plain and self.codec == "none" and self.place.states == 1 and not self.place.partials
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Errors of relative perplexities (no unit) on rows that were not fitted."""
+
+    rows: int
+    mse: float
+    mae: float
+    r2: float
+    unit: str = UNIT
+
+
+def records_of(table: QualityTable) -> list[Record]:
+    """The rows of a table."""
+    return [
+        Record(
+            model=table.model,
+            place=table.places[row.at],
+            channel=as_channel(row.channel),
+            codec=row.codec,
+            relative_perplexity=table.relative(row),
+        )
+        for row in table.rows
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """See above. `weights` are [(weight [in, out], bias [out]), ...].
+
+    `metrics` are of the cross-validation: over `all` records, and over those of `loss_at_cut`, the paper's question.
+    """
+
+    models: tuple[str, ...]
+    mean: Reals
+    scale: Reals
+    weights: tuple[tuple[Reals, Reals], ...]
+    metrics: Mapping[str, Metrics] = field(default_factory=dict)
+
+    @staticmethod
+    def fit(
+        records: Sequence[Record], *, hidden: int = HIDDEN, steps: int = STEPS, seed: int = 0, folds: int = FOLDS
+    ) -> Surrogate:
+        """Fit all records, and tell by cross-validation how well such a fit does on rows that it has not seen.
+
+        Args:
+            records: of one or several models; equal questions fall into one fold.
+            hidden: width of the two layers.
+            steps: of the optimiser, each over all records.
+            seed: of the first weights and of the folds.
+            folds: of the cross-validation; 0 leaves it out.
+
+        Raises:
+            InputError: too few records, or a perplexity that is no positive number.
+        """
+        inputs, targets, models = _arrays(records)
+        metrics = cross_validate(records, hidden=hidden, steps=steps, seed=seed, folds=folds) if folds else {}
+        mean, scale, weights = _trained(inputs, targets, hidden, steps, seed)
+        return Surrogate(models=models, mean=mean, scale=scale, weights=weights, metrics=metrics)
+
+    def predict(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> float:
+        """The relative perplexity to expect; never below 1, and exactly 1 where nothing is lost.
+
+        Raises:
+            InputError: it was not fitted to this model.
+        """
+        if channel is None and codec == "none":
+            return 1.0
+        row = [*channel_features(channel, codec), *place_features(place), *self._switches(model)]
+        return float(self.relative(np.array([row]))[0])
+
+    def relative(self, inputs_NF: Reals) -> Reals:
+        """Relative perplexities of many questions at once: rows as `question` gives them."""
+        return np.maximum(1.0, np.exp(_forward(self.weights, (inputs_NF - self.mean) / self.scale)))
+
+    def question(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> Reals:
+        """A row for `relative`."""
+        return np.array([*channel_features(channel, codec), *place_features(place), *self._switches(model)])
+
+    def _switches(self, model: str) -> list[float]:
+        if model not in self.models:
+            raise InputError("model of the surrogate", expected=f"one of {list(self.models)}", actual=model,
+                             remedy="fit a surrogate to a table of that model")  # fmt: skip
+        return [float(model == m) for m in self.models]
+
+    def save(self, path: str | Path, *, about: str = "") -> tuple[Path, Path]:
+        """Write `path` with the endings .safetensors and .json; returns both."""
+        tensors_at, card_at = Path(f"{path}.safetensors"), Path(f"{path}.json")
+        tensors_at.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"mean": self.mean, "scale": self.scale}
+        for i, (weight, bias) in enumerate(self.weights):
+            tensors |= {f"weight_{i}": weight, f"bias_{i}": bias}
+        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, tensors_at)
+        card = {
+            "format": FORMAT,
+            "unit": UNIT,
+            "about": about,
+            "inputs": [*CHANNEL_FEATURES, *PLACE_FEATURES, *(f"is {m}" for m in self.models)],
+            "models": list(self.models),
+            "layers": len(self.weights),
+            "metrics": {name: asdict(m) for name, m in self.metrics.items()},
+            "sha256": hashlib.sha256(tensors_at.read_bytes()).hexdigest(),
+        }
+        card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        return tensors_at, card_at
+
+    @staticmethod
+    def load(path: str | Path) -> Surrogate:
+        """Read what `save` wrote under this path.
+
+        Raises:
+            InputError: a file is missing, damaged, or was written for other features.
+        """
+        tensors_at, card_at = Path(f"{path}.safetensors"), Path(f"{path}.json")
+        try:
+            card = json.loads(card_at.read_text(encoding="utf-8"))
+            found = hashlib.sha256(tensors_at.read_bytes()).hexdigest()
+            tensors = {k: v.astype(np.float64) for k, v in load_file(tensors_at).items()}
+            models, layers = tuple(card["models"]), range(card["layers"])
+            inputs, expected = card["inputs"], [*CHANNEL_FEATURES, *PLACE_FEATURES, *(f"is {m}" for m in models)]
+            if card["format"] != FORMAT or inputs != expected:
+                raise _unfit(path, f"format {FORMAT} with the inputs {expected}", inputs)
+            if found != card["sha256"]:
+                raise _unfit(path, f"tensors of SHA-256 {card['sha256']}", found)
+            metrics = {name: Metrics(**m) for name, m in card["metrics"].items()}
+            weights = tuple((tensors[f"weight_{i}"], tensors[f"bias_{i}"]) for i in layers)
+            return Surrogate(
+                models=models, mean=tensors["mean"], scale=tensors["scale"], weights=weights, metrics=metrics
+            )
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _unfit(path, "a surrogate's two files", error) from error
+
+
+def cross_validate(
+    records: Sequence[Record], *, hidden: int = HIDDEN, steps: int = STEPS, seed: int = 0, folds: int = FOLDS
+) -> dict[str, Metrics]:
+    """Fit on all folds but one and score that one, for each: see `Surrogate.metrics`.
+
+    Raises:
+        InputError: see `Surrogate.fit`.
+    """
+    inputs, targets, _ = _arrays(records)
+    questions = {row: i for i, row in enumerate(sorted({tuple(r) for r in inputs.tolist()}))}
+    if len(questions) < folds:
+        raise InputError("records of the surrogate", expected=f"at least {folds} different questions",
+                         actual=len(questions), remedy="measure more")  # fmt: skip
+    shuffled = np.random.default_rng(seed).permutation(len(questions))
+    fold = np.array([shuffled[questions[tuple(row)]] % folds for row in inputs.tolist()])
+    told = np.empty_like(targets)
+    for held_out in range(folds):
+        seen = fold != held_out
+        mean, scale, weights = _trained(inputs[seen], targets[seen], hidden, steps, seed)
+        told[~seen] = _forward(weights, (inputs[~seen] - mean) / scale)
+    told_relative, measured = np.maximum(1.0, np.exp(told)), np.exp(targets)
+    at_cut = np.array([r.is_loss_at_a_cut for r in records])
+    found = {"all": metrics_of(told_relative, measured)}
+    if at_cut.any():
+        found["loss_at_cut"] = metrics_of(told_relative[at_cut], measured[at_cut])
+    return found
+
+
+def metrics_of(told: Reals, measured: Reals) -> Metrics:
+    """Errors of predicted relative perplexities."""
+    off = told - measured
+    spread = float(np.square(measured - measured.mean()).sum())
+    return Metrics(
+        rows=len(off),
+        mse=float(np.square(off).mean()),
+        mae=float(np.abs(off).mean()),
+        r2=1 - float(np.square(off).sum()) / spread if spread else math.nan,
+    )
+
+
+def _arrays(records: Sequence[Record]) -> tuple[Reals, Reals, tuple[str, ...]]:
+    if not records:
+        raise InputError("records of the surrogate", expected="at least one", actual="none", remedy="measure some")
+    models = tuple(dict.fromkeys(r.model for r in records))
+    inputs = [
+        [*channel_features(r.channel, r.codec), *place_features(r.place), *(float(r.model == m) for m in models)]
+        for r in records
+    ]
+    relative = np.array([r.relative_perplexity for r in records], np.float64)
+    if not (np.isfinite(relative) & (relative > 0)).all():
+        raise InputError("records of the surrogate", expected="relative perplexities above 0", actual=relative.tolist(),
+                         remedy="leave out what is none")  # fmt: skip
+    return np.array(inputs, np.float64), np.log(relative), models
+
+
+def _trained(
+    inputs: Reals, targets: Reals, hidden: int, steps: int, seed: int
+) -> tuple[Reals, Reals, tuple[tuple[Reals, Reals], ...]]:
+    """Mean and scale of the inputs, and weights of least squared error on relative perplexity."""
+    import torch
+    from torch import nn
+
+    mean = inputs.mean(0)
+    scale = np.where(inputs.std(0) > 1e-9, inputs.std(0), 1.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Linear(inputs.shape[1], hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)
+        )
+    x = torch.from_numpy((inputs - mean) / scale).float()
+    y = torch.from_numpy(targets).float()
+    # A logarithm that is off by e moves a relative perplexity r by about r e: large ones would else count for little.
+    weight = torch.exp(2 * y).clamp(max=25.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=max(2, steps))
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = (weight * (net(x).squeeze(-1) - y).square()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    layers = [m for m in net if isinstance(m, nn.Linear)]
+    weights = tuple(
+        (m.weight.detach().numpy().T.astype(np.float64), m.bias.detach().numpy().astype(np.float64)) for m in layers
+    )
+    return mean, scale, weights
+
+
+def _forward(weights: tuple[tuple[Reals, Reals], ...], x_NF: Reals) -> Reals:
+    for weight, bias in weights[:-1]:
+        x_NF = np.tanh(x_NF @ weight + bias)
+    weight, bias = weights[-1]
+    return (x_NF @ weight + bias)[:, 0]
+
+
+def _unfit(path: str | Path, expected: str, actual: Any) -> InputError:
+    return InputError(f"surrogate {path}", expected=expected, actual=actual,
+                      remedy="fit it again with `python -m splitray.fit_quality`")  # fmt: skip

@@ -1,0 +1,149 @@
+"""Relative perplexities as they were measured: one model, one text, many channels, codecs, cuts and placements.
+
+The file is JSON: the fields of `QualityTable`, `places` being the placement features of each name in `rows` (`cut:6`,
+or the name of a placement file), and a row the fields of `QualityRow`. `splitray perplexity --out FILE` measures it.
+Relative perplexity is that with the channel over that of the exact model on the same tokens, so it has no unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from splitray.channel import as_channel
+from splitray.codecs import Codec, as_codec
+from splitray.errors import InputError
+from splitray.quality.features import PlaceFeatures
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityRow:
+    """One measurement: the mean over the masks, drawn one after the other under the table's seed."""
+
+    channel: str
+    codec: Codec
+    at: str
+    """Which of the table's places."""
+    perplexity: float
+    standard_error: float
+    """Of the relative perplexity: over tokens, each compared with itself in the exact run."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What was measured."""
+        return self.channel, self.codec, self.at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityTable:
+    """See above. `perplexity` is the exact model's; `tokens` were scored, `masks` times under a channel."""
+
+    model: str
+    architecture: str
+    num_layers: int
+    text: str
+    tokens: int
+    window: int
+    stride: int
+    masks: int
+    seed: int
+    measured_at: str
+    perplexity: float
+    places: Mapping[str, PlaceFeatures] = field(default_factory=dict)
+    rows: tuple[QualityRow, ...] = ()
+    format: int = FORMAT
+
+    def relative(self, row: QualityRow) -> float:
+        """Relative perplexity of a row, 1 being no loss."""
+        return row.perplexity / self.perplexity
+
+    def relative_perplexity(self, channel: str, codec: Codec, at: str) -> float:
+        """What was measured for this channel, codec and place; nothing is guessed.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        wanted = (channel, codec, at)
+        for row in self.rows:
+            if row.key == wanted:
+                return self.relative(row)
+        raise InputError("measured perplexity", expected="a row of the table", actual=wanted,
+                         remedy="measure it with `splitray perplexity --out FILE`, or ask a surrogate")  # fmt: skip
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain values, each row with its relative perplexity."""
+        rows = [{**asdict(row), "relative_perplexity": self.relative(row)} for row in self.rows]
+        return {**asdict(self), "rows": rows}
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all; a row takes a line."""
+        head = {k: v for k, v in asdict(self).items() if k not in ("rows", "places")}
+        places = ",\n".join(f"  {json.dumps(n)}: {json.dumps(_short(asdict(f)))}" for n, f in self.places.items())
+        rows = ",\n".join(f"  {json.dumps(_short(asdict(r)))}" for r in self.rows)
+        body = json.dumps(head, indent=1).removesuffix("\n}")
+        text = f'{body},\n "places": {{\n{places}\n }},\n "rows": [\n{rows}\n ]\n}}\n'
+        beside = Path(path).with_name(Path(path).name + ".part")
+        try:
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            raise InputError(f"quality table {path}", expected="a file that can be written", actual=error,
+                             remedy="give another path") from error  # fmt: skip
+
+    @staticmethod
+    def load(path: str | Path) -> QualityTable:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file cannot be read, or is no such table.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _unfit(path, "a readable JSON file", error) from error
+        _exactly(document, QualityTable, path)
+        if document["format"] != FORMAT:
+            raise _unfit(path, f"format {FORMAT}", document["format"])
+        if not isinstance(document["rows"], list) or not isinstance(document["places"], dict):
+            raise _unfit(path, "a list of rows and a mapping of places", "something else")
+        rows = []
+        for entry in document["rows"]:
+            _exactly(entry, QualityRow, path)
+            as_channel(entry["channel"])
+            rows.append(QualityRow(**{**entry, "codec": as_codec(entry["codec"])}))
+        places = {name: PlaceFeatures.from_plain(f) for name, f in document["places"].items()}
+        table = QualityTable(**{**document, "rows": tuple(rows), "places": places})
+        values = [table.perplexity, *(r.perplexity for r in rows)]
+        if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in values):
+            raise _unfit(path, "perplexities above 0", values)
+        if missing := {r.at for r in rows} - set(places):
+            raise _unfit(path, "features of every place", f"none of {sorted(missing)}")
+        return table
+
+
+def shipped_quality() -> QualityTable:
+    """What was measured on the model that ships with splitray."""
+    return QualityTable.load(Path(__file__).parents[1] / "model" / "shipped" / "quality.json")
+
+
+def _short(plain: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in plain.items()}
+
+
+def _exactly(entry: Any, kind: type, path: str | Path) -> None:
+    names = {f.name for f in fields(kind)}
+    if not isinstance(entry, Mapping) or set(entry) != names:
+        actual = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise _unfit(path, f"the keys {sorted(names)}", actual)
+
+
+def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
+    return InputError(f"quality table {path}", expected=expected, actual=actual,
+                      remedy="measure it with `splitray perplexity --out FILE`")  # fmt: skip
