@@ -14,6 +14,7 @@ from families import family_model
 from splits import greedy, split
 
 from splitray.arch import ModelArch
+from splitray.catalog import architecture
 from splitray.codecs import CODECS, as_codec, decode, encode, encoded_bytes, round_trip
 from splitray.cost import CostModel, load_of
 from splitray.errors import InputError
@@ -23,7 +24,7 @@ from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.route import compile_route, message_bytes
 from splitray.runtime.coded import CodedCrossing
-from splitray.runtime.launch import launch_engine
+from splitray.runtime.launch import launch_engine, read_model
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 
@@ -318,3 +319,13 @@ def test_a_cut_sends_less_by_the_codec_s_factor():
     placement = make_planner("fixed_cut:1").propose(ClusterState(arch=arch, topology=where))
     sent = {c: compile_route(placement, arch, where, codec=c).bytes_per_token(arch) - 4 for c in CODECS}
     assert sent == {"none": 192, "bf16": 96, "int8": 52, "int4": 28}
+
+
+@pytest.mark.parametrize("model", ["tiny", "gpt2-xl", "llama-7b"])
+@pytest.mark.parametrize("planner", ["fixed_cut:6", "even"])
+def test_int8_halves_the_bytes_of_bf16_scales_included(model, planner):
+    arch = read_model("tiny")[0] if model == "tiny" else architecture(model)
+    where = Topology.uniform(2)
+    placement = make_planner(planner).propose(ClusterState(arch=arch, topology=where))
+    sent = {c: compile_route(placement, arch, where, codec=c).bytes_per_token(arch) for c in ("bf16", "int8")}
+    assert sent["int8"] / sent["bf16"] == pytest.approx(0.5, rel=0.05)

@@ -28,7 +28,7 @@ from splitray.quality.features import (
     channel_features,
     place_features,
 )
-from splitray.quality.table import QualityTable
+from splitray.quality.table import QualityRow, QualityTable
 from splitray.route import compile_route
 from splitray.sweep import SweepRequest, alternatives, read_cuts, sweep
 from splitray.topology import Topology
@@ -175,7 +175,7 @@ def test_a_broken_table_is_refused(breaks, tmp_path):
 TABLE = QualityTable(
     model="m", architecture="llama", num_layers=4, text="t", tokens=100, window=64, stride=32, masks=2, seed=0,
     measured_at="2026-12-01T00:00:00+00:00", perplexity=10.0, places={"cut:1": PlaceFeatures.of_cut(1, 4)},
-    rows=(splitray.sweep.QualityRow(channel="loss:0.1", codec="none", at="cut:1", perplexity=11.0, standard_error=0.1),),
+    rows=(QualityRow(channel="loss:0.1", codec="none", at="cut:1", perplexity=11.0, standard_error=0.1),),
 )  # fmt: skip
 
 
