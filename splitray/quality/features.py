@@ -27,9 +27,12 @@ class PlaceFeatures:
     """Whole residuals that cross."""
     state_depth: float
     """Mean share of the model before them."""
+    first_state: float
+    """Share of the model before the first of them; 1 if there is none."""
     partials: float
     """Share of all boundaries that partial sums cross."""
     partial_depth: float
+    first_partial: float
     remote_share: float
     """Mean share of the partial sums which a device adds that came over the wire."""
     attention_share: float
@@ -45,8 +48,8 @@ class PlaceFeatures:
         if not 0 <= cut <= num_layers:
             raise InputError("cut", expected=f"0 to {num_layers}", actual=cut, remedy="cut within the model")
         return PlaceFeatures(
-            states=1.0, state_depth=cut / num_layers, partials=0.0, partial_depth=0.0, remote_share=0.0,
-            attention_share=0.0,
+            states=1.0, state_depth=cut / num_layers, first_state=cut / num_layers, partials=0.0, partial_depth=0.0,
+            first_partial=1.0, remote_share=0.0, attention_share=0.0,
         )  # fmt: skip
 
     @staticmethod
@@ -73,8 +76,10 @@ class PlaceFeatures:
         return PlaceFeatures(
             states=float(len(state_depths)),
             state_depth=_mean(state_depths),
+            first_state=min(state_depths, default=1.0),
             partials=crossings / max(1, last),
             partial_depth=_mean(partial_depths),
+            first_partial=min(partial_depths, default=1.0),
             remote_share=_mean(remote),
             attention_share=behind_attention / max(1, crossings),
         )

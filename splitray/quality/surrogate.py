@@ -1,7 +1,8 @@
 """The surrogate of Chen et al.: an MLP that tells the relative perplexity of a channel at a cut or a placement.
 
 Input: the features of quality/features.py, and a switch for each model it was fitted to. Output: the logarithm of the
-relative perplexity (no unit). The paper's maps (loss, p) to a reward of unknown unit (E14) by two layers of 128 ReLU;
+relative perplexity (no unit), of at most `CEILING`: what loses more is of no use, and how much more does not matter.
+The paper's maps (loss, p) to a reward of unknown unit (E14) by two layers of 128 ReLU;
 this one has two of `hidden` tanh. Fitting takes torch, predicting numpy only.
 
 Two files: `NAME.safetensors` holds float32 `weight_0`, `bias_0`, ... and the inputs' `mean` and `scale`;
@@ -37,8 +38,9 @@ from splitray.quality.features import (
 from splitray.quality.table import QualityTable
 
 FORMAT = 1
-UNIT = "relative perplexity: with the channel over the exact model's, 1 is no loss"
-HIDDEN, STEPS, FOLDS = 64, 2000, 5
+CEILING = 4.0
+UNIT = f"relative perplexity: with the channel over the exact model's, 1 is no loss, {CEILING:g} or more counts as that"
+HIDDEN, STEPS, FOLDS = 32, 2000, 5
 Reals = NDArray[np.float64]
 
 
@@ -120,7 +122,7 @@ class Surrogate:
         return Surrogate(models=models, mean=mean, scale=scale, weights=weights, metrics=metrics)
 
     def predict(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> float:
-        """The relative perplexity to expect; never below 1, and exactly 1 where nothing is lost.
+        """The relative perplexity to expect; within 1 and `CEILING`, and exactly 1 where nothing is lost.
 
         Raises:
             InputError: it was not fitted to this model.
@@ -132,7 +134,7 @@ class Surrogate:
 
     def relative(self, inputs_NF: Reals) -> Reals:
         """Relative perplexities of many questions at once: rows as `question` gives them."""
-        return np.maximum(1.0, np.exp(_forward(self.weights, (inputs_NF - self.mean) / self.scale)))
+        return _relative(_forward(self.weights, (inputs_NF - self.mean) / self.scale))
 
     def question(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> Reals:
         """A row for `relative`."""
@@ -214,7 +216,7 @@ def cross_validate(
         seen = fold != held_out
         mean, scale, weights = _trained(inputs[seen], targets[seen], hidden, steps, seed)
         told[~seen] = _forward(weights, (inputs[~seen] - mean) / scale)
-    told_relative, measured = np.maximum(1.0, np.exp(told)), np.exp(targets)
+    told_relative, measured = _relative(told), np.exp(targets)
     at_cut = np.array([r.is_loss_at_a_cut for r in records])
     found = {"all": metrics_of(told_relative, measured)}
     if at_cut.any():
@@ -246,7 +248,7 @@ def _arrays(records: Sequence[Record]) -> tuple[Reals, Reals, tuple[str, ...]]:
     if not (np.isfinite(relative) & (relative > 0)).all():
         raise InputError("records of the surrogate", expected="relative perplexities above 0", actual=relative.tolist(),
                          remedy="leave out what is none")  # fmt: skip
-    return np.array(inputs, np.float64), np.log(relative), models
+    return np.array(inputs, np.float64), np.log(np.minimum(relative, CEILING)), models
 
 
 def _trained(
@@ -265,8 +267,7 @@ def _trained(
         )
     x = torch.from_numpy((inputs - mean) / scale).float()
     y = torch.from_numpy(targets).float()
-    # A logarithm that is off by e moves a relative perplexity r by about r e: large ones would else count for little.
-    weight = torch.exp(2 * y).clamp(max=25.0)
+    weight = torch.exp(2 * y)  # a logarithm that is off by e moves a relative perplexity r by about r e
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=max(2, steps))
     with torch.enable_grad():
@@ -281,6 +282,10 @@ def _trained(
         (m.weight.detach().numpy().T.astype(np.float64), m.bias.detach().numpy().astype(np.float64)) for m in layers
     )
     return mean, scale, weights
+
+
+def _relative(logarithms: Reals) -> Reals:
+    return np.clip(np.exp(logarithms), 1.0, CEILING)
 
 
 def _forward(weights: tuple[tuple[Reals, Reals], ...], x_NF: Reals) -> Reals:

@@ -216,7 +216,14 @@ def test_features_of_partitioned_and_replicated_layers_by_hand():
     # embedding on both: six boundaries of partial sums; the last one only a receives, half of it from b
     full = PlaceFeatures.of_route(route_of(Placement((halves,) * 3, (a, b), head), channel=channel))
     assert full == PlaceFeatures(
-        states=0, state_depth=0, partials=1, partial_depth=pytest.approx(21 / 36), remote_share=0.5, attention_share=0.5
+        states=0,
+        state_depth=0,
+        first_state=1,
+        partials=1,
+        partial_depth=pytest.approx(21 / 36),
+        first_partial=pytest.approx(1 / 6),
+        remote_share=0.5,
+        attention_share=0.5,
     )
     half = PlaceFeatures.of_route(route_of(Placement((twice,) * 3, (a, b), head), channel=channel))
     assert (half.partials, half.attention_share) == (0.5, 0)
