@@ -1,7 +1,7 @@
 """Perplexity over many channels, codecs, cuts and placements of one model: the table of quality/table.py.
 
 Each cell is an engine of its own, so that what is measured is what would run. The table is written after every cell,
-and a sweep that finds it goes on where it ends.
+and a sweep that finds it goes on where it ends. A `Meter` measures single cells, for who learns from them in a loop.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
@@ -39,7 +37,6 @@ from splitray.perplexity import (
 from splitray.placement import Placement
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.table import QualityRow, QualityTable
-from splitray.route import Route
 from splitray.runtime.launch import model_path
 
 Tell = Callable[[int, int], None]
@@ -68,11 +65,79 @@ class SweepRequest:
     masks: int = MASKS
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    name: str
-    cut: int | None
-    placement: Placement | None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One measurement; the error is of the relative perplexity, over tokens."""
+
+    perplexity: float
+    relative_perplexity: float
+    standard_error: float
+    place: PlaceFeatures
+
+
+class Meter:
+    """Measures one model on one text, again and again."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        text: str,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        window: int | None = None,
+        stride: int | None = None,
+        tokens: int | None = None,
+        masks: int = MASKS,
+    ) -> None:
+        """Read both and score the exact model; the arguments are those of `SweepRequest`.
+
+        Raises:
+            InputError: they cannot be used as asked.
+            ModelError: no such model, or it gave something that is not finite.
+        """
+        self.config = read_config(model_path(model))
+        at_least("masks", masks)
+        self.window, self.stride = window_and_stride(self.config, window, stride)
+        self.ids_T = read_ids(model, read_text(text), window=self.window, most=tokens)
+        self.model, self.text, self.dtype, self.masks = model, text, dtype, masks
+        self.exact_T = losses(self.ids_T, whole(model, dtype), self.window, self.stride)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        layers: int = self.config.num_hidden_layers
+        return layers
+
+    @property
+    def perplexity(self) -> float:
+        """Of the exact model."""
+        return math.exp(self.exact_T.mean())
+
+    def measure(self, at: int | Placement, channel: NoisyChannel | None, codec: Codec = "none") -> Measured:
+        """Perplexity at a cut or with a placement; each of the masks follows from the channel's seed.
+
+        Raises:
+            InputError: a cut or a placement that is none of this model.
+            ModelError: something came out that is not finite.
+        """
+        cut, placement = (at, None) if isinstance(at, int) else (None, at)
+        if cut is not None:
+            within_layers(cut, self.num_layers, self.model)
+        asked = Request(model=self.model, text=self.text, cut=cut, placement=placement, dtype=self.dtype)
+        with split(asked, cut, codec, channel) as parts:
+            masks = 1 if channel is None else self.masks
+            nll_T = np.mean(
+                [losses(self.ids_T, of_split(parts), self.window, self.stride) for _ in range(masks)], axis=0
+            )
+            route = parts.engine.route
+        rise_T = nll_T - self.exact_T
+        relative = math.exp(rise_T.mean())
+        return Measured(
+            perplexity=math.exp(nll_T.mean()),
+            relative_perplexity=relative,
+            standard_error=relative * float(rise_T.std(ddof=1)) / math.sqrt(len(rise_T)),
+            place=PlaceFeatures.of_route(route) if cut is None else PlaceFeatures.of_cut(cut, self.num_layers),
+        )
 
 
 def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> QualityTable:
@@ -86,46 +151,43 @@ def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> Quali
         InputError: something asked for cannot be, or the file holds another sweep; before anything is measured.
         ModelError: something came out that is not finite.
     """
-    config = read_config(model_path(request.model))
-    num_layers = config.num_hidden_layers
-    at_least("masks", request.masks)
-    places = [_Place(f"cut:{p}", p, None) for p in read_cuts(request.cuts, num_layers, request.model)]
-    places += [_Place(Path(f).stem, None, Placement.load(f)) for f in request.placements]
-    if len({p.name for p in places}) < len(places):
-        raise InputError("placements", expected="files of different names", actual=[p.name for p in places],
-                         remedy="rename one")  # fmt: skip
+    num_layers = read_config(model_path(request.model)).num_hidden_layers
+    places: list[tuple[str, int | Placement]] = [
+        (f"cut:{p}", p) for p in read_cuts(request.cuts, num_layers, request.model)
+    ]
+    places += [(Path(f).stem, Placement.load(f)) for f in request.placements]
+    names = [name for name, _ in places]
+    if len(set(names)) < len(names):
+        raise InputError("placements", expected="files of different names", actual=names, remedy="rename one")
     channels = [as_channel(c, seed=request.seed) for text in request.channels for c in alternatives(text)]
     codecs = [as_codec(c) for c in request.codecs]
     if not places:
         raise InputError("cut", expected="a cut or a placement", actual="neither", remedy="give --cut all")
-    window, stride = window_and_stride(config, request.window, request.stride)
-    ids_T = read_ids(request.model, read_text(request.text), window=window, most=request.tokens)
-    head: dict[str, Any] = {
-        "model": request.model, "architecture": config.model_type, "num_layers": num_layers,
-        "text": Path(request.text).name, "tokens": len(ids_T) - 1, "window": window, "stride": stride,
-        "masks": request.masks, "seed": request.seed,
-    }  # fmt: skip
-    table = _found(request.out, head)
-    exact_T = losses(ids_T, whole(request.model, request.dtype), window, stride)
-    exact = math.exp(exact_T.mean())
-    if table is None:
-        table = QualityTable(**head, measured_at=datetime.now(UTC).isoformat(timespec="seconds"), perplexity=exact)
-    elif not math.isclose(table.perplexity, exact, rel_tol=1e-4):
-        raise _another(request.out, f"an exact perplexity of {exact:.6g}", f"{table.perplexity:.6g}")
+    before = QualityTable.load(request.out) if Path(request.out).exists() else None
+    meter = Meter(
+        model=request.model, text=request.text, dtype=request.dtype, window=request.window, stride=request.stride,
+        tokens=request.tokens, masks=request.masks,
+    )  # fmt: skip
+    table = QualityTable(
+        model=request.model, architecture=meter.config.model_type, num_layers=num_layers, text=Path(request.text).name,
+        tokens=len(meter.exact_T), window=meter.window, stride=meter.stride, masks=request.masks, seed=request.seed,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"), perplexity=meter.perplexity,
+    )  # fmt: skip
+    if before is not None:
+        _the_same(before, table, request.out)
+        table = before
     cells = [c for c in itertools.product(places, codecs, channels) if c[1] != "none" or c[2] is not None]
     known = {row.key for row in table.rows}
-    for done, (place, codec, channel) in enumerate(cells):
+    for done, ((name, at), codec, channel) in enumerate(cells):
         tell(done, len(cells))
         text = "none" if channel is None else str(channel)
-        if (text, codec, place.name) in known:
+        if (text, codec, name) in known:
             continue
-        nll_T, features = _measure(request, place, codec, channel, ids_T, window, stride)
-        rise_T = nll_T - exact_T
-        error = math.exp(rise_T.mean()) * rise_T.std(ddof=1) / math.sqrt(len(rise_T))
+        found = meter.measure(at, channel, codec)
         row = QualityRow(
-            channel=text, codec=codec, at=place.name, perplexity=math.exp(nll_T.mean()), standard_error=float(error)
+            channel=text, codec=codec, at=name, perplexity=found.perplexity, standard_error=found.standard_error
         )
-        table = replace(table, rows=(*table.rows, row), places={**table.places, place.name: features})
+        table = replace(table, rows=(*table.rows, row), places={**table.places, name: found.place})
         table.save(request.out)
     tell(len(cells), len(cells))
     return table
@@ -157,41 +219,13 @@ def alternatives(text: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*(p.split("/") for p in pieces))]
 
 
-def _measure(
-    request: SweepRequest,
-    place: _Place,
-    codec: Codec,
-    channel: NoisyChannel | None,
-    ids_T: Sequence[int],
-    window: int,
-    stride: int,
-) -> tuple[NDArray[np.float64], PlaceFeatures]:
-    """Negative log-likelihood of each token, the mean over the masks."""
-    asked = Request(
-        model=request.model, text=request.text, cut=place.cut, placement=place.placement, dtype=request.dtype,
-        seed=request.seed,
-    )  # fmt: skip
-    with split(asked, place.cut, codec, channel) as model:
-        masks = 1 if channel is None else request.masks
-        nll_MT = np.stack([losses(ids_T, of_split(model), window, stride) for _ in range(masks)])
-        route, arch = model.engine.route, model.engine.arch
-    return nll_MT.mean(0), _features(place, route, arch)
-
-
-def _features(place: _Place, route: Route, arch: ModelArch) -> PlaceFeatures:
-    if place.cut is not None:
-        return PlaceFeatures.of_cut(place.cut, arch.num_layers)
-    return PlaceFeatures.of_route(route)
-
-
-def _found(path: str | Path, head: dict[str, Any]) -> QualityTable | None:
-    if not Path(path).exists():
-        return None
-    table = QualityTable.load(path)
-    for name, value in head.items():
-        if getattr(table, name) != value:
-            raise _another(path, f"{name} {value!r}", f"{name} {getattr(table, name)!r}")
-    return table
+def _the_same(before: QualityTable, now: QualityTable, path: str | Path) -> None:
+    """Refuse a file that another sweep has written."""
+    for name in ("model", "architecture", "num_layers", "text", "tokens", "window", "stride", "masks", "seed"):
+        if getattr(before, name) != getattr(now, name):
+            raise _another(path, f"{name} {getattr(now, name)!r}", f"{name} {getattr(before, name)!r}")
+    if not math.isclose(before.perplexity, now.perplexity, rel_tol=1e-4):
+        raise _another(path, f"an exact perplexity of {now.perplexity:.6g}", f"{before.perplexity:.6g}")
 
 
 def _another(path: str | Path, expected: str, actual: str) -> InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -12,7 +13,6 @@ from families import family_model
 from test_perplexity import STRIDE, WINDOW, folder, request  # noqa: F401
 from typer.testing import CliRunner
 
-import splitray.sweep
 from splitray.channel import as_channel
 from splitray.cli import app
 from splitray.errors import InputError
@@ -28,9 +28,10 @@ from splitray.quality.features import (
     channel_features,
     place_features,
 )
+from splitray.quality.in_loop import InLoop
 from splitray.quality.table import QualityRow, QualityTable
 from splitray.route import compile_route
-from splitray.sweep import SweepRequest, alternatives, read_cuts, sweep
+from splitray.sweep import Meter, SweepRequest, alternatives, read_cuts, sweep
 from splitray.topology import Topology
 
 
@@ -72,15 +73,15 @@ def test_a_sweep_measures_what_single_runs_measure(folder, tmp_path, placement_f
 
 def test_an_interrupted_sweep_goes_on_and_measures_nothing_twice(folder, tmp_path, monkeypatch):  # noqa: F811
     measured = []
-    whole = splitray.sweep._measure
+    whole = Meter.measure
 
-    def counted(request, place, codec, channel, *rest):
+    def counted(self, at, channel, codec="none"):
         if len(measured) == 3:
             raise KeyboardInterrupt
-        measured.append((place.name, str(channel)))
-        return whole(request, place, codec, channel, *rest)
+        measured.append((at, str(channel)))
+        return whole(self, at, channel, codec)
 
-    monkeypatch.setattr(splitray.sweep, "_measure", counted)
+    monkeypatch.setattr(Meter, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep(asked(folder, tmp_path))
     assert len(QualityTable.load(tmp_path / "table.json").rows) == 3
@@ -120,6 +121,21 @@ def test_bad_input_is_refused_before_anything_is_measured(options, what, folder,
         sweep(asked(folder, tmp_path, **options))
     assert what in refused.value.what and refused.value.remedy
     assert not (tmp_path / "table.json").exists()
+
+
+def test_a_meter_feeds_the_loop_that_learns_from_it(folder):  # noqa: F811
+    meter = Meter(model=str(folder), text=str(folder / "text.txt"), window=WINDOW, stride=STRIDE, tokens=90, masks=1)
+
+    def measure(place, channel, codec):
+        return meter.measure(round(place.state_depth * 3), channel, codec).relative_perplexity
+
+    loop = InLoop(measure=measure, model="m", epochs=1, steps=50)
+    for cut, loss in itertools.product((1, 2), (0.1, 0.3, 0.5)):
+        loop.relative_perplexity(PlaceFeatures.of_cut(cut, 3), as_channel(f"loss:{loss}"))
+    assert loop.end_epoch() and loop.uses_surrogate
+    assert loop.relative_perplexity(PlaceFeatures.of_cut(1, 3), as_channel("loss:0.2")) >= 1
+    with pytest.raises(InputError, match="cut"):
+        meter.measure(4, None)
 
 
 def test_cuts_and_channels_as_users_write_them():
