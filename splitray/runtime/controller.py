@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -46,8 +47,8 @@ class Observed:
     tpot_s: float
     tokens_left: int
     moving: bool
-    since_move_tokens: int
-    """Tokens since the last switch."""
+    allowed_s: float = float("inf")
+    """What moves may still cost, see `Gate.share`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +56,18 @@ class Gate:
     """When a move is worth it.
 
     Args:
-        gain: of a token, below which nothing moves: predictions are that good.
+        gain: of a token's time, below which nothing moves: predictions are not better.
         pays: how many times over the tokens to come must pay for the move.
-        rest_tokens: after a move, before the next one; doubled by every move that takes the last one back.
-        most_rest_tokens: to which it doubles.
+        share: of all time that moves may cost, so that a link which flips faster than moves pay cannot cost more.
+        first_s: what they may cost before any time has passed.
+        most_s: what they may save up.
     """
 
-    gain: float = 0.1
-    pays: float = 2.0
-    rest_tokens: int = 16
-    most_rest_tokens: int = 1024
+    gain: float = 0.05
+    pays: float = 1.5
+    share: float = 0.05
+    first_s: float = 2.0
+    most_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +77,11 @@ class Action:
     kind: Literal["stay", "move"]
     why: str
     copies_kv: bool = True
+    cost_s: float = 0.0
 
 
-def next_action(desired: Desired, observed: Observed, gate: Gate, *, returns: int = 0) -> Action:
-    """What to do. `returns` counts moves in a row of which each took the one before back.
+def next_action(desired: Desired, observed: Observed, gate: Gate) -> Action:
+    """What to do.
 
     A placement that cannot run any more (its time is infinite: a link is gone) is left whatever the gate says.
     """
@@ -89,9 +93,6 @@ def next_action(desired: Desired, observed: Observed, gate: Gate, *, returns: in
         return Action("stay", "what is wanted cannot run either")
     if observed.tpot_s == float("inf"):
         return Action("move", "what runs cannot go on", copies_kv=False)
-    rest = min(gate.most_rest_tokens, gate.rest_tokens * 2**returns)
-    if observed.since_move_tokens < rest:
-        return Action("stay", f"moved {observed.since_move_tokens} tokens ago, rests for {rest}")
     saved_s = observed.tpot_s - desired.tpot_s
     if saved_s < gate.gain * observed.tpot_s:
         return Action("stay", f"gains {saved_s / observed.tpot_s:.0%} a token, less than {gate.gain:.0%}")
@@ -100,25 +101,14 @@ def next_action(desired: Desired, observed: Observed, gate: Gate, *, returns: in
     cost_s = min(copy_s, desired.read_s) + _PAUSE_STEPS * desired.tpot_s
     if saved_s * observed.tokens_left < gate.pays * cost_s:
         return Action("stay", f"{observed.tokens_left} tokens do not pay for {cost_s:.2f} s")
+    if cost_s > observed.allowed_s:
+        return Action("stay", f"moves may cost {observed.allowed_s:.2f} s now, this one {cost_s:.2f} s")
     gains = f"gains {saved_s / observed.tpot_s:.0%} a token for {cost_s:.2f} s"
-    return Action("move", gains, copies_kv=copy_s <= desired.read_s)
-
-
-def weighed(planner: Planner, state: ClusterState) -> tuple[Desired, float]:
-    """What a planner wants in a state, and a later token's time on what runs (`state.current`)."""
-    assert state.current is not None, "something runs"
-    wanted, cached, prices = planner.propose(state), state.cached_tokens or 0, _Prices(state)
-    desired = Desired(
-        placement=wanted,
-        tpot_s=prices.tpot_s(wanted, cached),
-        copy_s=delay_s(diff(state.current, wanted, state.arch, cached), state.topology, staged=True),
-        read_s=prices.read_s(wanted, cached),
-    )
-    return desired, prices.tpot_s(state.current, cached)
+    return Action("move", gains, copies_kv=copy_s <= desired.read_s, cost_s=cost_s)
 
 
 class _Prices:
-    """Infinite where a link is missing."""
+    """Of a state; infinite where a link is missing."""
 
     def __init__(self, state: ClusterState) -> None:
         self._model = CostModel(state.arch, state.topology, codec=state.codec)
@@ -136,18 +126,40 @@ class _Prices:
             return float("inf")
 
 
-@dataclass(slots=True)
-class History:
-    """Moves so far, to see that one takes another back."""
+def weighed(
+    planner: Planner, state: ClusterState, *, tokens_left: int, moving: bool, allowed_s: float
+) -> tuple[Desired, Observed]:
+    """Both sides of a decision: what a planner wants, and what runs (`state.current`)."""
+    assert state.current is not None, "something runs"
+    wanted, cached, prices = planner.propose(state), state.cached_tokens or 0, _Prices(state)
+    desired = Desired(
+        placement=wanted,
+        tpot_s=prices.tpot_s(wanted, cached),
+        copy_s=delay_s(diff(state.current, wanted, state.arch, cached), state.topology, staged=True),
+        read_s=prices.read_s(wanted, cached),
+    )
+    return desired, Observed(
+        placement=state.current, tpot_s=prices.tpot_s(state.current, cached), tokens_left=tokens_left, moving=moving,
+        allowed_s=allowed_s,
+    )  # fmt: skip
 
-    last: tuple[Placement, Placement] | None = None
-    returns: int = 0
 
-    def moved(self, before: Placement, after: Placement) -> None:
-        """Note a move."""
-        back = self.last is not None and self.last == (after, before)
-        self.returns = self.returns + 1 if back else 0
-        self.last = before, after
+@dataclass
+class Allowance:
+    """What moves may cost: grows with time, see `Gate`."""
+
+    gate: Gate
+    at_s: float
+    left_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left_s = self.gate.first_s
+
+    def at(self, now_s: float) -> float:
+        """Seconds that moves may cost by now."""
+        self.left_s = min(self.gate.most_s, self.left_s + self.gate.share * (now_s - self.at_s))
+        self.at_s = now_s
+        return self.left_s
 
 
 @dataclass(slots=True, kw_only=True)
@@ -177,16 +189,19 @@ class Controller:
     engine: Engine
     planner: Planner
     topology: Callable[[], Topology]
-    every_tokens: int = 16
+    every_tokens: int = 4
     change: float = 0.3
     gate: Gate = field(default_factory=Gate)
     tokens_at_rest: int = 64
     decisions: list[Decision] = field(default_factory=list)
-    _history: History = field(default_factory=History)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    _allowance: Allowance = field(init=False)
     _looked: tuple[int, Topology | None] = (0, None)
-    _moved_at: int = 0
+
+    def __post_init__(self) -> None:
+        """A new allowance."""
+        self._allowance = Allowance(self.gate, time.monotonic())
 
     def start(self) -> None:
         """Look in a thread of its own until `close`."""
@@ -230,16 +245,14 @@ class Controller:
             arch=engine.arch, topology=now, context_tokens=capacity,
             current=engine.placement, cached_tokens=cached, interval_tokens=max(1, left), codec=engine.now.codec,
         )  # fmt: skip
-        desired, current_s = weighed(self.planner, state)
         coming = engine.next
-        observed = Observed(
-            placement=engine.placement, tpot_s=current_s, tokens_left=left,
-            moving=coming is not None and not coming.done.is_set(), since_move_tokens=tokens - self._moved_at,
+        desired, observed = weighed(
+            self.planner, state, tokens_left=left, moving=coming is not None and not coming.done.is_set(),
+            allowed_s=self._allowance.at(time.monotonic()),
         )  # fmt: skip
-        action = next_action(desired, observed, self.gate, returns=self._history.returns)
+        action = next_action(desired, observed, self.gate)
         if action.kind == "move":
-            self._history.moved(engine.placement, desired.placement)
-            self._moved_at = tokens
+            self._allowance.left_s -= action.cost_s
             engine.migrate(desired.placement, copies_kv=action.copies_kv)
         decision = Decision(
             action=action, predicted_tpot_s=desired.tpot_s, current_tpot_s=observed.tpot_s, at_token=tokens
