@@ -76,6 +76,7 @@ class RayFleet(Fleet):
         self._actors: dict[str, ActorHandle] = {}
         self._ends: dict[ray.ObjectRef, str] = {}  # a pending call for each living device; it ends when the device does
         self._dead: dict[str, str] = {}
+        self._demands: dict[str, dict[str, float]] = {}  # what each device asked for at first: a node may be gone since
 
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the actors, each on the node that `seating` finds for it, and wait until all of them listen.
@@ -162,9 +163,10 @@ class RayFleet(Fleet):
         give_up = time.monotonic() + self._place_s
         while True:
             offered, free = ray.cluster_resources(), available_resources_per_node()
-            demands = {str(d.id): self._demand(d, offered) for d in devices}
+            demands = {str(d.id): self._demands.get(d.id) or self._demand(d, offered) for d in devices}
             nodes = find_seats(demands, free)
             if nodes is not None:
+                self._demands |= demands
                 return demands, nodes
             if time.monotonic() > give_up:
                 raise no_room(demands, offered, list(free.values()))

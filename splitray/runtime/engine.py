@@ -625,8 +625,9 @@ class Engine:
     def _echo(self, a: str, b: str, **order: int) -> dict[str, dict[str, Any]]:
         with self._lock:
             self._usable()
-            self._order(a, "echo", {"peer": b, "first": True, **order})
-            self._order(b, "echo", {"peer": a, "first": False, **order})
+            self._attempt += 1
+            self._order(a, "echo", {"peer": b, "first": True, "attempt": self._attempt, **order})
+            self._order(b, "echo", {"peer": a, "first": False, "attempt": self._attempt, **order})
             return self._replies({a, b})
 
     def speeds(self, device: str, *, cold_bytes: int) -> dict[str, float]:

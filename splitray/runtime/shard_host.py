@@ -330,14 +330,15 @@ class ShardHost:
         with contextlib.suppress(DeviceLost):  # the other peers notice the closed connection themselves
             self.crossing.stop()
 
-    def _echo(self, peer: str, size: int, rounds: int, first: bool, cold_bytes: int) -> dict[str, Any]:
+    def _echo(self, peer: str, attempt: int, size: int, rounds: int, first: bool, cold_bytes: int) -> dict[str, Any]:
         """Round trips with a peer of the frames that decoding sends: what the bench calls an exchange.
 
         With `cold_bytes` each side reads weights before it sends, so that the other one falls asleep, as it decodes.
         """
         row = np.zeros(size // 4, np.float32)
         work = cold_ffn(cold_bytes)[0] if cold_bytes else None
-        self.wire.begin(self.wire.attempt + 1)
+        self.wire.begin(attempt)
+        self.wire.epoch = self.held.epoch
         times, worked = [], []
 
         def read_weights() -> None:

@@ -22,7 +22,6 @@ from splitray.runtime.sampling import Sampling
 
 PROMPT = list(range(5, 25))
 DEVICES = ("edge0", "cloud0")
-OWN = {device: {device: 1.0} for device in DEVICES}  # a device sits on the host of its name or nowhere
 
 
 def answers(engine: Engine, fleet: RayFleet, op: str, values: dict[str, Any]) -> Iterator[Any]:
@@ -49,7 +48,7 @@ def main() -> None:
         print(json.dumps(answer), file=told, flush=True)
 
     _, values = json.loads(sys.stdin.readline())
-    fleet = RayFleet(address=values["address"], resources=OWN)
+    fleet = RayFleet(address=values["address"])
     recovery = Recovery(replan="best_device", restarts=99)
     with launch_engine(model="tiny", devices=len(DEVICES), fleet=fleet, recovery=recovery) as engine:
         tell(None)

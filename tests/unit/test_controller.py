@@ -12,6 +12,7 @@ from splits import greedy, slow_devices, split
 
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
 from splitray.runtime.controller import Action, Allowance, Controller, Desired, Gate, Observed, next_action
 from splitray.runtime.monitor import Estimates, Monitor
 from splitray.runtime.recovery import Recovery
@@ -125,6 +126,15 @@ def test_the_monitor_measures_links_and_smooths_them():
         found.take(pair, 0.0, 0.0, at)
         assert found.seen(engine.topology, at).link(a, b) is None, "no answer, no link"
         assert found.seen(engine.topology, at + 60).link(a, b) == engine.topology.link(a, b), "stale"
+
+
+def test_the_links_of_three_devices_are_timed_pair_by_pair():
+    with split(family_model("llama"), devices=3, planner="even") as engine:
+        for a, b in (("edge0", "cloud0"), ("edge0", "cloud1"), ("cloud0", "cloud1")):
+            assert len(engine.echo(a, b, size=64, rounds=3)) == 3
+        engine.migrate(make_planner("random", seed=3).propose(ClusterState(arch=engine.arch, topology=engine.topology)))
+        assert engine.next.done.wait(20) and engine.next.error is None
+        assert len(engine.echo("edge0", "cloud1", size=64, rounds=3)) == 3
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_copies_take_half_of_a_link_that_is_used(prices):
 
 def test_nobody_beats_the_clairvoyant_and_a_steady_link_is_left_alone(prices):
     flipping = suite.flips(prices)["10x up and down, every 60 s"]
-    s, requests = stream(prices, flipping), 30
+    s, requests = stream(prices, flipping), 40
     candidates = suite.candidates_of(prices, flipping)
     assert len(candidates) == 2
     best = min(suite.fixed(s, c, requests) for c in candidates)

@@ -16,7 +16,7 @@ from splitray.channel import as_channel
 from splitray.errors import InputError
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.in_loop import InLoop
-from splitray.quality.surrogate import Record, Surrogate, cross_validate, metrics_of, records_of
+from splitray.quality.surrogate import Record, Surrogate, cross_validate, metrics_of, records_of, shipped_surrogate
 from splitray.quality.table import QualityTable, shipped_quality
 
 LAYERS = 8
@@ -195,6 +195,14 @@ def test_the_command_fits_what_was_measured(tmp_path, capsys):
     table = QualityTable.load(path)
     told = [found.predict("tiny", r.place, r.channel, r.codec) for r in records_of(table)]
     assert np.abs(np.array(told) - [table.relative(r) for r in table.rows]).mean() < 0.03
+
+
+def test_the_shipped_surrogate_knows_the_shipped_table():
+    surrogate, table = shipped_surrogate(), shipped_quality()
+    m = surrogate.metrics["loss_at_cut"]
+    assert m.mse <= 0.00548 and m.mae <= 0.05 and m.r2 >= 0.9
+    off = [surrogate.predict(r.model, r.place, r.channel, r.codec) - r.relative_perplexity for r in records_of(table)]
+    assert np.abs(off).mean() < 0.02
 
 
 @pytest.mark.parametrize("wrong", [["--table", "no.json"], ["--table", "TABLE", "--table", "TABLE"]])
