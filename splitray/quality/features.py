@@ -5,9 +5,10 @@ Knows routes, not models. A cut at p of L layers is one state that crosses at th
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from splitray.channel import NoisyChannel
@@ -21,22 +22,28 @@ _STEP: dict[Codec, float] = {"none": 0.0, "bf16": 2.0**-8, "int8": 1 / 127, "int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceFeatures:
-    """Where values of the residual cross between devices. All are in 0 to 1, but `states`."""
+    """What the residual that arrives at the head has been through. Depths are shares of the model before a crossing.
+
+    A device that gets a state, computes a partial from it and sends that back leaves the residual of the others clean:
+    such states count as `side_states` only.
+    """
 
     states: float
-    """Whole residuals that cross."""
+    """Whole residuals that cross, one after the other."""
     state_depth: float
-    """Mean share of the model before them."""
+    """Mean depth of them."""
     first_state: float
-    """Share of the model before the first of them; 1 if there is none."""
+    """Depth of the first; 1 if there is none."""
     partials: float
-    """Share of all boundaries that partial sums cross."""
+    """Share of all boundaries at which partial sums are added that came over the wire."""
     partial_depth: float
     first_partial: float
     remote_share: float
-    """Mean share of the partial sums which a device adds that came over the wire."""
+    """Mean share of the partial sums added there that came over the wire."""
     attention_share: float
-    """Share of the boundaries with partial sums that lie behind attention."""
+    """Share of those boundaries that lie behind attention."""
+    side_states: float
+    """Other residuals that cross."""
 
     @staticmethod
     def of_cut(cut: int, num_layers: int) -> PlaceFeatures:
@@ -49,7 +56,7 @@ class PlaceFeatures:
             raise InputError("cut", expected=f"0 to {num_layers}", actual=cut, remedy="cut within the model")
         return PlaceFeatures(
             states=1.0, state_depth=cut / num_layers, first_state=cut / num_layers, partials=0.0, partial_depth=0.0,
-            first_partial=1.0, remote_share=0.0, attention_share=0.0,
+            first_partial=1.0, remote_share=0.0, attention_share=0.0, side_states=0.0,
         )  # fmt: skip
 
     @staticmethod
@@ -57,31 +64,33 @@ class PlaceFeatures:
         """Of any placement, by what its route sends."""
         blocks = route.sub_blocks
         last = len(blocks) - 2  # the block before the head
-        state_depths: list[float] = []
-        partial_depths: list[float] = []
-        remote: list[float] = []
-        behind_attention = 0
-        for boundary in route.boundaries:
-            if boundary.inner or boundary.after > last:
-                continue
-            here, there = blocks[boundary.after], blocks[boundary.after + 1]
-            contents = {m.content for m in boundary.messages}
-            if contents & {"state", "partial_and_state"}:
-                state_depths.append(boundary.after / last)
-            if contents & {"partial", "partial_and_state"}:
-                partial_depths.append(boundary.after / last)
-                behind_attention += here.kind == "attention"
-                remote += [1 - (d in here.devices) / len(here.devices) for d in there.devices]
-        crossings = len(partial_depths)
+        pasts = {device: _Past() for device in blocks[0].devices}
+        crossed = 0
+        for here, there in itertools.pairwise(blocks):
+            messages = route.boundary(here.index).messages
+            whole_from = {m.target: m.source for m in messages if m.content != "partial"}
+            crossed += len(whole_from)
+            depth = here.index / last
+            after: dict[str, _Past] = {}
+            for device in there.devices:
+                source = whole_from.get(device)
+                past = pasts[device] if source is None else pasts[source].with_state(depth)
+                if here.mode == "partitioned":
+                    remote = 1 - (device in here.devices) / len(here.devices)
+                    past = past.with_partials(depth, remote, here.kind == "attention")
+                after[device] = past
+            pasts = after
+        past = pasts[blocks[-1].lead]
         return PlaceFeatures(
-            states=float(len(state_depths)),
-            state_depth=_mean(state_depths),
-            first_state=min(state_depths, default=1.0),
-            partials=crossings / max(1, last),
-            partial_depth=_mean(partial_depths),
-            first_partial=min(partial_depths, default=1.0),
-            remote_share=_mean(remote),
-            attention_share=behind_attention / max(1, crossings),
+            states=float(len(past.states)),
+            state_depth=_mean(past.states),
+            first_state=min(past.states, default=1.0),
+            partials=len(past.partials) / max(1, last),
+            partial_depth=_mean(past.partials),
+            first_partial=min(past.partials, default=1.0),
+            remote_share=_mean(past.remote_shares),
+            attention_share=past.behind_attention / max(1, len(past.partials)),
+            side_states=float(crossed - len(past.states)),
         )
 
     @staticmethod
@@ -96,6 +105,25 @@ class PlaceFeatures:
             raise InputError("features of a placement", expected=f"numbers for {sorted(names)}", actual=dict(plain),
                              remedy="measure the table with `splitray perplexity --out FILE`")  # fmt: skip
         return PlaceFeatures(**plain)
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """What one device's residual has been through."""
+
+    states: tuple[float, ...] = ()
+    partials: tuple[float, ...] = ()
+    remote_shares: tuple[float, ...] = ()
+    behind_attention: int = 0
+
+    def with_state(self, depth: float) -> _Past:
+        return replace(self, states=(*self.states, depth))
+
+    def with_partials(self, depth: float, remote_share: float, behind_attention: bool) -> _Past:
+        return _Past(
+            self.states, (*self.partials, depth), (*self.remote_shares, remote_share),
+            self.behind_attention + behind_attention,
+        )  # fmt: skip
 
 
 CHANNEL_FEATURES = (
@@ -135,5 +163,5 @@ def place_features(place: PlaceFeatures) -> list[float]:
     return list(asdict(place).values())
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0

@@ -12,6 +12,7 @@ from splitray.runtime.listener import dial
 from splitray.runtime.messages import error_from_plain
 from splitray.runtime.wire import Channel, Endpoint, Kind
 
+SIDE_OF_ENGINE = "side/engine"
 Orders = Mapping[str, tuple[str, Mapping[str, Any]]]
 """Device -> operation and what it needs."""
 
@@ -45,7 +46,7 @@ def ask(
     try:
         for device, (op, order) in orders.items():
             try:
-                channel = dial(endpoints[device], me="side/engine", peer=device, token=token, deadline_s=within_s,
+                channel = dial(endpoints[device], me=SIDE_OF_ENGINE, peer=device, token=token, deadline_s=within_s,
                                within_s=min(within_s, 10.0))  # fmt: skip
                 channels[device] = channel
                 channel.send((int(Kind.CALL), 0, 0, 0, 0, 0, "", ()), msgpack.packb({"op": op, **order}))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,9 @@ from splitray.cost import CostModel
 from splitray.errors import InputError
 from splitray.migration import delay_s, diff
 from splitray.placement import Placement
+from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
+from splitray.runtime.monitor import Monitor
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
@@ -181,7 +184,7 @@ class Controller:
         planner: proposes placements.
         topology: gives the cluster as it is now, links measured (`Monitor.topology`).
         every_tokens: between looks.
-        change: of a link's rate since the last look after which it looks at once.
+        change: of a link, or of a device's speed or memory, since the last look after which it looks at once.
         gate: when a move is worth it.
         tokens_at_rest: for which a placement is chosen while nothing runs.
     """
@@ -215,7 +218,7 @@ class Controller:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.02):
+        while not self._stop.wait(0.02) and self.engine.lost is None:
             try:
                 now, tokens = self.topology(), self.engine.tokens
                 if self._due(now, tokens):
@@ -227,12 +230,8 @@ class Controller:
         at, before = self._looked
         if tokens - at >= self.every_tokens or before is None:
             return True
-        rates = {(x.source, x.target): x.bandwidth_bytes_per_s for x in before.links}
-        return any(
-            abs(x.bandwidth_bytes_per_s - rates.get((x.source, x.target), 0.0))
-            > self.change * rates.get((x.source, x.target), 0.0)
-            for x in now.links
-        )
+        then, seen = _figures(before), _figures(now)
+        return then.keys() != seen.keys() or any(abs(seen[k] - v) > self.change * v for k, v in then.items())
 
     def look(self, now: Topology) -> Decision:
         """One decision, carried out."""
@@ -259,3 +258,32 @@ class Controller:
         )
         self.decisions.append(decision)
         return decision
+
+
+def _figures(topology: Topology) -> dict[tuple[str, str], float]:
+    """What a decision depends on; a device or link that is lost or back changes the keys."""
+    figures = {(str(x.source), str(x.target)): x.bandwidth_bytes_per_s for x in topology.links}
+    for d in topology.devices:
+        figures[d.id, "memory"], figures[d.id, "speed"] = d.memory_bytes, d.memory_bandwidth_bytes_per_s
+    return figures
+
+
+@contextmanager
+def attended(engine: Engine, planner: str | None) -> Iterator[Controller | None]:
+    """Let a planner, by name, move an engine's placement as long as the context lasts; None leaves it as it is.
+
+    Raises:
+        InputError: there is no such planner.
+    """
+    if planner is None:
+        yield None
+        return
+    monitor = Monitor(engine)
+    controller = Controller(engine=engine, planner=make_planner(planner), topology=monitor.topology)
+    monitor.start()
+    controller.start()
+    try:
+        yield controller
+    finally:
+        controller.close()
+        monitor.close()

@@ -638,6 +638,14 @@ class Engine:
             rates: dict[str, float] = self._replies({device})[device]
             return rates
 
+    def slow_links(self, bytes_per_s: float) -> None:
+        """Let devices send to each other as slowly as a link of that rate would take it, 0: as fast as it goes.
+
+        An emulation, for demonstrations and tests: the sender waits, the network is as it was.
+        """
+        ask(dict.fromkeys(self.endpoints, ("pace", {"bytes_per_s": bytes_per_s})), self.endpoints, self.fleet.token,
+            within_s=_ANSWER_S)  # fmt: skip
+
     def close(self) -> None:
         """Stop every device. Idempotent."""
         self.lost = self.lost or "the engine is closed"

@@ -1,30 +1,37 @@
-"""The cluster as it is now: rate and round trip of each link that a run uses, by probes between the devices.
+"""The cluster as it is now: rate and round trip of each link that a run uses, load and free memory of each device.
 
 Each device times small and larger frames to its peers over its own connections, a hundredth of what the link carries.
-Smoothed; a link that gives no answer is left out. What the run itself sends is not timed.
+The run's own tokens say when to look sooner: their pace changes with the links. Smoothed; a link that gives no answer
+is left out, and what is too old counts for nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from splitray.errors import DeviceLost
+from splitray.cost import memory_bytes
+from splitray.errors import DeviceLost, InputError
 from splitray.runtime.asking import ask
 from splitray.runtime.epoch import astuple
-from splitray.topology import Link, Topology
+from splitray.topology import Device, Link, Topology
 
 if TYPE_CHECKING:
     from splitray.runtime.engine import Engine
 
-_WITHIN_S = 2.0
+logger = logging.getLogger(__name__)
+_WITHIN_S = 1.0
 _LEAST_BYTES, _MOST_BYTES = 1_500, 262_144
 _SHARE = 0.01  # of a link, for probes
 CHANGE = 0.3  # of the tokens' pace, which brings the next probe forward
 SOONEST_S = 0.25  # between two probes then
+_TICK_S = 0.05
+_GROWS = 8  # times, from one probe to the next
+_LEAST_SHARE = 0.1
 
 
 def probe_period_s(bandwidth_bytes_per_s: float, *, least_s: float = 1.0, most_s: float = 10.0) -> float:
@@ -41,9 +48,18 @@ class Estimate:
     at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A device at a time: bytes that are free beside what it holds, and the share of its machine that others leave."""
+
+    free_bytes: float
+    share: float
+    at_s: float
+
+
 @dataclass
 class Estimates:
-    """What is known of links, by (source, target).
+    """What is known of links, by (source, target), and of devices.
 
     Args:
         weight: of a new measurement; 1 forgets the old ones.
@@ -53,6 +69,9 @@ class Estimates:
     weight: float = 0.5
     stale_s: float = 10.0
     links: dict[tuple[str, str], Estimate] = field(default_factory=dict)
+    devices: dict[str, Condition] = field(default_factory=dict)
+    held_bytes: dict[str, float] = field(default_factory=dict)
+    """What the engine itself has on each device."""
 
     def take(self, pair: tuple[str, str], bandwidth_bytes_per_s: float, rtt_s: float, now_s: float) -> None:
         """Smooth one measurement in; one that is very different from the last counts whole, as links flip."""
@@ -65,7 +84,7 @@ class Estimates:
         self.links[pair] = Estimate(bandwidth_bytes_per_s, rtt_s, now_s)
 
     def seen(self, topology: Topology, now_s: float) -> Topology:
-        """A topology with these links; those that do not answer are left out."""
+        """A topology with these links and devices; links that do not answer are left out."""
         links = []
         for link in topology.links:
             found = self.links.get((link.source, link.target))
@@ -73,7 +92,32 @@ class Estimates:
                 links.append(link)
             elif found.bandwidth_bytes_per_s > 0:
                 links.append(replace(link, bandwidth_bytes_per_s=found.bandwidth_bytes_per_s, rtt_s=found.rtt_s))
-        return replace(topology, links=tuple(links))
+        devices = tuple(self._seen(d, now_s) for d in topology.devices)
+        return replace(topology, links=tuple(links), devices=devices)
+
+    def _seen(self, device: Device, now_s: float) -> Device:
+        found = self.devices.get(device.id)
+        if found is None or now_s - found.at_s > self.stale_s:
+            return device
+        memory = min(device.memory_bytes, found.free_bytes + self.held_bytes.get(device.id, 0.0))
+        return replace(
+            device,
+            memory_bytes=memory,
+            compute_flops=device.compute_flops * found.share,
+            memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s * found.share,
+        )
+
+    def met(self, loads: Mapping[str, Mapping[str, Any]], now_s: float) -> None:
+        """Take in what devices say of their machines (busy.py); several may share one, and do not count as others."""
+        for device, load in loads.items():
+            ours = sum(x["own_cores"] for x in loads.values() if x["machine"] == load["machine"])
+            others = max(0.0, load["busy_cores"] - ours) / load["cores"]
+            before = self.devices.get(device)
+            share = max(_LEAST_SHARE, 1.0 - others)
+            if before is not None:
+                share = before.share * (1 - self.weight) + self.weight * share
+            beside = sum(x["machine"] == load["machine"] for x in loads.values())
+            self.devices[device] = Condition(load["free_bytes"] / beside, share, now_s)
 
 
 @dataclass
@@ -82,12 +126,13 @@ class Monitor:
 
     Args:
         engine: whose.
-        period_s: between probes of a link.
+        period_s: between probes, at least; longer where a link is so slow that they would take more than their share.
     """
 
     engine: Engine
     period_s: float = 1.0
     estimates: Estimates = field(default_factory=Estimates)
+    _size: dict[tuple[str, str], int] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -114,19 +159,60 @@ class Monitor:
             try:
                 answer = ask({a: ("probe", order)}, self.engine.endpoints, self.engine.fleet.token,
                              within_s=3 * _WITHIN_S)[a]  # fmt: skip
-            except DeviceLost:
-                answer = {"there_bytes_per_s": 0.0, "back_bytes_per_s": 0.0, "rtt_s": 0.0}
+                self._size[a, b] = size
+            except DeviceLost:  # gone, or too slow for so many bytes by now: the next probe is small
+                most = size / _WITHIN_S if size > _LEAST_BYTES else 0.0
+                answer = {"there_bytes_per_s": most, "back_bytes_per_s": most, "rtt_s": 0.0}
+                self._size.pop((a, b), None)
             self.estimates.take((a, b), answer["there_bytes_per_s"], answer["rtt_s"], time.monotonic())
             self.estimates.take((b, a), answer["back_bytes_per_s"], answer["rtt_s"], time.monotonic())
 
     def probe_bytes(self, a: str, b: str) -> int:
-        """A hundredth of what the link carries in a period."""
+        """A hundredth of what the link carries in a period; less at first, as the link may carry less than was said."""
+        share = _SHARE * self._rate(a, b) * self.period_s
+        return int(min(_MOST_BYTES, max(_LEAST_BYTES, min(share, _GROWS * self._size.get((a, b), 0)))))
+
+    def _rate(self, a: str, b: str) -> float:
         known = self.estimates.links.get((a, b))
         link: Link | None = self.engine.topology.link(a, b)  # type: ignore[arg-type]
         rate = known.bandwidth_bytes_per_s if known and known.bandwidth_bytes_per_s else None
-        rate = rate or (link.bandwidth_bytes_per_s if link else 0.0)
-        return int(min(_MOST_BYTES, max(_LEAST_BYTES, _SHARE * rate * self.period_s)))
+        return rate or (link.bandwidth_bytes_per_s if link else 0.0)
+
+    def look_at_devices(self) -> None:
+        """Ask them how busy their machines are and how much memory is free."""
+        engine = self.engine
+        loads = ask(
+            {d: ("load", {}) for d in list(engine.endpoints)}, engine.endpoints, engine.fleet.token, within_s=_WITHIN_S
+        )
+        self.estimates.held_bytes = {
+            str(d): float(b) for d, b in memory_bytes(engine.placement, engine.arch, 0).items()
+        }
+        self.estimates.met(loads, time.monotonic())
 
     def _run(self) -> None:
-        while not self._stop.wait(self.period_s):
-            self.look(self.engine.now.dials())
+        tokens, at_s, pace_s, probed_s = self.engine.tokens, time.monotonic(), 0.0, 0.0
+        while not self._stop.wait(_TICK_S) and self.engine.lost is None:
+            now_s, seen = time.monotonic(), self.engine.tokens
+            sooner = False
+            if seen > tokens:
+                token_s = (now_s - at_s) / (seen - tokens)
+                sooner = pace_s > 0 and abs(token_s - pace_s) > CHANGE * pace_s and now_s - probed_s >= SOONEST_S
+                tokens, at_s, pace_s = seen, now_s, token_s if sooner or not pace_s else 0.5 * (pace_s + token_s)
+            if self.engine.progress is None:
+                at_s = now_s
+            pairs = self.engine.now.dials() or self._idle_pairs()
+            slowest = min((self._rate(a, b) for a, b in pairs), default=float("inf"))
+            if sooner or now_s - probed_s >= probe_period_s(slowest, least_s=self.period_s):
+                try:
+                    self.look(pairs)
+                    self.look_at_devices()
+                except (DeviceLost, InputError, KeyError) as error:  # a device that is gone is the recovery's business
+                    logger.info("no look this time: %s", error)
+                probed_s = time.monotonic()
+                tokens, at_s = self.engine.tokens, probed_s  # probes share the link: they are not the tokens' pace
+
+    def _idle_pairs(self) -> list[tuple[str, str]]:
+        """Links that nothing uses now, from the origin: they decide whether something should."""
+        engine = self.engine
+        origin = str(engine.topology.origin)
+        return [(origin, d) for d in engine.endpoints if d != origin and origin in engine.endpoints]

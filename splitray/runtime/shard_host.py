@@ -21,6 +21,8 @@ from torch import Tensor
 from splitray.errors import DeviceLost
 from splitray.model.reading import StateDictSource
 from splitray.model.surgery import weight_bytes
+from splitray.runtime.asking import SIDE_OF_ENGINE
+from splitray.runtime.busy import Busy
 from splitray.runtime.crossing import Crossing, Junction, Step, payload_of
 from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.holding import Holding
@@ -28,7 +30,7 @@ from splitray.runtime.listener import Listener, dial
 from splitray.runtime.messages import DecodeOrder, StepOrder, error_to_plain
 from splitray.runtime.side import Side, fill
 from splitray.runtime.speed import cold_ffn, speeds
-from splitray.runtime.wire import Channel, Endpoint, Kind, Wire
+from splitray.runtime.wire import Channel, Endpoint, Kind, Pace, Wire
 
 CALLER, SIDE = "caller", "side"
 """Names under which an engine dials: for runs, and for what must be heard while a run goes on."""
@@ -53,6 +55,8 @@ class ShardHost:
         """Start listening; `source` gives weights in memory instead of a model folder (tests, self-test)."""
         self.device = device
         self.wire = Wire()
+        self.pace = Pace()
+        self.busy = Busy()
         self.junction = Junction()
         self.current: Holding | None = None
         self.staged: Holding | None = None
@@ -130,9 +134,11 @@ class ShardHost:
                 self._give_up(before)  # an engine dials anew when it hears nothing: the old connection is dead
         elif kind == SIDE:
             channel.wait_forever()
+            channel.pace = None if channel.peer == SIDE_OF_ENGINE else self.pace
             self._sides = [s for s in self._sides if s.alive]
             self._sides.append(Side(self, channel))
         else:
+            channel.pace = self.pace
             with self._joined:
                 self.wire.channels[channel.peer] = channel
                 self._joined.notify_all()
@@ -264,6 +270,7 @@ class ShardHost:
             channel = dial(
                 Endpoint(*endpoint), me=self.device, peer=peer, token=self.token, deadline_s=self._deadline_s
             )
+            channel.pace = self.pace
             self.wire.channels[peer] = channel
         expected, caller = set(order["await"]), self.caller
 

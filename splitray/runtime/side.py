@@ -74,6 +74,11 @@ class Side:
         match op:
             case "ping":
                 self._reply({"epoch": host.current.epoch if host.current else None})
+            case "pace":
+                host.pace.bytes_per_s = order["bytes_per_s"]
+                self._reply({})
+            case "load":
+                self._reply(host.busy.look())
             case "reach":
                 self._reply({"unreached": _unreached(host, order)})
             case "probe":
@@ -235,6 +240,7 @@ def _probed(host: ShardHost, order: dict[str, Any]) -> dict[str, float]:
     size = order["bytes"]
     channel = dial(Endpoint(*order["endpoint"]), me="side/probe", peer=order["peer"], token=host.token,
                    deadline_s=order["within_s"], within_s=order["within_s"])  # fmt: skip
+    channel.pace = host.pace
 
     def timed(there: int, back: int) -> float:
         began = time.perf_counter()

@@ -11,6 +11,7 @@ import secrets
 import select
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -95,6 +96,27 @@ class Endpoint:
     port: int
 
 
+class Pace:
+    """A slower link than there is, emulated: whoever sends waits until the link would have taken the bytes.
+
+    One for all connections of a device to others. For demonstrations and tests where links cannot be shaped.
+    """
+
+    def __init__(self) -> None:
+        """As fast as it goes."""
+        self.bytes_per_s = 0.0
+        self._free_s = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self, num_bytes: int) -> None:
+        """Before bytes are sent."""
+        if self.bytes_per_s:
+            with self._lock:
+                self._free_s = max(self._free_s, time.perf_counter()) + num_bytes / self.bytes_per_s
+                until_s = self._free_s
+            time.sleep(max(0.0, until_s - time.perf_counter()))
+
+
 class Channel:
     """One authenticated connection to a peer, used both ways."""
 
@@ -105,6 +127,7 @@ class Channel:
         self.pending: deque[Frame] = deque()
         self.spin_s = 0.0
         self.closed = False
+        self.pace: Pace | None = None
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -129,6 +152,8 @@ class Channel:
             Bytes of the whole frame.
         """
         total = len(start) + len(payload)
+        if self.pace is not None:
+            self.pace.wait(total)
         sent = 0
         if not self.backlog:
             try:

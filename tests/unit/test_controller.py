@@ -13,7 +13,7 @@ from splits import greedy, slow_devices, split
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.controller import Action, Allowance, Controller, Desired, Gate, Observed, next_action
+from splitray.runtime.controller import Action, Allowance, Controller, Desired, Gate, Observed, attended, next_action
 from splitray.runtime.monitor import Estimates, Monitor
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
@@ -140,3 +140,27 @@ def test_the_links_of_three_devices_are_timed_pair_by_pair():
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+def test_a_link_that_slows_down_is_measured_and_left_and_taken_again_when_it_is_back(monkeypatch):
+    """The whole loop: emulated links, probes, a planner, moves; and no token changes."""
+    model = family_model("llama")
+    calibrated = Topology.uniform(2)
+    devices = tuple(
+        replace(d, compute_flops=1e9 * (1 + 9 * (d.tier == "cloud")), launch_s=0.0) for d in calibrated.devices
+    )
+    topology = replace(calibrated, devices=devices, origin_holds="embedding_and_head")
+    with split(model, topology=topology, planner="even", recovery=Recovery()) as engine:
+        monitor = Monitor(engine, period_s=0.2)
+        engine.slow_links(20e3)
+        monitor.look(engine.now.dials())
+        for pair in (("edge0", "cloud0"), ("cloud0", "edge0")):
+            assert monitor.topology().link(*pair).bandwidth_bytes_per_s == pytest.approx(20e3, rel=0.5)
+        engine.slow_links(0.0)
+        monitor.look_at_devices()
+        seen = monitor.topology().device("edge0")
+        assert 0 < seen.memory_bytes < 1e12 and 0 < seen.compute_flops <= devices[0].compute_flops
+        with attended(engine, "best_device") as controller:
+            tokens = list(engine.stream(PROMPT, Sampling(max_new_tokens=60)))
+            assert tokens == greedy(model, PROMPT, 60)
+            assert controller.decisions

@@ -1,0 +1,41 @@
+"""How busy a device's machine is, and how much memory it has left, as the device itself sees it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Busy:
+    """Looks from time to time; rates are since the look before."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        self.machine = _BOOT_ID.read_text(encoding="ascii").strip() if _BOOT_ID.exists() else os.uname().nodename
+        self._last = self._now()
+
+    def look(self) -> dict[str, Any]:
+        """The machine, its cores, how many of them are busy (with whatever, and with this process), and free bytes."""
+        before, self._last = self._last, self._now()
+        took_s, busy_s, own_s = (max(1e-9, b - a) for a, b in zip(before, self._last, strict=True))
+        return {
+            "machine": self.machine,
+            "cores": psutil.cpu_count() or 1,
+            "busy_cores": busy_s / took_s,
+            "own_cores": own_s / took_s,
+            "free_bytes": psutil.virtual_memory().available,
+        }
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # Guests' time is in that of users already.
+        total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return time.monotonic(), total - idle, time.process_time()
