@@ -33,6 +33,7 @@ class Args(BaseModel):
     checkpoints: str | None = Field(
         None, description="folder or URL that all devices reach, for KV of running requests"
     )
+    replan: str | None = Field(None, description="planner that moves the placement as links and devices change")
     seed: int = Field(0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")
@@ -71,10 +72,14 @@ class Replica:
 
 
 def _launch(args: Args) -> Engine:
+    from splitray.planners import make_planner
+    from splitray.runtime.controller import attend
     from splitray.runtime.launch import launch_engine
     from splitray.runtime.recovery import Recovery
 
-    return launch_engine(
+    if args.replan is not None:
+        make_planner(args.replan)  # a wrong name is refused before anything starts
+    engine = launch_engine(
         recovery=Recovery(store=args.checkpoints, replan="drift_plus_penalty"),
         model=args.model,
         topology=args.topology,
@@ -84,6 +89,9 @@ def _launch(args: Args) -> Engine:
         runtime=args.runtime,
         seed=args.seed,
     )
+    if args.replan is not None:
+        attend(engine, args.replan)  # ends with the engine
+    return engine
 
 
 def _stats(engine: Engine) -> dict[str, Any]:

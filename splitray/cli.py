@@ -40,6 +40,9 @@ Model = Annotated[
 TopologyFile = Annotated[str | None, typer.Option("--topology", help="Topology file (YAML).", metavar="FILE")]
 Devices = Annotated[int | None, typer.Option(help="So many equal devices instead of a topology (2).", metavar="N")]
 Planner = Annotated[str | None, typer.Option(help="Decides where what runs (even).", metavar="NAME[:ARG]")]
+Replan = Annotated[
+    str | None, typer.Option(help="Planner that moves the placement as links change.", metavar="NAME[:ARG]")
+]
 PlacementFile = Annotated[
     str | None, typer.Option("--placement", help="Placement file (YAML) instead of a planner.", metavar="FILE")
 ]
@@ -111,6 +114,7 @@ def generate(
     devices: Devices = None,
     planner: Planner = None,
     placement: PlacementFile = None,
+    replan: Replan = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
     runtime: Runtime = "process",
     dtype: Dtype = "float32",
@@ -132,7 +136,7 @@ def generate(
 
     request = Request(
         model=model, prompt=prompt, prompt_ids=prompt_ids, topology=topology, devices=devices, planner=planner,
-        placement=placement, runtime=runtime, dtype=dtype, codec=codec, channel=channel, seed=seed,
+        placement=placement, replan=replan, runtime=runtime, dtype=dtype, codec=codec, channel=channel, seed=seed,
         sampling={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
                   "repetition_penalty": repetition_penalty},
     )  # fmt: skip
@@ -291,6 +295,7 @@ def serve(
     devices: Devices = None,
     planner: Planner = None,
     placement: PlacementFile = None,
+    replan: Replan = None,
     runtime: Runtime = "ray",
     host: Annotated[
         str, typer.Option(help="0.0.0.0 lets other machines in; clients are not authenticated.", metavar="IP")
@@ -303,7 +308,7 @@ def serve(
 
     run(
         Console(highlight=False), model=model, topology=topology, devices=devices, planner=planner,
-        placement=placement, runtime=runtime, seed=seed, host=host, port=port,
+        placement=placement, replan=replan, runtime=runtime, seed=seed, host=host, port=port,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def run(
     devices: int | None,
     planner: str | None,
     placement: str | None,
+    replan: str | None,
     runtime: str,
     seed: int,
     host: str,
@@ -42,10 +43,13 @@ def run(
     port = free_port(host, port)
     watcher = Console(stderr=True)
     with progress(watcher, "Reading the model"):
+        from splitray.planners import make_planner
         from splitray.runtime.launch import decide, read_model, read_tokenizer, read_topology
 
         where = read_topology(topology, devices)
         arch, _, _ = read_model(model)
+        if replan is not None:
+            make_planner(replan)  # a wrong name is refused before anything starts
         chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
         if read_tokenizer(model) is None:
             raise InputError("--model", expected="a model with a tokenizer", actual=f"none in {model}",
@@ -53,7 +57,7 @@ def run(
     console.print(placement_picture(chosen, arch, where))
     arguments: dict[str, Any] = {
         "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
-        "runtime": runtime, "seed": seed,
+        "replan": replan, "runtime": runtime, "seed": seed,
     }  # fmt: skip
     with ExitStack() as stack:
         with progress(watcher, "Starting Ray") as tell:

@@ -15,6 +15,7 @@ from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import InputError
 from splitray.route import Route
+from splitray.topology import DeviceId
 
 _STEP: dict[Codec, float] = {"none": 0.0, "bf16": 2.0**-8, "int8": 1 / 127, "int4": 1 / 7}
 """Distance of two neighbouring values of a codec over the largest one that it scales by."""
@@ -71,7 +72,7 @@ class PlaceFeatures:
             whole_from = {m.target: m.source for m in messages if m.content != "partial"}
             crossed += len(whole_from)
             depth = here.index / last
-            after: dict[str, _Past] = {}
+            after: dict[DeviceId, _Past] = {}
             for device in there.devices:
                 source = whole_from.get(device)
                 past = pasts[device] if source is None else pasts[source].with_state(depth)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -187,6 +186,7 @@ class Controller:
         change: of a link, or of a device's speed or memory, since the last look after which it looks at once.
         gate: when a move is worth it.
         tokens_at_rest: for which a placement is chosen while nothing runs.
+        monitor: starts and ends with it.
     """
 
     engine: Engine
@@ -196,6 +196,7 @@ class Controller:
     change: float = 0.3
     gate: Gate = field(default_factory=Gate)
     tokens_at_rest: int = 64
+    monitor: Monitor | None = None
     decisions: list[Decision] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -208,6 +209,8 @@ class Controller:
 
     def start(self) -> None:
         """Look in a thread of its own until `close`."""
+        if self.monitor is not None:
+            self.monitor.start()
         self._thread = threading.Thread(target=self._run, name="splitray-controller", daemon=True)
         self._thread.start()
 
@@ -216,6 +219,8 @@ class Controller:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if self.monitor is not None:
+            self.monitor.close()
 
     def _run(self) -> None:
         while not self._stop.wait(0.02) and self.engine.lost is None:
@@ -268,22 +273,13 @@ def _figures(topology: Topology) -> dict[tuple[str, str], float]:
     return figures
 
 
-@contextmanager
-def attended(engine: Engine, planner: str | None) -> Iterator[Controller | None]:
-    """Let a planner, by name, move an engine's placement as long as the context lasts; None leaves it as it is.
+def attend(engine: Engine, planner: str) -> Controller:
+    """Let a planner, by name, move an engine's placement until the controller is closed or the engine is.
 
     Raises:
         InputError: there is no such planner.
     """
-    if planner is None:
-        yield None
-        return
     monitor = Monitor(engine)
-    controller = Controller(engine=engine, planner=make_planner(planner), topology=monitor.topology)
-    monitor.start()
+    controller = Controller(engine=engine, planner=make_planner(planner), topology=monitor.topology, monitor=monitor)
     controller.start()
-    try:
-        yield controller
-    finally:
-        controller.close()
-        monitor.close()
+    return controller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from splits import greedy, slow_devices, split
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.controller import Action, Allowance, Controller, Desired, Gate, Observed, attended, next_action
+from splitray.runtime.controller import Action, Allowance, Controller, Desired, Gate, Observed, attend, next_action
 from splitray.runtime.monitor import Estimates, Monitor
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
@@ -160,7 +161,7 @@ def test_a_link_that_slows_down_is_measured_and_left_and_taken_again_when_it_is_
         monitor.look_at_devices()
         seen = monitor.topology().device("edge0")
         assert 0 < seen.memory_bytes < 1e12 and 0 < seen.compute_flops <= devices[0].compute_flops
-        with attended(engine, "best_device") as controller:
+        with closing(attend(engine, "best_device")) as controller:
             tokens = list(engine.stream(PROMPT, Sampling(max_new_tokens=60)))
             assert tokens == greedy(model, PROMPT, 60)
             assert controller.decisions

@@ -240,11 +240,19 @@ def test_features_of_partitioned_and_replicated_layers_by_hand():
         first_partial=pytest.approx(1 / 6),
         remote_share=0.5,
         attention_share=0.5,
+        side_states=0,
     )
     half = PlaceFeatures.of_route(route_of(Placement((twice,) * 3, (a, b), head), channel=channel))
     assert (half.partials, half.attention_share) == (0.5, 0)
+    # b gets a state and sends a partial sum back: the residual of a, which holds the head, stays clean
     late = PlaceFeatures.of_route(route_of(Placement((alone, alone, halves), (a,), head), channel=channel))
-    assert late.states == 1 and late.state_depth == pytest.approx(4 / 6) and late.partials == pytest.approx(2 / 6)
+    assert (late.states, late.side_states, late.first_state) == (0, 1, 1)
+    assert late.partials == pytest.approx(2 / 6) and late.first_partial == pytest.approx(5 / 6)
+    # with the head on b, what b got is what counts
+    moved = PlaceFeatures.of_route(
+        route_of(Placement((alone, alone, halves), (a,), Shares.whole(97, b)), channel=channel)
+    )
+    assert (moved.states, moved.side_states, moved.state_depth) == (1, 0, pytest.approx(4 / 6))
 
 
 def test_channel_features_tell_channels_apart_and_are_small():
