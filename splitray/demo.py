@@ -29,6 +29,9 @@ from splitray.errors import DeviceLost, InputError
 from splitray.local_ray import private_ray, served
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.profiling.choice import Choice, choose
+from splitray.profiling.link_drop import NEW_TOKENS as DROP_TOKENS
+from splitray.profiling.link_drop import PLANNER as DROP_PLANNER
+from splitray.profiling.link_drop import LinkDrop, link_drop
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import placement_picture
 from splitray.report.progress import progress
@@ -62,6 +65,8 @@ class Reference:
 
     token_ids: tuple[int, ...]
     pieces: tuple[str, ...]
+    long_ids: tuple[int, ...] = ()
+    """Of a longer answer, past any end."""
 
 
 def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Path | None = None) -> dict[str, Any]:
@@ -121,9 +126,12 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         _say(console, f"The longest wait between two tokens was {seconds_text(survived.longest_gap_s)}.\n")
         with progress(console, "Stopping Serve and Ray"):
             stack.close()
-    choices = _planned(console, Path(folder), placement, topology)
+    choices, measured = _planned(console, Path(folder), placement, topology)
+    drop = _dropped(console, Path(folder), placement, measured, tokenizer(PROMPT)["input_ids"])
     (reference,) = references
     problem = difference(answer, reference) or difference(survived, reference)
+    if problem is None and drop.token_ids != reference.long_ids[: len(drop.token_ids)]:
+        problem = "tokens differ from transformers: those of the run whose link became slow"
     run_facts = {**stats["run"], "ttft_s": answer.ttft_s, "tpot_s": answer.tpot_s}
     document = {
         "model": model,
@@ -139,6 +147,15 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
         "killed": {"device": str(victim), "longest_gap_s": survived.longest_gap_s},
         "identical": problem is None,
         "difference": problem,
+        "link_drop": {
+            "link_bytes_per_s": drop.link_bytes_per_s,
+            "reaction_s": drop.reaction_s,
+            "phases": [
+                {"name": p.name, "tokens": p.tokens, "predicted_tpot_s": p.predicted_s, "measured_tpot_s": p.measured_s}
+                for p in drop.phases
+            ],
+            "placement": drop.phases[-1].placement.to_document(),
+        },
         "planners": [
             {
                 "name": c.name,
@@ -162,11 +179,11 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
     return document
 
 
-def _planned(console: Console, folder: Path, shown: Placement, topology: Topology) -> list[Choice]:
+def _planned(console: Console, folder: Path, shown: Placement, topology: Topology) -> tuple[list[Choice], Topology]:
     """What `exact` and the learned policy would do here, beside what was shown; predicted and measured."""
     others = {"the placement above": shown}
     with progress(console, "Measuring this machine for the planners") as tell:
-        choices = choose(folder, PLANNERS, others, progress=lambda what: tell(what.capitalize()))
+        choices, measured = choose(folder, PLANNERS, others, progress=lambda what: tell(what.capitalize()))
     for c in choices[: len(PLANNERS)]:
         chosen = c.placement.devices
         where = f"everything on {chosen[0]}" if len(chosen) == 1 else f"pieces on {', '.join(chosen)}"
@@ -179,7 +196,34 @@ def _planned(console: Console, folder: Path, shown: Placement, topology: Topolog
         table.add_row(c.name, seconds_text(c.predicted_s), seconds_text(c.measured_s), f"{c.error:+.0%}")
     console.print(table)
     _say(console, "")
-    return choices
+    return choices, measured
+
+
+def _dropped(
+    console: Console, folder: Path, placement: Placement, measured: Topology, prompt_ids: list[int]
+) -> LinkDrop:
+    """A run whose link becomes slow; a planner moves it while it goes on."""
+    with progress(console, "Generating while the link becomes slow"):
+        drop = link_drop(folder, placement, measured, prompt_ids)
+    before, slow, after = drop.phases
+    rate = f"{bytes_text(drop.link_bytes_per_s)}/s"
+    _say(console, f"While the first placement generates, the link between the two falls to {rate} (emulated). The")
+    _say(
+        console, f"controller measures it, asks {DROP_PLANNER}, and {seconds_text(drop.reaction_s)} later this runs:\n"
+    )
+    from splitray.model.reading import read_arch, read_config
+
+    arch, _ = read_arch(read_config(folder))
+    console.print(placement_picture(after.placement, arch, measured))
+    table = Table(box=None, show_header=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("", "tokens", "predicted", "measured"):
+        table.add_column(name, justify="left" if not name else "right")
+    for p in (before, slow, after):
+        found = "-" if p.measured_s is None else seconds_text(p.measured_s)
+        table.add_row(p.name, str(p.tokens), seconds_text(p.predicted_s), found)
+    console.print(table)
+    _say(console, "")
+    return drop
 
 
 def _actors(url: str, topology: Topology) -> str:
@@ -222,12 +266,16 @@ def ask_transformers(folder: str, tokenizer: Any) -> Reference:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        length = inputs["input_ids"].shape[1]
+        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, length:]
+        model.generation_config.eos_token_id = None
+        long_ids = model.generate(**inputs, max_new_tokens=DROP_TOKENS, do_sample=False)[0, length:]
     ends = end_ids(folder, tokenizer)
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     stream = Detokenizer(partial(tokenizer.decode, **options))
     pieces = [stream.push(i) for i in ids.tolist() if i not in ends]
-    return Reference(token_ids=tuple(ids.tolist()), pieces=tuple(p for p in (*pieces, stream.flush()) if p))
+    texts = tuple(p for p in (*pieces, stream.flush()) if p)
+    return Reference(token_ids=tuple(ids.tolist()), pieces=texts, long_ids=tuple(long_ids.tolist()))
 
 
 def difference(answer: Answer, reference: Reference) -> str | None:

@@ -43,7 +43,7 @@ def choose(
     num_devices: int = 2,
     rounds: int = 1,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Choice]:
+) -> tuple[list[Choice], Topology]:
     """Calibrate on random models of this one's shape, let the planners choose, and run their choices and the others.
 
     Args:
@@ -53,6 +53,9 @@ def choose(
         num_devices: processes.
         rounds: of the calibration.
         progress: told what is done.
+
+    Returns:
+        The choices, and this machine as it was measured.
 
     Raises:
         DeviceLost: a device did not come up or died.
@@ -85,4 +88,4 @@ def choose(
             found.append(
                 Choice(name=name, placement=placement, predicted_s=predicted_s, measured_s=statistics.median(times))
             )
-    return found
+    return found, measured

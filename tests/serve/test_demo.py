@@ -70,6 +70,10 @@ def test_it_ends_with_identical_tokens_and_leaves_its_results(
     assert "Planner exact would put" in out and "Planner splitwise would put" in out
     for each in document["planners"]:  # the bench holds predictions to per cents, an unquiet test to their order
         assert 0.1 < each["predicted_tpot_s"] / each["measured_tpot_s"] < 10
+    drop = {p["name"]: p for p in document["link_drop"]["phases"]}
+    assert drop["the link is slow"]["measured_tpot_s"] > 3 * drop["as it was"]["measured_tpot_s"]
+    assert drop["moved"]["measured_tpot_s"] < drop["the link is slow"]["measured_tpot_s"] / 3, "it moved while it ran"
+    assert drop["moved"]["tokens"] > 10 and document["link_drop"]["placement"] != document["placement"]
     assert document["ttft_s"] > 0 and document["bytes_per_token"] > 0
     for values in document["devices"].values():
         assert values["rss_anon_bytes"] > 1e8
