@@ -27,7 +27,8 @@ from splitray.profiling.random_llama import BENCH_110M, BENCH_190M, RandomLlama
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine, RunReport
+    from splitray.runtime.engine import Engine
+    from splitray.runtime.run_report import RunReport
 
 SUITES = ("engine", "predicted", "simulator", "faults")
 MODELS = (BENCH_110M, BENCH_190M)

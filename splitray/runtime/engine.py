@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import select
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -40,6 +39,8 @@ from splitray.runtime.listener import dial
 from splitray.runtime.messages import StepOrder, error_from_plain
 from splitray.runtime.protection import Protection
 from splitray.runtime.recovery import Fault, Recovery, recovered, without
+from splitray.runtime.returns import Returns
+from splitray.runtime.run_report import Meter, RunReport
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.session import Session
 from splitray.runtime.shard_host import CALLER, DEADLINE_S
@@ -50,23 +51,7 @@ Runtime = Literal["local", "process", "ray"]
 logger = logging.getLogger(__name__)
 _TICK_S = 0.1  # how often a waiting caller looks whether a device has died
 _ANSWER_S = 1.0  # a busy device has one thread for its work and another one for us
-_SUMMED = ("messages", "payload_bytes", "wire_bytes", "decode_cpu_s")
 _LOAD_S = 600.0  # of silence from a device that reads its slices
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunReport:
-    """What one run cost. Bytes and messages are of its decode steps, over all devices, per step."""
-
-    new_tokens: int
-    ttft_s: float
-    tpot_s: float | None
-    messages_per_token: float
-    bytes_per_token: float
-    wire_bytes_per_token: float
-    driver_bytes_per_token: float
-    decode_cpu_s: float
-    kv_bytes: dict[str, int]
 
 
 class Engine:
@@ -124,10 +109,9 @@ class Engine:
         self._whole = placement, topology
         """What to go back to when all devices are there again."""
         self.next: Next | None = None
-        self._returns: list[threading.Thread] = []
-        self._missing: set[str] = set()
-        self._closed = threading.Event()
-        self._starting = threading.RLock()
+        self._known = {d.id: d for d in topology.devices}
+        self._returns = Returns(self)
+        self.starting = threading.RLock()
         """Held while devices are started, dialled or left out, by a run or beside it."""
         self._spin_s, self._lock = spin_s, threading.Lock()
         self._name = f"{CALLER}/{secrets.token_hex(6)}"
@@ -230,6 +214,7 @@ class Engine:
         """
         topology = topology or self.topology
         validate(placement, self.arch, topology)
+        self._known |= {d.id: d for d in topology.devices}
         if self.next is not None and not self.next.done.is_set():
             raise InputError("migration", expected="one at a time", actual="another one on its way",
                              remedy="wait for it")  # fmt: skip
@@ -241,7 +226,7 @@ class Engine:
     def _prepare(self, coming: Next) -> None:
         started = time.perf_counter()
         try:
-            with self._starting:
+            with self.starting:
                 self.ensure(coming.epoch)
             coming.sessions = self._sessions(coming)
             answers = self.stage(coming.epoch, coming.sessions)
@@ -299,7 +284,7 @@ class Engine:
                 number=self._attempt + 1, prompt=prompts, attention_mask=attention_mask, sampling=sampling
             )
             protection = self._protected(session)
-            self._session, meter = session, _Meter()
+            self._session, meter = session, Meter()
             try:
                 while True:
                     try:
@@ -323,7 +308,7 @@ class Engine:
             self._switch_at_rest()
 
     def _segment(
-        self, session: Session, meter: _Meter, protection: Protection | None
+        self, session: Session, meter: Meter, protection: Protection | None
     ) -> Generator[list[int], None, bool]:
         """Generate until the end (True), or until a staged placement may take over (False)."""
         self._attempt += 1
@@ -420,8 +405,12 @@ class Engine:
         for device in epoch.route.devices:
             if device not in self.endpoints:
                 self.endpoints[device] = self.fleet.restart(epoch.topology.device(device))
-            if device not in self._channels:
-                self.dial(device)
+            self.reach(device)
+
+    def reach(self, device: str) -> None:
+        """Connect to a device, unless we are."""
+        if device not in self._channels:
+            self.dial(device)
 
     def restart(self, device: str) -> None:
         """Start a dead device anew.
@@ -435,7 +424,7 @@ class Engine:
         if len(recent) >= most:
             raise DeviceLost(f"{device} has been started anew {most} times in {within_s:g} s")
         self.restarted[device] = [*recent, time.monotonic()]
-        self.endpoints[device] = self.fleet.restart(self._whole[1].device(DeviceId(device)))
+        self.endpoints[device] = self.fleet.restart(self._known[DeviceId(device)])
 
     def replan(self, topology: Topology, context_tokens: int) -> Placement:
         """What `Recovery.replan` says.
@@ -453,35 +442,7 @@ class Engine:
 
     def await_return(self, devices: Sequence[str]) -> None:
         """Start lost devices anew in the background and give them back what they held."""
-        self._missing.update(devices)
-        if not any(t.is_alive() for t in self._returns):
-            thread = threading.Thread(target=self._return, args=self._whole, name="splitray-return", daemon=True)
-            self._returns = [thread]
-            thread.start()
-
-    def _return(self, placement: Placement, topology: Topology) -> None:
-        assert self.recovery is not None, "asked for"
-        for wait_s in replace(self.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
-            try:
-                with self._starting:
-                    for device in sorted(self._missing):
-                        if device not in self.endpoints:
-                            self.restart(device)
-                        if device not in self._channels:
-                            self.dial(device)
-                        self._missing.discard(device)
-                if self.lost is not None:
-                    return
-                back = self.migrate(placement, topology=topology)
-                while not back.done.wait(_TICK_S):
-                    if self.lost is not None:
-                        return
-                if back.error is None and not self._missing:
-                    return
-            except (DeviceLost, InputError) as error:
-                logger.info("%s: not back yet: %s", ", ".join(self._missing), error)
-            if self._closed.wait(wait_s):
-                return
+        self._returns.wait_for(devices, *self._whole)
 
     def _sessions(self, coming: Next) -> list[Kept]:
         """What has to move with a placement."""
@@ -505,7 +466,7 @@ class Engine:
         if self.next is not None and not self.next.done.is_set():
             self.next.fail(error)
         self.disturbed = True
-        with self._starting:
+        with self.starting:
             recovered(self, session, error)
         self.disturbed = False
 
@@ -649,9 +610,7 @@ class Engine:
     def close(self) -> None:
         """Stop every device. Idempotent."""
         self.lost = self.lost or "the engine is closed"
-        self._closed.set()
-        for thread in self._returns:  # one may be starting a device just now, which must not outlive this
-            thread.join()
+        self._returns.close()  # which may be starting a device just now, that must not outlive this
         for device, channel in self._channels.items():
             with contextlib.suppress(DeviceLost):
                 self._order(device, "leave", {})
@@ -747,37 +706,3 @@ class Engine:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.to(torch.int64).contiguous().numpy().tobytes()
-
-
-@dataclass(slots=True)
-class _Meter:
-    """Adds up the segments of one run."""
-
-    started: float = field(default_factory=time.perf_counter)
-    arrivals: list[float] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMMED, 0.0))
-    steps: int = 0
-    kv_bytes: dict[str, int] = field(default_factory=dict)
-
-    def add(self, replies: Mapping[str, Mapping[str, Any]]) -> None:
-        """One segment: what each device counted."""
-        self.steps += max((r["steps"] for r in replies.values()), default=0)
-        for key in _SUMMED:
-            self.sums[key] += sum(r[key] for r in replies.values())
-        self.kv_bytes = {d: r["kv_bytes"] for d, r in replies.items()}
-
-    def report(self, batch: int) -> RunReport:
-        """The whole run."""
-        each, arrivals = max(self.steps, 1), self.arrivals
-        spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
-        return RunReport(
-            new_tokens=len(arrivals),
-            ttft_s=arrivals[0] - self.started if arrivals else 0.0,
-            tpot_s=None if spread is None else spread / (len(arrivals) - 1),
-            messages_per_token=self.sums["messages"] / each,
-            bytes_per_token=self.sums["payload_bytes"] / each,
-            wire_bytes_per_token=self.sums["wire_bytes"] / each,
-            driver_bytes_per_token=4.0 * batch,
-            decode_cpu_s=self.sums["decode_cpu_s"],
-            kv_bytes=self.kv_bytes,
-        )

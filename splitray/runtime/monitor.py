@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _WITHIN_S = 1.0
-_LEAST_BYTES, _MOST_BYTES = 1_500, 262_144
+_LEAST_BYTES, _MOST_BYTES = 1_500, 131_072
 _SHARE = 0.01  # of a link, for probes
 CHANGE = 0.3  # of the tokens' pace, which brings the next probe forward
 SOONEST_S = 0.25  # between two probes then
 _TICK_S = 0.05
+_DEVICES_EVERY = 4  # looks at links
 _GROWS = 8  # times, from one probe to the next
 _LEAST_SHARE = 0.1
 
@@ -190,7 +191,7 @@ class Monitor:
         self.estimates.met(loads, time.monotonic())
 
     def _run(self) -> None:
-        tokens, at_s, pace_s, probed_s = self.engine.tokens, time.monotonic(), 0.0, 0.0
+        tokens, at_s, pace_s, probed_s, looks = self.engine.tokens, time.monotonic(), 0.0, 0.0, 0
         while not self._stop.wait(_TICK_S) and self.engine.lost is None:
             now_s, seen = time.monotonic(), self.engine.tokens
             sooner = False
@@ -205,10 +206,11 @@ class Monitor:
             if sooner or now_s - probed_s >= probe_period_s(slowest, least_s=self.period_s):
                 try:
                     self.look(pairs)
-                    self.look_at_devices()
+                    if looks % _DEVICES_EVERY == 0:
+                        self.look_at_devices()
                 except (DeviceLost, InputError, KeyError) as error:  # a device that is gone is the recovery's business
                     logger.info("no look this time: %s", error)
-                probed_s = time.monotonic()
+                looks, probed_s = looks + 1, time.monotonic()
                 tokens, at_s = self.engine.tokens, probed_s  # probes share the link: they are not the tokens' pace
 
     def _idle_pairs(self) -> list[tuple[str, str]]:

@@ -1,0 +1,70 @@
+"""Devices that were left out: looked for as long as the engine lives, and given back what they held."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from splitray.errors import DeviceLost, InputError
+from splitray.placement import Placement
+from splitray.topology import Topology
+
+if TYPE_CHECKING:
+    from splitray.runtime.engine import Engine
+
+logger = logging.getLogger(__name__)
+_TICK_S = 0.1
+
+
+class Returns:
+    """Of one engine; one thread while any device is missing."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Nobody is missing."""
+        self._engine = engine
+        self._missing: set[str] = set()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def wait_for(self, devices: Sequence[str], placement: Placement, topology: Topology) -> None:
+        """Bring devices back, and with them a placement."""
+        self._missing.update(devices)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=self._run, args=(placement, topology), name="splitray-return", daemon=True
+            )
+            self._thread.start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, placement: Placement, topology: Topology) -> None:
+        engine = self._engine
+        assert engine.recovery is not None, "asked for"
+        for wait_s in replace(engine.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
+            try:
+                with engine.starting:
+                    for device in sorted(self._missing):
+                        if device not in engine.endpoints:
+                            engine.restart(device)
+                        engine.reach(device)
+                        self._missing.discard(device)
+                if engine.lost is not None:
+                    return
+                back = engine.migrate(placement, topology=topology)
+                while not back.done.wait(_TICK_S):
+                    if engine.lost is not None:
+                        return
+                if back.error is None and not self._missing:
+                    return
+            except (DeviceLost, InputError) as error:
+                logger.info("%s: not back yet: %s", ", ".join(self._missing), error)
+            if self._closed.wait(wait_s):
+                return

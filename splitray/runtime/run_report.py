@@ -1,0 +1,59 @@
+"""What a run cost, added up over its segments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_SUMMED = ("messages", "payload_bytes", "wire_bytes", "decode_cpu_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What one run cost. Bytes and messages are of its decode steps, over all devices, per step."""
+
+    new_tokens: int
+    ttft_s: float
+    tpot_s: float | None
+    messages_per_token: float
+    bytes_per_token: float
+    wire_bytes_per_token: float
+    driver_bytes_per_token: float
+    decode_cpu_s: float
+    kv_bytes: dict[str, int]
+
+
+@dataclass(slots=True)
+class Meter:
+    """Adds up the segments of one run."""
+
+    started: float = field(default_factory=time.perf_counter)
+    arrivals: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMMED, 0.0))
+    steps: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, replies: Mapping[str, Mapping[str, Any]]) -> None:
+        """One segment: what each device counted."""
+        self.steps += max((r["steps"] for r in replies.values()), default=0)
+        for key in _SUMMED:
+            self.sums[key] += sum(r[key] for r in replies.values())
+        self.kv_bytes = {d: r["kv_bytes"] for d, r in replies.items()}
+
+    def report(self, batch: int) -> RunReport:
+        """The whole run."""
+        each, arrivals = max(self.steps, 1), self.arrivals
+        spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
+        return RunReport(
+            new_tokens=len(arrivals),
+            ttft_s=arrivals[0] - self.started if arrivals else 0.0,
+            tpot_s=None if spread is None else spread / (len(arrivals) - 1),
+            messages_per_token=self.sums["messages"] / each,
+            bytes_per_token=self.sums["payload_bytes"] / each,
+            wire_bytes_per_token=self.sums["wire_bytes"] / each,
+            driver_bytes_per_token=4.0 * batch,
+            decode_cpu_s=self.sums["decode_cpu_s"],
+            kv_bytes=self.kv_bytes,
+        )
