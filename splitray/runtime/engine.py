@@ -167,9 +167,11 @@ class Engine:
         before = self._channels.pop(device, None)
         if before is not None:
             before.close()
-        self._channels[device] = dial(
+        channel = self._channels[device] = dial(
             self.endpoints[device], me=self._name, peer=device, token=self.fleet.token, deadline_s=DEADLINE_S
         )
+        self._order(device, "hello", {})
+        channel.read()  # from now on nothing that is staged there is taken for an engine's before
 
     def stage(
         self, epoch: Epoch, sessions: Sequence[Kept], *, void: frozenset[str] = frozenset()

@@ -165,6 +165,8 @@ class ShardHost:
 
     def _execute(self, op: str, order: dict[str, Any]) -> None:
         match op:
+            case "hello":  # what an engine before has left behind is gone now
+                self._reply({})
             case "switch":
                 self._reply(self._switch(order))
             case "decode":
