@@ -130,6 +130,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with one model split over several devices."""
+    _read_torch()
     from splitray.generate import Request, run
     from splitray.report.progress import progress
     from splitray.report.run import run_table
@@ -462,6 +463,15 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(int(end.code))
         raise
+
+
+def _read_torch() -> None:
+    """With signals held back: one that comes while torch's C++ calls Python would abort the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        import torch  # noqa: F401
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

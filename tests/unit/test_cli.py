@@ -349,7 +349,7 @@ def test_sigterm_ends_the_program_as_ctrl_c_does(model: Path) -> None:
             time.sleep(0.1)
         program.send_signal(signal.SIGTERM)
         out, err = program.communicate(timeout=60)
-    assert (program.returncode, out) == (143, "")
+    assert (program.returncode, out) == (143, ""), err
     assert err == "error: terminated; everything that was started has been stopped\n"
 
 
