@@ -395,7 +395,13 @@ class Engine:
                 left = without(self.topology, [device])
                 then = self.now.moved(self.replan(left, self.arch.context_tokens), left, -1)
                 self.ensure(then)
-                orders = {str(d): ("ready", {"load": then.load_order(d).to_plain()}) for d in then.route.devices}
+                orders = {
+                    str(d): (
+                        "ready",
+                        {"load": then.load_order(d).to_plain(), "lenders": then.lenders(d, self.endpoints)},
+                    )
+                    for d in then.route.devices
+                }
                 ask(orders, self.endpoints, self.fleet.token, within_s=_LOAD_S)
 
     def ensure(self, epoch: Epoch) -> None:

@@ -77,6 +77,11 @@ class Epoch:
             epoch=self.number,
         )
 
+    def lenders(self, device: str, endpoints: Mapping[str, Endpoint]) -> list[tuple[str, tuple[str, str, int], str]]:
+        """The other devices that may have the model on their disks: see runtime/lending.py."""
+        paths = {str(d.id): d.model_path or self.model_path for d in self.topology.devices}
+        return [(d, astuple(e), paths[d]) for d, e in endpoints.items() if d != device and d in paths]
+
     def dials(self) -> list[tuple[str, str]]:
         """(who opens, to whom) for every pair that exchanges: the edge side opens, it may sit behind NAT."""
         order = self.topology.ids
@@ -134,6 +139,7 @@ def stage_orders(
     return {
         d: ("stage", {
             "load": epoch.load_order(d).to_plain(),
+            "lenders": epoch.lenders(d, endpoints),
             "sessions": [_session(s, epoch, now, d, endpoints, void) for s in sessions],
         })
         for d in epoch.route.devices

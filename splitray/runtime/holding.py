@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
 from splitray.model.surgery import Shard
 from splitray.runtime.crossing import Crossing, Junction
+from splitray.runtime.lending import Lender, Lent
 from splitray.runtime.messages import LoadOrder
 from splitray.runtime.noisy import crossing_of
 from splitray.runtime.wire import Wire
@@ -92,6 +94,8 @@ def build(
     memory: StateDictSource | None = None,
     old: Holding | None = None,
     ready: Holding | None = None,
+    lenders: Sequence[Lender] = (),
+    token: bytes = b"",
 ) -> Holding:
     """Read what a device is to hold and does not hold yet.
 
@@ -103,6 +107,8 @@ def build(
         memory: gives weights instead of a model folder.
         old: what it holds of the same model now.
         ready: what it holds in case another device is lost.
+        lenders: devices whose disks may have the model, if this one's has not.
+        token: to dial them.
 
     Raises:
         InputError: the model or the torch device cannot be used.
@@ -111,14 +117,22 @@ def build(
 
     if old is not None and old.order.model_path != order.model_path:
         old = None
-    source: Source = old.source if old is not None else memory or Checkpoint(order.model_path)
+    source: Source
+    if old is not None:
+        source = old.source
+        if isinstance(source, Lent):
+            source.renew(lenders)
+    elif memory is not None or (Path(order.model_path) / "config.json").is_file() or not lenders:
+        source = memory or Checkpoint(order.model_path)
+    else:
+        source = Lent(lenders, token=token, model_path=order.model_path)
     crossing = crossing_of(device, order.route, order.arch, wire)
     crossing.torch_device = torch.device(order.torch_device)
     head_rows = {d: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for d, rows in order.head_rows.items()}
     shard: Shard | None = None
     windows: tuple[bool, ...] = ()
     if order.spec is not None:
-        config = memory.config if memory else read_config(order.model_path)
+        config = source.config if isinstance(source, StateDictSource | Lent) else read_config(order.model_path)
         if order.torch_device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(
                 f"torch_device of {device}",

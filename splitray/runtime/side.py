@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from splitray.errors import DeviceLost
+from splitray.model.source import Checkpoint
 from splitray.runtime.checkpoint import Saved, Store
 from splitray.runtime.crossing import payload_of, tensor_of
 from splitray.runtime.holding import Holding, KvPiece, build, pieces
+from splitray.runtime.lending import lend
 from splitray.runtime.listener import dial
 from splitray.runtime.messages import LoadOrder, error_from_plain, error_to_plain
 from splitray.runtime.wire import Channel, Endpoint, Kind
@@ -36,6 +38,7 @@ class Side:
     def __init__(self, host: ShardHost, channel: Channel) -> None:
         """Start at once."""
         self._host, self._channel = host, channel
+        self._opened: dict[str, Checkpoint] = {}
         # Copies share links with the run: what waits in a socket's buffer delays every token behind it.
         channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _IN_FLIGHT_BYTES)
         self._thread = threading.Thread(target=self._serve, name=f"splitray-side-{host.device}", daemon=True)
@@ -94,10 +97,16 @@ class Side:
             case "ready":
                 load = LoadOrder.from_plain(order["load"])
                 host.ready = build(load, device=host.device, wire=host.wire, junction=host.junction,
-                                   memory=host.memory, old=host.current)  # fmt: skip
+                                   memory=host.memory, old=host.current, lenders=order["lenders"],
+                                   token=host.token)  # fmt: skip
                 self._reply(host.stats())
             case "kv":
                 self._kv(order)
+            case "weights":
+                values, tensors = lend(order, self._opened)
+                for tensor in tensors:
+                    self._send(tensor)
+                self._reply(values)
             case "checkpoint":
                 self._reply(self._checkpoint(order))
             case _:
@@ -116,6 +125,8 @@ class Side:
             memory=host.memory,
             old=host.current,
             ready=host.ready,
+            lenders=order["lenders"],
+            token=host.token,
         )
         copied, valid, copying = 0, {}, time.monotonic()
         for session in order["sessions"]:
