@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 
 from rllib_configs import ablations
+from rllib_configs.split_point import SPLIT_RECIPES
+from rllib_configs.split_point import run as run_split_point
 from rllib_configs.splitwise import COMPARED, HELD_OUT, splitwise
 from rllib_configs.splitwise_smoke import splitwise_smoke
 from splitray.local_ray import StartFailed, some_ray
@@ -43,26 +45,33 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join([*RECIPES, *SPLIT_RECIPES])}.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; on a cluster, one that all nodes share.")],
     iterations: Annotated[int | None, typer.Option(min=1, help="Updates, instead of the recipe's.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in this folder.")] = False,
 ) -> None:
     """Train a recipe; what it gives is in OUT/NAME: policy.safetensors, policy.json, progress.csv, TensorBoard."""
-    if name not in RECIPES:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(RECIPES)}", param_hint="NAME")
+    if name not in RECIPES and name not in SPLIT_RECIPES:
+        known = ", ".join([*RECIPES, *SPLIT_RECIPES])
+        raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="NAME")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    console = Console(stderr=True)
+    if name in SPLIT_RECIPES:
+        if resume or iterations is not None:
+            raise typer.BadParameter(f"{name} is over in minutes: run it as it is", param_hint="--resume, --iterations")
+        with bar(console, name) as told:
+            print(json.dumps(run_split_point(SPLIT_RECIPES[name](seed), out.resolve(), told)))
+        return
     if resume and not (out / name / _TUNE_STATE).is_file():
         raise typer.BadParameter(f"nothing to resume in {out / name}; run without --resume", param_hint="--resume")
     recipe = RECIPES[name](seed)
     total = iterations or recipe.iterations
     if iterations is not None:  # schedules end with the run
         recipe = replace(recipe, iterations=iterations)
-    console = Console(stderr=True)
     try:
         with (
             some_ray(recipe.cells[0].topology),
