@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layers = read_config(model_path(asked.model)).num_hidden_layers
         cuts = _cuts(asked.cuts) if asked.cuts else [*range(1, layers), None]
         codecs = [as_codec(c) for c in asked.codecs.split(",")]
-        text = read_text(asked.text) if asked.text else _held_out()
+        text = read_text(asked.text) if asked.text else held_out()
         table = measure(
             asked.model,
             text,
@@ -126,7 +126,8 @@ def _cuts(text: str) -> list[int | None]:
                          remedy="write for example --cuts 3,6,9,all") from error  # fmt: skip
 
 
-def _held_out() -> str:
+def held_out() -> str:
+    """The text that no shipped model was trained on."""
     return "\n\n".join(document.text for document in split_documents(installation_documents()).held_out)
 
 

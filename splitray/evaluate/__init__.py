@@ -32,12 +32,13 @@ def run(suite: str, options: Options, *, tell: Tell = lambda _: None) -> Report:
     Raises:
         InputError: there is no such suite, or a file cannot be used.
     """
-    from splitray.evaluate import planners, replacement, splitwise
+    from splitray.evaluate import layer_splitting, planners, replacement, splitwise
 
     suites: dict[str, Callable[[Options, Tell], Report]] = {
         "planners": planners.run,
         "splitwise": splitwise.run,
         "replacement": replacement.run,
+        "layer-splitting": layer_splitting.run,
     }
     if suite not in suites:
         raise InputError("--suite", expected=f"one of {', '.join(suites)}", actual=suite,

@@ -1,0 +1,254 @@
+"""Counterparts of Figures 3 and 5 to 9 of Chen et al. (arXiv 2406.02616), each a plot and a table.
+
+What is learned comes from `Runs`, which trains nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from splitray.channel import as_channel
+from splitray.evaluate.split_runs import STARTS, Reals, Runs, simulated, spread
+from splitray.quality.table import QualityTable
+from splitray.report.document import Cell, Number, Table
+from splitray.report.split_plots import Curve, curves_plot, decisions_plot, violins_plot
+
+if TYPE_CHECKING:
+    from splitray.rl.split_point import Case
+    from splitray.rl.split_policies import Judged, Policy
+    from splitray.rl.split_quality import Noise
+    from splitray.rl.split_recipe import SplitRecipe
+
+DECISIONS = 500
+_CASES: tuple[Case, ...] = ("L", "H", "A")
+_A2C: dict[str, Any] = {"algorithm": "a2c", "learning_rate": 7e-4, "rollout_steps": 50}
+_DQN: dict[str, Any] = {"algorithm": "dqn", "learning_rate": 5e-4}
+_SWEPT: dict[str, list[tuple[str, Any]]] = {
+    "learning rate": [("learning_rate", 5e-4), ("learning_rate", 7e-4)],
+    "batch": [("minibatch_steps", 200)],
+    "clip": [("clip", 0.1), ("clip", 0.3)],
+    "GAE": [("trace_decay", 0.9), ("trace_decay", 0.99)],
+}
+
+
+# ---------------------------------------------------------------------------------------------------- Figure 3
+
+
+def _by_cut(table: QualityTable, noise: Noise) -> dict[str, Curve]:
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for row in table.rows:
+        channel = as_channel(row.channel)
+        plain = channel is not None and row.channel == f"{noise}:{(channel.loss or channel.sigma or 0.0):g}"
+        if plain and row.codec == "none" and row.at.startswith("cut:"):
+            cut = int(row.at.removeprefix("cut:"))
+            found.setdefault(row.channel, {})[cut] = (table.relative(row), 1.96 * row.standard_error)
+    return {
+        name: Curve(sorted(by), [by[c][0] for c in sorted(by)], [by[c][1] for c in sorted(by)])
+        for name, by in found.items()
+    }
+
+
+def figure_3(table: QualityTable) -> Figure:
+    """Perplexity by cut, a line a channel."""
+    panels = {f"{table.model}: {noise}": _by_cut(table, noise) for noise in ("loss", "sigma")}
+    return curves_plot(panels, "cut p, layers on the device", "relative perplexity")
+
+
+def strengths(table: QualityTable) -> Table:
+    """Some of its points with their intervals."""
+    rows: list[tuple[Cell, ...]] = []
+    for noise in ("loss", "sigma"):
+        for name, curve in _by_cut(table, noise).items():
+            shown = [i for i, p in enumerate(curve.x) if p in (1, 4, 7, 10)]
+            assert curve.half is not None, "made with intervals"
+            numbers = [
+                Number(curve.y[i], "ratio", "measured", f"{curve.y[i]:.3f} ± {curve.half[i]:.3f}") for i in shown
+            ]
+            rows.append((name, *numbers))
+    return Table(
+        "Relative perplexity by channel and cut (Fig. 3)", ("channel", "p = 1", "4", "7", "10"), tuple(rows),
+        "Over the exact model's; 95 % intervals over tokens, each compared with itself in the exact run.",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- what no learner is needed for
+
+
+def programs(runs: Runs, base: SplitRecipe) -> Table:
+    """The exact program and simple policies in every variant of the process."""
+    from splitray.rl.split_point import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, Errata
+    from splitray.rl.split_policies import greedy, optimal, stay, uniform
+
+    variants: dict[str, SplitRecipe] = {f"A, u = {u}": replace(base, reach=u) for u in (1, 2, 3, 4)}
+    variants |= {"L, u = 1": replace(base, case="L"), "H, u = 1": replace(base, case="H")}
+    variants |= {f"{c}, u = 1, channel of its own": replace(base, case=c, channel="exogenous") for c in _CASES}
+    variants |= {
+        "as coded, surrogate's script": replace(base, case="coded", errata=AS_CODED, reach=4),
+        "as coded, measuring script": replace(base, case="coded", errata=AS_CODED_MEASURED),
+        "reward as printed, eq. (9)": replace(base, errata=AS_PRINTED & ~Errata.BARE_STATE),
+    }
+    rows: list[tuple[Cell, ...]] = []
+    for name, recipe in variants.items():
+        runs.tell(f"{base.noise}: {name}")
+        truth = runs.truth(recipe)
+        policies = (optimal(truth), greedy(truth), uniform(truth, np.random.default_rng(2)), stay(truth))
+        rows.append((name, *(simulated(float(runs.judged(recipe, p).returns.mean())) for p in policies)))
+    return Table(
+        f"Policies that learn nothing, {base.noise}", ("variant", "optimal", "greedy", "random", "never move"),
+        tuple(rows),
+        "Mean sum of the five rewards, not discounted. The printed reward is in relative perplexities and charges 1 a "
+        "layer, as the paper gives no lambda.",
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- Figures 5 to 9
+
+
+def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
+    """Three learners in three cases."""
+    from splitray.rl.split_policies import optimal
+
+    rows: list[tuple[Cell, ...]] = []
+    panels, levels = {}, {}
+    for case in _CASES:
+        ppo = replace(base, case=case)
+        recipes = {"PPO": ppo, "A2C": replace(ppo, **_A2C), "DQN": replace(ppo, **_DQN)}
+        panels[f"case {case}"] = {name: runs.curve(recipe) for name, recipe in recipes.items()}
+        best = float(runs.judged(ppo, optimal(runs.truth(ppo))).returns.mean())
+        levels[f"case {case}"] = {"optimum": best}
+        means = [spread([j.returns.mean() for j in runs.learned(r)]) for r in recipes.values()]
+        rows.append((case, *means, simulated(best)))
+    table = Table(
+        "PPO, A2C and DQN (Fig. 5), noise of fixed sigma", ("case", *recipes, "optimum"), tuple(rows),
+        f"After {base.steps} decisions with the surrogate's rewards, 95 % intervals over seeds.",
+    )  # fmt: skip
+    return curves_plot(panels, "decisions", "mean sum of rewards", levels), table
+
+
+def policies(runs: Runs, base: SplitRecipe) -> dict[str, list[Judged]]:
+    """What each policy got in case A, for every seed where seeds matter."""
+    from splitray.rl.split_learning import untrained
+    from splitray.rl.split_policies import greedy, optimal, stay, uniform
+
+    truth = runs.truth(base)
+    one = partial(runs.judged, base)
+
+    def untaught(seed: int) -> Policy:
+        return untrained(replace(base, seed=seed), truth).policy(truth)
+
+    return {
+        "random": [one(uniform(truth, np.random.default_rng([2, seed]))) for seed in runs.seeds],
+        "untrained": [one(untaught(seed)) for seed in runs.seeds],
+        "never move": [one(stay(truth))],
+        "greedy": [one(greedy(truth))],
+        "PPO, measured": runs.learned(replace(base, rewards="measured")),
+        "PPO, surrogate": runs.learned(base),
+        "optimal": [one(optimal(truth))],
+    }
+
+
+def figure_6(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, list[Table]]:
+    """Distributions of returns in case A."""
+    panels, tables = {}, []
+    for noise, base in bases.items():
+        found = policies(runs, base)
+        panels[f"case A, {noise}"] = {n: np.concatenate([j.returns for j in js]) for n, js in found.items()}
+        best = float(found["optimal"][0].returns.mean())
+        rows: list[tuple[Cell, ...]] = []
+        for name, judged in found.items():
+            means = [float(j.returns.mean()) for j in judged]
+            low, high = np.quantile(np.concatenate([j.returns for j in judged]), [0.25, 0.75])
+            share = Number(float(np.mean(means)) / best, "share", "simulated")
+            rows.append((name, spread(means), share, simulated(float(high - low))))
+        tables.append(Table(
+            f"Policies in case A (Fig. 6), {noise}", ("policy", "mean sum", "of the optimum", "interquartile range"),
+            tuple(rows), f"On the same {STARTS} starts; 95 % intervals over seeds where there are several.",
+        ))  # fmt: skip
+    return violins_plot(panels, "sum of an episode's rewards"), tables
+
+
+def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Table, dict[Noise, float]]:
+    """Decisions against the channel; also Spearman's rho of PPO by channel."""
+    from splitray.rl.split_policies import optimal
+
+    panels: dict[str, tuple[str, Reals, Reals]] = {}
+    rows: list[tuple[Cell, ...]] = []
+    rho: dict[Noise, float] = {}
+    for noise, base in bases.items():
+        wide = replace(base, reach=4)
+        truth = runs.truth(wide)
+        judged = {
+            "PPO, u = 1": runs.learned(base)[0], "optimal, u = 1": runs.judged(base, optimal(runs.truth(base))),
+            "optimal, u = 4": runs.judged(wide, optimal(truth)),
+        }  # fmt: skip
+        for name, found in judged.items():
+            x, p = (a.T.ravel()[:DECISIONS].astype(float) for a in (found.noise, found.cut))  # whole episodes
+            told, chance = _spearman(x, p)
+            last, _ = _spearman(found.noise[-1], found.cut[-1])
+            number = Number(told, "", "simulated", f"{told:.2f}, p {_chance(chance)}")
+            rows.append((noise, name, number, simulated(last)))
+            if name.startswith("PPO"):
+                rho[noise] = told
+                panels[f"{noise}: {name}"] = (noise, x, p)
+            elif name.endswith("4"):
+                panels[f"{noise}: {name}"] = (noise, x, p)
+    table = Table(
+        "Strength of the channel and the cut (Fig. 7)",
+        ("channel", "policy", f"Spearman over {DECISIONS} decisions", "over last decisions"), tuple(rows),
+        "The starts are drawn apart from the strength; with u = 1 five steps do not reach everywhere.",
+    )  # fmt: skip
+    return decisions_plot(panels), table, rho
+
+
+def figure_8(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
+    """Action spaces."""
+    from splitray.rl.split_policies import optimal
+
+    recipes = {f"u = {u}": replace(base, reach=u) for u in (1, 2, 3)}
+    rows: list[tuple[Cell, ...]] = []
+    levels = {}
+    for name, recipe in recipes.items():
+        best = float(runs.judged(recipe, optimal(runs.truth(recipe))).returns.mean())
+        levels[f"optimum, {name}"] = best
+        means = [float(j.returns.mean()) for j in runs.learned(recipe)]
+        rows.append((name, spread(means), simulated(best), Number(float(np.mean(means)) / best, "share", "simulated")))
+    title = "case A, sigma"
+    curves = {title: {name: runs.curve(recipe) for name, recipe in recipes.items()}}
+    table = Table("Action spaces (Fig. 8)", ("reach", "PPO", "optimum", "of the optimum"), tuple(rows),
+                  f"After {base.steps} decisions, 95 % intervals over seeds.")  # fmt: skip
+    return curves_plot(curves, "decisions", "mean sum of rewards", {title: levels}), table
+
+
+def figure_9(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
+    """Settings of PPO."""
+    rows: list[tuple[Cell, ...]] = [("Table 4", spread([j.returns.mean() for j in runs.learned(base)]))]
+    panels = {}
+    for title, settings in _SWEPT.items():
+        panels[title] = {"Table 4": runs.curve(base)}
+        for name, value in settings:
+            recipe = replace(base, **{name: value})
+            panels[title][f"{value:g}"] = runs.curve(recipe)
+            rows.append((f"{title} {value:g}", spread([j.returns.mean() for j in runs.learned(recipe)])))
+    table = Table("Settings of PPO (Fig. 9), noise of fixed sigma", ("setting", "mean sum"), tuple(rows),
+                  "One setting differs from Table 4 at a time; 95 % intervals over seeds.")  # fmt: skip
+    return curves_plot(panels, "decisions", "mean sum of rewards"), table
+
+
+def _spearman(x: Reals, p: Reals) -> tuple[float, float]:
+    """Correlation of ranks, and the chance of more by accident; 0 where all cuts are one."""
+    from scipy.stats import spearmanr
+
+    if np.ptp(p) == 0:
+        return 0.0, 1.0
+    told = spearmanr(x, p)
+    return float(told.statistic), float(told.pvalue)
+
+
+def _chance(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
