@@ -9,11 +9,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
 from splitray.route import Route
+
+
+class Accuracy(Protocol):
+    """What planners ask: the relative rise of perplexity by what crosses, exact crossings costing 0."""
+
+    def boundary_loss(self, codec: Codec, depth: float, boundaries: int) -> tuple[float, float]:
+        """By one whole state at a depth, and by the partial sums of one boundary."""
+
+    def route_loss(self, route: Route) -> float:
+        """By everything that crosses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

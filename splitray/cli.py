@@ -222,6 +222,9 @@ def simulate(
         str | None, typer.Option(help="Devices that are gone for a while, with commas.", metavar="ID:FROM_S:TO_S")
     ] = None,
     codec: Codec = "none",
+    channel: Annotated[
+        str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
+    ] = "none",
     dtype: PlanDtype = None,
     seed: Annotated[int, typer.Option(help="Of traces, arrivals and planners that draw.", metavar="N")] = 0,
     staged: Annotated[bool, typer.Option("--staged/--not-staged", help="Weights lie on every device's disk.")] = True,
@@ -236,7 +239,7 @@ def simulate(
     request = Request(
         model=model, topology=topology, planners=planners, bandwidth_trace=bandwidth_trace, rtt_trace=rtt_trace,
         arrivals=arrivals, slots=slots, slot_s=slot_s, background=background, lose=lose, codec=codec, dtype=dtype,
-        seed=seed, staged=staged,
+        channel=channel, seed=seed, staged=staged,
     )  # fmt: skip
     with _stdout_kept(as_json), bar(Console(stderr=True), "Simulating") as tell:
         document, outcomes = simulate(request, tell=tell)
@@ -257,7 +260,8 @@ def simulate(
 @app.command()
 def evaluate(
     suite: Annotated[
-        str, typer.Option(help="planners, or splitwise: the learned policy.", metavar="NAME")
+        str,
+        typer.Option(help="planners, splitwise (the learned policy), replacement, or layer-splitting.", metavar="NAME"),
     ] = "planners",
     traces: Annotated[
         list[str] | None,

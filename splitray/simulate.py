@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from splitray.accuracy import AccuracyTable, shipped_table
+from splitray.accuracy import Accuracy, shipped_table
 from splitray.arch import ModelArch
+from splitray.channel import as_channel
 from splitray.codecs import Codec
 from splitray.cost import CostModel
 from splitray.errors import InputError, PlacementError
 from splitray.plan import Dtype, read_model_arch
 from splitray.planners import ClusterState, make_planner
+from splitray.quality.accuracy import SurrogateAccuracy
+from splitray.quality.surrogate import shipped_surrogate
 from splitray.report.plots import save_plots
 from splitray.report.simulation import plots_of
 from splitray.sim.arena import Case, run
@@ -42,6 +45,7 @@ class Request:
     background: float = 0.0
     lose: str | None = None
     codec: Codec = "none"
+    channel: str = "none"
     dtype: Dtype | None = None
     slots: int = 600
     slot_s: float = 1.0
@@ -75,10 +79,15 @@ def simulate(
         "slot_s": request.slot_s,
         "seed": request.seed,
         "codec": request.codec,
+        "channel": request.channel,
         "provenance": {
             "planners": "ours, simulated; costs as predicted from the topology's numbers",
             "decision_s": "ours, measured on this machine",
-            "accuracy_loss": "ours, measured on the shipped model" if scenario.accuracy else "exact transport: 0",
+            "accuracy_loss": "exact transport: 0"
+            if scenario.accuracy is None
+            else "ours, measured on the shipped model"
+            if request.channel == "none"
+            else "ours, told by the surrogate of the shipped model",
         },
         "planners": {o.planner: o.document() for o in outcomes},
     }
@@ -107,7 +116,9 @@ def scenario_of(request: Request) -> Scenario:
     if not 0 <= request.background <= 1:
         raise InputError("--background", expected="a share from 0 to 1", actual=request.background,
                          remedy="write for example 0.3")  # fmt: skip
-    accuracy: AccuracyTable | None = shipped_table() if request.codec != "none" else None
+    accuracy: Accuracy | None = shipped_table() if request.codec != "none" else None
+    if (channel := as_channel(request.channel)) is not None:
+        accuracy = SurrogateAccuracy(surrogate=shipped_surrogate(), model="tiny", channel=channel)
     return Scenario(
         name=request.model, arch=arch, topology=topology, num_slots=slots, slot_s=slot_s,
         requests=arrivals(request.arrivals, slots * slot_s, default_rate_per_s(arch, topology), coming),

@@ -103,7 +103,7 @@ def cost_of(placement: Placement, state: ClusterState, prices: Prices) -> float:
     if state.request is not None:
         prompt_s = cost.ttft_s(placement, prompt_tokens=round(state.request.prompt_tokens))
         spent += prices.per_second * prompt_s / state.request.output_tokens
-    if state.codec == "none" or state.accuracy is None:
+    if state.accuracy is None:
         return spent
     route = compile_route(placement, state.arch, state.topology, codec=state.codec)
     return spent + prices.per_loss * state.accuracy.route_loss(route)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from splitray.accuracy import AccuracyTable
+from splitray.accuracy import Accuracy
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.placement import Placement
@@ -31,7 +31,7 @@ class ClusterState:
     known). `interval_tokens` are the tokens until the next decision, over which a migration must pay. `average` is the
     topology with the mean rates of the whole run, for planners that decide once; None where nothing is known but the
     present. `request` is the mean request, from which a planner may price prompts beside the later tokens. `codec` is
-    how partials travel, and `accuracy` what that was measured to cost.
+    how partials travel, and `accuracy` what that, and a noisy channel, was measured to cost.
     """
 
     arch: ModelArch
@@ -46,7 +46,7 @@ class ClusterState:
     average: Topology | None = None
     request: RequestShape | None = None
     codec: Codec = "none"
-    accuracy: AccuracyTable | None = None
+    accuracy: Accuracy | None = None
 
     @property
     def pinned_embedding(self) -> DeviceId | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.accuracy import AccuracyTable
+from splitray.accuracy import Accuracy
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.cost import Rates
@@ -58,7 +58,7 @@ class Scenario:
     lost: NDArray[np.bool_] | None = None
     budgets: Budgets = Budgets()
     codec: Codec = "none"
-    accuracy: AccuracyTable | None = None
+    accuracy: Accuracy | None = None
     staged: bool = True
     reserve: bool = True
     interval_tokens: int = 64

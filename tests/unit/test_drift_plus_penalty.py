@@ -13,11 +13,14 @@ import pytest
 from splitray.accuracy import AccuracyRow, AccuracyTable
 from splitray.arch import ModelArch
 from splitray.catalog import architecture
+from splitray.channel import NoisyChannel
 from splitray.cost import CostModel
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.drift_plus_penalty import DriftPlusPenalty, cost_of
 from splitray.planners.optimum.additive import Additive, Prices
 from splitray.planners.optimum.space import MISSING_S, Space
+from splitray.quality.accuracy import SurrogateAccuracy
+from splitray.quality.surrogate import shipped_surrogate
 from splitray.queues import Budgets, QueueState, SlotOutcome, advance, drift_bound, lyapunov
 from splitray.route import compile_route
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
@@ -216,6 +219,24 @@ def test_accuracy_debt_makes_fewer_lossy_crossings() -> None:
     assert losses == sorted(losses, reverse=True)
     assert crossings[0] >= 4
     assert crossings[-1] == 0
+
+
+def test_over_a_noisy_channel_the_surrogates_word_makes_fewer_crossings() -> None:
+    rises = []
+    for loss in (0.05, 0.1, 0.3):
+        told = SurrogateAccuracy(surrogate=shipped_surrogate(), model="tiny", channel=NoisyChannel(loss=loss))
+        state = ClusterState(arch=ARCH, topology=pair(speed=1.0, power_w=1.0), context_tokens=20, accuracy=told)
+        crossings = []
+        for debt in (0.0, 0.1, 1.0, 100.0):
+            placement = DriftPlusPenalty().propose(replace(state, queues=QueueState(accuracy_debt=debt)))
+            route = compile_route(placement, ARCH, state.topology)
+            crossings.append(sum(bool(b.messages) for b in route.boundaries[1:-2]))
+            if debt == 0:
+                rises.append(told.route_loss(route))
+            elif debt == 100.0:
+                assert told.route_loss(route) == 0
+        assert crossings == sorted(crossings, reverse=True) and crossings[0] > crossings[-1] == 0
+    assert rises[-1] > rises[0] > 0
 
 
 def test_where_memory_binds_it_fits_and_is_no_slower_than_a_cut() -> None:

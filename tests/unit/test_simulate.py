@@ -78,6 +78,16 @@ def test_the_same_seed_gives_the_same_document_and_another_another(topology: Pat
     assert document("1") != document("2")
 
 
+def test_a_noisy_channel_shows_what_the_surrogate_tells(topology: Path) -> None:
+    planners = "fixed_cut:12"
+    weak, strong = (
+        json.loads(simulate(topology, "--json", "--slots", "30", "--channel", c, planners=planners).stdout)
+        for c in ("loss:0.05", "loss:0.3")
+    )
+    losses = [d["planners"][planners]["accuracy_loss"] for d in (weak, strong)]
+    assert 0 < losses[0] < losses[1] and "surrogate" in weak["provenance"]["accuracy_loss"]
+
+
 def test_a_lossy_codec_shows_its_measured_loss(topology: Path) -> None:
     planners = "layer_cut,fixed_cut:12,cloud_only"
     found = json.loads(simulate(topology, "--json", "--slots", "30", "--codec", "int4", planners=planners).stdout)

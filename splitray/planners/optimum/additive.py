@@ -151,11 +151,11 @@ class Additive:
 
     @cached_property
     def _stages(self) -> list[_Stage]:
-        """All stages in order, what a codec costs included: the first from the embedding's device, [E, S]."""
+        """All stages, the first from the embedding's device, [E, S]; what codec or channel cost included."""
         cycle = [*self.inside, self.again]
         stages = [self.entry, *(cycle[i % len(cycle)] for i in range(len(self.space.kinds) - 2)), self.head]
         state = self.space.state
-        if not self.prices.per_loss or state.codec == "none" or state.accuracy is None:
+        if not self.prices.per_loss or state.accuracy is None:
             return stages
         shared = np.array([[h.partitioned] for h in self.space.holdings])
         priced = stages[:1]  # as in `AccuracyTable.route_loss`, what leaves the embedding is not counted
