@@ -41,16 +41,16 @@ _SWEPT: dict[str, list[tuple[str, Any]]] = {
 
 
 def _by_cut(table: QualityTable, noise: Noise) -> dict[str, Curve]:
-    found: dict[str, dict[int, tuple[float, float]]] = {}
+    found: dict[float, dict[int, tuple[float, float]]] = {}
     for row in table.rows:
         channel = as_channel(row.channel)
-        plain = channel is not None and row.channel == f"{noise}:{(channel.loss or channel.sigma or 0.0):g}"
-        if plain and row.codec == "none" and row.at.startswith("cut:"):
+        strength = 0.0 if channel is None else channel.loss or channel.sigma or 0.0
+        if row.channel == f"{noise}:{strength:g}" and row.codec == "none" and row.at.startswith("cut:"):
             cut = int(row.at.removeprefix("cut:"))
-            found.setdefault(row.channel, {})[cut] = (table.relative(row), 1.96 * row.standard_error)
+            found.setdefault(strength, {})[cut] = (table.relative(row), 1.96 * row.standard_error)
     return {
-        name: Curve(sorted(by), [by[c][0] for c in sorted(by)], [by[c][1] for c in sorted(by)])
-        for name, by in found.items()
+        f"{noise}:{strength:g}": Curve(sorted(by), [by[c][0] for c in sorted(by)], [by[c][1] for c in sorted(by)])
+        for strength, by in sorted(found.items())
     }
 
 
@@ -126,7 +126,8 @@ def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
         rows.append((case, *means, simulated(best)))
     table = Table(
         "PPO, A2C and DQN (Fig. 5), noise of fixed sigma", ("case", *recipes, "optimum"), tuple(rows),
-        f"After {base.steps} decisions with the surrogate's rewards, 95 % intervals over seeds.",
+        f"After {base.steps} decisions with the surrogate's rewards, 95 % intervals over seeds. The paper's figure has "
+        "PPO first in H and A, and all alike in L.",
     )  # fmt: skip
     return curves_plot(panels, "decisions", "mean sum of rewards", levels), table
 

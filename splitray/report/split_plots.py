@@ -84,7 +84,7 @@ def loess(x: Reals, y: Reals, at: Reals, *, span: float = 0.6) -> Reals:
 
 
 def _panels(titles: Sequence[str], x: str, y: str) -> tuple[Figure, list[Any]]:
-    columns = min(3, len(titles))
+    columns = 2 if len(titles) in (2, 4) else min(3, len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(1 + 3.8 * columns, 0.4 + 3.4 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
