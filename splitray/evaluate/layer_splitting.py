@@ -57,7 +57,7 @@ DEVIATIONS = (
 def run(
     options: Options, tell: Tell, *, seeds: int = SEEDS, steps: int = STEPS, timed: int = TIMED, swept: bool = True
 ) -> Report:
-    """The whole suite; with the defaults about a quarter of an hour on one core.
+    """The whole suite; with the defaults about a quarter of an hour on one quiet core.
 
     Args:
         options: the seed counts.
