@@ -72,14 +72,10 @@ class Replica:
 
 
 def _launch(args: Args) -> Engine:
-    from splitray.planners import make_planner
-    from splitray.runtime.controller import attend
     from splitray.runtime.launch import launch_engine
     from splitray.runtime.recovery import Recovery
 
-    if args.replan is not None:
-        make_planner(args.replan)  # a wrong name is refused before anything starts
-    engine = launch_engine(
+    return launch_engine(
         recovery=Recovery(store=args.checkpoints, replan="drift_plus_penalty"),
         model=args.model,
         topology=args.topology,
@@ -88,10 +84,8 @@ def _launch(args: Args) -> Engine:
         placement=args.placement,
         runtime=args.runtime,
         seed=args.seed,
+        replan=args.replan,
     )
-    if args.replan is not None:
-        attend(engine, args.replan)  # ends with the engine
-    return engine
 
 
 def _stats(engine: Engine) -> dict[str, Any]:

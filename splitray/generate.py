@@ -59,15 +59,11 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
     from serve_apps.text_stream import Detokenizer
     from splitray.channel import as_channel
     from splitray.model.reading import read_config
-    from splitray.planners import make_planner
-    from splitray.runtime.controller import attend
     from splitray.runtime.launch import launch_engine, model_path, read_tokenizer, read_topology
     from splitray.runtime.recovery import Recovery
     from splitray.runtime.sampling import Sampling
 
     topology = read_topology(request.topology, request.devices)
-    if request.replan is not None:
-        make_planner(request.replan)  # a wrong name is refused before anything starts
     read_config(model_path(request.model))  # a wrong path must not look like a missing tokenizer
     tokenizer = read_tokenizer(request.model)
     prompt_ids = _ids(request, tokenizer)
@@ -91,11 +87,10 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
                 codec=request.codec,
                 channel=as_channel(request.channel, seed=request.seed),
                 recovery=Recovery(replan="drift_plus_penalty"),
+                replan=request.replan,
                 progress=lambda what: progress(what.capitalize()),
             )
         )
-        if request.replan is not None:
-            stack.callback(attend(engine, request.replan).close)
         progress("Reading the prompt")
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         decode = partial(tokenizer.decode, **options) if tokenizer else None

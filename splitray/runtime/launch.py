@@ -18,6 +18,7 @@ from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
+from splitray.runtime.controller import attend
 from splitray.runtime.engine import Engine
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.recovery import Recovery
@@ -128,6 +129,7 @@ def launch_engine(
     codec: str = "none",
     channel: str | NoisyChannel | None = None,
     recovery: Recovery | None = None,
+    replan: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -147,6 +149,7 @@ def launch_engine(
         codec: how partials and states travel between devices; `none` is exact.
         channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.
+        replan: planner, by name, that moves the placement as links and devices change, as long as the engine lives.
         progress: told what is being done.
 
     Raises:
@@ -154,6 +157,8 @@ def launch_engine(
         DeviceLost: a device did not come up.
     """
     coded = as_codec(codec)
+    if replan is not None:
+        make_planner(replan)  # a wrong name is refused before anything starts
     way = as_channel(channel) if isinstance(channel, str) else channel
     fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
@@ -162,7 +167,7 @@ def launch_engine(
     progress("planning")
     chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
     progress("starting the devices and loading their slices")
-    return Engine(
+    engine = Engine(
         fleet=fleet,
         model_path=model_path(model).resolve(),
         arch=arch,
@@ -177,3 +182,6 @@ def launch_engine(
         channel=way,
         recovery=recovery,
     )
+    if replan is not None:
+        attend(engine, replan)
+    return engine
