@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
+from splitray.json_table import exactly, read_json
 from splitray.route import Route
 
 
@@ -117,16 +118,14 @@ class AccuracyTable:
         Raises:
             InputError: the file cannot be read, or is no such table.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _unfit(path, "a readable JSON file", error) from error
-        _exactly(document, AccuracyTable, path)
+        unfit = partial(_unfit, path)
+        document = read_json(path, unfit)
+        exactly(document, AccuracyTable, unfit)
         if not isinstance(document["rows"], list):
             raise _unfit(path, "a list of rows", type(document["rows"]).__name__)
         rows = []
         for entry in document["rows"]:
-            _exactly(entry, AccuracyRow, path)
+            exactly(entry, AccuracyRow, unfit)
             rows.append(AccuracyRow(**{**entry, "codec": as_codec(entry["codec"])}))
         table = AccuracyTable(**{**document, "rows": tuple(rows)})
         values = [table.perplexity, *(r.perplexity for r in rows)]
@@ -138,13 +137,6 @@ class AccuracyTable:
 def shipped_table() -> AccuracyTable:
     """What was measured on the model that ships with splitray."""
     return AccuracyTable.load(Path(__file__).parent / "model" / "shipped" / "accuracy.json")
-
-
-def _exactly(entry: Any, kind: type, path: str | Path) -> None:
-    names = {f.name for f in fields(kind)}
-    if not isinstance(entry, Mapping) or set(entry) != names:
-        actual = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
-        raise _unfit(path, f"the keys {sorted(names)}", actual)
 
 
 def _unfit(path: str | Path, expected: str, actual: object) -> InputError:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
+from splitray.json_table import exactly, read_json
 from splitray.quality.features import PlaceFeatures
 
 FORMAT = 1
@@ -104,18 +106,16 @@ class QualityTable:
         Raises:
             InputError: the file cannot be read, or is no such table.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _unfit(path, "a readable JSON file", error) from error
-        _exactly(document, QualityTable, path)
+        unfit = partial(_unfit, path)
+        document = read_json(path, unfit)
+        exactly(document, QualityTable, unfit)
         if document["format"] != FORMAT:
             raise _unfit(path, f"format {FORMAT}", document["format"])
         if not isinstance(document["rows"], list) or not isinstance(document["places"], dict):
             raise _unfit(path, "a list of rows and a mapping of places", "something else")
         rows = []
         for entry in document["rows"]:
-            _exactly(entry, QualityRow, path)
+            exactly(entry, QualityRow, unfit)
             as_channel(entry["channel"])
             rows.append(QualityRow(**{**entry, "codec": as_codec(entry["codec"])}))
         places = {name: PlaceFeatures.from_plain(f) for name, f in document["places"].items()}
@@ -135,13 +135,6 @@ def shipped_quality() -> QualityTable:
 
 def _short(plain: dict[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in plain.items()}
-
-
-def _exactly(entry: Any, kind: type, path: str | Path) -> None:
-    names = {f.name for f in fields(kind)}
-    if not isinstance(entry, Mapping) or set(entry) != names:
-        actual = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
-        raise _unfit(path, f"the keys {sorted(names)}", actual)
 
 
 def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
