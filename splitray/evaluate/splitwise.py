@@ -11,6 +11,7 @@ import numpy as np
 from splitray.evaluate import Options, Tell
 from splitray.evaluate.foresight import clairvoyance
 from splitray.evaluate.shared_cloud import ALONE, LOADS, SEEDS, SIGMA, LoadCell, load_cells, mean_and_interval
+from splitray.evaluate.trade import trade_of_v
 from splitray.report.document import Cell, Number, Report, Table
 from splitray.report.plots import ratio_plot
 from splitray.report.simulation import plots_of
@@ -36,6 +37,7 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
     ratios = [[c.paired(ours, p, "mean").ratio for p in others] for c in cells]
     title = f"mean latency of {ours} over each planner's (* the origin holds embedding and head)"
     middle = cells[len(cells) // 2]
+    trade, of_v = trade_of_v(options.seed)
     shown = plots_of([found[0][0] for found in middle.outcomes.values()])
     return Report(
         title="The learned policy where a cloud is shared",
@@ -58,10 +60,11 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
             tails(cells, planners),
             energies(cells, planners),
             clairvoyance(tell, options.workers),
+            trade,
         ),
-        plots={"ratios": ratio_plot(title, rows, others, ratios), **shown},
+        plots={"ratios": ratio_plot(title, rows, others, ratios), "v": of_v, **shown},
         captions={n: f"{middle.name}, first edge of the first seed; simulated." for n in shown}
-        | {"ratios": f"{title}; simulated."},
+        | {"ratios": f"{title}; simulated.", "v": "What V saves and makes wait; simulated."},
     )
 
 
