@@ -41,15 +41,15 @@ def trade_of_v(seed: int) -> tuple[Table, Figure]:
     backlog = [float(o.backlog_tokens.mean()) for o in found]
     above = [e - min(energy) for e in energy]
     rows = tuple(
-        (f"{v:g}", simulated(e, "J"), simulated(a, "J"), simulated(b, "tokens"), simulated(mean_of(o, "latency_s"), "s"))
-        for v, e, a, b, o in zip(SWEEP, energy, above, backlog, found, strict=True)
+        (f"{v:g}", simulated(e, "J"), simulated(a, "J"), simulated(b, "tokens"), simulated(t, "s"))
+        for v, e, a, b, t in zip(SWEEP, energy, above, backlog, [mean_of(o, "latency_s") for o in found], strict=True)
     )
+    most = max(a * v for a, v in zip(above, SWEEP, strict=True))
     steepest = float(np.max(np.diff(np.log(backlog)) / np.diff(np.log(SWEEP))))
     table = Table(
         "The trade of V (drift_plus_penalty)",
         ("V", "energy of a request", "above the least", "mean backlog", "mean latency"), rows,
-        "GPT-2 XL on a Galaxy S23 and an Orin NX 8 GB over WiFi 6, 0.9 of the Jetson's capacity. At every V the energy is "
-        f"at most {max(a * v for a, v in zip(above, SWEEP, strict=True)):.3g} J / V above the least; the backlog grows "
-        f"like V^{steepest:.2f} at most.",
+        "GPT-2 XL on a Galaxy S23 and an Orin NX 8 GB over WiFi 6, 0.9 of the Jetson's capacity. At every V the energy "
+        f"is at most {most:.3g} J / V above the least; the backlog grows like V^{steepest:.2f} at most.",
     )  # fmt: skip
     return table, trade_plot(SWEEP, energy, backlog)

@@ -7,6 +7,8 @@ FFN before was on the edge, on the cloud, on both), E and D devices of embedding
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,19 @@ Ints = NDArray[np.int64]
 
 _ROUNDS = 6  # of pricing bytes; the slopes converge in three to five
 _CHANGES = 6  # of one group each, after that
+
+
+def along(values: NDArray[Any], index: Ints, axis: int) -> NDArray[Any]:
+    """`np.take_along_axis`, which spends most of its time on the other axes' indices: they are kept here."""
+    around = _around(index.shape, values.shape, axis)
+    return values[(*around[:axis], index, *around[axis + 1 :])]
+
+
+@lru_cache(maxsize=256)
+def _around(index: tuple[int, ...], values: tuple[int, ...], axis: int) -> tuple[Ints, ...]:
+    """The indices of every axis, as in `np.take_along_axis`: an axis of length 1 is the same everywhere."""
+    shape = [v if i == 1 else i for i, v in zip(index, values, strict=True)]
+    return np.ix_(*(np.zeros(n, np.int64) if v == 1 else np.arange(n) for n, v in zip(shape, values, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ class Chains:
 
     def bytes(self, path: Path) -> Floats:
         """Bytes of a path on each device, [2, N]."""
-        chosen = np.take_along_axis(self.held, path.variant[None, :, None], axis=2)[:, :, 0].sum(1)
+        chosen = along(self.held, path.variant[None, :, None], axis=2)[:, :, 0].sum(1)
         held: Floats = chosen + self.ends[:, path.embedding, path.head]
         return held
 
@@ -191,12 +206,12 @@ def _improve(chains: Chains, path: Path, room: Floats) -> bool:
     then = chains.cost.transpose(0, 2, 3, 1)[g[1:], path.variant[1:], rows]  # [G - 1, N, 3]: what comes next
     finish = chains.end[path.embedding, :, path.head, rows]  # [N, 3]
     then = np.concatenate([then, finish[None]]).transpose(0, 2, 1)  # [G, 3, N]
-    cost = np.take_along_axis(chains.cost, before[:, None, None], axis=1)[:, 0]  # [G, V, N]
-    cost = cost + np.take_along_axis(then, chains.state, axis=1)
-    change = chains.held - np.take_along_axis(chains.held, path.variant[None, :, None], axis=2)
+    cost = along(chains.cost, before[:, None, None], axis=1)[:, 0]  # [G, V, N]
+    cost = cost + along(then, chains.state, axis=1)
+    change = chains.held - along(chains.held, path.variant[None, :, None], axis=2)
     left = room - chains.bytes(path)
     cost = np.where((change <= left[:, None, None]).all(0), cost, np.inf)
-    now = np.take_along_axis(cost, path.variant[:, None], axis=1)
+    now = along(cost, path.variant[:, None], axis=1)
     with np.errstate(invalid="ignore"):  # a path that does not fit has no cost here
         saved = np.nan_to_num(now - cost, nan=0.0, posinf=0.0, neginf=0.0).reshape(-1, n)
     best = saved.argmax(0)

@@ -83,13 +83,13 @@ class Pace:
     def busy_s(self, pieces: Pieces, counts: tuple[Ints, Ints] | Ints) -> Floats:
         """Computing time of so many pieces on each device, [2, .., N], as `work_s` says."""
         bytes_read = [c * pieces.read_bytes for c in counts]
-        seconds = []
+        seconds = np.empty((2, *np.shape(bytes_read[0])))
         for d in (EDGE, CLOUD):
             read = bytes_read[d] / self.bytes_per_s[d]
             if self._rates.shares_memory:
                 read = read + np.minimum(*bytes_read) * self._rates.contention_s_per_byte[:, d, 1 - d]
-            seconds.append(np.maximum(counts[d] * pieces.flops_s[d], read) + (counts[d] > 0) * self.launch_s[d])
-        return np.stack(seconds)
+            seconds[d] = np.maximum(counts[d] * pieces.flops_s[d], read) + (counts[d] > 0) * self.launch_s[d]
+        return seconds
 
     def way(self, source: int, num_bytes: float) -> tuple[Floats, Floats, Floats]:
         """Of one message to the other device: seconds on air, with its fixed cost, and until it is there, [N]."""

@@ -21,7 +21,7 @@ from splitray.cost import Rates
 from splitray.planners.optimum.space import MISSING_S
 from splitray.planners.protocol import RequestShape
 from splitray.rl.choice import CLOUD, COPIED, EDGE, SIXTEENTHS, SPLIT, Choice
-from splitray.rl.grid_chain import Chains, Path, within
+from splitray.rl.grid_chain import Chains, Path, along, within
 from splitray.rl.grid_pace import COPIES, PARTS, Pace, Pass, Pieces
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
@@ -75,7 +75,7 @@ class Program:
             passes.append(self.pace.of(tokens, np.full(n, tokens), 1 / request.output_tokens))
         self._options(passes[0], current)
         self._price(passes)
-        self._ends(request)
+        self._ends(passes[0], request)
 
     def _options(self, token: Pass, current: tuple[Ints, Ints] | None) -> None:
         """The ways to hold attention and FFN: counts on both devices [2, G, A or F, N], and states [G, A or F, N]."""
@@ -114,10 +114,10 @@ class Program:
         priced = bool(self.per_joule.any())
         for each, part in zip(passes, pieces, strict=True):
             busy = self.pace.busy_s(part, flat)
-            here, there = (np.take_along_axis(each.arrive_s[d, :before], at, axis=1) + busy[d] for d in (EDGE, CLOUD))
+            here, there = (along(each.arrive_s[d, :before], at, axis=1) + busy[d] for d in (EDGE, CLOUD))
             cost = self.per_second * np.maximum(here, there)
             if priced:
-                radio = np.take_along_axis(each.radio_j[:before], at, axis=1)
+                radio = along(each.radio_j[:before], at, axis=1)
                 cost += self.per_joule * ((busy * self.pace.power_w[:, None]).sum(0) + radio)
             total += each.weight * cost
         return total.reshape(before, *shape)
@@ -126,9 +126,9 @@ class Program:
         """Each variant of each group: its cost after each state, [G, 3, V, N], and its bytes, [2, G, V, N]."""
         attention = self._cost(passes, [p.attention for p in passes], self._groups, self._held_by, 3)
         ffn = self._cost(passes, [p.ffn for p in passes], self._units, self._after, 4)
-        after = np.take_along_axis(ffn[:, :, None], self._held_by[None, :, :, None], axis=0)[0]  # [G, A, F, N]
+        after = along(ffn[:, :, None], self._held_by[None, :, :, None], axis=0)[0]  # [G, A, F, N]
         first = attention[:, :, :, None] + after
-        again = np.take_along_axis(first, self._after[None, :, None], axis=0)[0]  # in the middle of a group
+        again = along(first, self._after[None, :, None], axis=0)[0]  # in the middle of a group
         sizes = self.sizes[:, None, None]
         groups, n = len(self.sizes), self.num_instances
         first, again = (x.reshape(*x.shape[:-3], -1, n) for x in (first, again))
@@ -143,7 +143,7 @@ class Program:
         self.mode = np.broadcast_to(self.mode, self.state.shape)
         self._apart = np.where(state.reshape(len(again), 1, -1, n) == np.arange(3)[:, None, None], 0.0, np.inf)
 
-    def _ends(self, request: RequestShape | None) -> None:
+    def _ends(self, token: Pass, request: RequestShape | None) -> None:
         """What it costs to begin, [E, 3, N], and to end in each state, [E, 3, D, N], with bytes held, [2, E, D]."""
         arch, n, pins = self.arch, self.num_instances, self.topology.origin_holds
         self.start: Floats = np.full((2, 3, n), np.inf)
@@ -156,7 +156,7 @@ class Program:
         row = arch.weight_bytes(arch.vocab_row_params) * arch.vocab
         flops = 2 * arch.vocab * arch.vocab_row_params / self.pace.flops_per_s
         busy = np.maximum(flops, row / self.pace.bytes_per_s) + self.pace.launch_s  # [D, N]
-        arrive, radio = self.pace.crossing(1)
+        arrive, radio = token.arrive_s, token.radio_j
         self.end: Floats = np.zeros((2, 3, 2, n))
         self.bytes_at_ends: Floats = np.zeros((2, 2, 2))
         for d in (EDGE, CLOUD):
@@ -189,7 +189,7 @@ class Program:
 
     def forbid(self, modes: NDArray[np.bool_]) -> None:
         """Take modes away from groups, [N, G, 4]."""
-        no = np.take_along_axis(modes.transpose(1, 2, 0), self.mode, axis=1)
+        no = along(modes.transpose(1, 2, 0), self.mode, axis=1)
         self.cost = np.where(no[:, None], np.inf, self.cost)
 
     def best(self, room_bytes: Floats) -> Choice:
@@ -208,7 +208,7 @@ class Program:
         attention, ffn = np.divmod(path.variant, self.ffn.shape[1])
 
         def chosen(ways: Ints, which: Ints) -> Ints:
-            return np.take_along_axis(ways, which[:, None], axis=1)[:, 0].T.copy()
+            return along(ways, which[:, None], axis=1)[:, 0].T.copy()
 
         heads = np.minimum(chosen(self.attention, attention), self.arch.num_kv_heads)
         mode = chosen(self.mode, path.variant).astype(np.int8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,7 @@ def table_hash() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@lru_cache
 def kept(leave_out: frozenset[str], features: tuple[Feature, ...] = FEATURES) -> NDArray[np.float32]:
     """1 for features that stay and 0 for those whose kind an ablation leaves out."""
     return np.concatenate([np.full(f.size, float(f.kind not in leave_out), np.float32) for f in features])

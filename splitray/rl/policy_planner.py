@@ -75,8 +75,8 @@ class Policy:
         """The likeliest knobs for features [N, F] and [N, G, L] (the forward pass of module.py), [N, 3]."""
         left_out = frozenset(self.card["leave_out"])
         whole, groups = whole * kept(left_out), groups * kept(left_out, GROUP_FEATURES)
-        missing = self.card["num_groups"] - groups.shape[1]
-        groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))
+        if missing := self.card["num_groups"] - groups.shape[1]:
+            groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))
         e = np.tanh(self._linear("whole", whole))
         spread = np.broadcast_to(e[:, None], (*groups.shape[:2], e.shape[1]))
         h = np.tanh(self._linear("group", np.concatenate([groups, spread], axis=2)))
