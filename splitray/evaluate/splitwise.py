@@ -19,8 +19,8 @@ from splitray.report.simulation import plots_of
 OURS = "splitwise"
 ONLINE = ("drift_plus_penalty", "myopic", "layer_cut")
 PLANNERS = (
-    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "greedy", "static_cut", "layer_dp", "ucb", *ONLINE, OURS,
-    ALONE,
+    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "greedy", "static_cut", "layer_dp", "ucb", *ONLINE,
+    OURS, ALONE,
 )  # fmt: skip
 _CLEAR = 0.05  # chance below which a difference counts as significant
 _SAME = 1e-3  # relative: as low as

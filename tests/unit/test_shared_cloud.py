@@ -71,9 +71,10 @@ def test_the_report_has_every_cell_and_names_every_baseline(monkeypatch: pytest.
     monkeypatch.setattr(foresight, "LOADS", (0.95,))
     monkeypatch.setattr(foresight, "_SLOTS", 16)
     report = splitwise.run(Options(slots=60), lambda _: None)
-    targets, latency, tail, energy, ahead = report.tables
+    targets, latency, tail, energy, ahead, of_v = report.tables
     assert len(ahead.rows) == 2 and ahead.rows[0][-1].value > 0.5
     assert len(latency.rows) == len(tail.rows) == len(energy.rows) == 2
     assert latency.columns[1:] == splitwise.PLANNERS
     assert any("static_cut" in str(row[0]) for row in targets.rows)
-    assert "ratios" in report.plots
+    assert of_v.rows[0][1].value > of_v.rows[-1][1].value
+    assert {"ratios", "v"} <= set(report.plots)
