@@ -53,14 +53,14 @@ class Climate:
         return self.cloud_load / (self.users or users_of(known)) / known.cloud.device_s(self.request)
 
 
-def users_of(known: References, own_most: float = _OWN_MOST) -> int:
+def users_of(known: References) -> int:
     """How many edges share a cloud: so many that it, and not their own round trips, is what holds them up.
 
     A line serves one request at a time. Where ends are pinned and a token takes a round trip, few users could not load
-    a cloud by 95 %, whatever they do: `own_most` of a line's own time is taken by what it asks for.
+    a cloud by 95 %, whatever they do.
     """
     line_s = _HEAVY * known.cloud.service_s(known.request) / known.cloud.device_s(known.request)
-    return next((n for n in USERS if line_s / n <= own_most), USERS[-1])
+    return next((n for n in USERS if line_s / n <= _OWN_MOST), USERS[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

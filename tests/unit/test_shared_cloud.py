@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from splitray.evaluate import Options, foresight, shared_cloud, splitwise
-from splitray.evaluate.shared_cloud import MOST_USERS, OWN_MOST, Paired, mean_and_interval, scenarios_of
+from splitray.evaluate.shared_cloud import MOST_USERS, Paired, mean_and_interval, scenarios_of
 from splitray.planners.protocol import RequestShape
 from splitray.rl.cell import Cell, references
 from splitray.rl.weather import users_of
@@ -38,7 +38,7 @@ def test_seeds_make_weather_and_edges_have_links_and_requests_of_their_own() -> 
     light, heavy, again, other = (
         scenarios_of(CELL, load, options, seed) for load, seed in ((0.5, 1), (0.95, 1), (0.95, 1), (0.95, 2))
     )
-    assert len(heavy) == min(MOST_USERS, users_of(references(CELL.arch, CELL.topology), OWN_MOST))
+    assert len(heavy) == min(MOST_USERS, users_of(references(CELL.arch, CELL.topology)))
     asked = [sum(len(s.requests) for s in world) for world in (light, heavy)]
     assert asked[1] / asked[0] == pytest.approx(0.95 / 0.5, rel=0.15)
     pair = ("edge", "cloud")
