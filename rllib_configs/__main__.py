@@ -48,7 +48,7 @@ def main(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join([*RECIPES, *SPLIT_RECIPES])}.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; on a cluster, one that all nodes share.")],
     iterations: Annotated[int | None, typer.Option(min=1, help="Updates, instead of the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in this folder.")] = False,
 ) -> None:
     """Train a recipe; what it gives is in OUT/NAME: policy.safetensors, policy.json, progress.csv, TensorBoard."""

@@ -37,6 +37,7 @@ Bools = NDArray[np.bool_]
 
 KINDS = {"none": "none", "loss": "loss:P", "awgn": "awgn:DB", "sigma": "sigma:S", "nakagami": "nakagami:M,OMEGA,HTH"}
 OPTIONS = ("unit", "burst", "fill", "rescale", "snr", "sigma", "equalise")
+MOST_DB, MOST_SIGMA = 200, 1e20  # noise beyond is no float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +102,12 @@ class NoisyChannel:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _within(self.seed >= 0, "seed of the channel", "0 or more", self.seed)
         _within(0 <= self.loss < 1, "loss of the channel", "a probability in [0, 1)", self.loss)
         if self.snr_db is not None:
-            _within(math.isfinite(self.snr_db), "snr of the channel", "a finite number of dB", self.snr_db)
+            _within(abs(self.snr_db) <= MOST_DB, "snr of the channel", f"-{MOST_DB} to {MOST_DB} dB", self.snr_db)
         if self.sigma is not None:
-            _within(0 < self.sigma < math.inf, "sigma of the channel", "above 0", self.sigma)
+            _within(0 < self.sigma <= MOST_SIGMA, "sigma of the channel", f"above 0 to {MOST_SIGMA:g}", self.sigma)
             _within(self.snr_db is None, "noise of the channel", "a ratio or a sigma", "both")
         _within(not (self.loss and self.fading), "channel", "one source of loss", "loss and nakagami")
         packets = self.unit == "packet"
@@ -309,7 +311,7 @@ def as_channel(text: str, *, seed: int = 0) -> NoisyChannel | None:
         snr_db=_number(text, options["snr"]) if "snr" in options else channel.snr_db,
         sigma=_number(text, options["sigma"]) if "sigma" in options else channel.sigma,
         unit=unit,  # type: ignore[arg-type]
-        packet_bytes=int(_number(text, size)) if size else None,
+        packet_bytes=_whole(text, size) if size else None,
         burst_units=_number(text, options["burst"]) if "burst" in options else None,
         fill=options.get("fill", "zero"),  # type: ignore[arg-type]
         rescale="rescale" in options,
@@ -323,6 +325,12 @@ def _number(text: str, part: str) -> float:
     except ValueError as error:
         raise InputError("channel", expected=f"numbers, as in {', '.join(list(KINDS.values())[1:])}", actual=text,
                          remedy=f"write a number instead of {part!r}") from error  # fmt: skip
+
+
+def _whole(text: str, part: str) -> int:
+    number = _number(text, part)
+    _within(number.is_integer(), "unit of the channel", "packets of whole bytes", part)
+    return int(number)
 
 
 def _unknown(what: str, actual: str, known: tuple[str, ...]) -> InputError:

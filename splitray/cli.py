@@ -59,7 +59,7 @@ PlanModel = Annotated[
 PlanDtype = Annotated[
     Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")
 ]
-Seed = Annotated[int, typer.Option(help="Of planner and sampling.", metavar="N")]
+Seed = Annotated[int, typer.Option(help="Of planner and sampling.", min=0, metavar="N")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 
 
@@ -167,7 +167,7 @@ def plan(
     planner: Annotated[str, typer.Option(help="Decides where what runs.", metavar="NAME[:ARG]")],
     context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
     dtype: PlanDtype = None,
-    seed: Annotated[int, typer.Option(help="Of a planner that draws.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(help="Of a planner that draws.", min=0, metavar="N")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the placement file.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
@@ -226,7 +226,7 @@ def simulate(
         str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
     ] = "none",
     dtype: PlanDtype = None,
-    seed: Annotated[int, typer.Option(help="Of traces, arrivals and planners that draw.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(help="Of traces, arrivals and planners that draw.", min=0, metavar="N")] = 0,
     staged: Annotated[bool, typer.Option("--staged/--not-staged", help="Weights lie on every device's disk.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write results, samples and plots into it.", metavar="DIR")] = None,
     as_json: Json = False,
@@ -269,7 +269,7 @@ def evaluate(
     ] = None,
     arrivals: Annotated[str | None, typer.Option(help="As `simulate` takes them.", metavar="ARRIVALS")] = None,
     slots: Annotated[int, typer.Option(help="Slots of a simulation.", min=1, metavar="N")] = 200,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0, metavar="N")] = 0,
     workers: Annotated[int, typer.Option(help="Processes, for the suite splitwise.", min=1, metavar="N")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the report and its plots into it.", metavar="DIR")] = None,
     as_json: Json = False,

@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folds", type=int, default=FOLDS)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
+    if min(asked.hidden, asked.steps) < 1 or asked.folds < 2 or asked.seed < 0:
+        parser.error("expected --hidden and --steps of at least 1, --folds of 2, --seed of 0")
     try:
         tables = [QualityTable.load(path) for path in asked.table]
         models = [table.model for table in tables]

@@ -163,6 +163,10 @@ def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> Quali
     codecs = [as_codec(c) for c in request.codecs]
     if not places:
         raise InputError("cut", expected="a cut or a placement", actual="neither", remedy="give --cut all")
+    cells = [c for c in itertools.product(places, codecs, channels) if c[1] != "none" or c[2] is not None]
+    if not cells:
+        raise InputError("channel", expected="a channel or a codec", actual="neither: nothing would be lost",
+                         remedy="write for example --channel loss:0.1/0.2")  # fmt: skip
     before = QualityTable.load(request.out) if Path(request.out).exists() else None
     meter = Meter(
         model=request.model, text=request.text, dtype=request.dtype, window=request.window, stride=request.stride,
@@ -176,7 +180,7 @@ def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> Quali
     if before is not None:
         _the_same(before, table, request.out)
         table = before
-    cells = [c for c in itertools.product(places, codecs, channels) if c[1] != "none" or c[2] is not None]
+    table.save(request.out)  # a file that cannot be written is refused before the first cell takes its time
     known = {row.key for row in table.rows}
     for done, ((name, at), codec, channel) in enumerate(cells):
         tell(done, len(cells))

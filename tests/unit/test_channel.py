@@ -217,9 +217,13 @@ REFUSED = {
     "a threshold that no gain passes": "nakagami:1,1,99",
     "too few numbers": "nakagami:1,1",
     "an endless ratio": "awgn:inf",
+    "a ratio that no number holds": "awgn:-5000",
+    "a sigma that no number holds": "sigma:1e300",
     "an unknown unit": "loss:0.1,unit=word",
     "a packet without a size": "loss:0.1,unit=packet",
     "a packet of nothing": "loss:0.1,unit=packet:0",
+    "a packet without an end": "loss:0.1,unit=packet:inf",
+    "a packet of half a byte": "loss:0.1,unit=packet:64.5",
     "elements with a size": "loss:0.1,unit=element:4",
     "an unknown fill": "loss:0.1,fill=noise",
     "two noises": "awgn:10,sigma=1",
@@ -237,6 +241,8 @@ def test_bad_channels_are_refused(text):
     with pytest.raises(InputError) as refused:
         as_channel(text)
     assert refused.value.expected and refused.value.remedy
+    with pytest.raises(InputError, match="seed"):
+        as_channel("loss:0.1", seed=-1)
 
 
 def test_the_engine_refuses_before_it_starts_anything():

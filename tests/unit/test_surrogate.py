@@ -212,3 +212,5 @@ def test_the_command_refuses_bad_input(wrong, tmp_path, capsys):
     arguments = [str(path) if w == "TABLE" else w for w in wrong]
     assert fit_quality.main([*arguments, "--out", str(tmp_path / "s")]) == 2
     assert "expected" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        fit_quality.main(["--table", str(path), "--folds", "1", "--out", str(tmp_path / "s")])

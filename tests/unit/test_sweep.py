@@ -112,11 +112,14 @@ REFUSED = {
     "no masks": ({"masks": 0}, "masks"),
     "a placement that is not there": ({"placements": ("no.yaml",)}, "placement"),
     "a text shorter than a window": ({"tokens": 30}, "text"),
+    "nothing that loses anything": ({"channels": ("none",)}, "channel"),
+    "a file that cannot be written": ({"out": "/dev/null/table.json"}, "table"),
 }
 
 
 @pytest.mark.parametrize(("options", "what"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_is_refused_before_anything_is_measured(options, what, folder, tmp_path):  # noqa: F811
+def test_bad_input_is_refused_before_anything_is_measured(options, what, folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Meter, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError) as refused:
         sweep(asked(folder, tmp_path, **options))
     assert what in refused.value.what and refused.value.remedy
@@ -162,7 +165,7 @@ def test_the_command_sweeps_shows_and_refuses(folder, tmp_path):  # noqa: F811
     assert one["cut"] == 1 and one["channel"] == "loss:0.4" and len(one["mask_perplexities"]) == 2
     for wrong in (["--cut", "1,2"], ["--cut", "9"], ["--channel", "loss:0.1/0.2"], ["--channel", "loss:1"],
                   ["--channel", "nakagami:0.4,1,1"], ["--codec", "none", "--codec", "int8"], ["--window", "999"],
-                  ["--tokens", "20"]):  # fmt: skip
+                  ["--tokens", "20"], ["--seed", "-1"], ["--cut", "1", "--out", str(out)]):  # fmt: skip
         assert CliRunner().invoke(app, [*base, *wrong]).exit_code == 2, wrong
 
 
