@@ -53,6 +53,9 @@ Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights 
 Codec = Annotated[
     Literal["none", "bf16", "int8", "int4"], typer.Option(help="How partial sums travel; all but none lose accuracy.")
 ]
+Channel = Annotated[
+    str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
+]
 PlanModel = Annotated[
     str, typer.Option(help="gpt2-xl, llama-7b, llama-13b, llama-3-8b, `tiny`, or a model's folder.", metavar="NAME")
 ]
@@ -166,6 +169,8 @@ def plan(
     topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
     planner: Annotated[str, typer.Option(help="Decides where what runs.", metavar="NAME[:ARG]")],
     context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
+    codec: Codec = "none",
+    channel: Channel = "none",
     dtype: PlanDtype = None,
     seed: Annotated[int, typer.Option(help="Of a planner that draws.", min=0, metavar="N")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the placement file.", metavar="FILE")] = None,
@@ -178,7 +183,8 @@ def plan(
 
     with _stdout_kept(as_json):
         found = run(
-            model=model, topology=topology, planner=planner, context_tokens=context, dtype=dtype, seed=seed
+            model=model, topology=topology, planner=planner, context_tokens=context, dtype=dtype, seed=seed,
+            codec=codec, channel=channel,
         )  # fmt: skip
     if out is not None:
         found.placement.save(out)
@@ -222,9 +228,7 @@ def simulate(
         str | None, typer.Option(help="Devices that are gone for a while, with commas.", metavar="ID:FROM_S:TO_S")
     ] = None,
     codec: Codec = "none",
-    channel: Annotated[
-        str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
-    ] = "none",
+    channel: Channel = "none",
     dtype: PlanDtype = None,
     seed: Annotated[int, typer.Option(help="Of traces, arrivals and planners that draw.", min=0, metavar="N")] = 0,
     staged: Annotated[bool, typer.Option("--staged/--not-staged", help="Weights lie on every device's disk.")] = True,

@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from splitray.arch import ModelArch
 from splitray.catalog import ARCHITECTURES, architecture
+from splitray.channel import as_channel
+from splitray.codecs import as_codec
 from splitray.cost import CostModel, Prediction
 from splitray.errors import ModelError, did_you_mean
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.exact import Exact, ExactResult, solve
+from splitray.quality.accuracy import accuracy_of
 from splitray.route import compile_route
 from splitray.topology import Topology
 
@@ -29,6 +32,8 @@ class Plan:
     placement: Placement
     predicted: Prediction
     exchanges_per_token: int
+    accuracy_loss: float
+    """Rise of relative perplexity by codec and channel, as the shipped model's measurements tell."""
     optimum: ExactResult
     """Over the planner's own action space."""
     global_optimum: ExactResult
@@ -49,6 +54,7 @@ class Plan:
                 "memory_bytes": {str(d): n for d, n in predicted.memory_bytes.items()},
             },
             "exchanges_per_token": self.exchanges_per_token,
+            "accuracy_loss": self.accuracy_loss,
             "optimal_tpot_s": self.optimum.tpot_s,
             "gap": predicted.tpot_s / self.optimum.tpot_s - 1,
             "global_optimal_tpot_s": self.global_optimum.tpot_s,
@@ -60,7 +66,15 @@ class Plan:
 
 
 def run(
-    *, model: str, topology: str, planner: str, context_tokens: int, dtype: Dtype | None = None, seed: int = 0
+    *,
+    model: str,
+    topology: str,
+    planner: str,
+    context_tokens: int,
+    dtype: Dtype | None = None,
+    seed: int = 0,
+    codec: str = "none",
+    channel: str = "none",
 ) -> Plan:
     """Plan without starting anything.
 
@@ -71,6 +85,8 @@ def run(
         context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
         dtype: of weights and activations; None for bfloat16 of a named decoder and float32 of a folder.
         seed: of a planner that draws.
+        codec: how partials travel; what it saves in time and costs in quality is weighed.
+        channel: what happens to them on the way; likewise.
 
     Raises:
         InputError: a name, a file or the instance is wrong; says what.
@@ -79,15 +95,17 @@ def run(
     where.require_connected()
     arch = read_model_arch(model, dtype=dtype)
     chosen = make_planner(planner, seed=seed)
-    state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens)
+    coded = as_codec(codec)
+    accuracy = accuracy_of(coded, as_channel(channel))
+    state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens, codec=coded, accuracy=accuracy)
     started = time.perf_counter()
     searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
     placement = chosen.propose(state) if searched is None else searched.placement
     decision_s = time.perf_counter() - started
-    route = compile_route(placement, arch, where)
+    route = compile_route(placement, arch, where, codec=coded)
     own = searched or solve(state, chosen.space, known=[placement])
     overall = own if chosen.space == "all" else solve(state, known=[own.placement])
-    cost = CostModel(arch, where)
+    cost = CostModel(arch, where, codec=coded)
     return Plan(
         arch=arch,
         topology=where,
@@ -95,6 +113,7 @@ def run(
         placement=placement,
         predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
         exchanges_per_token=route.exchanges_per_token,
+        accuracy_loss=0.0 if accuracy is None else accuracy.route_loss(route),
         optimum=own,
         global_optimum=overall,
         decision_s=decision_s,

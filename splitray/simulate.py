@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from splitray.accuracy import Accuracy, shipped_table
 from splitray.arch import ModelArch
 from splitray.channel import as_channel
 from splitray.codecs import Codec
@@ -18,8 +17,7 @@ from splitray.cost import CostModel
 from splitray.errors import InputError, PlacementError
 from splitray.plan import Dtype, read_model_arch
 from splitray.planners import ClusterState, make_planner
-from splitray.quality.accuracy import SurrogateAccuracy
-from splitray.quality.surrogate import shipped_surrogate
+from splitray.quality.accuracy import accuracy_of
 from splitray.report.plots import save_plots
 from splitray.report.simulation import plots_of
 from splitray.sim.arena import Case, run
@@ -116,9 +114,7 @@ def scenario_of(request: Request) -> Scenario:
     if not 0 <= request.background <= 1:
         raise InputError("--background", expected="a share from 0 to 1", actual=request.background,
                          remedy="write for example 0.3")  # fmt: skip
-    accuracy: Accuracy | None = shipped_table() if request.codec != "none" else None
-    if (channel := as_channel(request.channel)) is not None:
-        accuracy = SurrogateAccuracy(surrogate=shipped_surrogate(), model="tiny", channel=channel)
+    accuracy = accuracy_of(request.codec, as_channel(request.channel))
     return Scenario(
         name=request.model, arch=arch, topology=topology, num_slots=slots, slot_s=slot_s,
         requests=arrivals(request.arrivals, slots * slot_s, default_rate_per_s(arch, topology), coming),

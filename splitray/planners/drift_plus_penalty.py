@@ -18,6 +18,7 @@ until the placement fits, and nothing is proven.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from splitray.cost import CostModel
@@ -51,7 +52,12 @@ class DriftPlusPenalty:
         fitting = [chosen] if _fits(space, chosen) else []
         if fitting and not space.rates.shares_memory:
             # No slower than one device or one cut: those chains are in the program, which prices them truly.
-            return self._paid_for(space.placement(chosen.path, chosen.embedding), state, prices)
+            best = space.placement(chosen.path, chosen.embedding)
+            if state.accuracy is not None and prices.per_loss:
+                # What a surrogate tells of a whole may be more than of its parts: never worse than one device.
+                alone = itertools.islice(simple(space), 1)
+                best = min((best, *alone), key=lambda placement: cost_of(placement, state, prices))
+            return self._paid_for(best, state, prices)
         if not fitting:
             fitting = [each for _, each, _ in priced(space, chosen, prices, state.request) if _fits(space, each)]
         candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in fitting), *simple(space)]

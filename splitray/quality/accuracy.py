@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from splitray.accuracy import Accuracy, shipped_table
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.quality.features import PlaceFeatures
-from splitray.quality.surrogate import Surrogate
+from splitray.quality.surrogate import Surrogate, shipped_surrogate
 from splitray.route import Route
 
 
@@ -45,3 +46,10 @@ class SurrogateAccuracy:
 
     def _rise(self, place: PlaceFeatures, codec: Codec) -> float:
         return self.surrogate.predict(self.model, place, self.channel, codec) - 1
+
+
+def accuracy_of(codec: Codec, channel: NoisyChannel | None) -> Accuracy | None:
+    """What the shipped model's measurements tell of a codec, its surrogate of a channel; None where nothing is lost."""
+    if channel is not None:
+        return SurrogateAccuracy(surrogate=shipped_surrogate(), model="tiny", channel=channel)
+    return None if codec == "none" else shipped_table()

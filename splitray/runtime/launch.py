@@ -11,13 +11,14 @@ from transformers import AutoTokenizer
 
 from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel, as_channel
-from splitray.codecs import as_codec
+from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
 from splitray.model.layout import LayerLayout
 from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
+from splitray.quality.accuracy import accuracy_of
 from splitray.runtime.controller import attend
 from splitray.runtime.engine import Engine
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
@@ -77,6 +78,8 @@ def decide(
     placement: str | Path | Placement | None,
     seed: int = 0,
     context_tokens: int = 0,
+    codec: Codec = "none",
+    channel: NoisyChannel | None = None,
 ) -> Placement:
     """The placement of a file or of a planner (`even` if neither is given), validated.
 
@@ -87,7 +90,10 @@ def decide(
         raise InputError("placement", expected="either a planner or a placement", actual="both",
                          remedy="leave one out")  # fmt: skip
     if placement is None:
-        state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+        state = ClusterState(
+            arch=arch, topology=topology, context_tokens=context_tokens, codec=codec,
+            accuracy=accuracy_of(codec, channel),
+        )  # fmt: skip
         return make_planner(planner or "even", seed=seed).propose(state)
     chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
     validate(chosen, arch, topology)
@@ -165,7 +171,7 @@ def launch_engine(
     progress("reading and testing the model")
     arch, layout, lean = read_model(model, dtype=dtype)
     progress("planning")
-    chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
+    chosen = decide(arch, where, planner=planner, placement=placement, seed=seed, codec=coded, channel=way)
     progress("starting the devices and loading their slices")
     engine = Engine(
         fleet=fleet,

@@ -67,6 +67,31 @@ def test_the_shipped_model_can_be_planned(topology: Path) -> None:
     assert len(document["placement"]["layers"]) >= 12
 
 
+def test_codec_channel_and_crossings_are_traded_against_perplexity(tmp_path: Path) -> None:
+    path = tmp_path / "pair.yaml"
+    free = "catalog: raspberry-pi-5, idle_w: 0, active_w: 0"
+    path.write_text(f"""
+devices: [{{id: a, tier: edge, {free}}}, {{id: b, tier: cloud, {free}}}]
+links: [{{between: [a, b], catalog: gigabit-lan}}]
+""")
+
+    def planned(weight: int | None, *options: str) -> tuple[float, float, int]:
+        planner = "best_device" if weight is None else f"drift_plus_penalty:{weight}"
+        found = json.loads(plan(path, "--json", *options, model="gpt2-xl", planner=planner).stdout)
+        return found["predicted"]["tpot_s"], found["accuracy_loss"], found["exchanges_per_token"]
+
+    exact, noisy, careful = planned(0), planned(0, "--channel", "loss:0.1"), planned(1, "--channel", "loss:0.1")
+    assert exact[1] == 0 and noisy[::2] == exact[::2], "at no weight only time counts"
+    assert careful[0] > noisy[0] and careful[1] < noisy[1] and careful[2] < noisy[2]
+    coded, both = planned(0, "--codec", "int4"), planned(0, "--codec", "int4", "--channel", "loss:0.1")
+    assert coded[0] < exact[0] and 0 < coded[1] < both[1]
+    alone, weighed = planned(None, "--channel", "loss:0.02"), planned(10, "--channel", "loss:0.02")
+    assert alone[1] == 0, "nothing crosses"
+    assert weighed[0] + 10 * weighed[1] <= alone[0], "by the surrogate's own word never worse than one device"
+    assert plan(path, "--channel", "loss:1").exit_code == 2
+    assert "rise of perplexity" in plan(path, "--channel", "loss:0.1", model="tiny", planner="even").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
