@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
+from splitray.codecs import encoded_bytes
 from splitray.evaluate import Options, Tell
 from splitray.evaluate.measured_reward import TimedReward, timed_reward
 from splitray.evaluate.split_figures import (
@@ -25,14 +26,17 @@ from splitray.evaluate.split_figures import (
     figure_7,
     figure_8,
     figure_9,
+    monotone,
     policies,
     programs,
     strengths,
 )
 from splitray.evaluate.split_runs import STARTS, Runs, simulated, spread
+from splitray.model.reading import read_config
 from splitray.quality.surrogate import shipped_surrogate
 from splitray.quality.table import shipped_quality
 from splitray.report.document import Cell, Number, Report, Table
+from splitray.runtime.launch import model_path
 
 if TYPE_CHECKING:
     from splitray.rl.split_quality import Noise
@@ -75,6 +79,7 @@ def run(
 
     started = time.perf_counter()
     table, surrogate = shipped_quality(), shipped_surrogate()
+    both = table, shipped_quality("tiny-neox")
     runs = Runs(table=table, surrogate=surrogate, seeds=range(options.seed, options.seed + seeds), tell=tell)
     bases = {noise: SplitRecipe(name=f"PPO, {noise}", noise=noise, steps=steps) for noise in get_args(Noise)}
     sigma = bases["sigma"]
@@ -83,8 +88,8 @@ def run(
     peak = _peak_bytes()  # of learning alone, and then of learning beside a model: before anything else is done
     tell("measured rewards against the clock")
     reward = timed_reward(table, timed)
-    plots = {"figure_3": figure_3(table)}
-    tables = [strengths(table), *(programs(runs, base) for base in bases.values())]
+    plots = {"figure_3": figure_3(both)}
+    tables = [*map(strengths, both), monotone(both), *(programs(runs, base) for base in bases.values())]
     plots["figure_5"], found = figure_5(runs, sigma)
     tables.append(found)
     plots["figure_6"], compared = figure_6(runs, bases)
@@ -100,7 +105,7 @@ def run(
     tables.insert(0, _targets(runs, bases, reward, peak, rho))
     tables.append(Table("Where we deviate from the paper", ("",), tuple((d,) for d in DEVIATIONS)))
     captions = {
-        "figure_3": "Relative perplexity by cut (Fig. 3); measured.",
+        "figure_3": "Relative perplexity by cut on two models of one recipe (Fig. 3); measured.",
         "figure_5": "PPO, A2C and DQN while they learn, fixed sigma, 95 % bands over seeds (Fig. 5); simulated.",
         "figure_6": "Sums of rewards of single episodes, all on the same starts (Fig. 6); simulated.",
         "figure_7": f"{DECISIONS} decisions of PPO with the surrogate, and a LOESS (Fig. 7); simulated.",
@@ -113,7 +118,8 @@ def run(
             "splitray": version("splitray"),
             "suite": "layer-splitting",
             "table": f"{table.model}, {table.num_layers} layers, {table.text}, {table.tokens} tokens, "
-            f"{table.masks} masks, measured at {table.measured_at}",
+            f"{table.masks} masks, measured at {table.measured_at}; for Figure 3 also {both[1].model}, "
+            f"{both[1].architecture} of the same recipe",
             "trainings": f"{steps} decisions each, {seeds} seeds from {options.seed}, one thread",
             "judged on": f"the same {STARTS} starts of a case, rewards from the measured table, greedy",
             "seconds": round(time.perf_counter() - started, 1),
@@ -175,12 +181,26 @@ def _targets(
             (f"{noise}: training faster by", "1,000x", Number(faster, "ratio", "predicted", f"{faster:,.0f}x"),
              _met(faster, 1000)),
         ]  # fmt: skip
-    rows.append(("memory with the surrogate", "1 GB", Number(peak_bytes, "B", "measured"), _met(-peak_bytes, -1e9)))
+    told = runs.surrogate.metrics["loss_at_cut"]
+    rise = max(abs(runs.table.relative(r) - 1) for r in runs.table.rows if (r.channel, r.codec) == ("none", "int8"))
+    width = read_config(model_path(runs.table.model)).hidden_size
+    sent = encoded_bytes("int8", 1, width) / encoded_bytes("bf16", 1, width)
+    rows += [
+        ("memory with the surrogate", "1 GB", Number(peak_bytes, "B", "measured"), _met(-peak_bytes, -1e9)),
+        ("surrogate, squared error at held-out losses and cuts", "at most 0.00548", _plain(told.mse),
+         _met(-told.mse, -0.00548)),
+        ("surrogate, absolute error there", "at most 0.050", _plain(told.mae), _met(-told.mae, -0.05)),
+        ("surrogate, R2 there", "at least 0.9", _plain(told.r2), _met(told.r2, 0.9)),
+        ("int8, most that a cut costs in relative perplexity", "below 1 %", Number(rise, "share", "measured"),
+         _met(-rise, -0.01)),
+        ("int8, bytes over those of bf16", "0.5 within 5 %", Number(sent, "ratio", "predicted", f"{sent:.3f}"),
+         _met(-abs(sent / 0.5 - 1), -0.05)),
+    ]  # fmt: skip
     return Table(
         "Targets", ("target", "wanted", "reached", ""), tuple(rows),
-        f"Means over seeds, case A, {STARTS} starts. Under losses perplexity rises with p on the shipped model, so "
-        "that the best policy goes to the earliest cut whatever the channel: none near the optimum correlates with the "
-        "strength there.",
+        f"Means over seeds, case A, {STARTS} starts; the surrogate's errors by cross-validation. Under losses "
+        "perplexity rises with p on the shipped model, so that the best policy goes to the earliest cut whatever the "
+        "channel: none near the optimum correlates with the strength there.",
     )  # fmt: skip
 
 
@@ -190,6 +210,10 @@ def _peak_bytes() -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
+
+
+def _plain(value: float) -> Number:
+    return Number(value, "", "measured")
 
 
 def _share(value: float) -> Number:

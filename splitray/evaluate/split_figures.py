@@ -5,7 +5,7 @@ What is learned comes from `Runs`, which trains nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from splitray.channel import as_channel
 from splitray.evaluate.split_runs import STARTS, Reals, Runs, simulated, spread
 from splitray.quality.table import QualityTable
 from splitray.report.document import Cell, Number, Table
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from splitray.rl.split_recipe import SplitRecipe
 
 DECISIONS = 500
+_NOISES = ("loss", "sigma", "awgn")
 _CASES: tuple[Case, ...] = ("L", "H", "A")
 _A2C: dict[str, Any] = {"algorithm": "a2c", "learning_rate": 7e-4, "rollout_steps": 50}
 _DQN: dict[str, Any] = {"algorithm": "dqn", "learning_rate": 5e-4}
@@ -40,30 +40,29 @@ _SWEPT: dict[str, list[tuple[str, Any]]] = {
 # ---------------------------------------------------------------------------------------------------- Figure 3
 
 
-def _by_cut(table: QualityTable, noise: Noise) -> dict[str, Curve]:
+def _by_cut(table: QualityTable, noise: str) -> dict[str, Curve]:
     found: dict[float, dict[int, tuple[float, float]]] = {}
     for row in table.rows:
-        channel = as_channel(row.channel)
-        strength = 0.0 if channel is None else channel.loss or channel.sigma or 0.0
-        if row.channel == f"{noise}:{strength:g}" and row.codec == "none" and row.at.startswith("cut:"):
+        kind, _, strength = row.channel.partition(":")
+        if kind == noise and "," not in strength and row.codec == "none" and row.at.startswith("cut:"):
             cut = int(row.at.removeprefix("cut:"))
-            found.setdefault(strength, {})[cut] = (table.relative(row), 1.96 * row.standard_error)
+            found.setdefault(float(strength), {})[cut] = (table.relative(row), 1.96 * row.standard_error)
     return {
         f"{noise}:{strength:g}": Curve(sorted(by), [by[c][0] for c in sorted(by)], [by[c][1] for c in sorted(by)])
         for strength, by in sorted(found.items())
     }
 
 
-def figure_3(table: QualityTable) -> Figure:
-    """Perplexity by cut, a line a channel."""
-    panels = {f"{table.model}: {noise}": _by_cut(table, noise) for noise in ("loss", "sigma")}
+def figure_3(tables: Sequence[QualityTable]) -> Figure:
+    """Perplexity by cut, a panel a model and kind of channel, a line a channel."""
+    panels = {f"{table.model}: {noise}": _by_cut(table, noise) for table in tables for noise in _NOISES}
     return curves_plot(panels, "cut p, layers on the device", "relative perplexity")
 
 
 def strengths(table: QualityTable) -> Table:
     """Some of its points with their intervals."""
     rows: list[tuple[Cell, ...]] = []
-    for noise in ("loss", "sigma"):
+    for noise in _NOISES:
         for name, curve in _by_cut(table, noise).items():
             shown = [i for i, p in enumerate(curve.x) if p in (1, 4, 7, 10)]
             assert curve.half is not None, "made with intervals"
@@ -72,8 +71,32 @@ def strengths(table: QualityTable) -> Table:
             ]
             rows.append((name, *numbers))
     return Table(
-        "Relative perplexity by channel and cut (Fig. 3)", ("channel", "p = 1", "4", "7", "10"), tuple(rows),
-        "Over the exact model's; 95 % intervals over tokens, each compared with itself in the exact run.",
+        f"Relative perplexity by channel and cut (Fig. 3), {table.model}", ("channel", "p = 1", "4", "7", "10"),
+        tuple(rows),
+        f"Over the exact model's ({table.architecture}, {table.num_layers} layers, perplexity {table.perplexity:.4g} "
+        f"on {table.text}); 95 % intervals over tokens, each compared with itself in the exact run.",
+    )  # fmt: skip
+
+
+def monotone(tables: Sequence[QualityTable]) -> Table:
+    """Which way perplexity goes with strength and cut, and how often it does not."""
+    rows: list[tuple[Cell, ...]] = []
+    for table in tables:
+        for noise in _NOISES:
+            curves = list(_by_cut(table, noise).values())
+            y_VP, half_VP = np.array([c.y for c in curves]), np.array([c.half for c in curves])
+            for along, name in enumerate(("strength" if noise != "awgn" else "ratio", "p")):
+                step = np.diff(y_VP, axis=along)
+                first, last = (np.delete(half_VP, end, axis=along) for end in (-1, 0))
+                way = np.sign(step.sum())
+                counts = step.size, (way * step < 0).sum(), (way * step < -np.hypot(first, last)).sum()
+                numbers = (Number(float(n), "count", "measured") for n in counts)
+                rows.append((f"{table.model}: {noise}", f"{'rises' if way > 0 else 'falls'} with {name}", *numbers))
+    return Table(
+        "Monotone within noise (Fig. 3)", ("channel", "relative perplexity", "steps", "the other way", "beyond noise"),
+        tuple(rows),
+        "A step goes to the next strength or cut that was measured; noise is the 95 % interval of two measurements "
+        "without what they have in common.",
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
@@ -128,9 +128,12 @@ class QualityTable:
         return table
 
 
-def shipped_quality() -> QualityTable:
-    """What was measured on the model that ships with splitray."""
-    return QualityTable.load(Path(__file__).parent / "shipped" / "tiny.json")
+def shipped_quality(model: Literal["tiny", "tiny-neox"] = "tiny") -> QualityTable:
+    """What was measured on the model that ships with splitray, or on one of another architecture by the same recipe.
+
+    That is `python -m splitray.model.tiny --architecture gpt_neox --out DIR`, which does not ship.
+    """
+    return QualityTable.load(Path(__file__).parent / "shipped" / f"{model}.json")
 
 
 def _short(plain: dict[str, Any]) -> dict[str, Any]:

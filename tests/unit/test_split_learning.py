@@ -126,3 +126,5 @@ def test_the_suite_says_where_every_number_is_from(monkeypatch: pytest.MonkeyPat
     assert {n.shown for n in paper} == {"2.9736", "2.9663", "over 24 days", "462 s", "16.3 GB", "below 1 GB"}
     targets = {r[0]: r for r in next(t for t in report.tables if t.title == "Targets").rows}
     assert targets["sigma: training faster by"][3] == "yes"
+    assert all(row[3] == "yes" for name, row in targets.items() if name.startswith(("surrogate", "int8")))
+    assert len([t for t in titles if "tiny-neox" in t]) == 1 and "Monotone within noise (Fig. 3)" in titles

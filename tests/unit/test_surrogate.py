@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,19 @@ import torch
 from splitray import fit_quality
 from splitray.channel import as_channel
 from splitray.errors import InputError
+from splitray.evaluate.split_figures import monotone
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.in_loop import InLoop
-from splitray.quality.surrogate import Record, Surrogate, cross_validate, metrics_of, records_of, shipped_surrogate
-from splitray.quality.table import QualityTable, shipped_quality
+from splitray.quality.surrogate import (
+    CEILING,
+    Record,
+    Surrogate,
+    cross_validate,
+    metrics_of,
+    records_of,
+    shipped_surrogate,
+)
+from splitray.quality.table import QualityRow, QualityTable, shipped_quality
 
 LAYERS = 8
 
@@ -171,17 +181,39 @@ def test_in_loop_measures_for_t_epochs_then_switches_once():
 # --- what ships, and the command
 
 
-def test_the_shipped_table_is_of_the_shipped_model_and_says_what_was_found():
-    table = shipped_quality()
-    assert (table.model, table.num_layers, table.masks) == ("tiny", 12, 5)
+@pytest.mark.parametrize(
+    ("model", "losses"), [("tiny", np.arange(0.02, 0.31, 0.04)), ("tiny-neox", (0.02, 0.1, 0.2, 0.3))]
+)
+def test_the_shipped_tables_say_what_was_found_on_two_architectures(model, losses):
+    table = shipped_quality(model)
+    assert (table.model, table.num_layers, table.masks) == (model, 12, 5)
     cuts = range(1, 12)
-    for cut in cuts:  # it rises with loss: 8 losses, drawn so that more loss only adds to less
-        by_loss = [table.relative_perplexity(f"loss:{p:g}", "none", f"cut:{cut}") for p in np.arange(0.02, 0.31, 0.04)]
+    for cut in cuts:  # it rises with loss: drawn so that more loss only adds to less
+        by_loss = [table.relative_perplexity(f"loss:{p:g}", "none", f"cut:{cut}") for p in losses]
         assert (np.diff(by_loss) > 0).all()
         assert abs(table.relative_perplexity("none", "int8", f"cut:{cut}") - 1) < 0.01
-    for sigma in ("0.5", "1", "2"):  # and falls with p where sigma is fixed
+    for sigma in ("0.5", "1", "2", "3"):  # and falls with p where sigma is fixed
         by_cut = np.array([table.relative_perplexity(f"sigma:{sigma}", "none", f"cut:{p}") for p in cuts])
         assert by_cut[0] > by_cut[5] > by_cut[-1] - 0.002 and (np.diff(by_cut) < 0.01).all()
+    counts = {row[:2]: [n.value for n in row[2:]] for row in monotone([table]).rows}
+    for way in (("sigma", "falls with p"), ("sigma", "rises with strength"), ("loss", "rises with strength"),
+                ("loss", "rises with p"), ("awgn", "falls with ratio")):  # fmt: skip
+        steps, _, beyond = counts[f"{model}: {way[0]}", way[1]]
+        assert steps > 0 and beyond == 0, way
+
+
+def test_a_step_the_other_way_is_counted_and_noise_is_told_from_more():
+    table = replace(
+        shipped_quality(),
+        perplexity=1.0,
+        rows=tuple(
+            QualityRow(channel=f"{kind}:{k}", codec="none", at=f"cut:{p}", perplexity=y * k, standard_error=0.01)
+            for kind in ("loss", "sigma", "awgn") for k in (1, 2) for p, y in ((1, 1.5), (2, 1.3), (3, 1.31), (4, 1.4))
+        ),
+    )  # fmt: skip
+    counts = {row[:2]: [n.value for n in row[2:]] for row in monotone([table]).rows}
+    assert counts["tiny: sigma", "falls with p"] == [6, 4, 2]
+    assert counts["tiny: sigma", "rises with strength"] == [4, 0, 0]
 
 
 def test_the_command_fits_what_was_measured(tmp_path, capsys):
@@ -194,14 +226,18 @@ def test_the_command_fits_what_was_measured(tmp_path, capsys):
     assert m.mse <= 0.00548 and m.mae <= 0.05 and m.r2 >= 0.9
     table = QualityTable.load(path)
     told = [found.predict("tiny", r.place, r.channel, r.codec) for r in records_of(table)]
-    assert np.abs(np.array(told) - [table.relative(r) for r in table.rows]).mean() < 0.03
+    assert np.abs(np.array(told) - [min(CEILING, table.relative(r)) for r in table.rows]).mean() < 0.05
 
 
 def test_the_shipped_surrogate_knows_the_shipped_table():
     surrogate, table = shipped_surrogate(), shipped_quality()
+    assert surrogate.metrics["all"].rows == len(table.rows), "fitted to what ships, so that a user can fit it again"
     m = surrogate.metrics["loss_at_cut"]
     assert m.mse <= 0.00548 and m.mae <= 0.05 and m.r2 >= 0.9
-    off = [surrogate.predict(r.model, r.place, r.channel, r.codec) - r.relative_perplexity for r in records_of(table)]
+    off = [
+        surrogate.predict(r.model, r.place, r.channel, r.codec) - min(CEILING, r.relative_perplexity)
+        for r in records_of(table)
+    ]
     assert np.abs(off).mean() < 0.02
 
 
