@@ -1,7 +1,8 @@
 """The surrogate of Chen et al.: an MLP that tells the relative perplexity of a channel at a cut or a placement.
 
-Input: the features of quality/features.py, and a switch for each model it was fitted to. Output: the logarithm of the
-relative perplexity (no unit), of at most `CEILING`: what loses more is of no use, and how much more does not matter.
+Input: the features of quality/features.py, and a switch for each model it was fitted to. Output: the logarithm of what
+relative perplexity (no unit) rises by and `FLOOR`, so that small rises, between which policies choose, are told well
+beside large ones. A perplexity counts as at most `CEILING`: what loses more is of no use, however much more.
 The paper's maps (loss, p) to a reward of unknown unit (E14) by two layers of 128 ReLU;
 this one has two of `hidden` tanh. Fitting takes torch, predicting numpy only.
 
@@ -37,8 +38,8 @@ from splitray.quality.features import (
 )
 from splitray.quality.table import QualityTable
 
-FORMAT = 1
-CEILING = 4.0
+FORMAT = 2
+CEILING, FLOOR = 4.0, 0.1
 UNIT = f"relative perplexity: with the channel over the exact model's, 1 is no loss, {CEILING:g} or more counts as that"
 HIDDEN, STEPS, FOLDS = 32, 2000, 5
 Reals = NDArray[np.float64]
@@ -222,7 +223,7 @@ def cross_validate(
         seen = fold != held_out
         mean, scale, weights = _trained(inputs[seen], targets[seen], hidden, steps, seed)
         told[~seen] = _forward(weights, (inputs[~seen] - mean) / scale)
-    told_relative, measured = _relative(told), np.exp(targets)
+    told_relative, measured = _relative(told), _relative(targets)
     groups = {
         "all": np.full(len(records), True),
         "loss_at_cut": np.array([r.is_loss_at_a_cut for r in records]),
@@ -255,13 +256,13 @@ def _arrays(records: Sequence[Record]) -> tuple[Reals, Reals, tuple[str, ...]]:
     if not (np.isfinite(relative) & (relative > 0)).all():
         raise InputError("records of the surrogate", expected="relative perplexities above 0", actual=relative.tolist(),
                          remedy="leave out what is none")  # fmt: skip
-    return np.array(inputs, np.float64), np.log(np.minimum(relative, CEILING)), models
+    return np.array(inputs, np.float64), np.log(np.clip(relative, 1.0, CEILING) - 1 + FLOOR), models
 
 
 def _trained(
     inputs: Reals, targets: Reals, hidden: int, steps: int, seed: int
 ) -> tuple[Reals, Reals, tuple[tuple[Reals, Reals], ...]]:
-    """Mean and scale of the inputs, and weights of least squared error on relative perplexity."""
+    """Mean and scale of the inputs, and weights of least squared error."""
     import torch
     from torch import nn
 
@@ -274,8 +275,7 @@ def _trained(
         )
     x = torch.from_numpy((inputs - mean) / scale).float()
     y = torch.from_numpy(targets).float()
-    # A logarithm that is off by e moves a relative perplexity r by about r e; the few large ones shall not decide all.
-    weight = torch.exp(2 * y).clamp(max=4.0)
+    weight = torch.exp(y)  # a logarithm that is off by e moves a rise r by about r e, and large ones shall count more
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=max(2, steps))
     with torch.enable_grad():
@@ -293,7 +293,7 @@ def _trained(
 
 
 def _relative(logarithms: Reals) -> Reals:
-    return np.clip(np.exp(logarithms), 1.0, CEILING)
+    return np.clip(1 + np.exp(logarithms) - FLOOR, 1.0, CEILING)
 
 
 def _forward(weights: tuple[tuple[Reals, Reals], ...], x_NF: Reals) -> Reals:

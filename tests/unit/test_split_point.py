@@ -178,6 +178,17 @@ def test_the_surrogates_qualities_are_its_predictions() -> None:
         assert np.abs(told.relative(grid, cuts) - np.minimum(measured.relative(grid, cuts), 4)).mean() < 0.06
 
 
+@pytest.mark.parametrize("noise", ["sigma", "loss"])
+def test_what_is_best_by_the_shipped_surrogate_is_nearly_best_by_the_table(noise) -> None:
+    table = shipped_quality()
+    measured = MeasuredQuality.of_table(table, noise)
+    told = SurrogateQuality.beside(measured, shipped_surrogate(), model="tiny", num_layers=12, noise=noise)
+    truth = SplitPoint(quality=measured)
+    starts = truth.starts(np.random.default_rng(1), 300)
+    found, best = (judge(truth, optimal(mdp), starts).returns.mean() for mdp in (SplitPoint(quality=told), truth))
+    assert found >= 0.994 * best
+
+
 def test_algorithm_1_measures_for_some_epochs_and_then_asks_its_surrogate() -> None:
     told = learned_from(
         "in_loop", TRADE, shipped_surrogate(), model="tiny", num_layers=12, noise="loss", updates=2
