@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from splitray.report.plots import backlog_plot, energy_plot, front_plot, latency_plot, placement_plot
-from splitray.report.quantities import joule_text, seconds_text
+from splitray.report.quantities import joule_text, seconds_text, share_text
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import edge_cloud_links
 
@@ -49,14 +49,19 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
 def simulation_table(document: Mapping[str, Any]) -> Table:
     """One row a planner: times and energy of a request, and of a later token; it fits 80 columns.
 
-    A long name is folded, and no number is cut.
+    A long name is folded, and no number is cut. What perplexity rises by stands there if anything makes it rise.
     """
+    planners = document["planners"]
+    lossy = any(found["accuracy_loss"] > 0 for found in planners.values())
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim", border_style="dim")
     for name in COLUMNS:
         named = name == "planner"
         table.add_column(name, justify="left" if named else "right", no_wrap=not named, overflow="fold")
+    if lossy:
+        table.add_column("+ppl", justify="right", no_wrap=True)
     for row in simulation_rows(document):
-        table.add_row(*row)
+        rise = planners[row[0]]["accuracy_loss"]
+        table.add_row(*row, *(["-" if np.isnan(rise) else share_text(rise, 1.0)] if lossy else []))
     return table
 
 

@@ -86,6 +86,9 @@ def test_a_noisy_channel_shows_what_the_surrogate_tells(topology: Path) -> None:
     )
     losses = [d["planners"][planners]["accuracy_loss"] for d in (weak, strong)]
     assert 0 < losses[0] < losses[1] and "surrogate" in weak["provenance"]["accuracy_loss"]
+    shown = simulate(topology, "--slots", "30", "--channel", "loss:0.3", planners=f"{planners},cloud_only").stdout
+    assert "+ppl" in shown and f"{100 * losses[1]:.0f} %" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "+ppl" not in simulate(topology, "--slots", "30", planners=planners).stdout
 
 
 def test_a_lossy_codec_shows_its_measured_loss(topology: Path) -> None:
@@ -173,7 +176,7 @@ def test_a_run_that_finishes_no_request_still_draws_its_plots(topology: Path, tm
 def test_figures_without_a_value_are_dashes_and_a_long_name_cuts_no_number() -> None:
     spread = {"mean": 1.0, "p95": None}
     found = {"latency_s": spread, "tpot_s": spread, "energy_j_per_request": None, "migrations": 3,
-             "decision_s": 0.0123, "requests": {"finished": 1, "arrived": 22222}}  # fmt: skip
+             "decision_s": 0.0123, "accuracy_loss": 0.0, "requests": {"finished": 1, "arrived": 22222}}  # fmt: skip
     name = "policy:" + "a-long-folder/" * 9
     document = {"planners": {name: found}}
     assert simulation_rows(document) == [(name, "1.00 s", "-", "1.00 s", "-", "3", "12.3 ms", "1/22222")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from rllib_configs.split_point import SPLIT_RECIPES, run
 from splitray.errors import InputError
 from splitray.evaluate import Options, layer_splitting, split_figures, split_runs
 from splitray.evaluate.measured_reward import TimedReward
+from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import shipped_quality
 from splitray.report.split_plots import loess
 from splitray.rl.split_learning import _Run, advantages, train, untrained
@@ -99,6 +101,19 @@ def test_the_recipe_writes_a_policy_that_can_be_read_and_refuses_a_damaged_one(t
         file.write(b"x")
     with pytest.raises(InputError, match="SHA-256"):
         SplitNetwork.load(folder / "policy")
+
+
+def test_the_in_loop_recipe_switches_once_and_records_what_came_before_and_behind(tmp_path: Path, monkeypatch) -> None:
+    recipe = replace(SPLIT_RECIPES["split_point_in_loop"](0), steps=1600, measured_updates=2)
+    fit = Surrogate.fit
+    monkeypatch.setattr(Surrogate, "fit", lambda records, *, steps, seed: fit(records, steps=50, seed=seed, folds=0))
+    document = run(recipe, tmp_path, lambda done, of: None)
+    rows = list(csv.DictReader((tmp_path / recipe.name / "progress.csv").open()))
+    assert [row["next_rewards_from_surrogate"] for row in rows] == ["False", "True", "True", "True"]
+    found = document["algorithm_1"]
+    assert found["switched_at_update"] == 2 and found["measured_rewards"] >= 2 * 400
+    assert found["return_at_switch"] == pytest.approx(float(rows[1]["judged_return"]))
+    assert document["returns"]["learned"] == pytest.approx(float(rows[3]["judged_return"]))
 
 
 def test_a_rollout_of_half_an_episode_is_refused() -> None:
