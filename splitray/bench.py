@@ -93,6 +93,7 @@ def _measure(model: RandomLlama, path: Path, result: dict[str, Any]) -> None:
     from splitray.runtime.fleet import ProcessFleet
     from splitray.runtime.launch import ray_fleet, read_model
     from splitray.runtime.sampling import Sampling
+    from splitray.runtime.timing import echo
 
     first = model is MODELS[0]
     arch, layout, lean = read_model(path)
@@ -145,7 +146,7 @@ def _measure(model: RandomLlama, path: Path, result: dict[str, Any]) -> None:
         if first:
             a, b = topology.ids
             trips = sorted(
-                t / 2 for t in engines["split_half"].echo(a, b, size=4 * arch.hidden_dim, rounds=_ECHO_ROUNDS)
+                t / 2 for t in echo(engines["split_half"], a, b, size=4 * arch.hidden_dim, rounds=_ECHO_ROUNDS)
             )
             result["exchange_us"] = {"median": trips[len(trips) // 2] * 1e6, "p95": trips[int(len(trips) * 0.95)] * 1e6}
         bandwidth = _read_bandwidth_bytes_per_s()

@@ -38,6 +38,7 @@ from splitray.runtime.fleet import Fleet
 from splitray.runtime.kept_fleet import KeptFleet
 from splitray.runtime.launch import read_model
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.timing import echo, hops, speeds
 from splitray.topology import DeviceId, Topology
 
 PROMPT = tuple(5 + i % 90 for i in range(16))
@@ -150,8 +151,8 @@ class Calibration:
         if len(ids) > 1:
             with self.wide.start(everywhere(self.wide.arch, ids)) as engine:
                 times["copies"] = token_s(engine)
-                hops = engine.hops(ids[0], ids[1], size=_PING_BYTES, rounds=_HOPS, cold_bytes=self.cold_bytes)
-            times["hop"] = statistics.median(hops)
+                one_way = hops(engine, ids[0], ids[1], size=_PING_BYTES, rounds=_HOPS, cold_bytes=self.cold_bytes)
+            times["hop"] = statistics.median(one_way)
             wide.append(self.wide.token_s(in_turn(self.wide.arch, ids[:2])))
         times["wide"] = statistics.fmean(wide)  # before and after what it is subtracted from
         self.rounds.append(times)
@@ -159,10 +160,10 @@ class Calibration:
     def _cores_and_links(self) -> None:
         ids = self.topology.ids
         with self.narrow.start(partitioned(self.narrow.arch, ids)) as engine:
-            self.cores = [CoreSpeed(**engine.speeds(d, cold_bytes=self.cold_bytes)) for d in ids]
+            self.cores = [CoreSpeed(**speeds(engine, d, cold_bytes=self.cold_bytes)) for d in ids]
             for a, b in itertools.combinations(range(len(ids)), 2):
-                ping = statistics.median(engine.echo(ids[a], ids[b], size=_PING_BYTES, rounds=_PINGS))
-                large = statistics.median(engine.echo(ids[a], ids[b], size=1 << 20, rounds=_LARGE))
+                ping = statistics.median(echo(engine, ids[a], ids[b], size=_PING_BYTES, rounds=_PINGS))
+                large = statistics.median(echo(engine, ids[a], ids[b], size=1 << 20, rounds=_LARGE))
                 self.links[a, b] = LinkSpeed(ping_s=ping, mebibyte_s=large / 2)
 
     def profile(self) -> Profile:

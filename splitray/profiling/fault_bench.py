@@ -27,6 +27,7 @@ from splitray.runtime.fleet import ProcessFleet, ThreadFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.timing import echo
 from splitray.topology import Topology
 
 Say = Callable[[str], None]
@@ -153,7 +154,7 @@ def _migration(path: Path) -> dict[str, Any]:
         near, far = engine.placement, _other_half(engine.placement, arch.num_kv_heads, a, b)
         prompt = [5 + i % 300 for i in range(_CONTEXT)]
         size = 1 << 22
-        rate = 2 * size / statistics.median(engine.echo(a, b, size=size, rounds=20))
+        rate = 2 * size / statistics.median(echo(engine, a, b, size=size, rounds=20))
         for _ in range(_ROUNDS):
             before = engine.placement
             after = far if before == near else near

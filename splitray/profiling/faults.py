@@ -79,7 +79,7 @@ def trials(
     wanted = list(engine.stream(prompt, sampling))
     at_start = _open_files()
     for done in range(count):
-        engine.restarted.clear()
+        engine.members.restarted.clear()
         moment = rng.choice(MOMENTS)
         device = rng.choice([str(d) for d in engine.route.devices])
         trial, seconds = _trial(engine, fleet, prompt, sampling, wanted, moment, device, rng)
@@ -88,7 +88,7 @@ def trials(
         told(done + 1, count)
         if engine.lost is not None:
             break
-    run.leaks = max(0, _open_files() - at_start - 8 * len(engine.endpoints))
+    run.leaks = max(0, _open_files() - at_start - 8 * len(engine.members.endpoints))
     return run
 
 

@@ -22,6 +22,8 @@ from splitray.runtime.messages import LoadOrder, shard_spec
 from splitray.runtime.wire import Endpoint
 from splitray.topology import DeviceId, Topology
 
+LOAD_S = 600.0  # of silence from a device that reads its slices
+
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from splitray.cost import memory_bytes
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.asking import ask
 from splitray.runtime.epoch import astuple
 from splitray.topology import Device, Link, Topology
 
@@ -154,12 +153,12 @@ class Monitor:
 
     def look(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Probe links, each in both directions, one after the other."""
+        members = self.engine.members
         for a, b in pairs:
             size = self.probe_bytes(a, b)
-            order = {"peer": b, "endpoint": astuple(self.engine.endpoints[b]), "bytes": size, "within_s": _WITHIN_S}
+            order = {"peer": b, "endpoint": astuple(members.endpoints[b]), "bytes": size, "within_s": _WITHIN_S}
             try:
-                answer = ask({a: ("probe", order)}, self.engine.endpoints, self.engine.fleet.token,
-                             within_s=3 * _WITHIN_S)[a]  # fmt: skip
+                answer = members.ask({a: ("probe", order)}, within_s=3 * _WITHIN_S)[a]
                 self._size[a, b] = size
             except DeviceLost:  # gone, or too slow for so many bytes by now: the next probe is small
                 most = size / _WITHIN_S if size > _LEAST_BYTES else 0.0
@@ -182,9 +181,7 @@ class Monitor:
     def look_at_devices(self) -> None:
         """Ask them how busy their machines are and how much memory is free."""
         engine = self.engine
-        loads = ask(
-            {d: ("load", {}) for d in list(engine.endpoints)}, engine.endpoints, engine.fleet.token, within_s=_WITHIN_S
-        )
+        loads = engine.members.ask({d: ("load", {}) for d in list(engine.members.endpoints)}, within_s=_WITHIN_S)
         self.estimates.held_bytes = {
             str(d): float(b) for d, b in memory_bytes(engine.placement, engine.arch, 0).items()
         }
@@ -216,5 +213,5 @@ class Monitor:
     def _idle_pairs(self) -> list[tuple[str, str]]:
         """Links that nothing uses now, from the origin: they decide whether something should."""
         engine = self.engine
-        origin = str(engine.topology.origin)
-        return [(origin, d) for d in engine.endpoints if d != origin and origin in engine.endpoints]
+        origin, known = str(engine.topology.origin), engine.members.endpoints
+        return [(origin, d) for d in known if d != origin and origin in known]

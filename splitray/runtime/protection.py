@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING
 
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.asking import ask
 from splitray.runtime.checkpoint import Saved, Store, StoreError, best_period_tokens
 
 if TYPE_CHECKING:
@@ -34,6 +33,15 @@ class Protection:
         self._thread: threading.Thread | None = None
         self._began = time.monotonic()
 
+    @staticmethod
+    def of(engine: Engine, session: Session) -> Protection | None:
+        """As the engine's `Recovery` says."""
+        recovery = engine.recovery
+        if recovery is None or recovery.store is None:
+            return None
+        return Protection(engine, session, url=recovery.store, every=recovery.every_tokens,
+                          failures_per_s=recovery.failures_per_s)  # fmt: skip
+
     @property
     def period_tokens(self) -> int:
         """Tokens from one to the next."""
@@ -58,8 +66,8 @@ class Protection:
         engine, session = self._engine, self.session
         order = {"session": session.number, "epoch": engine.epoch, "start": start, "stop": stop, "store": self.url}
         try:
-            answers = ask(dict.fromkeys(map(str, engine.route.devices), ("checkpoint", order)), engine.endpoints,
-                          engine.fleet.token, within_s=_WRITE_S)  # fmt: skip
+            orders = dict.fromkeys(map(str, engine.route.devices), ("checkpoint", order))
+            answers = engine.members.ask(orders, within_s=_WRITE_S)
             files = [Saved.from_plain(a["file"]) for a in answers.values() if a["file"]]
             self._store.write_manifest(session.number, [*session.saved, *files], session.ids)
         except (DeviceLost, InputError, RuntimeError, *StoreError) as error:

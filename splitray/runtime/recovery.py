@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from splitray.arch import ModelArch
 from splitray.errors import DeviceLost, InputError
-from splitray.placement import Placement
-from splitray.runtime.asking import Unanswered, ask
+from splitray.placement import Placement, validate
+from splitray.planners import make_planner
+from splitray.planners.protocol import ClusterState
+from splitray.runtime.asking import Unanswered
 from splitray.runtime.backoff import Backoff
-from splitray.runtime.epoch import Kept, astuple
+from splitray.runtime.epoch import LOAD_S, Kept, astuple
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
@@ -59,6 +62,20 @@ class Recovery:
     stall_s: float = 0.5
     backoff: Backoff = field(default_factory=Backoff)
 
+    def placement(self, arch: ModelArch, topology: Topology, context_tokens: int) -> Placement:
+        """What `replan` says.
+
+        Raises:
+            InputError: nothing fits.
+        """
+        assert self.replan is not None, "asked for"
+        if not isinstance(self.replan, str):
+            return self.replan(topology, context_tokens)
+        state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+        placement = make_planner(self.replan).propose(state)
+        validate(placement, arch, topology)
+        return placement
+
 
 @dataclass(slots=True, kw_only=True)
 class Fault:
@@ -84,8 +101,8 @@ def recovered(engine: Engine, session: Session | None, error: DeviceLost) -> Fau
     began, fault, last = time.monotonic(), Fault(reason=str(error)), str(error)
     for wait_s in recovery.backoff.waits():
         looked = time.monotonic()
-        gone = [d for d in engine.fleet.dead() if d in engine.endpoints]
-        living = [d for d in engine.endpoints if d not in gone]
+        gone = [d for d in engine.fleet.dead() if d in engine.members.endpoints]
+        living = [d for d in engine.members.endpoints if d not in gone]
         silent, void, reached = _settled(engine, living, None if session is None else session.number)
         out = [*gone, *silent]
         late = time.monotonic() - began > recovery.patience_s
@@ -115,7 +132,7 @@ def _restarted(engine: Engine, gone: list[str], fault: Fault) -> list[str]:
     began, left = time.monotonic(), []
     for device in gone:
         try:
-            engine.restart(device)
+            engine.members.restart(device)
             fault.restarted = (*fault.restarted, device)
         except DeviceLost:
             left.append(device)
@@ -135,9 +152,7 @@ def _settled(engine: Engine, living: list[str], session: int | None) -> tuple[li
 
     def asked(device: str, op: str, order: dict[str, Any], within_s: float) -> None:
         try:
-            answers[device] = ask({device: (op, order)}, engine.endpoints, engine.fleet.token, within_s=within_s)[
-                device
-            ]
+            answers.update(engine.members.ask({device: (op, order)}, within_s=within_s))
         except Unanswered as error:
             answers.pop(device, None)
             silent.update(error.silent)
@@ -149,7 +164,7 @@ def _settled(engine: Engine, living: list[str], session: int | None) -> tuple[li
     pairs = [(a, b) for a, b in engine.now.dials() if a in answers and b in answers]
     stopped = dict(answers)
     for device in stopped:
-        peers = {b: astuple(engine.endpoints[b]) for a, b in pairs if a == device}
+        peers = {b: astuple(engine.members.endpoints[b]) for a, b in pairs if a == device}
         if peers:
             asked(device, "reach", {"peers": peers, "within_s": _PROBE_S}, _PROBE_S * (len(peers) + 2))
             silent |= {
@@ -174,34 +189,49 @@ def _rebuild(
     placement, topology = engine.placement, engine.topology
     needed = [d for d in out if d in engine.route.devices]
     if needed:
-        assert recovery.replan is not None, "checked"
         topology = without(topology, out)
         context = session.capacity if session is not None else 0
         try:
-            placement = engine.replan(topology, context)
+            placement = recovery.placement(engine.arch, topology, context)
         except InputError as error:
             raise DeviceLost(f"without {', '.join(out)} there is no placement: {error}") from error
-    engine.last_epoch = max(engine.last_epoch, engine.epoch) + 1
-    epoch = engine.now.moved(placement, topology, engine.last_epoch)
-    engine.ensure(epoch)
+    epoch = engine.succession.following(placement, topology)
+    engine.succession.ensure(epoch)
     for device in epoch.route.devices:
-        engine.dial(device)
+        engine.members.dial(device)
     kept = [] if session is None or not session.steps else [
         Kept(number=session.number, capacity=session.capacity,
              stop=session.positions if reached is None else min(session.positions, reached), files=tuple(session.saved),
              store=recovery.store)
     ]  # fmt: skip
-    answers = engine.stage(epoch, kept, void=void)
+    answers = engine.succession.stage(epoch, kept, void=void)
     fault.load_s += time.monotonic() - began
-    engine.switch(epoch, [], anew=True)
+    engine.succession.switch(epoch, [], anew=True)
     if needed:
         fault.left_out = (*fault.left_out, *needed)
-        engine.topology = topology
         for lost in needed:
-            engine.leave(lost)
+            engine.members.leave(lost)
     if session is not None:
         session.valid = min((a["valid"].get(session.number, 0) for a in answers.values()), default=0) if kept else 0
         fault.replayed += max(0, session.positions - session.valid)
+
+
+def make_ready(engine: Engine) -> None:
+    """Let the others hold what they need if a device of `Recovery.stand_by` is lost."""
+    recovery = engine.recovery
+    if recovery is None or recovery.replan is None:
+        return
+    for device in recovery.stand_by:
+        if device in engine.route.devices:
+            left = without(engine.topology, [device])
+            then = engine.now.moved(recovery.placement(engine.arch, left, engine.arch.context_tokens), left, -1)
+            engine.succession.ensure(then)
+            lenders = {d: then.lenders(d, engine.members.endpoints) for d in then.route.devices}
+            orders = {
+                str(d): ("ready", {"load": then.load_order(d).to_plain(), "lenders": lenders[d]})
+                for d in then.route.devices
+            }
+            engine.members.ask(orders, within_s=LOAD_S)
 
 
 def without(topology: Topology, out: list[str]) -> Topology:

@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from splitray.errors import DeviceLost, InputError
-from splitray.placement import Placement
-from splitray.topology import Topology
+from splitray.runtime.epoch import Epoch
 
 if TYPE_CHECKING:
     from splitray.runtime.engine import Engine
@@ -30,13 +29,11 @@ class Returns:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def wait_for(self, devices: Sequence[str], placement: Placement, topology: Topology) -> None:
-        """Bring devices back, and with them a placement."""
+    def wait_for(self, devices: Sequence[str], whole: Epoch) -> None:
+        """Bring devices back, and with them the placement of an epoch before."""
         self._missing.update(devices)
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(
-                target=self._run, args=(placement, topology), name="splitray-return", daemon=True
-            )
+            self._thread = threading.Thread(target=self._run, args=(whole,), name="splitray-return", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
@@ -45,20 +42,20 @@ class Returns:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, placement: Placement, topology: Topology) -> None:
+    def _run(self, whole: Epoch) -> None:
         engine = self._engine
         assert engine.recovery is not None, "asked for"
         for wait_s in replace(engine.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
             try:
-                with engine.starting:
+                with engine.succession.starting:
                     for device in sorted(self._missing):
-                        if device not in engine.endpoints:
-                            engine.restart(device)
-                        engine.reach(device)
+                        if device not in engine.members.endpoints:
+                            engine.members.restart(device)
+                        engine.members.reach(device)
                         self._missing.discard(device)
                 if engine.lost is not None:
                     return
-                back = engine.migrate(placement, topology=topology)
+                back = engine.migrate(whole.placement, topology=whole.topology)
                 while not back.done.wait(_TICK_S):
                     if engine.lost is not None:
                         return

@@ -175,9 +175,6 @@ class ShardHost:
                 self._step(StepOrder(**order))
             case "end":  # of a run: nobody waits for an answer
                 self._end(order["session"])
-            case "forget":
-                self._end(order["session"])
-                self._reply({})
             case "stats":
                 self._reply(self.stats())
             case "echo":

@@ -19,6 +19,7 @@ from splitray.runtime.engine import Engine
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.timing import echo
 
 PROMPT = list(range(5, 25))
 DEVICES = ("edge0", "cloud0")
@@ -36,7 +37,7 @@ def answers(engine: Engine, fleet: RayFleet, op: str, values: dict[str, Any]) ->
     elif op == "pids":
         yield {device: fleet.pid(device) for device in engine.route.devices}
     elif op == "echo":
-        yield engine.echo(*DEVICES, **values)
+        yield echo(engine, *DEVICES, **values)
 
 
 def main() -> None:

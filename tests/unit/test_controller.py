@@ -18,6 +18,7 @@ from splitray.runtime.controller import Action, Allowance, Controller, Desired, 
 from splitray.runtime.monitor import Estimates, Monitor
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.timing import echo
 from splitray.topology import Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
@@ -132,10 +133,10 @@ def test_the_monitor_measures_links_and_smooths_them():
 def test_the_links_of_three_devices_are_timed_pair_by_pair():
     with split(family_model("llama"), devices=3, planner="even") as engine:
         for a, b in (("edge0", "cloud0"), ("edge0", "cloud1"), ("cloud0", "cloud1")):
-            assert len(engine.echo(a, b, size=64, rounds=3)) == 3
+            assert len(echo(engine, a, b, size=64, rounds=3)) == 3
         engine.migrate(make_planner("random", seed=3).propose(ClusterState(arch=engine.arch, topology=engine.topology)))
         assert engine.next.done.wait(20) and engine.next.error is None
-        assert len(engine.echo("edge0", "cloud1", size=64, rounds=3)) == 3
+        assert len(echo(engine, "edge0", "cloud1", size=64, rounds=3)) == 3
 
 
 @pytest.fixture(autouse=True)

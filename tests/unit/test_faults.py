@@ -20,8 +20,8 @@ from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import MOMENTS, trials
 from splitray.runtime.backoff import Backoff
 from splitray.runtime.checkpoint import Saved, Store, best_period_tokens
-from splitray.runtime.engine import Engine
 from splitray.runtime.epoch import kv_sources
+from splitray.runtime.members import Members
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.shard_host import ShardHost
@@ -372,22 +372,22 @@ def test_devices_die_while_others_come_back(monkeypatch):
             for n, token in enumerate(engine.stream(PROMPT, sampling)):
                 got.append(token)
                 if n in moments:
-                    engine.fleet.kill(rng.choice(list(engine.endpoints)))
+                    engine.fleet.kill(rng.choice(list(engine.members.endpoints)))
             assert got == wanted, f"run {run}"
         assert len(engine.faults) > 10
 
 
 def test_a_fault_behind_the_last_token_adds_none(monkeypatch):
-    model, reply = family_model("llama"), Engine._reply
+    model, reply = family_model("llama"), Members.reply
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
         lost = iter([True])
 
-        def late(self, device, frame):
-            if self.progress is not None and self.progress.ended and next(lost, False):
+        def late(members, device, frame):
+            if engine.progress is not None and engine.progress.ended and next(lost, False):
                 raise DeviceLost(f"{device} fell silent behind the last token")
-            return reply(self, device, frame)
+            return reply(members, device, frame)
 
-        monkeypatch.setattr(Engine, "_reply", late)
+        monkeypatch.setattr(Members, "reply", late)
         assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
         assert len(engine.faults) == 1
         assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)

@@ -1,0 +1,134 @@
+"""One epoch after another: the one that runs, the one on its way, and how it is staged and takes over.
+
+It knows no run: whoever moves says which sessions have to be there in the next epoch, and when no device is at work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from splitray.errors import DeviceLost, InputError
+from splitray.placement import Placement, validate
+from splitray.runtime.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
+from splitray.runtime.members import Members
+from splitray.topology import Topology
+
+Sessions = Callable[[Next], list[Kept]]
+
+
+class Succession:
+    """Of one engine. `now` and `next` are epochs of its members."""
+
+    def __init__(self, members: Members, first: Epoch, *, spin_s: float) -> None:
+        """Nothing runs yet: `stage` and `switch` to the first one."""
+        self.now, self.whole = first, first
+        """`whole` is what to go back to when all devices are there again."""
+        self.next: Next | None = None
+        self.starting = threading.RLock()
+        """Held while devices are started, dialled or left out, by a run or beside it."""
+        self._members, self._spin_s = members, spin_s
+        self._last, self._naming = first.number, threading.Lock()
+
+    def following(self, placement: Placement, topology: Topology) -> Epoch:
+        """An epoch with a number of its own."""
+        with self._naming:
+            self._last += 1
+            return self.now.moved(placement, topology, self._last)
+
+    def ensure(self, epoch: Epoch) -> None:
+        """Start the devices of an epoch that were not needed so far."""
+        self._members.ensure(epoch.topology.device(d) for d in epoch.route.devices)
+
+    def stage(
+        self, epoch: Epoch, sessions: Sequence[Kept], *, void: frozenset[str] = frozenset()
+    ) -> dict[str, dict[str, Any]]:
+        """Let every device of an epoch read what it lacks and copy the KV of sessions; what runs goes on.
+
+        Devices in `void` hold nothing of the epoch that runs now.
+
+        Raises:
+            ModelError: devices have different weights.
+            DeviceLost: a device is gone.
+        """
+        orders = stage_orders(epoch, self.now, sessions, self._members.endpoints, void)
+        answers = self._members.ask(orders, within_s=LOAD_S)
+        the_same_weights(answers)
+        return answers
+
+    def switch(self, epoch: Epoch, sessions: Sequence[Kept], *, anew: bool = False) -> dict[str, dict[str, Any]]:
+        """Let a staged epoch run from now on. Only between segments.
+
+        `anew` opens all connections between devices again.
+        """
+        before = None if anew or epoch is self.now else self.now
+        orders = switch_orders(epoch, before, sessions, self._members.endpoints, spin_s=self._spin_s)
+        for device, order in orders.items():
+            self._members.order(device, "switch", order)
+        answers = self._members.replies(set(orders))
+        self.now, self._members.ways = epoch, epoch.dials()
+        return answers
+
+    def begin(self, placement: Placement, topology: Topology, copies_kv: bool) -> Next:
+        """Name the next epoch.
+
+        Raises:
+            InputError: the placement does not fit, or another one is on its way.
+        """
+        validate(placement, self.now.arch, topology)
+        if self.next is not None and not self.next.done.is_set():
+            raise InputError("migration", expected="one at a time", actual="another one on its way",
+                             remedy="wait for it")  # fmt: skip
+        self.next = Next(self.following(placement, topology), copies_kv)
+        return self.next
+
+    def prepare(self, coming: Next, sessions: Sessions) -> None:
+        """Stage it; what comes of it is told by its events."""
+        started = time.perf_counter()
+        try:
+            with self.starting:
+                self.ensure(coming.epoch)
+            coming.sessions = sessions(coming)
+            answers = self.stage(coming.epoch, coming.sessions)
+            coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
+            coming.copy_s = max(a["copy_s"] for a in answers.values())
+            coming.stage_s = time.perf_counter() - started
+            coming.staged.set()
+        except Exception as error:  # a boundary: whoever waits for it must learn it
+            coming.fail(error)
+
+    @property
+    def staged(self) -> Next | None:
+        """What may take over as soon as no device is at work."""
+        coming = self.next
+        return coming if coming is not None and coming.staged.is_set() and not coming.done.is_set() else None
+
+    def take_over(self, coming: Next, sessions: Sessions) -> None:
+        """Let what is staged run. Refused, it fails and what runs goes on.
+
+        Raises:
+            DeviceLost: a device is gone.
+        """
+        started = time.perf_counter()
+        behind = {s.number: s.stop for s in coming.sessions}
+        tails = [replace(s, start=behind.get(s.number, 0)) for s in sessions(coming)]
+        try:
+            answers = self.switch(coming.epoch, tails)
+        except InputError as error:
+            coming.fail(error)
+            return
+        except DeviceLost as error:
+            coming.fail(error)
+            raise
+        self.whole = coming.epoch
+        coming.tail_bytes = sum(a["copied_bytes"] for a in answers.values())
+        coming.pause_s = time.perf_counter() - started
+        coming.done.set()
+
+    def give_up(self, error: Exception) -> None:
+        """A fault forgets what is on its way."""
+        if self.next is not None and not self.next.done.is_set():
+            self.next.fail(error)
