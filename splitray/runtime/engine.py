@@ -242,6 +242,7 @@ class Engine:
             if self.recovery is None or self.lost is not None:
                 raise error
             self.succession.give_up(error)
+            self._steps.lost()
             self.disturbed = True
             with self.succession.starting:
                 recovered(self, self._session, error)
@@ -269,10 +270,17 @@ class Engine:
             Float32 logits [batch, keep, vocab], joined from all holders of the head.
         """
         with self.alone():
-            return self._steps.forward(
-                self.now, session=session, attempt=self.attempt(), ids_BT=ids_BT, position=position, keep=keep,
-                capacity=capacity, attention_mask=attention_mask, position_ids=position_ids, reorder=reorder,
-            )  # fmt: skip
+            reading = self._steps.read(
+                session, ids_BT=ids_BT, places_BT=position_ids, position=position, capacity=capacity, reorder=reorder
+            )
+            while True:
+                try:
+                    return self._steps.forward(
+                        reading, self.now, session=session, attempt=self.attempt(), position=position, keep=keep,
+                        attention_mask=attention_mask, places_BT=position_ids, reorder=reorder,
+                    )  # fmt: skip
+                except DeviceLost as error:
+                    self._recover(error)
 
     def forget(self, session: int) -> None:
         """Free a session's KV on every device."""

@@ -130,7 +130,7 @@ class SplitModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             InputError: no ids, or ids outside the vocabulary.
-            DeviceLost: a device died or missed its deadline.
+            DeviceLost: a device is gone, and nothing could be done about it.
         """
         if input_ids is None or input_ids.numel() == 0:
             raise InputError("input_ids", expected="at least one token", actual="none", remedy="give input_ids")

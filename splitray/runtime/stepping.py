@@ -1,8 +1,11 @@
-"""Sessions of callers that sample themselves (runtime/hf.py), one forward at a time."""
+"""Sessions of callers that sample themselves (runtime/hf.py), one forward at a time.
+
+It remembers what each caller has let the devices read: after a fault they read it again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -13,44 +16,84 @@ from splitray.runtime.members import Members
 from splitray.runtime.messages import StepOrder
 
 
+@dataclass(slots=True, kw_only=True)
+class Reading:
+    """One session so far, [batch, positions] each; of the first `held` positions the devices have the KV."""
+
+    capacity: int
+    ids: Tensor
+    places: Tensor
+    """Position ids."""
+    held: int = 0
+
+    def go_on(self, ids_BT: Tensor, places_BT: Tensor, position: int, reorder: Tensor | None) -> None:
+        """New positions behind `position`; sequence i goes on from what reorder[i] was."""
+        for name, new_BT in (("ids", ids_BT), ("places", places_BT)):
+            before_BT = getattr(self, name)[:, :position]
+            if position and reorder is not None:
+                before_BT = before_BT[reorder]
+            setattr(self, name, torch.cat([before_BT, new_BT], dim=1) if position else new_BT)
+
+
 class Steps:
     """The sessions of one engine."""
 
     def __init__(self, members: Members) -> None:
         """None yet."""
         self._members = members
-        self._kept: dict[int, Kept] = {}
+        self._readings: dict[int, Reading] = {}
 
     def kept(self) -> list[Kept]:
         """What has to move with a placement."""
-        return list(self._kept.values())
+        return [Kept(number=n, capacity=r.capacity, stop=r.held) for n, r in list(self._readings.items()) if r.held]
+
+    def lost(self) -> None:
+        """The devices have no KV of these sessions any more."""
+        for reading in self._readings.values():
+            reading.held = 0
 
     def forget(self, session: int) -> None:
         """It is over."""
-        self._kept.pop(session, None)
+        self._readings.pop(session, None)
+
+    def read(
+        self, session: int, *, ids_BT: Tensor, places_BT: Tensor | None, position: int, capacity: int,
+        reorder: Tensor | None,
+    ) -> Reading:  # fmt: skip
+        """Note what the next forward is to read."""
+        if places_BT is None:
+            places_BT = torch.arange(position, position + ids_BT.shape[1])
+        places_BT = places_BT.expand_as(ids_BT)
+        reading = self._readings.setdefault(session, Reading(capacity=capacity, ids=ids_BT, places=places_BT))
+        reading.capacity = capacity
+        reading.go_on(ids_BT, places_BT, position, reorder)
+        return reading
 
     def forward(
-        self, epoch: Epoch, *, session: int, attempt: int, ids_BT: Tensor, position: int, keep: int, capacity: int,
-        attention_mask: Tensor | None, position_ids: Tensor | None, reorder: Tensor | None,
+        self, reading: Reading, epoch: Epoch, *, session: int, attempt: int, position: int, keep: int,
+        attention_mask: Tensor | None, places_BT: Tensor | None, reorder: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Let the devices read some positions.
+        """Let the devices read from `position` on, or all where they have lost what was before.
 
         Returns:
             Float32 logits [batch, keep, vocab], joined from all holders of the head.
         """
+        if reading.held < position:
+            position, places_BT, reorder = 0, reading.places, None
+        ids_BT = reading.ids[:, position:]
         batch, new_tokens = ids_BT.shape
         order = StepOrder(
             session=session, attempt=attempt, epoch=epoch.number, batch=batch, new_tokens=new_tokens,
-            position=position, keep=keep, capacity=capacity, ids=_bytes(ids_BT),
+            position=position, keep=keep, capacity=reading.capacity, ids=_bytes(ids_BT),
             attention_mask=None if attention_mask is None else _bytes(attention_mask),
-            position_ids=None if position_ids is None else _bytes(position_ids.expand(batch, -1)),
+            position_ids=None if places_BT is None else _bytes(places_BT.expand(batch, -1)),
             reorder=None if reorder is None else reorder.tolist(),
         )  # fmt: skip
         plain = asdict(order)
         for device in epoch.route.devices:
             self._members.order(device, "step", plain)
         logits = self._logits(epoch)
-        self._kept[session] = Kept(number=session, capacity=capacity, stop=position + new_tokens)
+        reading.held = position + new_tokens
         return logits
 
     def _logits(self, epoch: Epoch) -> Tensor:

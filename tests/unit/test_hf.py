@@ -6,12 +6,13 @@ import pytest
 import torch
 from families import family_model
 from splits import split
-from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from splitray.errors import InputError
 from splitray.runtime import hf
-from splitray.runtime.hf import SplitModel
+from splitray.runtime.hf import CacheHandle, SplitModel
+from splitray.runtime.recovery import Recovery
 
 CASES = {
     "greedy": {},
@@ -32,6 +33,38 @@ def pair(request):
     with split(model, devices=3, seed=3) as engine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "read_config", lambda _: model.config)
         yield model, SplitModel(engine)
+
+
+@pytest.mark.parametrize("case", ["greedy", "sampling", "beams"])
+def test_a_device_that_dies_in_the_middle_of_generate_changes_no_token(case):
+    torch.set_num_threads(1)
+    model = family_model("llama")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = ids[0, :4] = 0
+    with split(model, devices=3, planner="even", recovery=Recovery()) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "read_config", lambda _: model.config)
+        beside = CacheHandle(engine, 20)
+        logits = engine.step(session=beside.session, ids_BT=ids[1:], position=0, keep=1, capacity=20)
+        steps = []
+
+        class Kills(StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                steps.append(input_ids)
+                if len(steps) in (3, 6):
+                    engine.fleet.kill("cloud0" if len(steps) == 3 else "edge0")
+                return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        (whole,) = _both((model,), ids, mask, **CASES[case])
+        killers = StoppingCriteriaList([Kills()])
+        (parts,) = _both((SplitModel(engine),), ids, mask, stopping_criteria=killers, **CASES[case])
+        assert len(engine.faults) == 2 and whole.tolist() == parts.tolist()
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        after = engine.step(session=beside.session, ids_BT=token, position=9, keep=1, capacity=20)
+        expected = model(torch.cat([ids[1:], token], dim=1)).logits[:, -1:]
+        assert torch.allclose(after, expected, atol=1e-4), "a session beside it is read again too"
+        engine.forget(beside.session)
+        assert {s["kv_bytes"] for s in engine.stats().values()} == {0}
 
 
 def _both(pair, ids, mask, **options):
