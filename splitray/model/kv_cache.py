@@ -108,6 +108,11 @@ class KvCache:
     def put(self, layer: int, at: int, groups: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Write a piece [batch, count, positions, head_dim] from `start` on, of `groups` local ones in all."""
         batch, count, positions = keys.shape[:3]
+        known = self.keys[layer]
+        if known is not None and len(known) != batch:  # beams that were made since a first copy
+            self.keys[layer] = self.values[layer] = self._arrays[layer] = None
+        if start + positions > self.capacity:  # it has become longer than was said
+            self.grow(start + positions)
         held = self.slots(layer, batch, groups, (keys.shape[3], values.shape[3]), keys)
         for slots, new in zip(held, (keys, values), strict=True):
             slots[:, at : at + count, start : start + positions] = new

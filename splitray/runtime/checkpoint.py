@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from splitray.arch import Range
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import InputError
 from splitray.runtime.holding import Holding, KvPiece
 
-_BEHIND_S = 1.0  # that a device may be behind the sampler
 StoreError = (OSError, ValueError, ImportError)  # what fsspec's file systems raise
 
 
@@ -66,13 +64,8 @@ class Store:
 
         Raises:
             OSError: the store is full or gone.
-            DeviceLost: the device is behind: it holds a copy that others did not wait for.
+            DeviceLost: the device is behind.
         """
-        cache, give_up = holding.caches.get(session), time.monotonic() + _BEHIND_S
-        while cache is not None and cache.written < stop and time.monotonic() < give_up:
-            time.sleep(0.001)
-        if cache is None or cache.written < stop:
-            raise DeviceLost(f"{device} has not come to position {stop} yet")
         tensors, held = {}, []
         for layer in range(holding.order.arch.num_layers):
             for r in holding.groups(layer):

@@ -275,10 +275,12 @@ class Engine:
             )
             while True:
                 try:
-                    return self._steps.forward(
+                    logits = self._steps.forward(
                         reading, self.now, session=session, attempt=self.attempt(), position=position, keep=keep,
                         attention_mask=attention_mask, places_BT=position_ids, reorder=reorder,
                     )  # fmt: skip
+                    self.succession.rewritten(session, position if reorder is None else 0)
+                    return logits
                 except DeviceLost as error:
                     self._recover(error)
 

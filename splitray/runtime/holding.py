@@ -6,6 +6,7 @@ Decides nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from splitray.arch import Range
-from splitray.errors import InputError
+from splitray.errors import DeviceLost, InputError
 from splitray.model.kv_cache import KvCache, sliding_windows
 from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
@@ -24,6 +25,8 @@ from splitray.runtime.lending import Lender, Lent
 from splitray.runtime.messages import LoadOrder
 from splitray.runtime.noisy import crossing_of
 from splitray.runtime.wire import Wire
+
+_BEHIND_S = 1.0  # that a device may be behind the sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,20 @@ class Holding:
                 cache.adopt(layer, old)
 
     def read(self, session: int, piece: KvPiece, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """Copies of keys and values, positions [start, stop); None if nothing is written there yet."""
-        cache = self.caches.get(session)
+        """Copies of keys and values, positions [start, stop); None if there are none.
+
+        Raises:
+            DeviceLost: the session is not that far here, and does not get there soon. A device is behind where others
+                do not wait for its copy, and where it reads tokens again.
+        """
+        cache, give_up = self.caches.get(session), time.monotonic() + _BEHIND_S
+        while cache is None or cache.written < stop:
+            if time.monotonic() > give_up:
+                raise DeviceLost(f"position {stop} of session {session} is not written yet")
+            time.sleep(0.001)
+            cache = self.caches.get(session)
         at = _place(self.groups(piece.layer), piece.groups)
-        return None if cache is None else cache.piece(piece.layer, at, piece.groups.count, start, stop)
+        return cache.piece(piece.layer, at, piece.groups.count, start, stop)
 
     def write(self, session: int, piece: KvPiece, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values of a session that has a cache here."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import InputError
 from splitray.placement import Placement, validate
 from splitray.runtime.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
 from splitray.runtime.members import Members
@@ -91,7 +91,8 @@ class Succession:
         try:
             with self.starting:
                 self.ensure(coming.epoch)
-            coming.sessions = sessions(coming)
+            with self._naming:
+                coming.sessions = sessions(coming)
             answers = self.stage(coming.epoch, coming.sessions)
             coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
             coming.copy_s = max(a["copy_s"] for a in answers.values())
@@ -99,6 +100,14 @@ class Succession:
             coming.staged.set()
         except Exception as error:  # a boundary: whoever waits for it must learn it
             coming.fail(error)
+
+    def rewritten(self, session: int, position: int) -> None:
+        """What was copied of a session from a position on is not what it has now."""
+        with self._naming:
+            if self.next is not None:
+                self.next.sessions = [
+                    replace(s, stop=min(s.stop, position)) if s.number == session else s for s in self.next.sessions
+                ]
 
     @property
     def staged(self) -> Next | None:
@@ -120,7 +129,7 @@ class Succession:
         except InputError as error:
             coming.fail(error)
             return
-        except DeviceLost as error:
+        except RuntimeError as error:  # a device is gone, or has failed
             coming.fail(error)
             raise
         self.whole = coming.epoch

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
 from splits import greedy, slow_devices, split
 
+from splitray.errors import DeviceLost
 from splitray.migration import diff
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.shard_host import ShardHost
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 NEW_TOKENS = 60
@@ -98,6 +103,58 @@ def test_a_migration_without_a_run_happens_at_once_and_keeps_sessions_of_hf_gene
         after = engine.step(session=handle.session, ids_BT=token, position=len(PROMPT), keep=1, capacity=40)
         expected = model(torch.cat([ids, token], dim=1)).logits[:, -1:]
         assert torch.allclose(after, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["reordered", "cropped", "more_beams"])
+def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, monkeypatch):
+    """Beams change rows, prompt lookup takes positions back."""
+    model, copy, copied, go_on = family_model("llama"), ShardHost.copy, [], threading.Event()
+    rows = torch.tensor([PROMPT, PROMPT[::-1]])
+    order, length = torch.tensor([1, 0, 1] if change == "more_beams" else [1, 0]), len(PROMPT)
+
+    def late(host, staged, session):
+        num_bytes = copy(host, staged, session)
+        copied.append(host.device)
+        assert go_on.wait(SOON_S)
+        return num_bytes
+
+    monkeypatch.setattr(ShardHost, "copy", late)
+    with split(model, devices=3, seed=1, recovery=Recovery()) as engine, torch.no_grad():
+        engine.step(session=1, ids_BT=rows, position=0, keep=1, capacity=length)
+        placement = another(engine, 2)
+        move = engine.migrate(placement)
+        while len(copied) < len(placement.devices):
+            time.sleep(0.001)
+        options = {"session": 1, "keep": 1, "capacity": length}
+        if change == "cropped":
+            rows = torch.cat([rows[:, :4], rows[:, :4].flip(0), rows], dim=1)
+            engine.step(ids_BT=rows[:, 4:], position=4, **options)
+        else:
+            rows = torch.cat([rows[order], rows[order, :1]], dim=1)
+            engine.step(ids_BT=rows[:, -1:], position=length, reorder=order, **options)
+        go_on.set()
+        assert move.done.wait(SOON_S) and move.error is None
+        after = engine.step(ids_BT=rows[:, :1], position=rows.shape[1], **options)
+        expected = model(torch.cat([rows, rows[:, :1]], dim=1)).logits[:, -1:]
+        assert torch.allclose(after, expected, atol=1e-4)
+
+
+def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
+    from splitray.arch import Range
+    from splitray.runtime.holding import KvPiece
+
+    model = family_model("llama")
+    with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
+        engine.step(session=1, ids_BT=torch.tensor([PROMPT]), position=0, keep=1, capacity=40)
+        held = engine.fleet.hosts["edge0"].current
+        piece, soon = KvPiece(0, Range(*held.groups(0)[0])), threading.Timer(0.1, lambda: setattr(cache, "written", 9))
+        cache = held.caches[1]
+        cache.written = 8
+        soon.start()
+        keys, _ = held.read(1, piece, 0, 9)
+        assert keys.shape[2] == 9 and cache.written == 9
+        with pytest.raises(DeviceLost, match="not written yet"):
+            held.read(1, piece, 0, 10)
 
 
 def test_what_both_placements_hold_is_shared_and_not_read_again():
