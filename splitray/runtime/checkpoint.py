@@ -44,7 +44,7 @@ class Saved:
 
 
 class Store:
-    """Where checkpoints go. Every process of a cluster has to reach the same one."""
+    """Where the checkpoints of one session go. Every process of a cluster has to reach the same one."""
 
     def __init__(self, url: str) -> None:
         """`url`: a directory, or what fsspec knows (s3://, memory://).
@@ -76,7 +76,7 @@ class Store:
         if not held:
             return None
         raw = save(tensors)
-        path = f"{self.root}/{session}/{device}-{start}-{stop}-{uuid.uuid4().hex[:8]}.safetensors"
+        path = f"{self.root}/{device}-{start}-{stop}-{uuid.uuid4().hex[:8]}.safetensors"
         self._write(path, raw)
         return Saved(path, hashlib.sha256(raw).hexdigest(), len(raw), start, stop, tuple(held))
 
@@ -127,12 +127,12 @@ class Store:
     def write_manifest(self, session: int, files: Sequence[Saved], ids: Sequence[Sequence[int]]) -> None:
         """What there is of a session, and its token ids so far, for whoever comes after the engine itself is gone."""
         document = {"session": session, "ids": [list(i) for i in ids], "files": [asdict(f) for f in files]}
-        self._write(f"{self.root}/{session}/manifest.json", json.dumps(document).encode())
+        self._write(f"{self.root}/manifest.json", json.dumps(document).encode())
 
-    def forget(self, session: int) -> None:
-        """Delete a session's files; what cannot be deleted stays."""
+    def forget(self) -> None:
+        """Delete the session's files; what cannot be deleted stays."""
         try:
-            self.fs.rm(f"{self.root}/{session}", recursive=True)
+            self.fs.rm(self.root, recursive=True)
         except StoreError:
             return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -17,19 +18,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _FIRST_TOKENS = 16
 _WRITE_S = 60.0  # of silence from a device that writes its part
+_END_S = 5.0  # that the end of a run may wait for a checkpoint
 
 
 class Protection:
     """Saves one session, one checkpoint at a time, in a thread of its own."""
 
     def __init__(self, engine: Engine, session: Session, *, url: str, every: int | None, failures_per_s: float) -> None:
-        """`every` tokens; None: as Young's formula says from the measured cost and the rate of failures."""
-        self.url, self.session = url, session
+        """`every` tokens; None: as Young's formula says from the measured cost and the rate of failures.
+
+        `url` may be that of other engines too.
+        """
+        self.url, self.session = f"{url}/{secrets.token_hex(6)}-{session.number}", session
         self.problem: str | None = None
         self.cost_s = 0.0
         self.count = 0
         self._engine, self._every, self._failures_per_s = engine, every, failures_per_s
-        self._store = Store(url)
+        self._store = Store(self.url)
         self._thread: threading.Thread | None = None
         self._began = time.monotonic()
 
@@ -77,6 +82,8 @@ class Protection:
                 logger.warning("the run goes on without a new checkpoint: %s", error)
             self.problem = str(error)
             return
+        if start != (session.saved[-1].stop if session.saved else 0):
+            return  # a fault took back what came before it
         session.saved.extend(files)
         self.problem = None
         self.count += 1
@@ -85,5 +92,8 @@ class Protection:
     def end(self) -> None:
         """The session is over."""
         if self._thread is not None:
-            self._thread.join()
-        self._store.forget(self.session.number)
+            self._thread.join(_END_S)
+            if self._thread.is_alive():
+                logger.warning("the store %s gives no answer: what is there of the run stays there", self.url)
+                return
+        self._store.forget()

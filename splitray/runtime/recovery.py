@@ -213,6 +213,7 @@ def _rebuild(
             engine.members.leave(lost)
     if session is not None:
         session.valid = min((a["valid"].get(session.number, 0) for a in answers.values()), default=0) if kept else 0
+        session.saved = [f for f in session.saved if f.stop <= session.valid]  # what is damaged is saved again
         fault.replayed += max(0, session.positions - session.valid)
 
 

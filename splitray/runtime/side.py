@@ -5,6 +5,7 @@ One thread for each engine or device that has dialled; the run has its own.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from splitray.errors import DeviceLost
+from splitray.errors import DeviceLost, InputError
 from splitray.model.source import Checkpoint
 from splitray.runtime.checkpoint import Saved, Store
 from splitray.runtime.crossing import payload_of, tensor_of
@@ -133,11 +134,12 @@ class Side:
             copied += host.copy(staged, session)
             valid[session["id"]] = session["stop"]
             if session["lost"]:
-                store = Store(session["store"]) if session["store"] else None
-                files = [Saved.from_plain(f) for f in session["files"]]
-                wanted = list(pieces(session["lost"]))
-                number = session["id"]
-                valid[number] = store.restore(staged, number, wanted, files) if store else 0
+                number, files = session["id"], [Saved.from_plain(f) for f in session["files"]]
+                valid[number] = 0
+                if files:
+                    with contextlib.suppress(InputError):  # this device has no way to the store
+                        store, wanted = Store(session["store"]), list(pieces(session["lost"]))
+                        valid[number] = store.restore(staged, number, wanted, files)
                 staged.caches[number].written = valid[number]
         copied_s = time.monotonic() - copying
         host.staged = staged

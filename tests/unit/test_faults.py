@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import torch
 from families import family_model
 from splits import greedy, slow_devices, split
 
-from splitray.errors import DeviceLost, ModelError
+from splitray.errors import DeviceLost, InputError, ModelError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import MOMENTS, trials
+from splitray.runtime import protection
 from splitray.runtime.backoff import Backoff
 from splitray.runtime.checkpoint import Saved, Store, best_period_tokens
 from splitray.runtime.epoch import kv_sources
@@ -224,6 +226,12 @@ def test_a_damaged_checkpoint_is_found_and_what_is_older_is_used(tmp_path, damag
         reached = engine.faults[0].replayed
         assert reached >= 15 + len(PROMPT) - older > 0, "from the older one, and not from the damaged one"
         assert reached < 15 + len(PROMPT) + 4, "not from the beginning"
+    files = [Saved.from_plain(f) for f in json.loads(next(tmp_path.rglob("manifest.json")).read_text())["files"]]
+    for device in ("edge0", "cloud0"):
+        held = sorted((f.start, f.stop) for f in files if f"/{device}-" in f.path)
+        assert [0, *(stop for _, stop in held)][:-1] == [start for start, _ in held], "without a gap"
+        assert held[-1][1] > older, "it is protected again"
+    assert all(Store(str(tmp_path)).read(f) for f in files)
 
 
 def _damage(file: Path, how: str) -> None:
@@ -257,6 +265,49 @@ def test_a_store_that_is_gone_leaves_the_run_unprotected_and_says_so(tmp_path, c
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
     said = [r.message for r in caplog.records if "without a new checkpoint" in r.message]
     assert len(said) == 1 and "No space left" in said[0], "once, and why"
+
+
+def test_a_store_that_gives_no_answer_holds_up_neither_tokens_nor_the_end_of_a_run(tmp_path, caplog, monkeypatch):
+    model, go_on = family_model("llama"), threading.Event()
+    monkeypatch.setattr(protection, "_END_S", 0.2)
+    monkeypatch.setattr(Store, "_write", lambda *_: go_on.wait(20))
+    with (
+        split(model, devices=2, planner="even", recovery=Recovery(store=str(tmp_path), every_tokens=2)) as engine,
+        caplog.at_level(logging.WARNING),
+    ):
+        began = time.monotonic()
+        assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
+        assert time.monotonic() - began < 15.0
+        go_on.set()
+    assert [r.message for r in caplog.records if "gives no answer" in r.message]
+
+
+def test_two_engines_may_have_one_store(tmp_path, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model, recovery, forget = family_model("llama"), Recovery(store=str(tmp_path), every_tokens=4), Store.forget
+    for forgets, there in ((lambda _: None, 1), (lambda _: None, 2), (forget, 2)):
+        monkeypatch.setattr(Store, "forget", forgets)
+        with split(model, planner="even", recovery=recovery) as engine:
+            list(engine.stream(PROMPT, GREEDY))
+        assert len(list(tmp_path.rglob("manifest.json"))) == there, "each deletes its own"
+
+
+def test_a_device_without_a_way_to_the_store_reads_the_tokens_again(tmp_path, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
+    model = family_model("llama")
+
+    def none_here(*_: object) -> int:
+        raise InputError("checkpoint store", expected="s3", actual="no such file system", remedy="install it")
+
+    monkeypatch.setattr(Store, "restore", none_here)
+    with split(model, planner="even", recovery=Recovery(store=str(tmp_path), every_tokens=4)) as engine:
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
+            tokens.append(token)
+            if n == 15:
+                engine.fleet.kill("cloud0")
+        assert tokens == greedy(model, PROMPT, NEW_TOKENS)
+        assert engine.faults[0].replayed >= 15 + len(PROMPT)
 
 
 def test_a_device_that_comes_back_with_other_weights_is_refused(monkeypatch):
