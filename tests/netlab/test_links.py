@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -30,6 +30,7 @@ CUT_S = 2.0
 SOON_S = 2.0  # after the link is back; half a second on a quiet machine, which is printed
 MODEL = RandomLlama(name="netlab", layers=6, hidden=512, heads=8, kv_heads=8, ffn=512, vocab=512, tied=True)
 RATE_BYTES_PER_S = 4e6
+PAYLOAD = 1448 / 1514  # of a frame, as the shaper counts it
 WHOLE_S = 60.0
 
 
@@ -97,34 +98,40 @@ def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(
 
 
 def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_path) -> None:
-    """Of a session that waits; while tokens come, theirs go over the same link, and the copy takes longer."""
+    """Half of all heads move, one way; and all of them, both ways at once, where the copies are in each other's way.
+
+    While tokens come, theirs go over the same link, but few: each of their exchanges waits behind the copy. What they
+    send at the pace before it says nothing, and the prediction leaves them out.
+    """
     MODEL.write(tmp_path)
-    errors: dict[str, list[float]] = {"waiting": [], "generating": []}
+    errors: dict[str, list[float]] = {"half, waiting": [], "half, generating": [], "all, waiting": []}
     options = {"planner": "even", "fleet": NetFleet(lab), "recovery": Recovery()}
     prompt = [5 + i % 300 for i in range(512)]
     with launch_engine(model=tmp_path, devices=2, **options) as engine:
-        near, far = engine.placement, _turned(engine)
+        even, whole, turned = engine.placement, _gathered(engine), _turned(engine)
+
+        def error_of(after: Placement, stream: Generator[int, None, None] | None = None) -> float:
+            before, move = engine.placement, engine.migrate(after)
+            for _ in stream or ():
+                if move.done.is_set():
+                    stream.close()
+            assert move.done.wait(30) and move.error is None
+            return _predicted_s(engine, before, after, move) / move.copy_s - 1
+
         engine.step(session=1 << 20, ids_BT=torch.tensor([prompt]), position=0, keep=1, capacity=600)
         with _shaped(lab):
-            for after in (far, near, far):
-                before, move = engine.placement, engine.migrate(after)
-                assert move.done.wait(30) and move.error is None
-                errors["waiting"].append(_predicted_s(engine, before, after, move) / move.copy_s - 1)
+            errors["half, waiting"] = [error_of(after) for after in (whole, even, whole, even)]
+            errors["all, waiting"] = [error_of(after) for after in (turned, even)]
         engine.forget(1 << 20)
-        for after in (near, far):
-            before, stream = engine.placement, engine.stream(prompt, Sampling(max_new_tokens=400))
+        for after in (whole, even, whole):
+            stream = engine.stream(prompt, Sampling(max_new_tokens=400))
             for _ in range(3):
                 next(stream)
             with _shaped(lab):
-                move = engine.migrate(after)
-                for _ in stream:
-                    if move.done.is_set():
-                        stream.close()
-                assert move.done.wait(30) and move.error is None
-            errors["generating"].append(_predicted_s(engine, before, after, move) / move.copy_s - 1)
+                errors["half, generating"].append(error_of(after, stream))
     for what, found in errors.items():
         print(f"{what}: predicted over measured delay - 1: {[f'{e:+.0%}' for e in found]}")
-    assert abs(statistics.median(errors["waiting"])) < 0.5  # 0.2 is wanted, and reached on a quiet machine
+    assert abs(statistics.median(errors["half, waiting"])) < 0.5  # 0.2 is wanted, and reached on a quiet machine
 
 
 @contextmanager
@@ -142,8 +149,15 @@ def _shaped(lab: NetLab) -> Iterator[None]:
 def _predicted_s(engine: Engine, before: Placement, after: Placement, move: Next) -> float:
     positions = move.staged_bytes // max(1, sum(m.kv_bytes for m in diff(before, after, engine.arch, 1)))
     assert positions >= 512, "the whole context moves"
-    links = tuple(replace(x, bandwidth_bytes_per_s=RATE_BYTES_PER_S, rtt_s=0.0) for x in engine.topology.links)
+    rate = RATE_BYTES_PER_S * PAYLOAD
+    links = tuple(replace(x, bandwidth_bytes_per_s=rate, rtt_s=0.0) for x in engine.topology.links)
     return delay_s(diff(before, after, engine.arch, positions), replace(engine.topology, links=links), staged=True)
+
+
+def _gathered(engine: Engine) -> Placement:
+    """All attention on the second device."""
+    heads = Shares.whole(engine.arch.num_kv_heads, engine.topology.ids[1])
+    return replace(engine.placement, layers=tuple(replace(x, attention=heads) for x in engine.placement.layers))
 
 
 def _turned(engine: Engine) -> Placement:
