@@ -208,13 +208,16 @@ def _session(
     }  # fmt: skip
 
 
-def the_same_weights(answers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse devices that read different checkpoints.
+def the_same_weights(answers: Mapping[str, Mapping[str, Any]], before: str | None) -> str:
+    """Refuse devices that read different checkpoints, or another one than was read `before`.
+
+    Returns:
+        The fingerprint of all.
 
     Raises:
         ModelError: says who has which.
     """
-    prints = {d: a["fingerprint"] for d, a in answers.items()}
+    prints = {d: a["fingerprint"] for d, a in answers.items()} | ({} if before is None else {"before": before})
     if len(set(prints.values())) > 1:
         raise ModelError(
             "weights of the devices",
@@ -222,6 +225,7 @@ def the_same_weights(answers: Mapping[str, Mapping[str, Any]]) -> None:
             actual=prints,
             remedy="copy one checkpoint to every model_path",
         )
+    return str(next(iter(prints.values())))
 
 
 def astuple(endpoint: Endpoint) -> tuple[str, str, int]:

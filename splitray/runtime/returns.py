@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceLost, InputError, ModelError
 from splitray.runtime.epoch import Epoch
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Returns:
     def _run(self, whole: Epoch) -> None:
         engine = self._engine
         assert engine.recovery is not None, "asked for"
+        why: Exception | None
+        said = ""
         for wait_s in replace(engine.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
             try:
                 with engine.succession.starting:
@@ -61,7 +63,14 @@ class Returns:
                         return
                 if back.error is None and not self._missing:
                     return
-            except (DeviceLost, InputError) as error:
-                logger.info("%s: not back yet: %s", ", ".join(self._missing), error)
+                why = back.error
+            except (DeviceLost, InputError) as refused:
+                why = refused
+            away = ", ".join(d for d in whole.route.devices if d not in engine.route.devices)
+            if isinstance(why, ModelError) and str(why) != said:
+                said = str(why)
+                logger.warning("%s: back with what cannot be used: %s", away, said)
+            else:
+                logger.info("%s: not back yet: %s", away, why)
             if self._closed.wait(wait_s):
                 return

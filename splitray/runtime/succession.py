@@ -32,6 +32,7 @@ class Succession:
         """Held while devices are started, dialled or left out, by a run or beside it."""
         self._members, self._spin_s = members, spin_s
         self._last, self._naming = first.number, threading.Lock()
+        self._weights: str | None = None
 
     def following(self, placement: Placement, topology: Topology) -> Epoch:
         """An epoch with a number of its own."""
@@ -51,12 +52,12 @@ class Succession:
         Devices in `void` hold nothing of the epoch that runs now.
 
         Raises:
-            ModelError: devices have different weights.
+            ModelError: devices have different weights, or others than the epochs before.
             DeviceLost: a device is gone.
         """
         orders = stage_orders(epoch, self.now, sessions, self._members.endpoints, void)
         answers = self._members.ask(orders, within_s=LOAD_S)
-        the_same_weights(answers)
+        self._weights = the_same_weights(answers, self._weights)
         return answers
 
     def switch(self, epoch: Epoch, sessions: Sequence[Kept], *, anew: bool = False) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from families import family_model
 from splits import greedy, slow_devices, split
 
 from splitray.errors import DeviceLost, InputError, ModelError
+from splitray.model.reading import StateDictSource
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
@@ -310,19 +311,37 @@ def test_a_device_without_a_way_to_the_store_reads_the_tokens_again(tmp_path, mo
         assert engine.faults[0].replayed >= 15 + len(PROMPT)
 
 
-def test_a_device_that_comes_back_with_other_weights_is_refused(monkeypatch):
-    from splitray.model.reading import StateDictSource
-
+@pytest.mark.parametrize(("planner", "victim"), [("even", "cloud0"), ("edge_only", "edge0")], ids=["one", "the_only"])
+def test_a_device_that_comes_back_with_other_weights_is_refused(planner, victim, monkeypatch):
+    slow_devices(monkeypatch, 0.02)
     model, other = family_model("llama"), StateDictSource(family_model("llama"))
     recovery = Recovery(backoff=Backoff(budget_s=2.0))
     with (
-        split(model, devices=2, planner="even", recovery=recovery) as engine,
+        split(model, devices=2, planner=planner, recovery=recovery) as engine,
         pytest.raises(ModelError, match="same checkpoint"),
     ):
         for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
             if n == 3:
                 engine.fleet._source = other
+                engine.fleet.kill(victim)
+
+
+def test_who_was_left_out_and_comes_back_with_other_weights_stays_out(monkeypatch, caplog):
+    slow_devices(monkeypatch, 0.02)
+    model, other = family_model("llama"), StateDictSource(family_model("llama"))
+    with (
+        split(model, devices=3, planner="even", recovery=Recovery(replan=replan(model))) as engine,
+        caplog.at_level(logging.WARNING),
+    ):
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=60))):
+            tokens.append(token)
+            if n == 5:
+                engine.fleet._source = other
                 engine.fleet.kill("cloud0")
+        assert tokens == greedy(model, PROMPT, 60) and "cloud0" not in engine.route.devices
+    said = [r.message for r in caplog.records if "cloud0" in r.message and "same checkpoint" in r.message]
+    assert len(said) == 1, "once, and why"
 
 
 def test_messages_twice_late_and_in_the_wrong_order_have_no_effect():
