@@ -48,7 +48,7 @@ def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS) -> dict[str, A
         result["standing_by"] = _standing_by("tiny")
         path = Path(folder) / model.name
         model.write(path)
-        say("half of all heads move")
+        say("the heads of two devices change places")
         result["migration"] = _migration(path)
         say("checkpoints")
         result["checkpoint_cost"] = _checkpoint_cost(path, Path(folder) / "store")
@@ -144,7 +144,7 @@ def _run(engine: Engine, sampling: Sampling, at: int, strike: Callable[[], None]
 
 
 def _migration(path: Path) -> dict[str, Any]:
-    """Half of all KV head groups change places at a context of 512 tokens, and back again."""
+    """Two devices exchange their halves of all KV head groups at a context of 512 tokens, and back again."""
     topology = Topology.uniform(2)
     a, b = (str(i) for i in topology.ids)
     rows: list[dict[str, Any]] = []
