@@ -53,6 +53,10 @@ Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights 
 Codec = Annotated[
     Literal["none", "bf16", "int8", "int4"], typer.Option(help="How partial sums travel; all but none lose accuracy.")
 ]
+ChosenCodec = Annotated[
+    Literal["none", "bf16", "int8", "int4", "auto"],
+    typer.Option(help="As in simulate; auto: what drift_plus_penalty:V finds best."),
+]
 Channel = Annotated[
     str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
 ]
@@ -121,7 +125,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
     runtime: Runtime = "process",
     dtype: Dtype = "float32",
-    codec: Codec = "none",
+    codec: ChosenCodec = "none",
     channel: Annotated[
         str, typer.Option(help="What happens on the way, as in perplexity: loss:0.1.", metavar="CHANNEL")
     ] = "none",
@@ -169,7 +173,7 @@ def plan(
     topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
     planner: Annotated[str, typer.Option(help="Decides where what runs.", metavar="NAME[:ARG]")],
     context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
-    codec: Codec = "none",
+    codec: ChosenCodec = "none",
     channel: Channel = "none",
     dtype: PlanDtype = None,
     seed: Annotated[int, typer.Option(help="Of a planner that draws.", min=0, metavar="N")] = 0,

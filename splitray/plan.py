@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from splitray.arch import ModelArch
 from splitray.catalog import ARCHITECTURES, architecture
 from splitray.channel import as_channel
-from splitray.codecs import as_codec
+from splitray.codecs import Codec, as_codec
 from splitray.cost import CostModel, Prediction
 from splitray.errors import ModelError, did_you_mean
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
+from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.exact import Exact, ExactResult, solve
 from splitray.quality.accuracy import accuracy_of
 from splitray.route import compile_route
@@ -29,6 +30,7 @@ class Plan:
     arch: ModelArch
     topology: Topology
     planner: str
+    codec: Codec
     placement: Placement
     predicted: Prediction
     exchanges_per_token: int
@@ -46,6 +48,7 @@ class Plan:
         return {
             "model": self.arch.name,
             "planner": self.planner,
+            "codec": self.codec,
             "placement": self.placement.to_document(),
             "predicted": {
                 "ttft_s": predicted.ttft_s,
@@ -85,7 +88,7 @@ def run(
         context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
         dtype: of weights and activations; None for bfloat16 of a named decoder and float32 of a folder.
         seed: of a planner that draws.
-        codec: how partials travel; what it saves in time and costs in quality is weighed.
+        codec: how partials travel; what it saves in time and costs in quality is weighed. `auto` picks one.
         channel: what happens to them on the way; likewise.
 
     Raises:
@@ -95,13 +98,16 @@ def run(
     where.require_connected()
     arch = read_model_arch(model, dtype=dtype)
     chosen = make_planner(planner, seed=seed)
-    coded = as_codec(codec)
-    accuracy = accuracy_of(coded, as_channel(channel))
-    state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens, codec=coded, accuracy=accuracy)
-    started = time.perf_counter()
-    searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
-    placement = chosen.propose(state) if searched is None else searched.placement
-    decision_s = time.perf_counter() - started
+    way = as_channel(channel)
+    state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens)
+    started, searched = time.perf_counter(), None
+    if codec == AUTO:
+        state, placement = best_codec(chosen, state, lambda each: accuracy_of(each, way))
+    else:
+        state = replace(state, codec=as_codec(codec), accuracy=accuracy_of(as_codec(codec), way))
+        searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
+        placement = chosen.propose(state) if searched is None else searched.placement
+    decision_s, coded, accuracy = time.perf_counter() - started, state.codec, state.accuracy
     route = compile_route(placement, arch, where, codec=coded)
     own = searched or solve(state, chosen.space, known=[placement])
     overall = own if chosen.space == "all" else solve(state, known=[own.placement])
@@ -110,6 +116,7 @@ def run(
         arch=arch,
         topology=where,
         planner=planner,
+        codec=coded,
         placement=placement,
         predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
         exchanges_per_token=route.exchanges_per_token,

@@ -50,7 +50,7 @@ def run(
         arch, _, _ = read_model(model)
         if replan is not None:
             make_planner(replan)  # a wrong name is refused before anything starts
-        chosen = decide(arch, where, planner=planner, placement=placement, seed=seed)
+        chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed)
         if read_tokenizer(model) is None:
             raise InputError("--model", expected="a model with a tokenizer", actual=f"none in {model}",
                              remedy="put the tokenizer's files beside the weights")  # fmt: skip

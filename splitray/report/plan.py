@@ -28,6 +28,8 @@ def plan_table(document: Mapping[str, Any], topology: Topology) -> RenderableTyp
     proof = "proven" if document["proven"] else "no bound" if bound is None else f"none below {seconds_text(bound)}"
     facts.add_row("best of all kinds", f"{seconds_text(best)} ({proof}), gap {document['global_gap']:.1%}")
     facts.add_row("exchanges per token", f"{document['exchanges_per_token']}")
+    if document["codec"] != "none":
+        facts.add_row("codec", document["codec"])
     if rise := document["accuracy_loss"]:
         facts.add_row("rise of perplexity", f"{share_text(rise, 1.0)}, as told by the shipped model")
     memory = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim", border_style="dim")

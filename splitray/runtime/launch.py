@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from splitray.model.layout import LayerLayout
 from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
+from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.protocol import ClusterState
 from splitray.quality.accuracy import accuracy_of
 from splitray.runtime.controller import attend
@@ -78,10 +80,10 @@ def decide(
     placement: str | Path | Placement | None,
     seed: int = 0,
     context_tokens: int = 0,
-    codec: Codec = "none",
+    codec: str = "none",
     channel: NoisyChannel | None = None,
-) -> Placement:
-    """The placement of a file or of a planner (`even` if neither is given), validated.
+) -> tuple[Placement, Codec]:
+    """The placement of a file or of a planner (`even` if neither is given), validated, and the codec.
 
     Raises:
         InputError: both are given, the planner is unknown, or the placement does not fit model and topology.
@@ -90,14 +92,16 @@ def decide(
         raise InputError("placement", expected="either a planner or a placement", actual="both",
                          remedy="leave one out")  # fmt: skip
     if placement is None:
-        state = ClusterState(
-            arch=arch, topology=topology, context_tokens=context_tokens, codec=codec,
-            accuracy=accuracy_of(codec, channel),
-        )  # fmt: skip
-        return make_planner(planner or "even", seed=seed).propose(state)
+        state, named = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens), planner or "even"
+        if codec == AUTO:
+            state, found = best_codec(make_planner(named, seed=seed), state, lambda each: accuracy_of(each, channel))
+            return found, state.codec
+        coded = as_codec(codec)
+        state = replace(state, codec=coded, accuracy=accuracy_of(coded, channel))
+        return make_planner(named, seed=seed).propose(state), coded
     chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
     validate(chosen, arch, topology)
-    return chosen
+    return chosen, as_codec(codec)
 
 
 def make_fleet(runtime: str, *, threads: int = 1) -> Fleet:
@@ -152,7 +156,7 @@ def launch_engine(
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
         pin: bind each device to a core of its own (likewise).
-        codec: how partials and states travel between devices; `none` is exact.
+        codec: how partials and states travel between devices; `none` is exact, `auto` as a planner with V finds best.
         channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.
         replan: planner, by name, that moves the placement as links and devices change, as long as the engine lives.
@@ -162,16 +166,17 @@ def launch_engine(
         InputError: something asked for cannot be; says what.
         DeviceLost: a device did not come up.
     """
-    coded = as_codec(codec)
+    if codec != AUTO:
+        as_codec(codec)  # a wrong name is refused before anything starts
     if replan is not None:
-        make_planner(replan)  # a wrong name is refused before anything starts
+        make_planner(replan)  # likewise
     way = as_channel(channel) if isinstance(channel, str) else channel
     fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
     progress("reading and testing the model")
     arch, layout, lean = read_model(model, dtype=dtype)
     progress("planning")
-    chosen = decide(arch, where, planner=planner, placement=placement, seed=seed, codec=coded, channel=way)
+    chosen, coded = decide(arch, where, planner=planner, placement=placement, seed=seed, codec=codec, channel=way)
     progress("starting the devices and loading their slices")
     engine = Engine(
         fleet=fleet,

@@ -179,3 +179,21 @@ def test_the_exact_search_leaves_an_island_alone_or_says_that_it_cannot_share(tm
     assert {str(d) for d in propose(2e10).devices} == {"d0"}
     with pytest.raises(PlacementError, match=r"without a link cannot share \(d0 and d1\)"):
         propose(8e9)
+
+
+def test_a_codec_is_chosen_by_what_perplexity_weighs(tmp_path: Path) -> None:
+    """Neither device has room for the model, so that something has to cross; int8 costs next to nothing in quality."""
+    where = write(tmp_path / "where.yaml", 8e9, 8e9)
+    cheap, dear = (
+        run(model="llama-7b", topology=where, planner=f"drift_plus_penalty:{v}", context_tokens=512, codec="auto")
+        for v in ("1e-9", "10")
+    )
+    assert (cheap.codec, dear.codec) == ("int4", "int8")
+    assert cheap.accuracy_loss > dear.accuracy_loss and cheap.predicted.tpot_s < dear.predicted.tpot_s
+
+
+@pytest.mark.parametrize("planner", ["even", "drift_plus_penalty"])
+def test_a_planner_without_a_price_of_perplexity_chooses_no_codec(tmp_path: Path, planner: str) -> None:
+    result = plan(Path(write(tmp_path / "where.yaml", 2e10)), "--codec", "auto", planner=planner)
+    assert result.exit_code == 2
+    assert "codec auto: expected the planner drift_plus_penalty:V" in result.stderr

@@ -1,0 +1,44 @@
+"""Which codec to use, where a planner has prices for it: what it saves in time and energy, what it costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from splitray.accuracy import Accuracy
+from splitray.codecs import CODECS, Codec
+from splitray.errors import InputError
+from splitray.placement import Placement
+from splitray.planners import CheckedPlanner
+from splitray.planners.drift_plus_penalty import DriftPlusPenalty, cost_of
+from splitray.planners.protocol import ClusterState
+
+AUTO = "auto"
+
+
+def best_codec(
+    chosen: CheckedPlanner, state: ClusterState, accuracy_of: Callable[[Codec], Accuracy | None]
+) -> tuple[ClusterState, Placement]:
+    """Place with every codec and keep the cheapest: SPEC 2.16 with the codec as one more choice.
+
+    Args:
+        chosen: drift_plus_penalty with a V above 0, which weighs perplexity against seconds.
+        state: of the cluster; its codec and accuracy are replaced.
+        accuracy_of: what a codec costs in quality.
+
+    Raises:
+        InputError: the planner has no price for perplexity.
+    """
+    planner = chosen.planner
+    if not isinstance(planner, DriftPlusPenalty) or planner.v <= 0:
+        raise InputError(
+            "codec auto", expected="the planner drift_plus_penalty:V with V above 0, which prices perplexity",
+            actual=chosen.spec, remedy="name a codec, or use for example drift_plus_penalty:10",
+        )  # fmt: skip
+    found = []
+    for codec in CODECS:
+        coded = replace(state, codec=codec, accuracy=accuracy_of(codec))
+        placement = chosen.propose(coded)
+        found.append((cost_of(placement, coded, planner.prices(coded)), coded, placement))
+    _, best, placement = min(found, key=lambda each: each[0])
+    return best, placement
