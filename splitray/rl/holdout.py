@@ -16,7 +16,7 @@ from splitray.rl.cell import Cell
 from splitray.rl.choosing import greedy
 from splitray.rl.layout import HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.observation import Floats
-from splitray.rl.policy_planner import Policy
+from splitray.rl.policy_planner import Policy, relieves
 from splitray.rl.rollout import Act
 from splitray.rl.vector_env import VectorEnv
 from splitray.rl.weather import Climate
@@ -83,7 +83,9 @@ def served(policy: Policy) -> Decide:
     """A policy as the planner `splitwise` uses it, without a deep-learning library."""
 
     def decide(env: VectorEnv, rows: Ints) -> tuple[Ints, None]:
-        knobs = policy.knobs(*env.features(rows))
+        knobs = np.tile(DEFAULT_KNOBS, (len(rows), 1))
+        if relieves(env.static):
+            knobs = policy.knobs(*env.features(rows))
         return np.concatenate([np.full((len(rows), env.spec.num_groups), FREE), knobs], axis=1), None
 
     return decide

@@ -2,7 +2,8 @@
 
 The policy turns the knobs of the one-slot program (V, the weight of moves, the price of a cloud that others use too);
 the program makes the placement, so that what does not fit cannot be chosen. If the backlog passes `most_requests`, the
-knobs are overridden by those that only shorten the queue (SPEC row 61).
+knobs are overridden by those that only shorten the queue (SPEC row 61). Where an edge cannot relieve a cloud that it
+shares, the program is left alone (`relieves`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from splitray.topology import Topology
 
 SHIPPED = Path(__file__).parent / "shipped" / "policy"
 MOST_REQUESTS = 50.0  # that may wait before the queue alone counts
+_CROWD, _MARGIN = 16, 1.7  # see `relieves`
 Floats32 = NDArray[np.float32]
 
 
@@ -99,6 +101,20 @@ class Policy:
         return Weights(**self.card["recipe"]["weights"])
 
 
+def relieves(static: Static) -> bool:
+    """Whether it can pay to keep a request away from a cloud that is shared: where not, a policy has nothing to win.
+
+    In a crowd of 16 a request takes its own time among 15 others there, and costs them as much again. The edge has to
+    have room for the whole model, and to be quicker than that within a margin, which was chosen on drawn weather: the
+    policy that ships gained in every cell that passes and lost in most others. Where an end is pinned to the edge each
+    token crosses anyway, and it gained in none.
+    """
+    known, others = static.known, 2 * (_CROWD - 1)
+    crowded_s = known.cloud.service_s(known.request) + others * known.cloud.device_s(known.request)
+    pinned = static.pinned_embedding or static.pinned_head
+    return not pinned and known.edge.weight_share <= 1 and known.edge.service_s(known.request) <= _MARGIN * crowded_s
+
+
 @dataclass(slots=True)
 class _Served:
     """What does not change while one model is served on one pair of devices, and what was seen so far."""
@@ -108,6 +124,7 @@ class _Served:
     known: References
     static: Static
     history: History
+    relieves: bool
     since_move: float = 0.0
     made: tuple[Placement, Choice] | None = None
 
@@ -134,9 +151,10 @@ class Splitwise:
         served = self._of(state)
         moment = self._moment(state, served)
         current = self._current(state, served, moment)
-        whole, groups = observe(self._seen(state, served, moment, current), served.history.values, served.static)
-        knobs = self.policy.knobs(whole, groups)
-        request = state.request or USUAL
+        request, knobs = state.request or USUAL, np.array([DEFAULT_KNOBS])
+        if served.relieves:
+            whole, groups = observe(self._seen(state, served, moment, current), served.history.values, served.static)
+            knobs = self.policy.knobs(whole, groups)
         if moment.backlog_tokens[0] > self.most_requests * request.output_tokens:
             knobs, self.overrides = np.array([DEFAULT_KNOBS]), self.overrides + 1
         moment = replace(moment, current=current)
@@ -247,7 +265,7 @@ def _served(state: ClusterState, nominal: Topology, num_groups: int) -> _Served:
         memory_bytes=np.array([d.memory_bytes for d in ordered.devices]),
         pinned_embedding=state.pinned_embedding is not None, pinned_head=state.pinned_head is not None,
     )  # fmt: skip
-    return _Served(ordered, grid, known, static, History(1))
+    return _Served(ordered, grid, known, static, History(1), relieves(static))
 
 
 def _unfit(path: Path, expected: str, actual: object) -> InputError:

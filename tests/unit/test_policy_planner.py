@@ -28,7 +28,7 @@ from splitray.topology import Topology
 SLOTS = 60
 EDGES = 4
 CLIMATE = Climate(cloud_load=0.8, users=EDGES, bandwidth_sigma=0.6, rtt_sigma=0.2)
-CELL = Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="embedding_and_head", link="lte")
+CELL = Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="none", link="lte")
 
 
 def state(cell: Cell = CELL) -> ClusterState:
@@ -93,6 +93,26 @@ def test_it_decides_within_a_millisecond_or_so() -> None:
         planner.propose(where)
         times.append(time.perf_counter() - started)
     print(f"a decision of splitwise: {1e3 * np.median(times):.2f} ms, best {1e3 * min(times):.2f}")
+
+
+@pytest.mark.parametrize(
+    ("cell", "gains"),
+    [
+        (CELL, True),
+        (replace(CELL, edge="raspberry-pi-5"), False),
+        (replace(CELL, model="llama-13b"), False),
+        (replace(CELL, holds="embedding_and_head"), False),
+    ],
+    ids=["a Jetson", "too slow", "too small", "every token crosses"],
+)
+def test_where_the_edge_cannot_relieve_the_cloud_the_program_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, cell: Cell, gains: bool
+) -> None:
+    asked: list[int] = []
+    turned = Policy.knobs
+    monkeypatch.setattr(Policy, "knobs", lambda *args: asked.append(1) or turned(*args))
+    make_planner("splitwise").propose(state(cell))
+    assert bool(asked) == gains
 
 
 def test_a_backlog_beyond_its_limit_overrides_the_policy() -> None:
