@@ -337,7 +337,8 @@ def _faults_table(result: dict[str, Any]) -> None:
     console.print(f"half of all heads moved {moved['rounds']} times at a context of 512 tokens")
     line("extra gap, decode steps", moved["extra_steps"], ".1f")
     console.print(
-        f"  bytes off the formula {moved['bytes_error']}, delay off by {moved['delay_error_median']:.0%} (median)"
+        f"  bytes off the formula {moved['bytes_error']}, delay off by {moved['delay_error_median']:.0%} (median): "
+        "here the copy takes the processes' time and not the link's; tests/netlab predicts it for a shaped link"
     )
     lost = result["checkpoint_cost"]["lost_share"]
     console.print("checkpoints cost " + ", ".join(f"{v:.1%} of tokens/s ({k})" for k, v in lost.items()))
