@@ -219,8 +219,7 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
             rows.append((noise, name, number, simulated(last)))
             if name.startswith("PPO"):
                 rho[noise] = told
-                panels[f"{noise}: {name}"] = (noise, x, p)
-            elif name.endswith("4"):
+            if name != "optimal, u = 1":
                 panels[f"{noise}: {name}"] = (noise, x, p)
     table = Table(
         "Strength of the channel and the cut (Fig. 7)",

@@ -48,7 +48,7 @@ def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS) -> dict[str, A
         result["standing_by"] = _standing_by("tiny")
         path = Path(folder) / model.name
         model.write(path)
-        say("the heads of two devices change places")
+        say("half of all heads move")
         result["migration"] = _migration(path)
         say("checkpoints")
         result["checkpoint_cost"] = _checkpoint_cost(path, Path(folder) / "store")
@@ -144,14 +144,14 @@ def _run(engine: Engine, sampling: Sampling, at: int, strike: Callable[[], None]
 
 
 def _migration(path: Path) -> dict[str, Any]:
-    """Two devices exchange their halves of all KV head groups at a context of 512 tokens, and back again."""
+    """Half of all KV head groups go to the other device at a context of 512 tokens, and back again."""
     topology = Topology.uniform(2)
     a, b = (str(i) for i in topology.ids)
     rows: list[dict[str, Any]] = []
     options: dict[str, Any] = {"planner": "even", "fleet": ProcessFleet(), "recovery": Recovery()}
     with launch_engine(model=path, topology=topology, **options) as engine:
         arch = engine.arch
-        near, far = engine.placement, _other_half(engine.placement, arch.num_kv_heads, a, b)
+        near, far = engine.placement, _gathered(engine.placement, arch.num_kv_heads, a)
         prompt = [5 + i % 300 for i in range(_CONTEXT)]
         size = 1 << 22
         rate = 2 * size / statistics.median(echo(engine, a, b, size=size, rounds=20))
@@ -195,15 +195,12 @@ def _migration(path: Path) -> dict[str, Any]:
     }
 
 
-def _other_half(placement: Placement, groups: int, a: str, b: str) -> Placement:
-    """The same with the attention of the two devices exchanged."""
+def _gathered(placement: Placement, groups: int, device: str) -> Placement:
+    """The same with the attention of every layer on one device."""
     from dataclasses import replace
 
-    def turned(layer: LayerPlacement) -> LayerPlacement:
-        held = {str(d): [(r.start, r.stop) for r in ranges] for d, ranges in layer.attention.by_device}
-        return replace(layer, attention=Shares.of({a: held[b], b: held[a]}))
-
-    return replace(placement, layers=tuple(turned(x) for x in placement.layers))
+    held = Shares.of({device: [(0, groups)]})
+    return replace(placement, layers=tuple(replace(x, attention=held) for x in placement.layers))
 
 
 def _at_rate(topology: Topology, bytes_per_s: float) -> Topology:

@@ -105,9 +105,8 @@ def relieves(static: Static) -> bool:
     """Whether it can pay to keep a request away from a cloud that is shared: where not, a policy has nothing to win.
 
     In a crowd of 16 a request takes its own time among 15 others there, and costs them as much again. The edge has to
-    have room for the whole model, and to be quicker than that within a margin, which was chosen on drawn weather: the
-    policy that ships gained in every cell that passes and lost in most others. Where an end is pinned to the edge each
-    token crosses anyway, and it gained in none.
+    have room for the whole model, and to be quicker than that within a margin, which was chosen by `holdout.score` on
+    drawn weather, not on recorded. Where an end is pinned to the edge each token crosses anyway.
     """
     known, others = static.known, 2 * (_CROWD - 1)
     crowded_s = known.cloud.service_s(known.request) + others * known.cloud.device_s(known.request)

@@ -69,10 +69,10 @@ class Recovery:
             InputError: nothing fits.
         """
         assert self.replan is not None, "asked for"
-        if not isinstance(self.replan, str):
-            return self.replan(topology, context_tokens)
-        state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
-        placement = make_planner(self.replan).propose(state)
+        if isinstance(self.replan, str):
+            state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+            return make_planner(self.replan).propose(state)
+        placement = self.replan(topology, context_tokens)
         validate(placement, arch, topology)
         return placement
 
