@@ -116,10 +116,13 @@ class Topology:
     links: tuple[Link, ...]
     origin: DeviceId
     origin_holds: Literal["none", "embedding", "embedding_and_head"] = "none"
+    ids: tuple[DeviceId, ...] = field(init=False, repr=False, compare=False)
+    """Device ids in order; this order breaks every tie and names the lead of a sub-block."""
     _by_pair: Mapping[tuple[DeviceId, DeviceId], Link] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ids = self.ids
+        ids = tuple(d.id for d in self.devices)
+        object.__setattr__(self, "ids", ids)
         if not ids:
             raise TopologyError(
                 "devices",
@@ -173,11 +176,6 @@ class Topology:
                 actual=device,
                 remedy=f"correct the name{did_you_mean(device, self.ids)}",
             )
-
-    @property
-    def ids(self) -> tuple[DeviceId, ...]:
-        """Device ids in order; this order breaks every tie and names the lead of a sub-block."""
-        return tuple(d.id for d in self.devices)
 
     def device(self, device: DeviceId) -> Device:
         """The device of this id."""

@@ -89,22 +89,21 @@ class Chains:
     def best(self) -> Path:
         """The cheapest path of each instance."""
         groups, n = len(self.cost), self.cost.shape[-1]
-        rows, alike = np.arange(n), len(self.apart) == 1
-        value, values = self.start, []
-        for g in range(groups):
-            values.append(value)
-            apart = self.apart[0 if alike else g]
-            done = (value[:, :, None] + self.cost[g]).min(1)  # [E, V, N]
-            value = (done[:, None] + apart).min(2)
+        g, rows = np.arange(groups)[:, None], np.arange(n)
+        step = (self.cost[:, :, None] + self.apart[:, None]).min(3)  # [G, before, after, N]
+        value, came = self.start, []
+        for each in step:
+            total = value[:, :, None] + each  # [E, before, after, N]
+            came.append(total.argmin(1))
+            value = total.min(1)
         last = value[:, :, None] + self.end  # [E, 3, D, N]
-        flat = last.reshape(-1, n).argmin(0)
-        embedding, state, head = np.unravel_index(flat, last.shape[:3])
-        variant = np.empty((groups, n), np.int64)
-        for g in range(groups - 1, -1, -1):
-            apart = self.apart[0 if alike else g][state, :, rows].T  # [V, N]
-            ways = values[g][embedding, :, rows].T[:, None] + self.cost[g] + apart  # [3, V, N]
-            state, variant[g] = np.divmod(ways.reshape(-1, n).argmin(0), self.cost.shape[2])
-        return Path(variant, embedding.astype(np.int64), head.astype(np.int64))
+        embedding, state, head = np.unravel_index(last.reshape(-1, n).argmin(0), last.shape[:3])
+        states = [state]
+        for back in reversed(came):
+            states.append(back[embedding, states[-1], rows])
+        before, after = np.array(states[:0:-1]), np.array(states[-2::-1])  # of each group, [G, N]
+        ways = self.cost[g, before, :, rows] + self.apart[g if len(self.apart) > 1 else 0, after, :, rows]  # [G, N, V]
+        return Path(ways.argmin(2), embedding.astype(np.int64), head.astype(np.int64))
 
     def bytes(self, path: Path) -> Floats:
         """Bytes of a path on each device, [2, N]."""

@@ -22,12 +22,14 @@ from splitray.planners.optimum.space import MISSING_S
 from splitray.planners.protocol import RequestShape
 from splitray.rl.choice import CLOUD, COPIED, EDGE, SIXTEENTHS, SPLIT, Choice
 from splitray.rl.grid_chain import Chains, Path, along, within
-from splitray.rl.grid_pace import COPIES, PARTS, Pace, Pass, Pieces
+from splitray.rl.grid_pace import COPIES, PARTS, Pace, Passes, Pieces
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_HERE = np.eye(2)
+_APART = (_HERE == 0)[..., None]  # embedding and head on different devices
 
 
 class Program:
@@ -69,23 +71,20 @@ class Program:
         self._context = np.broadcast_to(np.asarray(context_tokens, float), (n,))
         self.pace = Pace(arch, topology, rates, n, codec)
         self._origin = topology.ids.index(topology.origin)
-        passes = [self.pace.of(1.0, np.maximum(1.0, self._context))]
-        if request is not None:
-            tokens = float(request.prompt_tokens)
-            passes.append(self.pace.of(tokens, np.full(n, tokens), 1 / request.output_tokens))
-        self._options(passes[0], current)
+        passes = self.pace.passes(self._context, request)
+        self._options(passes, current)
         self._price(passes)
-        self._ends(passes[0], request)
+        self._ends(passes, request)
 
-    def _options(self, token: Pass, current: tuple[Ints, Ints] | None) -> None:
+    def _options(self, passes: Passes, current: tuple[Ints, Ints] | None) -> None:
         """The ways to hold attention and FFN: counts on both devices [2, G, A or F, N], and states [G, A or F, N]."""
         h, n, total = self.arch.num_kv_heads, self.num_instances, self.arch.ffn_dim
         heads = np.arange(1, max(2, h))[:, None]  # one head cannot be shared: the option is an idle copy of "whole"
         shares = np.arange(1, SIXTEENTHS)[:, None]
-        best_h = heads[self.pace.busy_s(token.attention, (heads, h - heads)).max(0).argmin(0), 0]
-        best_f = shares[
-            self.pace.busy_s(token.ffn, (self.units[shares], total - self.units[shares])).max(0).argmin(0), 0
-        ]
+        columns = self.units[shares]
+        parts = (passes.attention, heads, h - heads), (passes.ffn, columns, total - columns)
+        at_h, at_f = (self.pace.busy_s(p.of_token, np.stack(c))[:, 0].max(0).argmin(0) for p, *c in parts)
+        best_h, best_f = heads[at_h, 0], shares[at_f, 0]
         attention = np.stack([np.zeros(n, int), np.full(n, h), np.full(n, h + 1), best_h])[None]  # [1, A, N]
         ffn = np.stack([np.zeros(n, int), np.full(n, SIXTEENTHS), best_f])[None]
         if current is not None:
@@ -106,26 +105,23 @@ class Program:
         mode = np.where(copied[:, :, None], COPIED, mode)
         self.mode: Ints = mode.reshape(len(mode), -1, n)
 
-    def _cost(self, passes: list[Pass], pieces: list[Pieces], counts: Ints, state: Ints, before: int) -> Floats:
+    def _cost(self, passes: Passes, pieces: Pieces, counts: Ints, state: Ints, before: int) -> Floats:
         """The cost of each way to hold a sub-block after each state before it, [before, G, A or F, N]."""
-        shape = state.shape
-        flat, at = counts.reshape(2, -1, shape[-1]), state.reshape(1, -1, shape[-1])
-        total: Floats = np.zeros((before, *at.shape[1:]))
-        priced = bool(self.per_joule.any())
-        for each, part in zip(passes, pieces, strict=True):
-            busy = self.pace.busy_s(part, flat)
-            here, there = (along(each.arrive_s[d, :before], at, axis=1) + busy[d] for d in (EDGE, CLOUD))
-            cost = self.per_second * np.maximum(here, there)
-            if priced:
-                radio = along(each.radio_j[:before], at, axis=1)
-                cost += self.per_joule * ((busy * self.pace.power_w[:, None]).sum(0) + radio)
-            total += each.weight * cost
-        return total.reshape(before, *shape)
+        flat, at = counts.reshape(2, -1, counts.shape[-1]), state.reshape(-1, state.shape[-1])
+        busy = self.pace.busy_s(pieces, flat)  # [2, P, X, N]
+        ready = along(passes.arrive_s[:, :, :before], at[None, None, None], axis=3) + busy[:, :, None]
+        cost = self.per_second * np.maximum(ready[EDGE], ready[CLOUD])  # [P, before, X, N]
+        if self.per_joule.any():
+            radio = along(passes.radio_j[:, :before], at[None, None], axis=2)
+            work = (busy * self.pace.power_w[:, None, None]).sum(0)
+            cost = cost + self.per_joule * (work[:, None] + radio)
+        total: Floats = (passes.weight[:, None, None, None] * cost).sum(0)
+        return total.reshape(before, *state.shape)
 
-    def _price(self, passes: list[Pass]) -> None:
+    def _price(self, passes: Passes) -> None:
         """Each variant of each group: its cost after each state, [G, 3, V, N], and its bytes, [2, G, V, N]."""
-        attention = self._cost(passes, [p.attention for p in passes], self._groups, self._held_by, 3)
-        ffn = self._cost(passes, [p.ffn for p in passes], self._units, self._after, 4)
+        attention = self._cost(passes, passes.attention, self._groups, self._held_by, 3)
+        ffn = self._cost(passes, passes.ffn, self._units, self._after, 4)
         after = along(ffn[:, :, None], self._held_by[None, :, :, None], axis=0)[0]  # [G, A, F, N]
         first = attention[:, :, :, None] + after
         again = along(first, self._after[None, :, None], axis=0)[0]  # in the middle of a group
@@ -143,33 +139,28 @@ class Program:
         self.mode = np.broadcast_to(self.mode, self.state.shape)
         self._apart = np.where(state.reshape(len(again), 1, -1, n) == np.arange(3)[:, None, None], 0.0, np.inf)
 
-    def _ends(self, token: Pass, request: RequestShape | None) -> None:
+    def _ends(self, passes: Passes, request: RequestShape | None) -> None:
         """What it costs to begin, [E, 3, N], and to end in each state, [E, 3, D, N], with bytes held, [2, E, D]."""
-        arch, n, pins = self.arch, self.num_instances, self.topology.origin_holds
+        arch, n, pins, pace = self.arch, self.num_instances, self.topology.origin_holds, self.pace
         self.start: Floats = np.full((2, 3, n), np.inf)
         self.start[EDGE, EDGE] = self.start[CLOUD, CLOUD] = 0.0
         share = 0.0
         if request is not None:
             share = 1 / request.output_tokens
-            way = self.pace.way(self._origin, TOKEN_BYTES * request.prompt_tokens)[2]
+            way = pace.ways(TOKEN_BYTES * request.prompt_tokens)[2][self._origin]
             self.start[1 - self._origin] += share * self.per_second * way
         row = arch.weight_bytes(arch.vocab_row_params) * arch.vocab
-        flops = 2 * arch.vocab * arch.vocab_row_params / self.pace.flops_per_s
-        busy = np.maximum(flops, row / self.pace.bytes_per_s) + self.pace.launch_s  # [D, N]
-        arrive, radio = token.arrive_s, token.radio_j
-        self.end: Floats = np.zeros((2, 3, 2, n))
-        self.bytes_at_ends: Floats = np.zeros((2, 2, 2))
-        for d in (EDGE, CLOUD):
-            seconds = arrive[d, :3, d] + busy[d]
-            cost = (1 + share) * (self.per_second * seconds + self.per_joule * self.pace.power_w[d] * busy[d])
-            cost = cost + self.per_joule * radio[:3, d]
-            air, _, way = self.pace.way(d, TOKEN_BYTES)
-            for e in (EDGE, CLOUD):
-                back = self.per_second * way * (e != d)
-                sent = self.per_joule * self.pace.radio_w * air * (1 - d in (e, self._origin))
-                self.end[e, :, d] = cost + back + sent
-                self.bytes_at_ends[e, e, d] += row
-                self.bytes_at_ends[d, e, d] += 0 if arch.tied_embeddings and e == d else row
+        flops = 2 * arch.vocab * arch.vocab_row_params / pace.flops_per_s
+        busy = np.maximum(flops, row / pace.bytes_per_s) + pace.launch_s  # [D, N]
+        seconds = passes.arrive_s[[EDGE, CLOUD], 0, :3, [EDGE, CLOUD]] + busy[:, None]  # [D, 3, N]
+        work = self.per_joule * pace.power_w * busy
+        cost = (1 + share) * (self.per_second * seconds + work[:, None])
+        cost = cost + self.per_joule * passes.radio_j[0, :3, :2].transpose(1, 0, 2)
+        air, _, way = pace.ways(TOKEN_BYTES)
+        back = self.per_second * way * _APART  # [E, D, N]
+        sent = self.per_joule * pace.radio_w * air * (_APART | (np.arange(2) != self._origin)[:, None])
+        self.end: Floats = cost.transpose(1, 0, 2) + (back + sent)[:, None]
+        self.bytes_at_ends: Floats = row * (_HERE[:, :, None] + _HERE[:, None] * (1 - arch.tied_embeddings * _HERE))
         if pins != "none":
             self.start[1 - self._origin] = np.inf
         if pins == "embedding_and_head":

@@ -9,6 +9,7 @@ Shapes: N instances, G groups, F global features, L features of a group, H slots
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -165,8 +166,7 @@ def observe(seen: Seen, history: Floats, static: Static) -> tuple[NDArray[np.flo
     cloud_now = known.cloud.token_s / np.maximum(seen.cloud_free, _FLOOR)
     prompt_now = known.cloud.prompt_s / np.maximum(seen.cloud_free, _FLOOR)
     crossing = seen.rtt_s + 2 * static.hidden_bytes / np.maximum(seen.link_bytes_per_s, 1.0)
-    one = np.ones(n)
-    columns = [
+    columns: list[Floats | float] = [
         np.log1p(np.maximum(seen.backlog_tokens, 0) / known.request.output_tokens) / 2,
         arrived,
         np.log1p(seen.energy_debt_j / known.request_j) / 2,
@@ -179,22 +179,25 @@ def observe(seen: Seen, history: Floats, static: Static) -> tuple[NDArray[np.flo
         np.log10(np.maximum(seen.context_tokens, 1)) - 1,
         seen.serving.astype(float),
         *seen.free_memory.T,
-        one * np.log10(known.edge.token_s / 0.05),
+        math.log10(known.edge.token_s / 0.05),
         np.log10(cloud_now / 0.05),
         np.log10(crossing / 0.05),
-        one * np.log10(known.edge.prompt_s),
+        math.log10(known.edge.prompt_s),
         np.log10(prompt_now),
         np.log(known.edge.token_s / (cloud_now + crossing)) / 2,
-        one * np.log(known.edge.weight_share) / 2,
-        one * np.log(known.cloud.weight_share) / 2,
-        one * static.pinned_embedding,
-        one * static.pinned_head,
-        one * static.group_layers.sum() / 40,
-        one * np.log10(known.request.prompt_tokens) - 2,
-        one * np.log10(known.request.output_tokens) - 2,
+        math.log(known.edge.weight_share) / 2,
+        math.log(known.cloud.weight_share) / 2,
+        float(static.pinned_embedding),
+        float(static.pinned_head),
+        float(static.group_layers.sum()) / 40,
+        math.log10(known.request.prompt_tokens) - 2,
+        math.log10(known.request.output_tokens) - 2,
     ]
     placement, groups = _placement(seen, static)
-    whole = np.concatenate([np.stack(columns, axis=1), history.reshape(n, -1), placement], axis=1)
+    now = np.empty((n, len(columns)))
+    for i, column in enumerate(columns):
+        now[:, i] = column
+    whole = np.concatenate([now, history.reshape(n, -1), placement], axis=1)
     assert whole.shape[1] == NUM_GLOBAL, "the table and the code have to agree"
     return np.clip(whole, -_LIMIT, _LIMIT).astype(np.float32), np.clip(groups, -_LIMIT, _LIMIT).astype(np.float32)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from splitray.topology import Topology
 
 SHIPPED = Path(__file__).parent / "shipped" / "policy"
 MOST_REQUESTS = 50.0  # that may wait before the queue alone counts
+_LAYERS = ("whole", "group", "join", "knobs")  # of module.py, that lead to the knobs
 _CROWD, _MARGIN = 16, 1.7  # see `relieves`
 Floats32 = NDArray[np.float32]
 
@@ -75,19 +76,26 @@ class Policy:
 
     def knobs(self, whole: Floats32, groups: Floats32) -> Ints:
         """The likeliest knobs for features [N, F] and [N, G, L] (the forward pass of module.py), [N, 3]."""
-        left_out = frozenset(self.card["leave_out"])
-        whole, groups = whole * kept(left_out), groups * kept(left_out, GROUP_FEATURES)
+        whole, groups = whole * self._kept[0], groups * self._kept[1]
         if missing := self.card["num_groups"] - groups.shape[1]:
             groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))
-        e = np.tanh(self._linear("whole", whole))
-        spread = np.broadcast_to(e[:, None], (*groups.shape[:2], e.shape[1]))
-        h = np.tanh(self._linear("group", np.concatenate([groups, spread], axis=2)))
-        k = np.tanh(self._linear("join", np.concatenate([e, h.mean(1)], axis=1)))
-        return greedy(self._blocks, self._linear("knobs", k))
+        layers, width = self._layers, groups.shape[2]
+        e = np.tanh(whole @ layers["whole"][0] + layers["whole"][1])
+        of_group, bias = layers["group"]
+        h = np.tanh(groups @ of_group[:width] + (e @ of_group[width:] + bias)[:, None])
+        k = np.tanh(np.concatenate([e, h.mean(1)], axis=1) @ layers["join"][0] + layers["join"][1])
+        return greedy(self._blocks, k @ layers["knobs"][0] + layers["knobs"][1])
 
-    def _linear(self, name: str, x: Floats32) -> Floats32:
-        weight, bias = (self.tensors[f"{LAYER_AGENT}.{name}.{part}"] for part in ("weight", "bias"))
-        return np.asarray(x @ weight.T + bias, np.float32)
+    @cached_property
+    def _layers(self) -> dict[str, tuple[Floats32, Floats32]]:
+        """Each layer's weights [in, out] and bias."""
+        named = {n: tuple(self.tensors[f"{LAYER_AGENT}.{n}.{x}"] for x in ("weight", "bias")) for n in _LAYERS}
+        return {n: (np.ascontiguousarray(weight.T), bias) for n, (weight, bias) in named.items()}
+
+    @cached_property
+    def _kept(self) -> tuple[Floats32, Floats32]:
+        left_out = frozenset(self.card["leave_out"])
+        return kept(left_out), kept(left_out, GROUP_FEATURES)
 
     @cached_property
     def _blocks(self) -> tuple[Any, ...]:
@@ -119,6 +127,7 @@ class _Served:
     """What does not change while one model is served on one pair of devices, and what was seen so far."""
 
     topology: Topology
+    usual: Rates
     grid: Grid
     known: References
     static: Static
@@ -140,7 +149,7 @@ class Splitwise:
     policy: Policy
     most_requests: float = MOST_REQUESTS
     overrides: int = 0
-    _served: dict[Any, _Served] = field(default_factory=dict)
+    _served: tuple[Any, _Served] | None = None  # the last
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where there is no edge or no cloud device, or nothing fits.
@@ -176,21 +185,22 @@ class Splitwise:
     def _of(self, state: ClusterState) -> _Served:
         nominal = state.average or state.topology
         key = state.arch, nominal, state.request
-        if key not in self._served:
-            self._served = {key: _served(state, nominal, self.policy.card["num_groups"])}
-        return self._served[key]
+        if self._served is None or self._served[0] != key:
+            self._served = key, _served(state, nominal, self.policy.card["num_groups"])
+        return self._served[1]
 
     def _moment(self, state: ClusterState, served: _Served) -> Moment:
-        here = {d.id: d for d in state.topology.devices}
-        missing = [d for d in served.topology.ids if d not in here]
-        if missing:
-            raise PlacementError("devices", expected=f"{', '.join(served.topology.ids)}", actual=f"no {missing[0]}",
-                                 remedy="wait for it, or use another planner")  # fmt: skip
-        links = tuple(x for x in state.topology.links if {x.source, x.target} == set(served.topology.ids))
-        now = replace(served.topology, devices=tuple(here[i] for i in served.topology.ids), links=links)
-        cloud, usual = (t.devices[CLOUD_DEVICE].memory_bandwidth_bytes_per_s for t in (now, served.topology))
+        now, ids = state.topology, served.topology.ids
+        if now.ids != ids:
+            here = {d.id: d for d in now.devices}
+            if missing := [d for d in ids if d not in here]:
+                raise PlacementError("devices", expected=f"{', '.join(ids)}", actual=f"no {missing[0]}",
+                                     remedy="wait for it, or use another planner")  # fmt: skip
+            links = tuple(x for x in now.links if {x.source, x.target} == set(ids))
+            now = replace(served.topology, devices=tuple(here[i] for i in ids), links=links)
+        rates = Rates.of(now)
         return Moment(
-            rates=Rates.of(now), cloud_free=np.array([cloud / usual]),
+            rates=rates, cloud_free=rates.bytes_per_s[:, CLOUD_DEVICE] / served.usual.bytes_per_s[:, CLOUD_DEVICE],
             backlog_tokens=np.array([state.queues.backlog_tokens]),
             arrived_tokens=np.array([state.queues.arrived_tokens]),
             energy_debt_j=np.array([state.queues.energy_debt_j]),
@@ -209,7 +219,7 @@ class Splitwise:
     def _seen(self, state: ClusterState, served: _Served, moment: Moment, choice: Choice) -> Seen:
         cached = float(state.cached_tokens or 0)
         step = max(1.0, cached if state.step_tokens is None else float(state.step_tokens))
-        usual = Rates.of(served.topology)
+        usual = served.usual
         held = served.grid.memory_bytes(choice, np.array([step]))
         return Seen(
             backlog_tokens=moment.backlog_tokens, arrived_tokens=moment.arrived_tokens,
@@ -264,7 +274,7 @@ def _served(state: ClusterState, nominal: Topology, num_groups: int) -> _Served:
         memory_bytes=np.array([d.memory_bytes for d in ordered.devices]),
         pinned_embedding=state.pinned_embedding is not None, pinned_head=state.pinned_head is not None,
     )  # fmt: skip
-    return _Served(ordered, grid, known, static, History(1), relieves(static))
+    return _Served(ordered, Rates.of(ordered), grid, known, static, History(1), relieves(static))
 
 
 def _unfit(path: Path, expected: str, actual: object) -> InputError:
