@@ -309,7 +309,8 @@ class Shard:
             ffn=parts[1],
         )
         split.attention_module = getattr(layer, layout.attention) if share.groups else None
-        split.ffn_module = getattr(layer, layout.ffn[0]) if share.columns else None
+        ffn = [getattr(layer, name) for name in layout.ffn]
+        split.ffn_module = (ffn[0] if len(ffn) == 1 else nn.Sequential(*ffn)) if share.columns else None
         if self._reuse is not None:
             before: Any = self._reuse.layers[i]
             split.attention_module = before.attention_module if old[0] else split.attention_module

@@ -32,6 +32,15 @@ def test_every_family_split_at_random_gives_the_unsplit_tokens_and_the_rules_byt
             assert engine.report.messages_per_token == engine.route.messages_per_token
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_one_device_holds_the_bytes_of_the_model(family):
+    """What is not registered would not be counted, nor moved to a GPU."""
+    model = family_model(family)
+    whole = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    with split(model, devices=1) as engine:
+        assert engine.stats()["edge0"]["weight_bytes"] == sum(whole.values())
+
+
 @pytest.mark.parametrize("devices", [4, 8])
 def test_more_devices_than_kv_groups_is_exact(devices):
     model = family_model("llama")
