@@ -8,10 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, MORE, family_model
 from splits import greedy, slow_devices, split
+from transformers import AutoModelForCausalLM
 
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import trials
+from splitray.runtime.launch import SHIPPED, launch_engine
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
@@ -68,3 +70,11 @@ def test_a_codec_and_a_padded_batch_work_there():
     assert torch.tensor(steps).T.tolist() == expected.tolist()
     with split(model, topology=edge_and_gpus(1), seed=6, codec="int8") as engine:
         assert len(list(engine.stream(PROMPT, GREEDY))) == GREEDY.max_new_tokens
+
+
+def test_processes_of_a_cpu_and_a_gpu_give_the_tokens_of_the_shipped_model():
+    ids = torch.arange(5, 25).tolist()
+    expected = greedy(AutoModelForCausalLM.from_pretrained(SHIPPED), ids, GREEDY.max_new_tokens)
+    for planner in ("even", "fixed_cut:3"):
+        with launch_engine(model="tiny", topology=edge_and_gpus(2), planner=planner, runtime="process") as engine:
+            assert list(engine.stream(ids, GREEDY)) == expected
