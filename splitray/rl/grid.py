@@ -136,13 +136,16 @@ class Grid:
         edge, cloud = self.topology.ids
         attention, ffn = self._codes(choice.take([i]))
         layers: list[LayerPlacement] = []
+        known: dict[tuple[int, int], LayerPlacement] = {}
         for size, a, f in zip(self.sizes, attention[0] - self._attention, ffn[0] - self._ffn, strict=True):
             heads, units = int(a), int(self.units[f])
-            held = Shares.whole(self.num_heads, edge, cloud)
-            if heads <= self.num_heads:
-                held = Shares.of({edge: [(0, heads)], cloud: [(heads, self.num_heads)]})
-            columns = Shares.of({edge: [(0, units)], cloud: [(units, self.arch.ffn_dim)]})
-            layers += [LayerPlacement(held, columns)] * int(size)
+            if (heads, units) not in known:
+                held = Shares.whole(self.num_heads, edge, cloud)
+                if heads <= self.num_heads:
+                    held = Shares.of({edge: [(0, heads)], cloud: [(heads, self.num_heads)]})
+                columns = Shares.of({edge: [(0, units)], cloud: [(units, self.arch.ffn_dim)]})
+                known[heads, units] = LayerPlacement(held, columns)
+            layers += [known[heads, units]] * int(size)
         ends = self.topology.ids[int(choice.embedding[i])], self.topology.ids[int(choice.head[i])]
         return Placement(tuple(layers), (ends[0],), Shares.whole(self.arch.vocab, ends[1]))
 

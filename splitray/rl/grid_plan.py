@@ -82,22 +82,21 @@ class Program:
         heads = np.arange(1, max(2, h))[:, None]  # one head cannot be shared: the option is an idle copy of "whole"
         shares = np.arange(1, SIXTEENTHS)[:, None]
         columns = self.units[shares]
-        parts = (passes.attention, heads, h - heads), (passes.ffn, columns, total - columns)
-        at_h, at_f = (self.pace.busy_s(p.of_token, np.stack(c))[:, 0].max(0).argmin(0) for p, *c in parts)
-        best_h, best_f = heads[at_h, 0], shares[at_f, 0]
-        attention = np.stack([np.zeros(n, int), np.full(n, h), np.full(n, h + 1), best_h])[None]  # [1, A, N]
-        ffn = np.stack([np.zeros(n, int), np.full(n, SIXTEENTHS), best_f])[None]
+        parts = (passes.attention, [heads, h - heads]), (passes.ffn, [columns, total - columns])
+        at_h, at_f = (self.pace.busy_s(p.of_token, np.array(c))[:, 0].max(0).argmin(0) for p, c in parts)
+        groups, more = (1, 0) if current is None else (len(self.sizes), 1)
+        self.attention = attention = np.empty((groups, 4 + more, n), np.int64)
+        self.ffn = ffn = np.empty((groups, 3 + more, n), np.int64)
+        options = (attention, [0, h, h + 1], heads[at_h, 0]), (ffn, [0, SIXTEENTHS], shares[at_f, 0])
+        for ways, fixed, best in options:
+            ways[:, : len(fixed)] = np.array(fixed)[:, None]
+            ways[:, len(fixed)] = best
         if current is not None:
-            g = len(self.sizes)
-            attention, ffn = (np.broadcast_to(x, (g, *x.shape[1:])) for x in (attention, ffn))
-            attention, ffn = (
-                np.concatenate([x, c.T[:, None]], axis=1) for x, c in ((attention, current[0]), (ffn, current[1]))
-            )
-        self.attention, self.ffn = attention, ffn
+            attention[:, -1], ffn[:, -1] = current[0].T, current[1].T
         copied, units = attention > h, self.units[ffn]
         on_edge = np.minimum(attention, h)
-        self._groups = np.stack([on_edge, np.where(copied, h, h - on_edge)])
-        self._units = np.stack([units, total - units])
+        self._groups = np.array([on_edge, np.where(copied, h, h - on_edge)])
+        self._units = np.array([units, total - units])
         self._held_by = np.where(copied, COPIES, _state(self._groups))
         self._after = _state(self._units)
         whole = attention[:, :, None] * (SIXTEENTHS + 1) + ffn[:, None]

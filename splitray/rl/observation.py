@@ -194,12 +194,15 @@ def observe(seen: Seen, history: Floats, static: Static) -> tuple[NDArray[np.flo
         math.log10(known.request.output_tokens) - 2,
     ]
     placement, groups = _placement(seen, static)
-    now = np.empty((n, len(columns)))
-    for i, column in enumerate(columns):
-        now[:, i] = column
-    whole = np.concatenate([now, history.reshape(n, -1), placement], axis=1)
-    assert whole.shape[1] == NUM_GLOBAL, "the table and the code have to agree"
-    return np.clip(whole, -_LIMIT, _LIMIT).astype(np.float32), np.clip(groups, -_LIMIT, _LIMIT).astype(np.float32)
+    whole, at = np.empty((n, NUM_GLOBAL)), len(columns)
+    for i, column in enumerate((*columns, *placement)):
+        whole[:, i if i < at else i + history.shape[1] * HISTORY] = column
+    whole[:, at : NUM_GLOBAL - len(placement)] = history.reshape(n, -1)
+    return _bounded(whole), _bounded(groups)
+
+
+def _bounded(features: Floats) -> NDArray[np.float32]:
+    return np.minimum(np.maximum(features, -_LIMIT), _LIMIT).astype(np.float32)
 
 
 def on_edge(choice: Choice, num_kv_heads: int) -> tuple[Floats, Floats]:
@@ -211,21 +214,25 @@ def on_edge(choice: Choice, num_kv_heads: int) -> tuple[Floats, Floats]:
     return heads, columns
 
 
-def _placement(seen: Seen, static: Static) -> tuple[Floats, Floats]:
+def _placement(seen: Seen, static: Static) -> tuple[list[Floats], Floats]:
+    """Columns of the whole, [N] each, and the features of each group."""
     choice, sizes = seen.choice, static.group_layers / static.group_layers.sum()
     n, groups = choice.mode.shape
     heads, columns = on_edge(choice, static.num_kv_heads)
     modes = (choice.mode[:, :, None] == np.arange(MODES)).astype(float)
     changes = (choice.mode[:, 1:] != choice.mode[:, :-1]).sum(1)
-    whole = np.concatenate(
-        [
-            (modes * sizes[:, None]).sum(1),
-            np.stack([heads @ sizes, columns @ sizes], axis=1),
-            np.stack([choice.embedding == EDGE_DEVICE, choice.head == EDGE_DEVICE], axis=1),
-            np.stack([3 * changes / groups, np.minimum(seen.slots_since_move / 16, 2)], axis=1),
-        ],
-        axis=1,
-    )
-    position = np.broadcast_to(np.linspace(-1, 1, groups)[:, None], (n, groups, 1))
-    size = np.broadcast_to(10 * sizes[:, None], (n, groups, 1))
-    return whole, np.concatenate([position, size, modes, heads[..., None], columns[..., None]], axis=2)
+    whole = [
+        *(modes * sizes[:, None]).sum(1).T,
+        heads @ sizes,
+        columns @ sizes,
+        (choice.embedding == EDGE_DEVICE).astype(float),
+        (choice.head == EDGE_DEVICE).astype(float),
+        3 * changes / groups,
+        np.minimum(seen.slots_since_move / 16, 2),
+    ]
+    each = np.empty((n, groups, NUM_GROUP))
+    each[:, :, 0] = np.arange(groups) * (2 / max(1, groups - 1)) - 1
+    each[:, :, 1] = 10 * sizes
+    each[:, :, 2 : 2 + MODES] = modes
+    each[:, :, -2], each[:, :, -1] = heads, columns
+    return whole, each
