@@ -102,6 +102,9 @@ def _with_lengths(times: Floats, prompt: int, output: int, rng: np.random.Genera
     return Requests(times, prompts, outputs)
 
 
+_AZURE = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
+
+
 def read_requests(spec: str) -> Requests:
     """Read `FILE` with the columns arrival_s, prompt_tokens, output_tokens, or `azure:FILE` (AzureLLMInferenceTrace).
 
@@ -110,16 +113,15 @@ def read_requests(spec: str) -> Requests:
     """
     azure = spec.startswith("azure:") and not Path(spec).exists()
     path = spec.removeprefix("azure:") if azure else spec
-    names = (
-        ("TIMESTAMP", "ContextTokens", "GeneratedTokens") if azure else ("arrival_s", "prompt_tokens", "output_tokens")
-    )
+    names = _AZURE if azure else ("arrival_s", "prompt_tokens", "output_tokens")
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _wrong(path, "a readable CSV file", error) from error
     if not rows or set(names) - set(rows[0]):
-        raise _wrong(path, f"rows with the columns {', '.join(names)}", sorted(rows[0]) if rows else "no rows")
+        remedy = f"write azure:{path}" if rows and not set(_AZURE) - set(rows[0]) else "correct the file"
+        raise _wrong(path, f"rows with the columns {', '.join(names)}", sorted(rows[0]) if rows else "no rows", remedy)
     times, prompts, outputs = [], [], []
     for i, row in enumerate(rows, 2):
         try:
@@ -139,5 +141,5 @@ def read_requests(spec: str) -> Requests:
     return Requests(np.array(times) - first, np.array(prompts), np.array(outputs))
 
 
-def _wrong(what: str, expected: str, actual: object) -> InputError:
-    return InputError(f"arrivals {what}", expected=expected, actual=actual, remedy="correct the file")
+def _wrong(what: str, expected: str, actual: object, remedy: str = "correct the file") -> InputError:
+    return InputError(f"arrivals {what}", expected=expected, actual=actual, remedy=remedy)

@@ -164,6 +164,9 @@ def test_arrivals_are_read_with_both_readers(tmp_path: Path) -> None:
     assert (first.arrival_s.tolist(), first.output_tokens.tolist()) == ([0.5, 2.0], [3, 4])
     assert second.arrival_s == pytest.approx([0.0, 4.314579])
     assert second.prompt_tokens.tolist() == [374, 396]
+    with pytest.raises(InputError) as refused:
+        read_requests(str(azure))
+    assert refused.value.remedy == f"write azure:{azure}"
 
 
 @pytest.mark.parametrize(
