@@ -309,8 +309,7 @@ class Shard:
             ffn=parts[1],
         )
         split.attention_module = getattr(layer, layout.attention) if share.groups else None
-        ffn = [getattr(layer, name) for name in layout.ffn]
-        split.ffn_module = (ffn[0] if len(ffn) == 1 else nn.Sequential(*ffn)) if share.columns else None
+        split.ffn_module = _ffn_of(layer, layout) if share.columns else None
         if self._reuse is not None:
             before: Any = self._reuse.layers[i]
             split.attention_module = before.attention_module if old[0] else split.attention_module
@@ -362,9 +361,9 @@ class Shard:
 
     def _ffn(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
         arch, share = self.arch, self.spec.layers[i]
-        modules = [getattr(layer, name) for name in self.layout.ffn]
-        for name, child in zip(self.layout.ffn, modules, strict=True):
-            for path, module in child.named_modules(prefix=name):
+        ffn = _ffn_of(layer, self.layout)
+        for name in self.layout.ffn:
+            for path, module in getattr(layer, name).named_modules(prefix=name):
                 cut = self.cuts.get(path)
                 if cut is not None and arch.num_experts:
                     raise ModelError(
@@ -384,12 +383,16 @@ class Shard:
                             setattr(module, p_name, self.reader.parameter(self.source.read(full)))
 
         def body(x_BTD: Tensor) -> Tensor:
-            h = x_BTD
-            for module in modules:
-                h = module(h)
-            return h[0] if isinstance(h, tuple) else h
+            out = ffn(x_BTD)
+            return out[0] if isinstance(out, tuple) else out
 
         return body
+
+
+def _ffn_of(layer: nn.Module, layout: LayerLayout) -> nn.Module:
+    """The one module of a layer's FFN, or those that it lists (OPT) one after the other."""
+    modules = [getattr(layer, name) for name in layout.ffn]
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 def weight_bytes(shards: Sequence[Shard]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -194,11 +195,17 @@ def observe(seen: Seen, history: Floats, static: Static) -> tuple[NDArray[np.flo
         math.log10(known.request.output_tokens) - 2,
     ]
     placement, groups = _placement(seen, static)
-    whole, at = np.empty((n, NUM_GLOBAL)), len(columns)
-    for i, column in enumerate((*columns, *placement)):
-        whole[:, i if i < at else i + history.shape[1] * HISTORY] = column
-    whole[:, at : NUM_GLOBAL - len(placement)] = history.reshape(n, -1)
+    whole = np.concatenate([_side_by_side(columns, n), history.reshape(n, -1), _side_by_side(placement, n)], axis=1)
+    assert whole.shape[1] == NUM_GLOBAL, "the table and the code have to agree"
     return _bounded(whole), _bounded(groups)
+
+
+def _side_by_side(columns: Sequence[Floats | float], n: int) -> Floats:
+    """[N, columns]; `np.stack` takes no numbers, and several times as long."""
+    found = np.empty((n, len(columns)))
+    for i, column in enumerate(columns):
+        found[:, i] = column
+    return found
 
 
 def _bounded(features: Floats) -> NDArray[np.float32]:

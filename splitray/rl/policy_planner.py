@@ -79,12 +79,15 @@ class Policy:
         whole, groups = whole * self._kept[0], groups * self._kept[1]
         if missing := self.card["num_groups"] - groups.shape[1]:
             groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))
-        layers, width = self._layers, groups.shape[2]
-        e = np.tanh(whole @ layers["whole"][0] + layers["whole"][1])
-        of_group, bias = layers["group"]
-        h = np.tanh(groups @ of_group[:width] + (e @ of_group[width:] + bias)[:, None])
-        k = np.tanh(np.concatenate([e, h.mean(1)], axis=1) @ layers["join"][0] + layers["join"][1])
-        return greedy(self._blocks, k @ layers["knobs"][0] + layers["knobs"][1])
+        e = np.tanh(self._linear("whole", whole))
+        (of_group, bias), width = self._layers["group"], groups.shape[2]
+        h = np.tanh(groups @ of_group[:width] + (e @ of_group[width:] + bias)[:, None])  # e is the same for all groups
+        k = np.tanh(self._linear("join", np.concatenate([e, h.mean(1)], axis=1)))
+        return greedy(self._blocks, self._linear("knobs", k))
+
+    def _linear(self, name: str, x: Floats32) -> Floats32:
+        weight, bias = self._layers[name]
+        return np.asarray(x @ weight + bias, np.float32)
 
     @cached_property
     def _layers(self) -> dict[str, tuple[Floats32, Floats32]]:

@@ -14,6 +14,7 @@ from splitray.errors import InputError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_AZURE = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,6 @@ def bursty(
 def _with_lengths(times: Floats, prompt: int, output: int, rng: np.random.Generator) -> Requests:
     prompts, outputs = (rng.geometric(1 / max(1, n), len(times)) for n in (prompt, output))
     return Requests(times, prompts, outputs)
-
-
-_AZURE = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
 
 
 def read_requests(spec: str) -> Requests:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -18,10 +18,14 @@ from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.decode import DecodeLoop
 from splitray.runtime.engine import Engine
+from splitray.runtime.epoch import Next
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.recovery import Recovery
+from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology
+
+SOON_S = 20.0
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
@@ -67,3 +71,23 @@ def split(
     with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=where, placement=chosen,
                 lean=lean, codec=codec, channel=channel, recovery=recovery) as engine:  # fmt: skip
         yield engine
+
+
+def another(engine: Engine, seed: int) -> Placement:
+    """A random placement on the engine's devices."""
+    state = ClusterState(arch=engine.arch, topology=engine.topology)
+    return make_planner("random", seed=seed).propose(state)
+
+
+def moved_while_generating(
+    engine: Engine, prompt: list[int], sampling: Sampling, seeds: Iterable[int]
+) -> tuple[list[int], list[Next]]:
+    """Tokens of a run in which placement after placement takes over, and the migrations: every other one with KV."""
+    tokens, done, seeds = [], [], list(seeds)
+    for token in engine.stream(prompt, sampling):
+        tokens.append(token)
+        if seeds and (not done or done[-1].done.is_set()):
+            done.append(engine.migrate(another(engine, seeds.pop(0)), copies_kv=len(done) % 2 == 0))
+            assert done[-1].staged.wait(SOON_S)
+    assert all(m.done.wait(SOON_S) and m.error is None for m in done)
+    return tokens, done

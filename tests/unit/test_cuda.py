@@ -7,11 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
-from splits import greedy, slow_devices, split
+from splits import greedy, moved_while_generating, slow_devices, split
 from transformers import AutoModelForCausalLM
 
-from splitray.planners import make_planner
-from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import trials
 from splitray.runtime.launch import SHIPPED, launch_engine
 from splitray.runtime.recovery import Recovery
@@ -43,14 +41,9 @@ def test_kv_moves_between_cpu_and_gpu_while_tokens_come(monkeypatch):
     slow_devices(monkeypatch, 0.01)
     model = family_model("llama")
     with split(model, topology=edge_and_gpus(2), seed=1, recovery=Recovery()) as engine:
-        state, moves, tokens = ClusterState(arch=engine.arch, topology=engine.topology), [], []
-        for token in engine.stream(PROMPT, Sampling(max_new_tokens=60)):
-            tokens.append(token)
-            if len(moves) < 4 and (not moves or moves[-1].done.is_set()):
-                moves.append(engine.migrate(make_planner("random", seed=2 + len(moves)).propose(state)))
-                assert moves[-1].staged.wait(20)
-        assert tokens == greedy(model, PROMPT, 60)
-        assert sum(m.staged_bytes + m.tail_bytes for m in moves) > 0 and all(m.error is None for m in moves)
+        tokens, moves = moved_while_generating(engine, PROMPT, Sampling(max_new_tokens=60), range(2, 6))
+    assert tokens == greedy(model, PROMPT, 60)
+    assert sum(m.staged_bytes + m.tail_bytes for m in moves) > 0
 
 
 def test_devices_that_die_change_no_token(tmp_path):
@@ -70,6 +63,7 @@ def test_a_codec_and_a_padded_batch_work_there():
     assert torch.tensor(steps).T.tolist() == expected.tolist()
     with split(model, topology=edge_and_gpus(1), seed=6, codec="int8") as engine:
         assert len(list(engine.stream(PROMPT, GREEDY))) == GREEDY.max_new_tokens
+        assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
 
 
 def test_processes_of_a_cpu_and_a_gpu_give_the_tokens_of_the_shipped_model():

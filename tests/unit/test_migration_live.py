@@ -8,41 +8,21 @@ import time
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
-from splits import greedy, slow_devices, split
+from splits import SOON_S, another, greedy, moved_while_generating, slow_devices, split
 
 from splitray.errors import DeviceLost
 from splitray.migration import diff
-from splitray.planners import make_planner
-from splitray.planners.protocol import ClusterState
 from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.shard_host import ShardHost
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 NEW_TOKENS = 60
-SOON_S = 20.0
 
 
 @pytest.fixture(autouse=True)
 def time_to_stage(monkeypatch):
     slow_devices(monkeypatch, 0.01)
-
-
-def another(engine, seed: int):
-    state = ClusterState(arch=engine.arch, topology=engine.topology)
-    return make_planner("random", seed=seed).propose(state)
-
-
-def moved_while_generating(engine, prompt, sampling, seeds):
-    """Tokens of a run in which placement after placement takes over, and the migrations: every other one with KV."""
-    tokens, done, seeds = [], [], list(seeds)
-    for token in engine.stream(prompt, sampling):
-        tokens.append(token)
-        if seeds and (not done or done[-1].done.is_set()):
-            done.append(engine.migrate(another(engine, seeds.pop(0)), copies_kv=len(done) % 2 == 0))
-            assert done[-1].staged.wait(SOON_S)
-    assert all(m.done.wait(SOON_S) and m.error is None for m in done)
-    return tokens, done
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
