@@ -89,8 +89,8 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
     from actors.fleet import RayFleet
     from actors.roster import pieces, roster
     from splitray.report.run import run_document
+    from splitray.runtime.engine.recovery import Recovery
     from splitray.runtime.launch import launch_engine
-    from splitray.runtime.recovery import Recovery
     from splitray.runtime.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop_ids=_stop_ids(options.model))

@@ -36,7 +36,7 @@ class DeviceHost:
             os.environ[name] = str(threads)
         import torch
 
-        from splitray.runtime.shard_host import ShardHost
+        from splitray.runtime.device.shard_host import ShardHost
 
         torch.set_num_threads(threads)
         address = ray.util.get_node_ip_address()

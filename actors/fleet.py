@@ -24,8 +24,8 @@ from actors.device import DeviceHost, Seat
 from actors.edge import EdgeActor
 from actors.seating import CPU, GPU, demand, find_seats, no_room
 from splitray.errors import DeviceLost, InputError
+from splitray.runtime.device.shard_host import DEADLINE_S
 from splitray.runtime.fleet import Fleet
-from splitray.runtime.shard_host import DEADLINE_S
 from splitray.runtime.wire import Endpoint, new_token
 from splitray.topology import Device
 

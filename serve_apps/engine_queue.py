@@ -31,7 +31,7 @@ class Arch(Protocol):
 
 
 class Engine(Protocol):
-    """The part of `splitray.runtime.engine.Engine` that the service uses; the tests bring their own."""
+    """The part of `splitray.runtime.engine.engine.Engine` that the service uses; the tests bring their own."""
 
     @property
     def arch(self) -> Arch:

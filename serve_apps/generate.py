@@ -72,8 +72,8 @@ class Replica:
 
 
 def _launch(args: Args) -> Engine:
+    from splitray.runtime.engine.recovery import Recovery
     from splitray.runtime.launch import launch_engine
-    from splitray.runtime.recovery import Recovery
 
     return launch_engine(
         recovery=Recovery(store=args.checkpoints, replan="drift_plus_penalty"),
@@ -90,7 +90,7 @@ def _launch(args: Args) -> Engine:
 
 def _stats(engine: Engine) -> dict[str, Any]:
     """What the last run cost (null before the first), what each device holds, and where what runs."""
-    from splitray.runtime.engine import Engine as SplitEngine
+    from splitray.runtime.engine.engine import Engine as SplitEngine
 
     split = cast(SplitEngine, engine)
     return {

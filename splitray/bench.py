@@ -27,8 +27,8 @@ from splitray.profiling.random_llama import BENCH_110M, BENCH_190M, RandomLlama
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
-    from splitray.runtime.run_report import RunReport
+    from splitray.runtime.engine.engine import Engine
+    from splitray.runtime.engine.run_report import RunReport
 
 SUITES = ("engine", "predicted", "simulator", "faults")
 MODELS = (BENCH_110M, BENCH_190M)
@@ -89,7 +89,7 @@ def _measure(model: RandomLlama, path: Path, result: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     from splitray.profiling.predicted import placements
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine.engine import Engine
     from splitray.runtime.fleet import ProcessFleet
     from splitray.runtime.launch import ray_fleet, read_model
     from splitray.runtime.sampling import Sampling

@@ -59,8 +59,8 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
     from serve_apps.text_stream import Detokenizer
     from splitray.channel import as_channel
     from splitray.model.reading import read_config
+    from splitray.runtime.engine.recovery import Recovery
     from splitray.runtime.launch import launch_engine, model_path, read_tokenizer, read_topology
-    from splitray.runtime.recovery import Recovery
     from splitray.runtime.sampling import Sampling
 
     topology = read_topology(request.topology, request.devices)

@@ -24,8 +24,8 @@ from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.report.document import Cell, Number, Report, Table
-from splitray.runtime.controller import Action, Allowance, Gate, next_action, weighed
-from splitray.runtime.monitor import CHANGE, SOONEST_S, probe_period_s
+from splitray.runtime.engine.controller import Action, Allowance, Gate, next_action, weighed
+from splitray.runtime.engine.monitor import CHANGE, SOONEST_S, probe_period_s
 from splitray.sim.traces import Trace, read_trace
 
 EDGE, MODEL, HOLDS, LINK = "jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head", "wan"

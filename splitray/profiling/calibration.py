@@ -33,7 +33,7 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.profile import CoreSpeed, LinkSpeed, Profile
 from splitray.profiling.machine import cache_bytes, machine
 from splitray.profiling.random_llama import RandomLlama
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.kept_fleet import KeptFleet
 from splitray.runtime.launch import read_model

@@ -12,7 +12,7 @@ from splitray.cost import CostModel
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.profiling.calibration import PROMPT, Calibration, token_s
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.kept_fleet import KeptFleet
 from splitray.runtime.launch import read_model
 from splitray.topology import Topology

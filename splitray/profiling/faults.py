@@ -20,7 +20,7 @@ from splitray.errors import DeviceLost
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from splitray.cost import CostModel
 from splitray.placement import Placement
 from splitray.planners import make_planner
-from splitray.runtime.controller import Controller
+from splitray.runtime.engine.controller import Controller
+from splitray.runtime.engine.monitor import Monitor
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.launch import launch_engine
-from splitray.runtime.monitor import Monitor
-from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import InputError
-from splitray.runtime.holding import Holding, KvPiece
+from splitray.runtime.device.holding import Holding, KvPiece
 
 StoreError = (OSError, ValueError, ImportError)  # what fsspec's file systems raise
 

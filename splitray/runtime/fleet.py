@@ -17,7 +17,7 @@ from typing import Protocol
 
 from splitray.errors import DeviceLost
 from splitray.model.reading import StateDictSource
-from splitray.runtime.shard_host import DEADLINE_S, ShardHost
+from splitray.runtime.device.shard_host import DEADLINE_S, ShardHost
 from splitray.runtime.wire import Endpoint, new_token
 from splitray.topology import Device
 
@@ -140,7 +140,7 @@ class ProcessFleet:
             "threads": self._threads,
         }
         process = subprocess.Popen(
-            [*self.prefix_of(device.id), sys.executable, "-m", "splitray.runtime.host_process"],
+            [*self.prefix_of(device.id), sys.executable, "-m", "splitray.runtime.device.host_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from splitray.errors import InputError
 from splitray.model.reading import read_config
 from splitray.placement import Placement
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.launch import Dtype, launch_engine, model_path
 from splitray.topology import Topology
 

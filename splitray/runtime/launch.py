@@ -21,10 +21,10 @@ from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.protocol import ClusterState
 from splitray.quality.accuracy import accuracy_of
-from splitray.runtime.controller import attend
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.controller import attend
+from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
-from splitray.runtime.recovery import Recovery
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology
 

@@ -13,7 +13,7 @@ from splitray.errors import ModelError
 from splitray.model.layout import LayerLayout
 from splitray.model.reading import StateDictSource, probe_model, read_arch
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.fleet import ThreadFleet
 from splitray.topology import Topology
 

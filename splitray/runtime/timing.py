@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine.engine import Engine
 
 
 def echo(engine: Engine, a: str, b: str, *, size: int, rounds: int) -> list[float]:

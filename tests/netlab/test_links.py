@@ -16,10 +16,10 @@ from lab import NetFleet, NetLab, why_not
 from splitray.migration import delay_s, diff
 from splitray.placement import Placement, Shares
 from splitray.profiling.random_llama import RandomLlama
-from splitray.runtime.engine import Engine
-from splitray.runtime.epoch import Next
+from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.epoch import Next
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.launch import launch_engine
-from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 
 _REASON = why_not()

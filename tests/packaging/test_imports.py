@@ -172,7 +172,7 @@ def test_the_trees_were_found() -> None:
 
 
 REFUSED = {
-    "a planner that imports the runtime": (upward, "splitray.planners.x", "import splitray.runtime.engine"),
+    "a planner that imports the runtime": (upward, "splitray.planners.x", "import splitray.runtime.engine.engine"),
     "a name of the facade": (upward, "splitray.cost", "from splitray import Placement"),
     "an import upward in a function": (upward, "splitray.route", "def f():\n from splitray import cost"),
     "a relative import upward": (upward, "splitray.model.x", "from ..runtime import wire"),

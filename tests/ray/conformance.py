@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from splitray.errors import DeviceLost, InputError, PlacementError
 from splitray.placement import Placement
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling

@@ -16,11 +16,11 @@ from splitray.model.reading import StateDictSource, read_arch
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.decode import DecodeLoop
-from splitray.runtime.engine import Engine
-from splitray.runtime.epoch import Next
+from splitray.runtime.device.decode import DecodeLoop
+from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.epoch import Next
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.fleet import ThreadFleet
-from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology

@@ -23,8 +23,8 @@ from splitray.papers.chen import Errata, packet_loss
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.route import compile_route
 from splitray.runtime.launch import launch_engine
-from splitray.runtime.messages import LoadOrder
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire.messages import LoadOrder
 from splitray.topology import Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]

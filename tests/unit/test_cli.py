@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from splitray.cli import app
 from splitray.demo import Answer, Reference, difference
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

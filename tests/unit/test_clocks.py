@@ -12,10 +12,10 @@ import pytest
 from families import family_model
 from splits import greedy
 
+from splitray.runtime.engine.monitor import Monitor
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.fleet import ProcessFleet
 from splitray.runtime.launch import launch_engine
-from splitray.runtime.monitor import Monitor
-from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]

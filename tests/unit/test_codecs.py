@@ -23,7 +23,7 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.route import compile_route, message_bytes
-from splitray.runtime.coded import CodedCrossing
+from splitray.runtime.device.coded import CodedCrossing
 from splitray.runtime.launch import launch_engine, read_model
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology

@@ -14,9 +14,18 @@ from splits import greedy, slow_devices, split
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.controller import Action, Allowance, Controller, Desired, Gate, Observed, attend, next_action
-from splitray.runtime.monitor import Estimates, Monitor
-from splitray.runtime.recovery import Recovery
+from splitray.runtime.engine.controller import (
+    Action,
+    Allowance,
+    Controller,
+    Desired,
+    Gate,
+    Observed,
+    attend,
+    next_action,
+)
+from splitray.runtime.engine.monitor import Estimates, Monitor
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
 from splitray.topology import Topology

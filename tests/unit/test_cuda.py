@@ -11,8 +11,8 @@ from splits import greedy, moved_while_generating, slow_devices, split
 from transformers import AutoModelForCausalLM
 
 from splitray.profiling.faults import trials
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.launch import SHIPPED, launch_engine
-from splitray.runtime.recovery import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 

@@ -57,7 +57,7 @@ def test_lean_and_hf_loops_give_the_same_tokens(lean):
 
 
 def test_a_prompt_longer_than_a_chunk_is_exact(monkeypatch):
-    from splitray.runtime import decode
+    from splitray.runtime.device import decode
 
     monkeypatch.setattr(decode, "CHUNK_TOKENS", 4)
     for family in ("llama", "gemma2", "gpt2"):

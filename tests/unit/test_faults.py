@@ -20,14 +20,14 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import MOMENTS, trials
-from splitray.runtime import protection
-from splitray.runtime.backoff import Backoff
 from splitray.runtime.checkpoint import Saved, Store, best_period_tokens
-from splitray.runtime.epoch import kv_sources
-from splitray.runtime.members import Members
-from splitray.runtime.recovery import Recovery
+from splitray.runtime.device.shard_host import ShardHost
+from splitray.runtime.engine.backoff import Backoff
+from splitray.runtime.engine.engine import protection
+from splitray.runtime.engine.epoch import kv_sources
+from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.sampling import Sampling
-from splitray.runtime.shard_host import ShardHost
 from splitray.topology import Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]

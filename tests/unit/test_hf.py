@@ -11,8 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from splitray.errors import InputError
 from splitray.runtime import hf
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.hf import CacheHandle, SplitModel
-from splitray.runtime.recovery import Recovery
 
 CASES = {
     "greedy": {},

@@ -12,9 +12,9 @@ from splits import SOON_S, another, greedy, moved_while_generating, slow_devices
 
 from splitray.errors import DeviceLost
 from splitray.migration import diff
-from splitray.runtime.recovery import Recovery
+from splitray.runtime.device.shard_host import ShardHost
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.sampling import Sampling
-from splitray.runtime.shard_host import ShardHost
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 NEW_TOKENS = 60
@@ -121,7 +121,7 @@ def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, mo
 
 def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
     from splitray.arch import Range
-    from splitray.runtime.holding import KvPiece
+    from splitray.runtime.device.holding import KvPiece
 
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:

@@ -16,7 +16,7 @@ from splitray.model.source import Checkpoint
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.engine import Engine
+from splitray.runtime.engine.engine import Engine
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from splitray.errors import DeviceLost
-from splitray.runtime.listener import Listener, dial
 from splitray.runtime.wire import Channel, Endpoint, Key, Kind, StopRun, Wire, new_token
+from splitray.runtime.wire.listener import Listener, dial
 
 
 def _pair(deadline_s: float = 5.0) -> tuple[Wire, Wire]:

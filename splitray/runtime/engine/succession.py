@@ -13,8 +13,8 @@ from typing import Any
 
 from splitray.errors import InputError
 from splitray.placement import Placement, validate
-from splitray.runtime.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
-from splitray.runtime.members import Members
+from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
+from splitray.runtime.engine.members import Members
 from splitray.topology import Topology
 
 Sessions = Callable[[Next], list[Kept]]

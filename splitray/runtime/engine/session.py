@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from splitray.runtime.checkpoint import Saved
-from splitray.runtime.messages import DecodeOrder
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire.messages import DecodeOrder
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from splitray.arch import ModelArch
 from splitray.channel import Receiver
 from splitray.route import Route
-from splitray.runtime.coded import CodedCrossing
-from splitray.runtime.crossing import Crossing
+from splitray.runtime.device.coded import CodedCrossing
+from splitray.runtime.device.crossing import Crossing
 from splitray.runtime.wire import Wire
 
 

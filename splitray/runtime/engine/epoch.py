@@ -18,8 +18,8 @@ from splitray.model.layout import LayerLayout
 from splitray.placement import Placement
 from splitray.route import Route, compile_route
 from splitray.runtime.checkpoint import Saved
-from splitray.runtime.messages import LoadOrder, shard_spec
 from splitray.runtime.wire import Endpoint
+from splitray.runtime.wire.messages import LoadOrder, shard_spec
 from splitray.topology import DeviceId, Topology
 
 LOAD_S = 600.0  # of silence from a device that reads its slices

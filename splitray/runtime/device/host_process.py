@@ -19,7 +19,7 @@ def main() -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()  # before the slow imports: a parent may not wait
     import torch
 
-    from splitray.runtime.shard_host import ShardHost
+    from splitray.runtime.device.shard_host import ShardHost
 
     torch.set_num_threads(order["threads"])
     host = ShardHost(order["device"], token=bytes.fromhex(order["token"]), host=order["host"],

@@ -19,11 +19,11 @@ from splitray.migration import delay_s, diff
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
-from splitray.runtime.monitor import Monitor
+from splitray.runtime.engine.monitor import Monitor
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 _PAUSE_STEPS = 2.0  # decode steps that a switch may cost

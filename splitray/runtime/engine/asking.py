@@ -8,9 +8,9 @@ from typing import Any
 import msgpack
 
 from splitray.errors import DeviceLost
-from splitray.runtime.listener import dial
-from splitray.runtime.messages import error_from_plain
 from splitray.runtime.wire import Channel, Endpoint, Kind
+from splitray.runtime.wire.listener import dial
+from splitray.runtime.wire.messages import error_from_plain
 
 SIDE_OF_ENGINE = "side/engine"
 Orders = Mapping[str, tuple[str, Mapping[str, Any]]]

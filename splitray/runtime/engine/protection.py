@@ -12,8 +12,8 @@ from splitray.errors import DeviceLost, InputError
 from splitray.runtime.checkpoint import Saved, Store, StoreError, best_period_tokens
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
-    from splitray.runtime.session import Session
+    from splitray.runtime.engine.engine import Engine
+    from splitray.runtime.engine.session import Session
 
 logger = logging.getLogger(__name__)
 _FIRST_TOKENS = 16

@@ -15,14 +15,14 @@ from typing import Any
 import msgpack
 
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.asking import Orders, ask
-from splitray.runtime.epoch import astuple
+from splitray.runtime.device.shard_host import CALLER, DEADLINE_S
+from splitray.runtime.engine.asking import Orders, ask
+from splitray.runtime.engine.epoch import astuple
+from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.fleet import Fleet
-from splitray.runtime.listener import dial
-from splitray.runtime.messages import error_from_plain
-from splitray.runtime.recovery import Recovery
-from splitray.runtime.shard_host import CALLER, DEADLINE_S
 from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
+from splitray.runtime.wire.listener import dial
+from splitray.runtime.wire.messages import error_from_plain
 from splitray.topology import Device
 
 _TICK_S = 0.1  # how often a waiting caller looks whether a device has died

@@ -18,15 +18,15 @@ from torch import Tensor
 from splitray.errors import DeviceLost, InputError
 from splitray.model.source import Checkpoint
 from splitray.runtime.checkpoint import Saved, Store
-from splitray.runtime.crossing import payload_of, tensor_of
-from splitray.runtime.holding import Holding, KvPiece, build, pieces
-from splitray.runtime.lending import lend
-from splitray.runtime.listener import dial
-from splitray.runtime.messages import LoadOrder, error_from_plain, error_to_plain
+from splitray.runtime.device.crossing import payload_of, tensor_of
+from splitray.runtime.device.holding import Holding, KvPiece, build, pieces
+from splitray.runtime.device.lending import lend
 from splitray.runtime.wire import Channel, Endpoint, Kind
+from splitray.runtime.wire.listener import dial
+from splitray.runtime.wire.messages import LoadOrder, error_from_plain, error_to_plain
 
 if TYPE_CHECKING:
-    from splitray.runtime.shard_host import ShardHost
+    from splitray.runtime.device.shard_host import ShardHost
 
 _IN_FLIGHT_BYTES = 1 << 17
 _COPY_S = 20.0  # of silence from a device that is to send KV

@@ -21,16 +21,16 @@ from torch import Tensor
 from splitray.errors import DeviceLost
 from splitray.model.reading import StateDictSource
 from splitray.model.surgery import weight_bytes
-from splitray.runtime.asking import SIDE_OF_ENGINE
-from splitray.runtime.busy import Busy
-from splitray.runtime.crossing import Crossing, Junction, Step, payload_of
-from splitray.runtime.decode import DecodeLoop
-from splitray.runtime.holding import Holding
-from splitray.runtime.listener import Listener, dial
-from splitray.runtime.messages import DecodeOrder, StepOrder, error_to_plain
-from splitray.runtime.side import Side, fill
-from splitray.runtime.speed import cold_ffn, speeds
+from splitray.runtime.device.busy import Busy
+from splitray.runtime.device.crossing import Crossing, Junction, Step, payload_of
+from splitray.runtime.device.decode import DecodeLoop
+from splitray.runtime.device.holding import Holding
+from splitray.runtime.device.side import Side, fill
+from splitray.runtime.device.speed import cold_ffn, speeds
+from splitray.runtime.engine.asking import SIDE_OF_ENGINE
 from splitray.runtime.wire import Channel, Endpoint, Kind, Pace, Wire
+from splitray.runtime.wire.listener import Listener, dial
+from splitray.runtime.wire.messages import DecodeOrder, StepOrder, error_to_plain
 
 CALLER, SIDE = "caller", "side"
 """Names under which an engine dials: for runs, and for what must be heard while a run goes on."""

@@ -21,18 +21,18 @@ from splitray.errors import DeviceLost, InputError
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement, validate
 from splitray.route import Route
-from splitray.runtime.epoch import Epoch, Kept, Next
+from splitray.runtime.engine.epoch import Epoch, Kept, Next
+from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.protection import Protection
+from splitray.runtime.engine.recovery import Fault, Recovery, make_ready, recovered
+from splitray.runtime.engine.returns import Returns
+from splitray.runtime.engine.run_report import Meter, RunReport
+from splitray.runtime.engine.segment import segment
+from splitray.runtime.engine.session import Session
+from splitray.runtime.engine.stepping import Steps
+from splitray.runtime.engine.succession import Succession
 from splitray.runtime.fleet import Fleet
-from splitray.runtime.members import Members
-from splitray.runtime.protection import Protection
-from splitray.runtime.recovery import Fault, Recovery, make_ready, recovered
-from splitray.runtime.returns import Returns
-from splitray.runtime.run_report import Meter, RunReport
 from splitray.runtime.sampling import Sampling
-from splitray.runtime.segment import segment
-from splitray.runtime.session import Session
-from splitray.runtime.stepping import Steps
-from splitray.runtime.succession import Succession
 from splitray.topology import Topology
 
 Runtime = Literal["local", "process", "ray"]

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from splitray.errors import DeviceLost, InputError, ModelError
-from splitray.runtime.epoch import Epoch
+from splitray.runtime.engine.epoch import Epoch
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 _TICK_S = 0.1

@@ -9,14 +9,14 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from splitray.errors import DeviceLost
-from splitray.runtime.crossing import tensor_of
-from splitray.runtime.protection import Protection
-from splitray.runtime.run_report import Meter
-from splitray.runtime.session import Session
+from splitray.runtime.device.crossing import tensor_of
+from splitray.runtime.engine.protection import Protection
+from splitray.runtime.engine.run_report import Meter
+from splitray.runtime.engine.session import Session
 from splitray.runtime.wire import Kind
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine.engine import Engine
 
 
 def segment(

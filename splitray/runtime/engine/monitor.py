@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from splitray.cost import memory_bytes
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.epoch import astuple
+from splitray.runtime.engine.epoch import astuple
 from splitray.topology import Device, Link, Topology
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
+    from splitray.runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 _WITHIN_S = 1.0

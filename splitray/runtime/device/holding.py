@@ -20,11 +20,11 @@ from splitray.model.kv_cache import KvCache, sliding_windows
 from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
 from splitray.model.surgery import Shard
-from splitray.runtime.crossing import Crossing, Junction
-from splitray.runtime.lending import Lender, Lent
-from splitray.runtime.messages import LoadOrder
-from splitray.runtime.noisy import crossing_of
+from splitray.runtime.device.crossing import Crossing, Junction
+from splitray.runtime.device.lending import Lender, Lent
+from splitray.runtime.device.noisy import crossing_of
 from splitray.runtime.wire import Wire
+from splitray.runtime.wire.messages import LoadOrder
 
 _BEHIND_S = 1.0  # that a device may be behind the sampler
 

@@ -17,14 +17,14 @@ from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.asking import Unanswered
-from splitray.runtime.backoff import Backoff
-from splitray.runtime.epoch import LOAD_S, Kept, astuple
+from splitray.runtime.engine.asking import Unanswered
+from splitray.runtime.engine.backoff import Backoff
+from splitray.runtime.engine.epoch import LOAD_S, Kept, astuple
 from splitray.topology import Topology
 
 if TYPE_CHECKING:
-    from splitray.runtime.engine import Engine
-    from splitray.runtime.session import Session
+    from splitray.runtime.engine.engine import Engine
+    from splitray.runtime.engine.session import Session
 
 _PROBE_S = 0.25
 _STOP_S = 30.0  # a weak device may have seconds of a prompt to finish

@@ -15,7 +15,7 @@ from splitray.arch import ModelArch
 from splitray.codecs import Codec, decode, encode, encoded_bytes
 from splitray.model.split_layer import Array
 from splitray.route import Route
-from splitray.runtime.crossing import TORCH_DTYPES, Crossing, Plan, tensor_of
+from splitray.runtime.device.crossing import TORCH_DTYPES, Crossing, Plan, tensor_of
 from splitray.runtime.wire import Wire
 
 
