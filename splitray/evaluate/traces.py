@@ -15,7 +15,7 @@ from splitray.sim.arena import run as simulate
 from splitray.sim.network import arrivals, links_varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, edge_cloud_links
-from splitray.simulate import service_s
+from splitray.sim.service import service_s
 from splitray.topology import Topology, parse_topology
 
 EDGES = ("jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5")

@@ -13,7 +13,7 @@ from splitray.sim.arena import Case
 from splitray.sim.arena import run as simulate
 from splitray.sim.network import arrivals
 from splitray.sim.scenario import Scenario
-from splitray.simulate import service_s
+from splitray.sim.service import service_s
 from splitray.topology import parse_topology
 
 SWEEP = (1.0, 10.0, 100.0, 1000.0)

@@ -28,7 +28,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def run(*arguments: object) -> subprocess.Popen[str]:
         program = subprocess.Popen(
-            [sys.executable, "-m", "splitray.cli", *map(str, arguments)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "splitray.commands.cli", *map(str, arguments)], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             env={**os.environ, MARK: value},
         )  # fmt: skip

@@ -17,8 +17,8 @@ from splitray.planners.memory import needed_bytes
 from splitray.sim.arena import Case, keeps_cache, run
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, background_load, edge_cloud_links
+from splitray.sim.service import service_s
 from splitray.sim.workload import Requests, poisson
-from splitray.simulate import service_s
 from splitray.topology import Topology
 
 PROMPT, OUTPUT = 20, 16

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from splitray.cli import app
-from splitray.demo import Answer, Reference, difference
+from splitray.commands.cli import app
+from splitray.commands.demo import Answer, Reference, difference
 from splitray.runtime.engine.engine import Engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -311,7 +311,7 @@ def test_a_device_that_dies_at_start_ends_the_run_with_code_1(
 
 def _start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "splitray.cli", *map(str, arguments)],
+        [sys.executable, "-m", "splitray.commands.cli", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -366,7 +366,7 @@ def _wait_for_devices(program: subprocess.Popen[str], number: int) -> list[psuti
 
 
 def test_help_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, splitray.cli; print({'torch', 'ray', 'transformers', 'fastapi'} & sys.modules.keys())"
+    code = "import sys, splitray.commands.cli; print({'torch', 'ray', 'transformers', 'fastapi'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

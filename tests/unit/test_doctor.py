@@ -15,9 +15,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from splitray import doctor
-from splitray.cli import app
-from splitray.doctor import Check
+from splitray.commands import doctor
+from splitray.commands.cli import app
+from splitray.commands.doctor import Check
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 Memory = namedtuple("Memory", ["available", "total"])

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from splitray.arch import ModelArch
-from splitray.demo import uneven_placement
+from splitray.commands.demo import uneven_placement
 from splitray.placement import LayerPlacement, Placement, Shares, validate
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import BLOCK_CELLS, cells, placement_picture, rows

@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from splitray.catalog import architecture
-from splitray.cli import app
+from splitray.commands.cli import app
+from splitray.commands.plan import run
 from splitray.cost import CostModel
 from splitray.errors import PlacementError, TopologyError
 from splitray.placement import Placement
-from splitray.plan import run
 from splitray.planners import PLANNER_USAGES, ClusterState, make_planner
 from splitray.planners.memory import check
 from splitray.topology import Topology

@@ -148,7 +148,7 @@ def test_rates_that_share_a_memory_stack_and_select():
 
 def test_a_profile_is_refused_before_anything_is_measured(tmp_path: Path):
     pytest.importorskip("torch")
-    from splitray.profiling.command import run
+    from splitray.commands.profile import run
 
     with pytest.raises(InputError, match="1 to 16 devices"):
         run(devices=0)

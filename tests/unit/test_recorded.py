@@ -18,7 +18,7 @@ from splitray.sim.arena import Case, run
 from splitray.sim.network import arrivals, links_varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, edge_cloud_links
-from splitray.simulate import service_s
+from splitray.sim.service import service_s
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("SPLITRAY_TRACES", ROOT.parent / "shared" / "data" / "traces"))

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from splitray.cli import app
+from splitray.commands.cli import app
 from splitray.evaluate import Options, clusters, traces, trade
 from splitray.evaluate import run as evaluate
 from splitray.report.document import Number, Report, Table

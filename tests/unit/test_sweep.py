@@ -14,7 +14,7 @@ from test_perplexity import STRIDE, WINDOW, folder, request  # noqa: F401
 from typer.testing import CliRunner
 
 from splitray.channel import as_channel
-from splitray.cli import app
+from splitray.commands.cli import app
 from splitray.errors import InputError
 from splitray.model.reading import read_arch
 from splitray.perplexity import run

@@ -138,7 +138,7 @@ def generate(
 ) -> None:
     """Continue a prompt with one model split over several devices."""
     _read_torch()
-    from splitray.generate import Request, run
+    from splitray.commands.generate import Request, run
     from splitray.report.progress import progress
     from splitray.report.run import run_table
 
@@ -181,7 +181,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say where a planner would put a model, and what that is predicted to cost."""
-    from splitray.plan import run
+    from splitray.commands.plan import run
     from splitray.report.picture import placement_picture
     from splitray.report.plan import plan_table
 
@@ -240,9 +240,9 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Compare planners under a virtual clock, on a trace and on arrivals."""
+    from splitray.commands.simulate import Request, simulate, write
     from splitray.report.progress import bar
     from splitray.report.simulation import simulation_table
-    from splitray.simulate import Request, simulate, write
 
     request = Request(
         model=model, topology=topology, planners=planners, bandwidth_trace=bandwidth_trace, rtt_trace=rtt_trace,
@@ -317,7 +317,7 @@ def serve(
     seed: Seed = 0,
 ) -> None:
     """Run the OpenAI API over a split model on this machine, until Ctrl-C."""
-    from splitray.serve import run
+    from splitray.commands.serve import run
 
     run(
         Console(highlight=False), model=model, topology=topology, devices=devices, planner=planner,
@@ -331,7 +331,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Split the shipped model over an edge and a cloud actor on this machine, serve it, and check every token."""
-    from splitray.demo import run
+    from splitray.commands.demo import run
 
     with _stdout_kept(as_json):
         document = run(Console(stderr=as_json, highlight=False), out=out)
@@ -416,7 +416,7 @@ def perplexity(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine, or the cluster it belongs to, and say what to do about each problem."""
-    from splitray.doctor import run
+    from splitray.commands.doctor import run
 
     with _stdout_kept(as_json):
         document = run(Console(stderr=as_json, highlight=False))
@@ -433,7 +433,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure this machine for the cost model; the result is a topology that plan and generate take."""
-    from splitray.profiling.command import run
+    from splitray.commands.profile import run
     from splitray.report.profile import profile_table
     from splitray.report.progress import progress
 
@@ -452,7 +452,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure split generation against transformers on this machine, or predictions against it (predicted)."""
-    from splitray import bench as benches
+    from splitray.commands import bench as benches
 
     code = benches.run(suite, json=as_json, out=out)
     if code:

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from splitray.arch import ModelArch
 from splitray.channel import as_channel
 from splitray.codecs import Codec
-from splitray.cost import CostModel
-from splitray.errors import InputError, PlacementError
-from splitray.plan import Dtype, read_model_arch
-from splitray.planners import ClusterState, make_planner
+from splitray.commands.plan import Dtype, read_model_arch
+from splitray.errors import InputError
+from splitray.planners import make_planner
 from splitray.quality.accuracy import accuracy_of
 from splitray.report.plots import save_plots
 from splitray.report.simulation import plots_of
@@ -24,10 +22,8 @@ from splitray.sim.arena import Case, run
 from splitray.sim.network import arrivals, links_varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, background_load, edge_cloud_links
+from splitray.sim.service import default_rate_per_s
 from splitray.topology import DeviceId, Topology
-
-MEAN_PROMPT, MEAN_OUTPUT = 128, 64  # tokens of a request where nothing else is said
-_LOAD = 0.2  # of the best device's rate, by default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,23 +124,6 @@ def scenario_of(request: Request) -> Scenario:
         lost=_lost(request.lose, topology, slots, slot_s),
         codec=request.codec, accuracy=accuracy, staged=request.staged,
     )  # fmt: skip
-
-
-def service_s(arch: ModelArch, topology: Topology, planner: str = "best_device") -> float:
-    """Seconds that a request of mean length takes alone, under a planner's placement."""
-    state = ClusterState(arch=arch, topology=topology, context_tokens=MEAN_PROMPT + MEAN_OUTPUT)
-    placement = make_planner(planner).propose(state)
-    cost = CostModel(arch, topology)
-    later = (MEAN_OUTPUT - 1) * cost.tpot_s(placement, context_tokens=MEAN_PROMPT + MEAN_OUTPUT / 2)
-    return cost.ttft_s(placement, prompt_tokens=MEAN_PROMPT) + later
-
-
-def default_rate_per_s(arch: ModelArch, topology: Topology) -> float:
-    """0.2 of the rate at which the best device serves requests; of the best placement where none holds the model."""
-    try:
-        return _LOAD / service_s(arch, topology)
-    except PlacementError:
-        return _LOAD / service_s(arch, topology, "exact")
 
 
 def _lost(text: str | None, topology: Topology, slots: int, slot_s: float) -> np.ndarray | None:
