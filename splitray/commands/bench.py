@@ -53,7 +53,7 @@ def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -
 
         result, table = predicted(BENCH_110M, progress=_say), _predicted_table
     elif suite == "simulator":
-        from splitray.sim.speed import simulator_speed
+        from splitray.profiling.simulator_speed import simulator_speed
 
         result, table = {**simulator_speed(), "machine": machine()}, _simulator_table
     elif suite == "faults":

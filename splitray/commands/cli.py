@@ -378,10 +378,10 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Score a text with a model, whole or split, exact, through codecs and over noisy channels."""
-    from splitray.perplexity import Request, run, single, single_cut
+    from splitray.profiling.perplexity import Request, run, single, single_cut
+    from splitray.profiling.sweep import SweepRequest, sweep
     from splitray.report.progress import bar, progress
     from splitray.report.quality import quality_tables
-    from splitray.sweep import SweepRequest, sweep
 
     codecs, channels, placements = codec or ["none"], channel or ["none"], placement or []
     console = Console(highlight=False)

@@ -28,10 +28,10 @@ from splitray.arch import ModelArch
 from splitray.errors import DeviceLost, InputError
 from splitray.local_ray import private_ray, served
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.profiling.choice import Choice, choose
 from splitray.profiling.link_drop import NEW_TOKENS as DROP_TOKENS
 from splitray.profiling.link_drop import PLANNER as DROP_PLANNER
 from splitray.profiling.link_drop import LinkDrop, link_drop
+from splitray.profiling.planner_trial import Choice, choose
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import placement_picture
 from splitray.report.progress import progress

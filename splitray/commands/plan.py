@@ -16,7 +16,7 @@ from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.exact import Exact, ExactResult, solve
-from splitray.quality.accuracy import accuracy_of
+from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.route import compile_route
 from splitray.topology import Topology
 

@@ -15,7 +15,7 @@ from splitray.codecs import Codec
 from splitray.commands.plan import Dtype, read_model_arch
 from splitray.errors import InputError
 from splitray.planners import make_planner
-from splitray.quality.accuracy import accuracy_of
+from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.report.plots import save_plots
 from splitray.report.simulation import plots_of
 from splitray.sim.arena import Case, run

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from splitray.channel import NoisyChannel
-from splitray.codec_loss import held_out
+from splitray.profiling.codec_loss import held_out
+from splitray.profiling.sweep import Meter
 from splitray.quality.table import QualityTable
 from splitray.report.quantities import seconds_text
-from splitray.sweep import Meter
 
 REWARD_TOKENS, REWARD_MASKS = 200_000, 5  # scored in all: a fifth of them under each mask
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from splitray.accuracy import Accuracy
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.placement import Placement
+from splitray.quality.accuracy import Accuracy
 from splitray.queues import QueueState
 from splitray.topology import DeviceId, Topology
 

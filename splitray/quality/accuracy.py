@@ -1,55 +1,148 @@
-"""What a channel and a codec cost a placement in quality, as a surrogate tells it: planners weigh this against time."""
+"""What a codec costs in quality: a table of relative perplexities that were measured on one model and one text.
+
+`python -m splitray.profiling.codec_loss` measures it; planners read it. Nothing is extrapolated.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
-from splitray.accuracy import Accuracy, shipped_table
-from splitray.channel import NoisyChannel
-from splitray.codecs import Codec
-from splitray.quality.features import PlaceFeatures
-from splitray.quality.surrogate import Surrogate, shipped_surrogate
+from splitray.codecs import Codec, as_codec
+from splitray.errors import InputError
+from splitray.quality.json_table import exactly, read_json
 from splitray.route import Route
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SurrogateAccuracy:
-    """An `accuracy.Accuracy` of one channel; for another model than the fitted one a stand-in, and called that.
-
-    Partial sums under noise of a fixed sigma are not among what the shipped surrogate was fitted to.
-    """
-
-    surrogate: Surrogate
-    model: str
-    channel: NoisyChannel | None
+class Accuracy(Protocol):
+    """What planners ask: the relative rise of perplexity by what crosses, exact crossings costing 0."""
 
     def boundary_loss(self, codec: Codec, depth: float, boundaries: int) -> tuple[float, float]:
-        """The rise of relative perplexity by one state that crosses at a depth, and by the partial sums of a boundary.
-
-        The second is what all boundaries cost together, shared by two devices, spread evenly over them.
-        """
-        state = PlaceFeatures(
-            states=1.0, state_depth=depth, first_state=depth, partials=0.0, partial_depth=0.0, first_partial=1.0,
-            remote_share=0.0, attention_share=0.0, side_states=0.0,
-        )  # fmt: skip
-        count = max(1, boundaries)
-        everywhere = PlaceFeatures(
-            states=0.0, state_depth=0.0, first_state=1.0, partials=1.0, partial_depth=(count + 1) / (2 * count),
-            first_partial=1 / count, remote_share=0.5, attention_share=0.5, side_states=1.0,
-        )  # fmt: skip
-        return self._rise(state, codec), self._rise(everywhere, codec) / count
+        """By one whole state at a depth, and by the partial sums of one boundary."""
 
     def route_loss(self, route: Route) -> float:
-        """The rise of relative perplexity by all that crosses; 0 where the residual at the head has met no wire."""
-        place = PlaceFeatures.of_route(route)
-        return self._rise(place, route.codec) if place.states or place.partials else 0.0
-
-    def _rise(self, place: PlaceFeatures, codec: Codec) -> float:
-        return self.surrogate.predict(self.model, place, self.channel, codec) - 1
+        """By everything that crosses."""
 
 
-def accuracy_of(codec: Codec, channel: NoisyChannel | None) -> Accuracy | None:
-    """What the shipped model's measurements tell of a codec, its surrogate of a channel; None where nothing is lost."""
-    if channel is not None:
-        return SurrogateAccuracy(surrogate=shipped_surrogate(), model="tiny", channel=channel)
-    return None if codec == "none" else shipped_table()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyRow:
+    """One measurement. `cut`: layers on the edge; None where all sub-blocks are partitioned over two devices."""
+
+    codec: Codec
+    cut: int | None
+    perplexity: float
+    standard_error: float
+    """Of the relative perplexity: over tokens, each compared with itself in the exact run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyTable:
+    """Perplexities of one model on one text by codec and cut, and of the exact model on the same tokens."""
+
+    model: str
+    num_layers: int
+    text: str
+    tokens: int
+    window: int
+    stride: int
+    measured_at: str
+    perplexity: float
+    rows: tuple[AccuracyRow, ...]
+
+    def relative_perplexity(self, codec: Codec, cut: int | None) -> float:
+        """Perplexity with this codec at this cut over the exact one; 1 for `none`, which is exact.
+
+        A cut between two measured ones counts as the worse of them.
+
+        Raises:
+            InputError: nothing was measured for this codec, or not on both sides of this cut.
+        """
+        if codec == "none":
+            return 1.0
+        measured = {r.cut: r.perplexity / self.perplexity for r in self.rows if r.codec == codec}
+        if cut in measured:
+            return measured[cut]
+        cuts = [c for c in measured if c is not None]
+        below = [c for c in cuts if cut is not None and c < cut]
+        above = [c for c in cuts if cut is not None and c > cut]
+        if not below or not above:
+            raise InputError(
+                f"accuracy of {codec} at {'every sub-block' if cut is None else f'cut {cut}'}",
+                expected=f"one of the measured cuts {list(measured)} of {self.model}, or one between them",
+                actual="no measurement",
+                remedy="measure it with `python -m splitray.profiling.codec_loss`",
+            )
+        return max(measured[max(below)], measured[min(above)])
+
+    def boundary_loss(self, codec: Codec, depth: float, boundaries: int) -> tuple[float, float]:
+        """The relative rise of perplexity by one coded crossing, of a whole state and of partial sums.
+
+        The first is what the cut nearest to this depth was measured to cost; the second is the measured cost of coding
+        every boundary, spread evenly. A measurement below the exact perplexity is noise and counts as 0, so that no
+        planner is paid for it. For another model than the measured one this is a stand-in, and is called that.
+
+        Args:
+            codec: how what crosses is coded.
+            depth: share of the model before the crossing, 0 to 1.
+            boundaries: of the model at hand.
+        """
+        if codec == "none":
+            return 0.0, 0.0
+        cuts = [r.cut for r in self.rows if r.codec == codec and r.cut is not None]
+        nearest = min(cuts, key=lambda c: abs(c / self.num_layers - depth))
+        everywhere = max(0.0, self.relative_perplexity(codec, None) - 1)
+        return max(0.0, self.relative_perplexity(codec, nearest) - 1), everywhere / max(1, boundaries)
+
+    def route_loss(self, route: Route) -> float:
+        """The relative rise of perplexity by all coded crossings of a route, summed; 0 for a codec that is exact."""
+        blocks, total = route.sub_blocks, 0.0
+        if route.codec == "none":
+            return total
+        for block, boundary in ((blocks[b.after], b) for b in route.boundaries if b.after + 1 < len(blocks)):
+            if boundary.messages and not boundary.inner and block.kind != "embedding":
+                at = self.boundary_loss(route.codec, block.index / (len(blocks) - 1), len(blocks) - 2)
+                total += at[block.mode == "partitioned"]
+        return total
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> AccuracyTable:
+        """Read a table that `save` wrote.
+
+        Raises:
+            InputError: the file cannot be read, or is no such table.
+        """
+        unfit = partial(_unfit, path)
+        document = read_json(path, unfit)
+        exactly(document, AccuracyTable, unfit)
+        if not isinstance(document["rows"], list):
+            raise _unfit(path, "a list of rows", type(document["rows"]).__name__)
+        rows = []
+        for entry in document["rows"]:
+            exactly(entry, AccuracyRow, unfit)
+            rows.append(AccuracyRow(**{**entry, "codec": as_codec(entry["codec"])}))
+        table = AccuracyTable(**{**document, "rows": tuple(rows)})
+        values = [table.perplexity, *(r.perplexity for r in rows)]
+        if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in values):
+            raise _unfit(path, "perplexities above 0", values)
+        return table
+
+
+def shipped_table() -> AccuracyTable:
+    """What was measured on the model that ships with splitray."""
+    return AccuracyTable.load(Path(__file__).parents[1] / "model" / "shipped" / "accuracy.json")
+
+
+def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
+    return InputError(
+        f"accuracy table {path}",
+        expected=expected,
+        actual=actual,
+        remedy="measure it with `python -m splitray.profiling.codec_loss`",
+    )

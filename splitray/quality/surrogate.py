@@ -305,4 +305,4 @@ def _forward(weights: tuple[tuple[Reals, Reals], ...], x_NF: Reals) -> Reals:
 
 def _unfit(path: str | Path, expected: str, actual: Any) -> InputError:
     return InputError(f"surrogate {path}", expected=expected, actual=actual,
-                      remedy="fit it again with `python -m splitray.fit_quality`")  # fmt: skip
+                      remedy="fit it again with `python -m splitray.profiling.fit_quality`")  # fmt: skip

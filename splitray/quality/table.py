@@ -18,8 +18,8 @@ from typing import Any, Literal
 from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
-from splitray.json_table import exactly, read_json
 from splitray.quality.features import PlaceFeatures
+from splitray.quality.json_table import exactly, read_json
 
 FORMAT = 1
 

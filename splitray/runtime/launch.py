@@ -20,7 +20,7 @@ from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.protocol import ClusterState
-from splitray.quality.accuracy import accuracy_of
+from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.recovery import Recovery

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.accuracy import Accuracy
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.cost import Rates
 from splitray.errors import InputError
 from splitray.planners.protocol import RequestShape
+from splitray.quality.accuracy import Accuracy
 from splitray.queues import Budgets
 from splitray.sim.workload import Requests
 from splitray.topology import Device, DeviceId, Link, Topology

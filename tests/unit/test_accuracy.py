@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitray import codec_loss
-from splitray.accuracy import AccuracyRow, AccuracyTable
 from splitray.errors import InputError
-from splitray.perplexity import Request, run
+from splitray.profiling import codec_loss
+from splitray.profiling.perplexity import Request, run
+from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 
 SHIPPED = Path(codec_loss.__file__).parent / "model" / "shipped" / "accuracy.json"
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from splitray.accuracy import AccuracyRow, AccuracyTable
 from splitray.arch import ModelArch
 from splitray.catalog import architecture
 from splitray.channel import NoisyChannel
@@ -19,8 +18,9 @@ from splitray.planners import ClusterState, make_planner
 from splitray.planners.drift_plus_penalty import DriftPlusPenalty, cost_of
 from splitray.planners.optimum.additive import Additive, Prices
 from splitray.planners.optimum.space import MISSING_S, Space
-from splitray.quality.accuracy import SurrogateAccuracy
+from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 from splitray.quality.surrogate import shipped_surrogate
+from splitray.quality.surrogate_accuracy import SurrogateAccuracy
 from splitray.queues import Budgets, QueueState, SlotOutcome, advance, drift_bound, lyapunov
 from splitray.route import compile_route
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from splitray.errors import InputError, ModelError
 from splitray.model.reading import read_arch
-from splitray.perplexity import Request, Window, losses, read_ids, run, window_and_stride, windows
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
+from splitray.profiling.perplexity import Request, Window, losses, read_ids, run, window_and_stride, windows
 from splitray.topology import Topology
 
 TEXT = " ".join(str(n * n * 7919 % 89) for n in range(150))

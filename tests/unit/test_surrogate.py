@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from splitray import fit_quality
 from splitray.channel import as_channel
 from splitray.errors import InputError
 from splitray.evaluate.split_figures import monotone
+from splitray.profiling import fit_quality
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.in_loop import InLoop
 from splitray.quality.surrogate import (

@@ -17,10 +17,11 @@ from splitray.channel import as_channel
 from splitray.commands.cli import app
 from splitray.errors import InputError
 from splitray.model.reading import read_arch
-from splitray.perplexity import run
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
+from splitray.profiling.perplexity import run
+from splitray.profiling.sweep import Meter, SweepRequest, alternatives, read_cuts, sweep
 from splitray.quality.features import (
     CHANNEL_FEATURES,
     PLACE_FEATURES,
@@ -31,7 +32,6 @@ from splitray.quality.features import (
 from splitray.quality.in_loop import InLoop
 from splitray.quality.table import QualityRow, QualityTable
 from splitray.route import compile_route
-from splitray.sweep import Meter, SweepRequest, alternatives, read_cuts, sweep
 from splitray.topology import Topology
 
 

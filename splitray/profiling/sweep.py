@@ -21,7 +21,8 @@ from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
 from splitray.model.reading import read_config
-from splitray.perplexity import (
+from splitray.placement import Placement
+from splitray.profiling.perplexity import (
     MASKS,
     Request,
     at_least,
@@ -34,7 +35,6 @@ from splitray.perplexity import (
     window_and_stride,
     within_layers,
 )
-from splitray.placement import Placement
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.table import QualityRow, QualityTable
 from splitray.runtime.launch import model_path

@@ -1,6 +1,6 @@
 """Fits the surrogate of quality/surrogate.py to measured tables.
 
-``python -m splitray.fit_quality --table FILE [--table FILE] --out NAME`` writes NAME.safetensors and NAME.json, and
+``python -m splitray.profiling.fit_quality --table FILE [--table FILE] --out NAME`` writes NAME.safetensors and NAME.json, and
 prints how well it does on rows that it has not seen, by cross-validation.
 """
 
@@ -18,7 +18,7 @@ from splitray.quality.table import QualityTable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit and write; exit code 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m splitray.fit_quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m splitray.profiling.fit_quality", description=__doc__)
     parser.add_argument("--table", action="append", required=True, metavar="FILE", help="may be given again")
     parser.add_argument("--out", required=True, metavar="NAME", help="without an ending")
     parser.add_argument("--hidden", type=int, default=HIDDEN)

@@ -1,6 +1,6 @@
 """Measures what each codec costs a model at each cut: the table of accuracy.py.
 
-``python -m splitray.codec_loss --model tiny --out FILE`` takes the documentation of this Python that the shipped
+``python -m splitray.profiling.codec_loss --model tiny --out FILE`` takes the documentation of this Python that the shipped
 model was not trained on; ``--text FILE`` takes another text.
 """
 
@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.accuracy import AccuracyRow, AccuracyTable
 from splitray.codecs import CODECS, Codec, as_codec
 from splitray.errors import InputError
 from splitray.model.reading import read_config
 from splitray.model.tiny import installation_documents
 from splitray.model.tiny import split as split_documents
-from splitray.perplexity import Progress, losses, of_split, read_ids, read_text, whole, window_and_stride
+from splitray.profiling.perplexity import Progress, losses, of_split, read_ids, read_text, whole, window_and_stride
+from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 from splitray.runtime.hf import SplitModel
 from splitray.runtime.launch import model_path
 
@@ -85,7 +85,7 @@ def _row(codec: Codec, cut: int | None, nll_T: NDArray[np.float64], exact_T: NDA
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a table and write it; exit code 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m splitray.codec_loss", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m splitray.profiling.codec_loss", description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--text", metavar="FILE")
     parser.add_argument("--cuts", metavar="P,P,all", help="default: every cut, and all sub-blocks partitioned")
