@@ -26,7 +26,7 @@ from rllib_configs.splitwise import COMPARED, HELD_OUT, splitwise
 from rllib_configs.splitwise_smoke import splitwise_smoke
 from splitray.local_ray import StartFailed, some_ray
 from splitray.report.progress import bar
-from splitray.rl.recipe import Recipe
+from splitray.rl.training.recipe import Recipe
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
     f.__name__: f
@@ -93,7 +93,7 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
     """
     from ray.tune import Callback, CheckpointConfig, RunConfig, Tuner
 
-    from splitray.rl.algorithm import Splitwise, config_of
+    from splitray.rl.training.algorithm import Splitwise, config_of
 
     class Told(Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -127,9 +127,9 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
 
 def _finished(recipe: Recipe, checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Compare the policy with the exact program on weather of families that it never saw, and write the card."""
-    from splitray.rl.export import export, read_modules
-    from splitray.rl.holdout import learned, paired, program, score
-    from splitray.rl.learner import act_of
+    from splitray.rl.training.export import export, read_modules
+    from splitray.rl.training.holdout import learned, paired, program, score
+    from splitray.rl.training.learner import act_of
 
     modules = read_modules(recipe, checkpoint / "policy.safetensors")
     looked_at = COMPARED if len(recipe.cells) > len(COMPARED) else recipe.cells

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rllib_configs.splitwise import splitwise
-from splitray.rl.recipe import Recipe
-from splitray.rl.reward import Weights
+from splitray.rl.training.recipe import Recipe
+from splitray.rl.world.reward import Weights
 
 _SHARE = 5
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from splitray.rl.split_recipe import SplitRecipe
+from splitray.rl.split_point.recipe import SplitRecipe
 
 
 def split_point(seed: int = 0) -> SplitRecipe:
@@ -37,9 +37,9 @@ def run(recipe: SplitRecipe, out: Path, told: Callable[[int, int], None]) -> dic
 
     from splitray.quality.surrogate import shipped_surrogate
     from splitray.quality.table import shipped_quality
-    from splitray.rl.split_learning import train, untrained
-    from splitray.rl.split_policies import greedy, judge, optimal, stay, uniform
-    from splitray.rl.split_quality import InLoopQuality, MeasuredQuality, learned_from
+    from splitray.rl.split_point.learning import train, untrained
+    from splitray.rl.split_point.policies import greedy, judge, optimal, stay, uniform
+    from splitray.rl.split_point.quality import InLoopQuality, MeasuredQuality, learned_from
 
     table = shipped_quality()
     measured = MeasuredQuality.of_table(table, recipe.noise)

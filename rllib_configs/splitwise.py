@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from splitray.planners.protocol import RequestShape
-from splitray.rl.cell import Cell
-from splitray.rl.recipe import Recipe
-from splitray.rl.weather import Climate
+from splitray.rl.training.recipe import Recipe
+from splitray.rl.world.cell import Cell
+from splitray.rl.world.weather import Climate
 
 EDGES = ("jetson-orin-nx-16gb", "jetson-orin-nx-8gb", "galaxy-s23", "raspberry-pi-5")
 MODELS = ("gpt2-xl", "llama-7b", "llama-13b")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rllib_configs.splitwise import CLIMATES
-from splitray.rl.cell import Cell
-from splitray.rl.recipe import Recipe
+from splitray.rl.training.recipe import Recipe
+from splitray.rl.world.cell import Cell
 
 CELL = Cell("jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head")
 

@@ -11,12 +11,12 @@ import numpy as np
 from splitray.evaluate import Tell
 from splitray.report.document import Cell as Entry
 from splitray.report.document import Number, Table
-from splitray.rl.action import ActionSpec
-from splitray.rl.cell import Cell
-from splitray.rl.clairvoyant import AHEAD, CANDIDATES, foreseen
-from splitray.rl.holdout import program, score, served
 from splitray.rl.policy_planner import SHIPPED, Policy
-from splitray.rl.weather import Climate
+from splitray.rl.training.clairvoyant import AHEAD, CANDIDATES, foreseen
+from splitray.rl.training.holdout import program, score, served
+from splitray.rl.world.action import ActionSpec
+from splitray.rl.world.cell import Cell
+from splitray.rl.world.weather import Climate
 
 CELLS = (
     Cell("jetson-orin-nx-16gb", "gpt2-xl"), Cell("jetson-orin-nx-16gb", "llama-7b"), Cell("galaxy-s23", "llama-13b"),

@@ -39,8 +39,8 @@ from splitray.report.document import Cell, Number, Report, Table
 from splitray.runtime.launch import model_path
 
 if TYPE_CHECKING:
-    from splitray.rl.split_quality import Noise
-    from splitray.rl.split_recipe import SplitRecipe
+    from splitray.rl.split_point.quality import Noise
+    from splitray.rl.split_point.recipe import SplitRecipe
 
 SEEDS, STEPS, TIMED = 5, 24_000, 200
 PAPER_REWARD, PAPER_SURROGATE_REWARD = 2.9736, 2.9663
@@ -74,8 +74,8 @@ def run(
     Raises:
         InputError: the shipped table cannot be used.
     """
-    from splitray.rl.split_quality import Noise
-    from splitray.rl.split_recipe import SplitRecipe
+    from splitray.rl.split_point.quality import Noise
+    from splitray.rl.split_point.recipe import SplitRecipe
 
     started = time.perf_counter()
     table, surrogate = shipped_quality(), shipped_surrogate()

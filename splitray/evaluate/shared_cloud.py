@@ -21,8 +21,8 @@ from scipy import stats
 from splitray.evaluate import Options, Tell
 from splitray.evaluate.traces import EDGES, HOLDS, MODELS
 from splitray.planners.protocol import RequestShape
-from splitray.rl.cell import USUAL, Cell, references
-from splitray.rl.weather import Climate, draw, users_of
+from splitray.rl.world.cell import USUAL, Cell, references
+from splitray.rl.world.weather import Climate, draw, users_of
 from splitray.sim.arena import Case, run
 from splitray.sim.network import varied
 from splitray.sim.outcome import Outcome, drift_p

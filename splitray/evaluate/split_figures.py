@@ -19,10 +19,10 @@ from splitray.report.document import Cell, Number, Table
 from splitray.report.split_plots import Curve, curves_plot, decisions_plot, violins_plot
 
 if TYPE_CHECKING:
-    from splitray.rl.split_point import Case
-    from splitray.rl.split_policies import Judged, Policy
-    from splitray.rl.split_quality import Noise
-    from splitray.rl.split_recipe import SplitRecipe
+    from splitray.rl.split_point.policies import Judged, Policy
+    from splitray.rl.split_point.process import Case
+    from splitray.rl.split_point.quality import Noise
+    from splitray.rl.split_point.recipe import SplitRecipe
 
 DECISIONS = 500
 _NOISES = ("loss", "sigma", "awgn")
@@ -105,8 +105,8 @@ def monotone(tables: Sequence[QualityTable]) -> Table:
 
 def programs(runs: Runs, base: SplitRecipe) -> Table:
     """The exact program and simple policies in every variant of the process."""
-    from splitray.rl.split_point import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, Errata
-    from splitray.rl.split_policies import greedy, optimal, stay, uniform
+    from splitray.rl.split_point.policies import greedy, optimal, stay, uniform
+    from splitray.rl.split_point.process import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, Errata
 
     variants: dict[str, SplitRecipe] = {f"A, u = {u}": replace(base, reach=u) for u in (1, 2, 3, 4)}
     variants |= {"L, u = 1": replace(base, case="L"), "H, u = 1": replace(base, case="H")}
@@ -135,7 +135,7 @@ def programs(runs: Runs, base: SplitRecipe) -> Table:
 
 def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
     """Three learners in three cases."""
-    from splitray.rl.split_policies import optimal
+    from splitray.rl.split_point.policies import optimal
 
     rows: list[tuple[Cell, ...]] = []
     panels, levels = {}, {}
@@ -157,8 +157,8 @@ def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
 
 def policies(runs: Runs, base: SplitRecipe) -> dict[str, list[Judged]]:
     """What each policy got in case A, for every seed where seeds matter."""
-    from splitray.rl.split_learning import untrained
-    from splitray.rl.split_policies import greedy, optimal, stay, uniform
+    from splitray.rl.split_point.learning import untrained
+    from splitray.rl.split_point.policies import greedy, optimal, stay, uniform
 
     truth = runs.truth(base)
     one = partial(runs.judged, base)
@@ -199,7 +199,7 @@ def figure_6(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, li
 
 def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Table, dict[Noise, float]]:
     """Decisions against the channel; also Spearman's rho of PPO by channel."""
-    from splitray.rl.split_policies import optimal
+    from splitray.rl.split_point.policies import optimal
 
     panels: dict[str, tuple[str, Reals, Reals]] = {}
     rows: list[tuple[Cell, ...]] = []
@@ -231,7 +231,7 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
 
 def figure_8(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
     """Action spaces."""
-    from splitray.rl.split_policies import optimal
+    from splitray.rl.split_point.policies import optimal
 
     recipes = {f"u = {u}": replace(base, reach=u) for u in (1, 2, 3)}
     rows: list[tuple[Cell, ...]] = []

@@ -17,11 +17,11 @@ from splitray.report.document import Number
 from splitray.report.split_plots import Curve
 
 if TYPE_CHECKING:
-    from splitray.rl.split_network import SplitNetwork
-    from splitray.rl.split_point import SplitPoint, States
-    from splitray.rl.split_policies import Judged, Policy
-    from splitray.rl.split_quality import MeasuredQuality, Noise
-    from splitray.rl.split_recipe import SplitRecipe
+    from splitray.rl.split_point.network import SplitNetwork
+    from splitray.rl.split_point.policies import Judged, Policy
+    from splitray.rl.split_point.process import SplitPoint, States
+    from splitray.rl.split_point.quality import MeasuredQuality, Noise
+    from splitray.rl.split_point.recipe import SplitRecipe
 
 Reals = NDArray[np.float64]
 STARTS, _STARTS_SEED = 500, 1
@@ -51,7 +51,7 @@ class Runs:
 
     def measured(self, noise: Noise) -> MeasuredQuality:
         """The table's values."""
-        from splitray.rl.split_quality import MeasuredQuality
+        from splitray.rl.split_point.quality import MeasuredQuality
 
         if noise not in self._measured:
             self._measured[noise] = MeasuredQuality.of_table(self.table, noise)
@@ -67,7 +67,7 @@ class Runs:
 
     def judged(self, recipe: SplitRecipe, policy: Policy) -> Judged:
         """A policy on those starts."""
-        from splitray.rl.split_policies import judge
+        from splitray.rl.split_point.policies import judge
 
         return judge(self.truth(recipe), policy, self.starts(recipe))
 
@@ -87,9 +87,9 @@ class Runs:
         return Curve(list(runs[0].steps), [m for m, _ in both], [h for _, h in both])
 
     def _run(self, recipe: SplitRecipe) -> Run:
-        from splitray.rl.split_learning import train
-        from splitray.rl.split_policies import judge
-        from splitray.rl.split_quality import learned_from
+        from splitray.rl.split_point.learning import train
+        from splitray.rl.split_point.policies import judge
+        from splitray.rl.split_point.quality import learned_from
 
         key = replace(recipe, name="")
         if key not in self._done:

@@ -1,7 +1,7 @@
 """Measures what each codec costs a model at each cut: the table of accuracy.py.
 
-``python -m splitray.profiling.codec_loss --model tiny --out FILE`` takes the documentation of this Python that the shipped
-model was not trained on; ``--text FILE`` takes another text.
+``python -m splitray.profiling.codec_loss --model tiny --out FILE`` takes the documentation of this Python
+that the shipped model was not trained on; ``--text FILE`` takes another text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fits the surrogate of quality/surrogate.py to measured tables.
 
-``python -m splitray.profiling.fit_quality --table FILE [--table FILE] --out NAME`` writes NAME.safetensors and NAME.json, and
-prints how well it does on rows that it has not seen, by cross-validation.
+``python -m splitray.profiling.fit_quality --table FILE [--table FILE] --out NAME`` writes NAME.safetensors and
+NAME.json, and prints how well it does on rows that it has not seen, by cross-validation.
 """
 
 from __future__ import annotations

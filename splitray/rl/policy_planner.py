@@ -23,15 +23,15 @@ from splitray.cost import Rates
 from splitray.errors import InputError, PlacementError
 from splitray.placement import Placement
 from splitray.planners.protocol import ClusterState
-from splitray.rl.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS, Ints
-from splitray.rl.cell import CLOUD_DEVICE, USUAL, References, references
-from splitray.rl.choice import Choice
-from splitray.rl.choosing import greedy
-from splitray.rl.grid import Grid
-from splitray.rl.knobs import Moment, planned
-from splitray.rl.layout import LAYER_AGENT
-from splitray.rl.observation import GROUP_FEATURES, History, Seen, Static, kept, observe, table_hash
-from splitray.rl.reward import Weights
+from splitray.rl.grid.choice import Choice
+from splitray.rl.grid.grid import Grid
+from splitray.rl.world.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS, Ints
+from splitray.rl.world.cell import CLOUD_DEVICE, USUAL, References, references
+from splitray.rl.world.choosing import greedy
+from splitray.rl.world.knobs import Moment, planned
+from splitray.rl.world.observation import GROUP_FEATURES, History, Seen, Static, kept, observe, table_hash
+from splitray.rl.world.reward import Weights
+from splitray.rl.world.rows import LAYER_AGENT
 from splitray.topology import Topology
 
 SHIPPED = Path(__file__).parent / "shipped" / "policy"
@@ -102,7 +102,7 @@ class Policy:
 
     @cached_property
     def _blocks(self) -> tuple[Any, ...]:
-        from splitray.rl.action import Block
+        from splitray.rl.world.action import Block
 
         return tuple(Block(**b) for b in self.card["agents"][LAYER_AGENT] if b["name"] != "mode")
 

@@ -194,7 +194,7 @@ ALLOWED = {
     "the facade, lazily": (upward, "splitray", "def f():\n from splitray.runtime.hf import SplitModel"),
     "the command line in its functions": (out_of_package, "splitray.commands.cli", "def f():\n import actors.edge"),
     "apps on actors on the library": (out_of_package, "serve_apps.generate", "import actors, splitray.route"),
-    "ray in the learner": (of_ray, "splitray.rl.learner", "import ray.rllib"),
+    "ray in the learner": (of_ray, "splitray.rl.training.learner", "import ray.rllib"),
     "ray in a function of the doctor": (of_ray, "splitray.commands.doctor", "def f():\n import ray"),
     "a name that only begins like ray": (of_ray, "splitray.runtime.x", "import raylib"),
     "torch in the model": (of_torch, "splitray.model.source", "import torch"),

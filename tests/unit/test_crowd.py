@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from splitray.rl.action import DEFAULT_KNOBS, FREE, ActionSpec
-from splitray.rl.cell import Cell, references
-from splitray.rl.vector_env import VectorEnv
-from splitray.rl.weather import USERS, Climate, users_of
+from splitray.rl.world.action import DEFAULT_KNOBS, FREE, ActionSpec
+from splitray.rl.world.cell import Cell, references
+from splitray.rl.world.vector_env import VectorEnv
+from splitray.rl.world.weather import USERS, Climate, users_of
 from splitray.sim.crowd import delay_to_others, longer, others_there
 
 CELL = Cell("raspberry-pi-5", "llama-7b")  # too slow an edge for anything but the cloud

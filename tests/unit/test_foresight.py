@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from splitray.rl.action import DEFAULT_KNOBS, FREE, ActionSpec
-from splitray.rl.cell import Cell
-from splitray.rl.clairvoyant import CANDIDATES, ahead, foreseen
-from splitray.rl.foresight import foresee
-from splitray.rl.holdout import learned, program, score
-from splitray.rl.learner import act_of
-from splitray.rl.module import module_specs
-from splitray.rl.recipe import Recipe
-from splitray.rl.vector_env import VectorEnv
-from splitray.rl.weather import Climate
+from splitray.rl.training.clairvoyant import CANDIDATES, ahead, foreseen
+from splitray.rl.training.foresight import foresee
+from splitray.rl.training.holdout import learned, program, score
+from splitray.rl.training.learner import act_of
+from splitray.rl.training.module import module_specs
+from splitray.rl.training.recipe import Recipe
+from splitray.rl.world.action import DEFAULT_KNOBS, FREE, ActionSpec
+from splitray.rl.world.cell import Cell
+from splitray.rl.world.vector_env import VectorEnv
+from splitray.rl.world.weather import Climate
 
 CELL, BUSY = Cell("jetson-orin-nx-16gb", "llama-7b"), Climate(cloud_load=0.95, bandwidth_sigma=0.3)
 SPEC = ActionSpec()

@@ -19,8 +19,8 @@ from splitray.planners import ClusterState
 from splitray.planners.drift_plus_penalty import DriftPlusPenalty
 from splitray.planners.memory import needed_bytes
 from splitray.planners.protocol import RequestShape
-from splitray.rl.choice import CLOUD, COPIED, EDGE, SPLIT, Choice
-from splitray.rl.grid import Grid
+from splitray.rl.grid.choice import CLOUD, COPIED, EDGE, SPLIT, Choice
+from splitray.rl.grid.grid import Grid
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 
 TOY = ModelArch(

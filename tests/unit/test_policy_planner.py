@@ -15,11 +15,11 @@ from splitray.planners import ClusterState, make_planner
 from splitray.planners.memory import check
 from splitray.planners.protocol import RequestShape
 from splitray.queues import QueueState
-from splitray.rl.action import FREE, ActionSpec
-from splitray.rl.cell import Cell, references
 from splitray.rl.policy_planner import SHIPPED, Policy, Splitwise
-from splitray.rl.vector_env import VectorEnv
-from splitray.rl.weather import Climate, Weather, draw
+from splitray.rl.world.action import FREE, ActionSpec
+from splitray.rl.world.cell import Cell, references
+from splitray.rl.world.vector_env import VectorEnv
+from splitray.rl.world.weather import Climate, Weather, draw
 from splitray.sim.arena import Case, run
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.workload import poisson

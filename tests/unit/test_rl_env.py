@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from splitray.rl.action import AUTO, DEFAULT_KNOBS, FREE, ActionSpec, imitated, num_logits, parts
-from splitray.rl.cell import Cell
-from splitray.rl.choice import CLOUD, EDGE, SPLIT
-from splitray.rl.choosing import MASKED, greedy, gumbel, log_probability, sample
-from splitray.rl.layout import HEAD_FFN_AGENT, LAYER_AGENT, layouts
-from splitray.rl.observation import FEATURES, GROUP_FEATURES, NUM_GLOBAL, NUM_GROUP
-from splitray.rl.reward import LYAPUNOV, PERFORMANCE, TERMS
-from splitray.rl.vector_env import VectorEnv
-from splitray.rl.weather import Climate, Weather
+from splitray.rl.grid.choice import CLOUD, EDGE, SPLIT
+from splitray.rl.world.action import AUTO, DEFAULT_KNOBS, FREE, ActionSpec, imitated, num_logits, parts
+from splitray.rl.world.cell import Cell
+from splitray.rl.world.choosing import MASKED, greedy, gumbel, log_probability, sample
+from splitray.rl.world.observation import FEATURES, GROUP_FEATURES, NUM_GLOBAL, NUM_GROUP
+from splitray.rl.world.reward import LYAPUNOV, PERFORMANCE, TERMS
+from splitray.rl.world.rows import HEAD_FFN_AGENT, LAYER_AGENT, layouts
+from splitray.rl.world.vector_env import VectorEnv
+from splitray.rl.world.weather import Climate, Weather
 
 PINNED = Cell("jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head")
 BIG = Cell("raspberry-pi-5", "llama-7b", "none")  # does not fit its edge

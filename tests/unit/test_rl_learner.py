@@ -12,22 +12,22 @@ import torch
 from safetensors.torch import load_file
 
 from rllib_configs.__main__ import RECIPES
-from splitray.rl.action import imitated, prior
-from splitray.rl.algorithm import config_of
-from splitray.rl.cell import Cell
-from splitray.rl.choosing import log_probability
-from splitray.rl.env import PlacementEnv, spaces_of
-from splitray.rl.export import export, read_modules
-from splitray.rl.holdout import learned, paired, program, score
-from splitray.rl.layout import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, layouts
-from splitray.rl.learner import act_of, training_data
-from splitray.rl.module import choice_log_probabilities, module_specs, prior_divergence
-from splitray.rl.observation import table_hash
-from splitray.rl.recipe import Recipe
-from splitray.rl.rollout import Collector
-from splitray.rl.vector_env import VectorEnv
-from splitray.rl.warm_start import clone
-from splitray.rl.weather import Climate
+from splitray.rl.training.algorithm import config_of
+from splitray.rl.training.env import PlacementEnv, spaces_of
+from splitray.rl.training.export import export, read_modules
+from splitray.rl.training.holdout import learned, paired, program, score
+from splitray.rl.training.learner import act_of, training_data
+from splitray.rl.training.module import choice_log_probabilities, module_specs, prior_divergence
+from splitray.rl.training.recipe import Recipe
+from splitray.rl.training.rollout import Collector
+from splitray.rl.training.warm_start import clone
+from splitray.rl.world.action import imitated, prior
+from splitray.rl.world.cell import Cell
+from splitray.rl.world.choosing import log_probability
+from splitray.rl.world.observation import table_hash
+from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, layouts
+from splitray.rl.world.vector_env import VectorEnv
+from splitray.rl.world.weather import Climate
 
 CELL = Cell("jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head")
 USERS = 4
@@ -62,7 +62,7 @@ def test_rllibs_environment_keeps_its_contract_and_pays_what_the_vectorised_one_
     twin = VectorEnv(CELL, recipe.climates[0], spec=recipe.spec, num_instances=USERS, num_slots=16, rng=rng)
     mine = np.array([0])
     act = act_of(modules_of(recipe))
-    from splitray.rl.choosing import greedy
+    from splitray.rl.world.choosing import greedy
 
     for slot in range(16):
         assert list(rows) == [LAYER_AGENT] and env.observation_spaces[LAYER_AGENT].contains(rows[LAYER_AGENT])

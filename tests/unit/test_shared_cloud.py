@@ -11,8 +11,8 @@ import pytest
 from splitray.evaluate import Options, foresight, shared_cloud, splitwise, trade
 from splitray.evaluate.shared_cloud import MOST_USERS, Paired, mean_and_interval, scenarios_of
 from splitray.planners.protocol import RequestShape
-from splitray.rl.cell import Cell, references
-from splitray.rl.weather import users_of
+from splitray.rl.world.cell import Cell, references
+from splitray.rl.world.weather import users_of
 
 CELL = Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="embedding_and_head")
 

@@ -19,11 +19,11 @@ from splitray.evaluate.measured_reward import TimedReward
 from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import shipped_quality
 from splitray.report.split_plots import loess
-from splitray.rl.split_learning import _Run, advantages, train, untrained
-from splitray.rl.split_network import SplitNetwork
-from splitray.rl.split_policies import judge, optimal, uniform
-from splitray.rl.split_quality import MeasuredQuality
-from splitray.rl.split_recipe import SplitRecipe
+from splitray.rl.split_point.learning import _Run, advantages, train, untrained
+from splitray.rl.split_point.network import SplitNetwork
+from splitray.rl.split_point.policies import judge, optimal, uniform
+from splitray.rl.split_point.quality import MeasuredQuality
+from splitray.rl.split_point.recipe import SplitRecipe
 
 RECIPE = SplitRecipe(name="test", noise="sigma", steps=4000)
 

@@ -13,7 +13,8 @@ from splitray.errors import InputError
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.surrogate import shipped_surrogate
 from splitray.quality.table import shipped_quality
-from splitray.rl.split_point import (
+from splitray.rl.split_point.policies import greedy, judge, optimal, stay, uniform
+from splitray.rl.split_point.process import (
     AS_CODED,
     AS_CODED_MEASURED,
     AS_PRINTED,
@@ -23,8 +24,7 @@ from splitray.rl.split_point import (
     SplitPoint,
     States,
 )
-from splitray.rl.split_policies import greedy, judge, optimal, stay, uniform
-from splitray.rl.split_quality import MeasuredQuality, SurrogateQuality, learned_from
+from splitray.rl.split_point.quality import MeasuredQuality, SurrogateQuality, learned_from
 
 # Rises with the strength, falls with the cut: three strengths, cuts 1 to 11.
 TRADE = MeasuredQuality(

@@ -1,0 +1,94 @@
+"""A trained policy for the cut, in numpy: features to scores of the actions, by layers of tanh; the largest is taken.
+
+Two files: `NAME.safetensors` holds float32 `weight_0` [in, out], `bias_0` [out], ...; `NAME.json`, the card, holds the
+recipe, what is seen, what was found, and the SHA-256 of the tensors' file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from splitray.errors import InputError
+from splitray.rl.split_point.policies import Policy
+from splitray.rl.split_point.process import SplitPoint
+from splitray.rl.split_point.quality import Ints
+from splitray.rl.split_point.recipe import SplitRecipe
+
+FORMAT = 1
+SEEN = ("strength of the channel over its largest", "cut over the last", "ln of the first relative perplexity",
+        "steps left over all")  # fmt: skip
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitNetwork:
+    """`layers` are [(weight [in, out], bias [out]), ...]."""
+
+    layers: tuple[tuple[Floats, Floats], ...]
+
+    def scores(self, x_NF: Floats) -> Floats:
+        """Logits or values of the actions, [N, A]."""
+        for weight, bias in self.layers[:-1]:
+            x_NF = np.tanh(x_NF @ weight + bias)
+        weight, bias = self.layers[-1]
+        return x_NF @ weight + bias
+
+    def policy(self, mdp: SplitPoint) -> Policy:
+        """The action of the largest score."""
+
+        def choose(states: Any) -> Ints:
+            return self.scores(mdp.observe(states)).argmax(1)
+
+        return choose
+
+    def save(self, path: Path, recipe: SplitRecipe, results: Mapping[str, Any]) -> tuple[Path, Path]:
+        """Write `path` with the endings .safetensors and .json; returns both."""
+        tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"weight_{i}": w for i, (w, _) in enumerate(self.layers)}
+        tensors |= {f"bias_{i}": b for i, (_, b) in enumerate(self.layers)}
+        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, tensors_at)
+        card = {
+            "format": FORMAT,
+            "layers": len(self.layers),
+            "seen": list(SEEN[: len(self.layers[0][0])]),
+            "recipe": recipe.as_json(),
+            "results": dict(results),
+            "sha256": hashlib.sha256(tensors_at.read_bytes()).hexdigest(),
+        }
+        card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        return tensors_at, card_at
+
+    @staticmethod
+    def load(path: Path) -> SplitNetwork:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        try:
+            card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            found = hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest()
+            if card["format"] != FORMAT or card["sha256"] != found:
+                raise _unfit(path, f"format {FORMAT} and tensors of SHA-256 {card['sha256']}", found)
+            tensors = load_file(path.with_suffix(".safetensors"))
+            return SplitNetwork(tuple((tensors[f"weight_{i}"], tensors[f"bias_{i}"]) for i in range(card["layers"])))
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _unfit(path, "a policy's two files", error) from error
+
+
+def _unfit(path: Path, expected: str, actual: object) -> InputError:
+    return InputError(f"policy {path}", expected=expected, actual=actual,
+                      remedy="train it again with `python -m rllib_configs split_point --out DIR`")  # fmt: skip

@@ -1,0 +1,85 @@
+"""A trained policy as two files that need no pickle: tensors, and a card that says what they are.
+
+`NAME.safetensors` holds float32 tensors `AGENT.LAYER.weight` [out, in] and `AGENT.LAYER.bias` [out]; agents are
+`layer_agent` and, if it decides anything, `head_ffn_agent`; layers are `whole`, `group`, `join`, `knobs`, `layer` and
+`choose`. `module.py` says how they are used. The critics stay behind.
+
+`NAME.json` holds `format`, `variant`, `bits`, `num_groups`, `hidden`, `features` (the table's hash, which a reader must
+compare with its own), `leave_out`, `agents` (names, and the blocks of their logits in order), `knobs` (what the indices
+mean), `recipe`, `seeds`, `results`, and the SHA-256 of the tensors' file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from splitray.rl.training.module import PlacementModule, module_specs
+from splitray.rl.training.recipe import Recipe
+from splitray.rl.world.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS
+from splitray.rl.world.observation import HISTORY, table_hash
+from splitray.rl.world.rows import HEAD_FFN_AGENT, layouts
+
+FORMAT = 1
+
+
+def export(
+    modules: Mapping[str, PlacementModule], recipe: Recipe, path: Path, results: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """Write `path` with the endings .safetensors and .json, and return both paths.
+
+    Args:
+        modules: of both agents.
+        recipe: that they were trained by.
+        path: without an ending; its folder is made.
+        results: plain numbers for the card.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    agents = {a: x for a, x in layouts(recipe.spec).items() if a != HEAD_FFN_AGENT or recipe.spec.low_decides}
+    tensors = {
+        f"{agent}.{name}": value.detach().float().contiguous()
+        for agent in agents
+        for name, value in modules[agent].state_dict().items()
+        if not name.startswith("critic.")
+    }
+    save_file(tensors, tensors_at)
+    card = {
+        "format": FORMAT,
+        "variant": recipe.variant,
+        "bits": recipe.bits,
+        "num_groups": recipe.num_groups,
+        "hidden": recipe.hidden,
+        "features": table_hash(),
+        "history_slots": HISTORY,
+        "leave_out": list(recipe.leave_out),
+        "agents": {a: [asdict(b) for b in layout.blocks] for a, layout in agents.items()},
+        "knobs": {"v": V_FACTORS, "stay": MOVE_WEIGHTS, "price": PRICES, "default": DEFAULT_KNOBS},
+        "recipe": recipe.as_json(),
+        "seeds": [recipe.seed],
+        "results": dict(results or {}),
+        "sha256": hashlib.sha256(tensors_at.read_bytes()).hexdigest(),
+    }
+    card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return tensors_at, card_at
+
+
+def read_modules(recipe: Recipe, tensors_at: Path) -> dict[str, PlacementModule]:
+    """The networks of an exported policy of this recipe; their critics know nothing."""
+    tensors = load_file(tensors_at)
+    modules = {}
+    for agent, spec in module_specs(recipe).items():
+        module = spec.build()
+        assert isinstance(module, PlacementModule), "module_specs names no other class"
+        modules[agent] = module
+        mine = {k.removeprefix(f"{agent}."): v for k, v in tensors.items() if k.startswith(f"{agent}.")}
+        if mine:
+            wrong = module.load_state_dict(mine, strict=False)
+            assert all(k.startswith("critic.") for k in (*wrong.missing_keys, *wrong.unexpected_keys)), "other recipe"
+    return modules
