@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_apps.api_error import ApiError
 from serve_apps.protocol import ChatMessage, ChatRequest, GenerationRequest
+from splitray.errors import InputError
+from splitray.text import chat_text
 
 if TYPE_CHECKING:
     from splitray.runtime.sampling import Sampling
@@ -35,15 +35,10 @@ def chat_prompt(messages: Sequence[ChatMessage], tokenizer: Any) -> list[int]:
     Raises:
         ApiError: 400 if the model has no template or the template refuses the dialogue.
     """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        message = "messages: this model has no chat template; use /v1/completions"
-        raise ApiError(400, message, param="messages")
     try:
-        text = tokenizer.apply_chat_template([_turn(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ApiError(400, f"messages: refused by the chat template: {error}", param="messages") from error
+        text = chat_text([_turn(m) for m in messages], tokenizer)
+    except InputError as error:
+        raise ApiError(400, f"messages: {error.actual}; {error.remedy}", param="messages") from error
     # The template writes the special tokens itself.
     ids = _text_ids(text, tokenizer, param="messages", add_special_tokens=False)
     if not ids:
@@ -88,25 +83,6 @@ def sampling_for(
         seed=(seed if request.seed is None else request.seed) & (2**63 - 1),  # generators want 0 or more
         stop_ids=tuple(sorted(set(stop_ids))),
     )
-
-
-def end_ids(model_path: str, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the checkpoint's own, as `generate()` reads them, and the tokenizer's.
-
-    A chat model may end its turn with another token than the tokenizer's end of sequence.
-    """
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        path = Path(model_path) / name
-        if path.is_file():
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            return [*ids, *(named if isinstance(named, list) else [] if named is None else [named])]
-    return ids
-
-
-def special_ids(stops: Sequence[str], tokenizer: Any) -> list[int]:
-    """The ids of stop strings that are special tokens: those never show as text."""
-    return [tokenizer.convert_tokens_to_ids(s) for s in stops if s in tokenizer.all_special_tokens]
 
 
 def _turn(message: ChatMessage) -> dict[str, str]:

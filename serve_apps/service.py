@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from serve_apps.api_error import ApiError, as_api_error
 from serve_apps.engine_queue import EngineQueue
-from serve_apps.prompts import chat_prompt, completion_prompts, end_ids, sampling_for, special_ids
+from serve_apps.prompts import chat_prompt, completion_prompts, sampling_for
 from serve_apps.protocol import ChatRequest, CompletionRequest
 from serve_apps.replies import DONE, ChatReply, CompletionReply, FinishReason, Usage, event
-from serve_apps.text_stream import TextStream
 from splitray.errors import InputError
+from splitray.text import TextStream, end_ids, special_ids
 
 if TYPE_CHECKING:
     from splitray.runtime.sampling import Sampling

@@ -259,8 +259,7 @@ def ask_transformers(folder: str, tokenizer: Any) -> Reference:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from serve_apps.prompts import end_ids
-    from serve_apps.text_stream import Detokenizer
+    from splitray.text import Detokenizer, end_ids
 
     disable_progress_bar()  # it would draw on a stderr that is no terminal too
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -55,13 +55,12 @@ def run(request: Request, *, text: Callable[[str], None], progress: Progress) ->
             actual="neither" if request.prompt is None else "both",
             remedy='give one of them, for example --prompt "The list of"',
         )
-    from serve_apps.prompts import end_ids
-    from serve_apps.text_stream import Detokenizer
     from splitray.channel import as_channel
     from splitray.model.reading import read_config
     from splitray.runtime.engine.recovery import Recovery
     from splitray.runtime.launch import launch_engine, model_path, read_tokenizer, read_topology
     from splitray.runtime.sampling import Sampling
+    from splitray.text import Detokenizer, end_ids
 
     topology = read_topology(request.topology, request.devices)
     read_config(model_path(request.model))  # a wrong path must not look like a missing tokenizer

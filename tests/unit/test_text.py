@@ -5,7 +5,7 @@ from fake_engine import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_apps.text_stream import Detokenizer, StopStrings, TextStream
+from splitray.text import Detokenizer, StopStrings, TextStream
 
 TOKENIZER = byte_tokenizer()
 TEXTS = [
