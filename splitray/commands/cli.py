@@ -285,7 +285,8 @@ def evaluate(
     """Compare planners on equal terms and beside the papers' figures; every number says where it comes from."""
     from rich.markdown import Markdown
 
-    from splitray.evaluate import Options, run
+    from splitray.evaluate.options import Options
+    from splitray.evaluate.suites import run
     from splitray.report.progress import progress
 
     options = Options(traces=tuple(traces or ()), arrivals=arrivals, slots=slots, seed=seed, workers=workers)

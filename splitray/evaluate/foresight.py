@@ -8,7 +8,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from splitray.evaluate import Tell
+from splitray.evaluate.options import Tell
 from splitray.report.document import Cell as Entry
 from splitray.report.document import Number, Table
 from splitray.rl.policy_planner import SHIPPED, Policy

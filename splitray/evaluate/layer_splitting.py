@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from splitray.codecs import encoded_bytes
-from splitray.evaluate import Options, Tell
 from splitray.evaluate.measured_reward import TimedReward, timed_reward
+from splitray.evaluate.options import Options, Tell
 from splitray.evaluate.split_figures import (
     DECISIONS,
     figure_3,

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from splitray.evaluate import Options, Tell
 from splitray.evaluate.clusters import boards, gaps_to_optimum, many_devices
+from splitray.evaluate.options import Options, Tell
 from splitray.evaluate.traces import (
     EDGES,
     EVERY,

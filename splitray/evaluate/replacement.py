@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from splitray.catalog import architecture
 from splitray.errors import InputError
-from splitray.evaluate import Options, Tell
+from splitray.evaluate.options import Options, Tell
 from splitray.evaluate.stream import Copying, Prices, Stream, Wire, at_rate
 from splitray.evaluate.traces import edge_and_cloud
 from splitray.placement import Placement

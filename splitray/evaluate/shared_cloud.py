@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from splitray.evaluate import Options, Tell
+from splitray.evaluate.options import Options, Tell
 from splitray.evaluate.traces import EDGES, HOLDS, MODELS
 from splitray.planners.protocol import RequestShape
 from splitray.rl.world.cell import USUAL, Cell, references

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.evaluate import Tell
+from splitray.evaluate.options import Tell
 from splitray.evaluate.shared_cloud import mean_and_interval
 from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import QualityTable

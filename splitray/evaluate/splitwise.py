@@ -8,8 +8,8 @@ from importlib.metadata import version
 
 import numpy as np
 
-from splitray.evaluate import Options, Tell
 from splitray.evaluate.foresight import clairvoyance
+from splitray.evaluate.options import Options, Tell
 from splitray.evaluate.shared_cloud import ALONE, LOADS, SEEDS, SIGMA, LoadCell, load_cells, mean_and_interval
 from splitray.evaluate.trade import trade_of_v
 from splitray.report.document import Cell, Number, Report, Table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from splitray.catalog import architecture, device_values
-from splitray.evaluate import Options, Tell
+from splitray.evaluate.options import Options, Tell
 from splitray.report.document import Cell, Number, Table, Unit
 from splitray.sim.arena import Case
 from splitray.sim.arena import run as simulate

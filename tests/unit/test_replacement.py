@@ -7,9 +7,10 @@ import pytest
 
 from splitray.catalog import architecture
 from splitray.errors import InputError
-from splitray.evaluate import Options, run
 from splitray.evaluate import replacement as suite
+from splitray.evaluate.options import Options
 from splitray.evaluate.stream import Copying, Prices, Stream, Wire
+from splitray.evaluate.suites import run
 from splitray.evaluate.traces import edge_and_cloud
 from splitray.planners import make_planner
 from splitray.sim.traces import Trace

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from splitray.evaluate import Options, foresight, shared_cloud, splitwise, trade
+from splitray.evaluate import foresight, shared_cloud, splitwise, trade
+from splitray.evaluate.options import Options
 from splitray.evaluate.shared_cloud import MOST_USERS, Paired, mean_and_interval, scenarios_of
 from splitray.planners.protocol import RequestShape
 from splitray.rl.world.cell import Cell, references

@@ -12,8 +12,9 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from splitray.commands.cli import app
-from splitray.evaluate import Options, clusters, traces, trade
-from splitray.evaluate import run as evaluate
+from splitray.evaluate import clusters, traces, trade
+from splitray.evaluate.options import Options
+from splitray.evaluate.suites import run as evaluate
 from splitray.report.document import Number, Report, Table
 from splitray.report.plots import front_plot, latency_plot, ratio_plot, trade_plot
 from splitray.report.simulation import simulation_rows, simulation_table

@@ -14,8 +14,9 @@ from ray.rllib.core.columns import Columns
 
 from rllib_configs.split_point import SPLIT_RECIPES, run
 from splitray.errors import InputError
-from splitray.evaluate import Options, layer_splitting, split_figures, split_runs
+from splitray.evaluate import layer_splitting, split_figures, split_runs
 from splitray.evaluate.measured_reward import TimedReward
+from splitray.evaluate.options import Options
 from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import shipped_quality
 from splitray.report.split_plots import loess
