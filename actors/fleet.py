@@ -24,9 +24,9 @@ from actors.device import DeviceHost, Seat
 from actors.edge import EdgeActor
 from actors.seating import CPU, GPU, demand, find_seats, no_room
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.device.shard_host import DEADLINE_S
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.wire import Endpoint, new_token
+from splitray.runtime.wire.listener import DEADLINE_S
 from splitray.topology import Device
 
 # A device's share of a node's CPUs in Ray's books. It is a place, not a rate: the topology says who computes what,

@@ -6,12 +6,24 @@ repeated step harmless. Windows of sliding layers live in the mask; nothing is e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from splitray.arch import Range
+
 Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class KvPiece:
+    """The KV of some groups of a layer, of one session."""
+
+    layer: int
+    groups: Range
 
 
 class KvCache:

@@ -11,7 +11,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import InputError
-from splitray.runtime.device.holding import Holding, KvPiece
+from splitray.model.kv_cache import KvPiece
 
 StoreError = (OSError, ValueError, ImportError)  # what fsspec's file systems raise
 
@@ -43,6 +43,23 @@ class Saved:
         return Saved(**{**plain, "pieces": tuple(tuple(p) for p in plain["pieces"])})
 
 
+class HoldsKv(Protocol):
+    """What a checkpoint needs of what a device holds: the KV of a session by layer, groups and position."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+
+    def groups(self, layer: int) -> tuple[Range, ...]:
+        """The KV head groups that are held of a layer."""
+
+    def read(self, session: int, piece: KvPiece, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the positions [start, stop); None if there are none."""
+
+    def write(self, session: int, piece: KvPiece, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values from a position on into a session's cache."""
+
+
 class Store:
     """Where the checkpoints of one session go. Every process of a cluster has to reach the same one."""
 
@@ -59,7 +76,7 @@ class Store:
                              remedy="give a directory that all devices share") from error  # fmt: skip
         self.url = url
 
-    def save(self, holding: Holding, session: int, device: str, start: int, stop: int) -> Saved | None:
+    def save(self, holding: HoldsKv, session: int, device: str, start: int, stop: int) -> Saved | None:
         """Write what a device holds of a session; None if it holds no KV.
 
         Raises:
@@ -67,7 +84,7 @@ class Store:
             DeviceLost: the device is behind.
         """
         tensors, held = {}, []
-        for layer in range(holding.order.arch.num_layers):
+        for layer in range(holding.num_layers):
             for r in holding.groups(layer):
                 kv = holding.read(session, KvPiece(layer, r), start, stop)
                 if kv is not None:
@@ -91,7 +108,7 @@ class Store:
         except (*StoreError, SafetensorError):
             return None
 
-    def restore(self, holding: Holding, session: int, wanted: Iterable[KvPiece], files: Sequence[Saved]) -> int:
+    def restore(self, holding: HoldsKv, session: int, wanted: Iterable[KvPiece], files: Sequence[Saved]) -> int:
         """Put what the files have of the wanted pieces into a session's cache.
 
         Returns:
@@ -107,7 +124,7 @@ class Store:
         return min(reached.values(), default=0)
 
     def _restored(
-        self, holding: Holding, session: int, wanted: Iterable[KvPiece], saved: Saved
+        self, holding: HoldsKv, session: int, wanted: Iterable[KvPiece], saved: Saved
     ) -> Iterator[tuple[KvPiece, int]]:
         """Write what one file has of the wanted pieces; gives how many groups of which."""
         overlaps = [

@@ -17,8 +17,9 @@ from typing import Protocol
 
 from splitray.errors import DeviceLost
 from splitray.model.reading import StateDictSource
-from splitray.runtime.device.shard_host import DEADLINE_S, ShardHost
+from splitray.runtime.device.shard_host import ShardHost
 from splitray.runtime.wire import Endpoint, new_token
+from splitray.runtime.wire.listener import DEADLINE_S
 from splitray.topology import Device
 
 _START_S = 60.0

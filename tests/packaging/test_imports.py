@@ -16,35 +16,54 @@ ROOT = Path(__file__).resolve().parents[2]
 # A package imports itself and what stands left of it; packages of one floor do not import each other.
 PACKAGES = (("splitray",), ("actors",), ("serve_apps", "rllib_configs"))
 
-# The floors of splitray, lowest first. A unit (a module, or a folder with all in it) imports itself and lower
-# floors. A new unit needs a place here; one marked with a later issue may not exist yet.
-FLOORS = (
-    ("errors",),
-    ("arch", "codecs", "channel", "json_table"),
-    ("catalog",),
-    ("topology",),
-    ("placement",),
-    ("route", "migration", "profile"),
-    ("accuracy", "energy", "queues"),
-    ("quality",),
-    ("cost",),
-    ("papers",),
-    ("planners", "model"),
-    ("runtime",),
-    ("sim",),
-    ("rl",),
-    ("report",),
-    ("local_ray", "perplexity", "profiling"),
-    ("codec_loss", "fit_quality", "sweep", "generate", "plan", "serve", "demo", "bench", "doctor"),
-    ("simulate",),
-    ("evaluate",),
-    ("cli", "__main__"),
-)
-FLOOR = {unit: level for level, units in enumerate(FLOORS) for unit in units}
-# The command line stands on everything, and imports actors and serve_apps inside its functions only.
-COMMAND_LINE = tuple(unit for units in FLOORS[-5:] for unit in units)
+# The floors of a package, lowest first. A unit (a module, or a folder with all in it) imports itself and lower floors.
+# A new unit needs a place here. `splitray` itself is a facade, which exports lazily from everywhere.
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "splitray": (
+        ("errors",),
+        ("arch", "codecs", "channel", "text"),
+        ("catalog",),
+        ("topology",),
+        ("placement",),
+        ("route", "migration", "profile"),
+        ("queues", "quality"),
+        ("cost",),
+        ("papers",),
+        ("planners", "model"),
+        ("runtime",),
+        ("sim",),
+        ("rl",),
+        ("report",),
+        ("local_ray", "profiling"),
+        ("evaluate",),
+        ("commands",),
+    ),
+    "splitray.runtime": (
+        ("sampling",),
+        ("wire",),
+        ("checkpoint",),
+        ("device",),
+        ("fleet",),
+        ("kept_fleet",),
+        ("engine",),
+        ("selftest", "timing"),
+        ("launch",),
+        ("hf",),
+    ),
+    "splitray.rl": (
+        ("grid",),
+        ("world",),
+        ("policy_planner", "split_point"),
+        ("training",),
+    ),
+}
+# The commands stand on everything, and import actors and serve_apps inside their functions only.
+COMMAND_LINE = ("commands", "local_ray")
+# Found by name when they are asked for, as they stand higher: the learned policy, and the fleet of Ray actors.
+BY_NAME = (("planners", "splitray.rl.policy_planner"), ("runtime", "actors.fleet"))
 WITHOUT_TORCH = (
-    "errors", "arch", "topology", "placement", "codecs", "channel", "route", "accuracy", "papers", "planners",
+    "errors", "arch", "topology", "placement", "codecs", "channel", "route", "quality.accuracy", "papers", "planners",
+    "text",
 )  # fmt: skip
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner",)
@@ -84,10 +103,18 @@ def imports_of(source: str, importer: str, *, is_package: bool = False) -> list[
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 yield Import(importer, f"{base}.{alias.name}", node.lineno, in_function)
+        elif isinstance(node, ast.Call) and _named(node.func) in ("import_module", "__import__") and node.args:
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield Import(importer, name.value, node.lineno, in_function)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 
     return list(visit(ast.parse(source), False))
+
+
+def _named(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def all_imports() -> list[Import]:
@@ -102,24 +129,53 @@ def all_imports() -> list[Import]:
     return found
 
 
-def unit(module: str) -> str:
-    """The part of splitray that a module belongs to; empty for the facade `splitray` itself."""
-    return module.split(".")[1] if "." in module else ""
+def unit(module: str, package: str = "splitray") -> str:
+    """The part of a package that a module belongs to; empty for the package itself and for modules of others."""
+    inside = module.removeprefix(f"{package}.")
+    return "" if inside == module else inside.split(".")[0]
 
 
 def upward(imports: list[Import]) -> list[str]:
-    """Imports that break the floors inside splitray."""
+    """Imports that break the floors inside a package."""
     found = []
-    for i in imports:
-        own = unit(i.importer)
-        if not (i.by("splitray") and i.of("splitray")) or not own:
-            continue  # the facade exports lazily from everywhere
-        other = unit(i.imported)
-        if other not in FLOOR or own not in FLOOR:
-            found.append(f"{i}: give {own if own not in FLOOR else other!r} a place in FLOORS, or import its module")
-        elif own != other and FLOOR[other] >= FLOOR[own]:
-            found.append(f"{i}: not on a lower floor")
+    for package, floors in FLOORS.items():
+        floor = {name: level for level, names in enumerate(floors) for name in names}
+        for i in imports:
+            own, other = unit(i.importer, package), unit(i.imported, package)
+            if not own or not (i.of(package) if package == "splitray" else other):
+                continue
+            if other not in floor or own not in floor:
+                missing = own if own not in floor else other
+                found.append(f"{i}: give {missing!r} a place in the floors of {package}, or import its module")
+            elif own != other and floor[other] >= floor[own] and (own, i.imported) not in BY_NAME:
+                found.append(f"{i}: not on a lower floor")
     return found
+
+
+OPEN_LOOPS = ("splitray.runtime.engine", "splitray.runtime.device")  # being taken apart
+
+
+def loops(imports: list[Import]) -> list[str]:
+    """Modules that import each other in a loop; imports under TYPE_CHECKING and inside functions count."""
+    modules = {i.importer for i in imports}
+    found = []
+    onto: dict[str, set[str]] = {m: set() for m in modules}
+    for i in imports:
+        target = i.imported if i.imported in modules else i.imported.rpartition(".")[0]
+        if target in modules and target != i.importer and (unit(i.importer), i.imported) not in BY_NAME:
+            onto[i.importer].add(target)
+
+    def below(module: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [module]
+        while todo:
+            new = onto[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    found = sorted(m for m in modules if m in below(m) and not m.startswith(OPEN_LOOPS))
+    return [f"{m} is in a loop through {', '.join(sorted(onto[m] & set(found)))}" for m in found]
 
 
 def out_of_package(imports: list[Import]) -> list[str]:
@@ -131,6 +187,8 @@ def out_of_package(imports: list[Import]) -> list[str]:
         if other not in level or own == other or level[other] < level[own]:
             continue
         if own == "splitray" and unit(i.importer) in COMMAND_LINE and i.in_function:
+            continue
+        if (unit(i.importer), i.imported) in BY_NAME:
             continue
         found.append(str(i))
     return found
@@ -154,7 +212,8 @@ def of_torch(imports: list[Import]) -> list[str]:
 
 
 RULES = {
-    "floors of splitray": upward,
+    "floors": upward,
+    "loops": loops,
     "order of the packages": out_of_package,
     "ray": of_ray,
     "torch": of_torch,
@@ -178,6 +237,14 @@ REFUSED = {
     "a relative import upward": (upward, "splitray.model.x", "from ..runtime import wire"),
     "a sibling on one floor": (upward, "splitray.planners.x", "from splitray.model import source"),
     "a unit without a floor": (upward, "splitray.utils", "from splitray import errors"),
+    "an import upward inside the runtime": (upward, "splitray.runtime.device.x", "import splitray.runtime.hf"),
+    "an import upward inside the learner": (upward, "splitray.rl.grid.x", "from splitray.rl.world import cell"),
+    "an import upward by its name": (
+        upward,
+        "splitray.route",
+        "import importlib as i\ni.import_module('splitray.cost')",
+    ),
+    "an actor by its name": (out_of_package, "splitray.route", "def f():\n import_module('actors.edge')"),
     "the library on an actor": (out_of_package, "splitray.runtime.fleet", "def f():\n import actors.edge"),
     "the command line on an actor at the top": (out_of_package, "splitray.commands.cli", "import actors.edge"),
     "actors on Serve's apps": (out_of_package, "actors.edge", "from serve_apps import generate"),
@@ -209,6 +276,17 @@ def test_the_rules_refuse(rule, importer: str, source: str) -> None:
 @pytest.mark.parametrize(("rule", "importer", "source"), ALLOWED.values(), ids=ALLOWED)
 def test_the_rules_allow(rule, importer: str, source: str) -> None:
     assert rule(imports_of(source, importer, is_package=importer == "splitray")) == []
+
+
+def test_a_loop_is_found_wherever_its_imports_stand() -> None:
+    sources = {
+        "splitray.a": "def f():\n from splitray import b",
+        "splitray.b": "if TYPE_CHECKING:\n from splitray.c import Thing",
+        "splitray.c": "import_module('splitray.a')",
+        "splitray.d": "from splitray import a",
+    }
+    found = loops([i for name, source in sources.items() for i in imports_of(source, name)])
+    assert [f.split()[0] for f in found] == ["splitray.a", "splitray.b", "splitray.c"]
 
 
 @pytest.mark.parametrize("module", ["splitray", "splitray.route", "splitray.papers.splitwise_drl", "splitray.planners"])

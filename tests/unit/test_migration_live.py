@@ -121,7 +121,7 @@ def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, mo
 
 def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
     from splitray.arch import Range
-    from splitray.runtime.device.holding import KvPiece
+    from splitray.model.kv_cache import KvPiece
 
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError
-from splitray.model.kv_cache import KvCache, sliding_windows
+from splitray.model.kv_cache import KvCache, KvPiece, sliding_windows
 from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
 from splitray.model.surgery import Shard
@@ -27,14 +27,6 @@ from splitray.runtime.wire import Wire
 from splitray.runtime.wire.messages import LoadOrder
 
 _BEHIND_S = 1.0  # that a device may be behind the sampler
-
-
-@dataclass(frozen=True, slots=True)
-class KvPiece:
-    """The KV of some groups of a layer, of one session."""
-
-    layer: int
-    groups: Range
 
 
 @dataclass(slots=True)
@@ -54,12 +46,16 @@ class Holding:
         """Whose placement this is."""
         return self.order.epoch
 
+    @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+        return self.order.arch.num_layers
+
     def cache(self, session: int, capacity: int) -> KvCache:
         """A session's cache, made if there is none."""
         if session not in self.caches:
-            layers = self.order.arch.num_layers
-            windows = self.windows or (False,) * layers
-            self.caches[session] = KvCache(num_layers=layers, windows=windows, capacity=capacity)
+            windows = self.windows or (False,) * self.num_layers
+            self.caches[session] = KvCache(num_layers=self.num_layers, windows=windows, capacity=capacity)
         return self.caches[session]
 
     def groups(self, layer: int) -> tuple[Range, ...]:
@@ -69,7 +65,7 @@ class Holding:
     def adopt(self, other: Holding, session: int) -> None:
         """Share the KV of layers of which both hold the same groups."""
         cache, old = self.cache(session, other.caches[session].capacity), other.caches[session]
-        for layer in range(self.order.arch.num_layers):
+        for layer in range(self.num_layers):
             if self.groups(layer) and self.groups(layer) == other.groups(layer):
                 cache.adopt(layer, old)
 

@@ -27,14 +27,9 @@ from splitray.runtime.device.decode import DecodeLoop
 from splitray.runtime.device.holding import Holding
 from splitray.runtime.device.side import Side, fill
 from splitray.runtime.device.speed import cold_ffn, speeds
-from splitray.runtime.engine.asking import SIDE_OF_ENGINE
 from splitray.runtime.wire import Channel, Endpoint, Kind, Pace, Wire
-from splitray.runtime.wire.listener import Listener, dial
+from splitray.runtime.wire.listener import CALLER, DEADLINE_S, SIDE, SIDE_OF_ENGINE, Listener, dial
 from splitray.runtime.wire.messages import DecodeOrder, StepOrder, error_to_plain
-
-CALLER, SIDE = "caller", "side"
-"""Names under which an engine dials: for runs, and for what must be heard while a run goes on."""
-DEADLINE_S = 60.0
 
 
 class ShardHost:

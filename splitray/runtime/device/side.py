@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from splitray.errors import DeviceLost, InputError
+from splitray.model.kv_cache import KvPiece
 from splitray.model.source import Checkpoint
 from splitray.runtime.checkpoint import Saved, Store
 from splitray.runtime.device.crossing import payload_of, tensor_of
-from splitray.runtime.device.holding import Holding, KvPiece, build, pieces
+from splitray.runtime.device.holding import Holding, build, pieces
 from splitray.runtime.device.lending import lend
 from splitray.runtime.wire import Channel, Endpoint, Kind
 from splitray.runtime.wire.listener import dial

@@ -9,10 +9,9 @@ import msgpack
 
 from splitray.errors import DeviceLost
 from splitray.runtime.wire import Channel, Endpoint, Kind
-from splitray.runtime.wire.listener import dial
+from splitray.runtime.wire.listener import SIDE_OF_ENGINE, dial
 from splitray.runtime.wire.messages import error_from_plain
 
-SIDE_OF_ENGINE = "side/engine"
 Orders = Mapping[str, tuple[str, Mapping[str, Any]]]
 """Device -> operation and what it needs."""
 

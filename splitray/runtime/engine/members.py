@@ -15,13 +15,12 @@ from typing import Any
 import msgpack
 
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.device.shard_host import CALLER, DEADLINE_S
 from splitray.runtime.engine.asking import Orders, ask
 from splitray.runtime.engine.epoch import astuple
 from splitray.runtime.engine.recovery import Recovery
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
-from splitray.runtime.wire.listener import dial
+from splitray.runtime.wire.listener import CALLER, DEADLINE_S, dial
 from splitray.runtime.wire.messages import error_from_plain
 from splitray.topology import Device
 

@@ -16,6 +16,10 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from splitray.errors import DeviceLost
 from splitray.runtime.wire import Channel, Endpoint, Kind, receive_timeout
 
+CALLER, SIDE = "caller", "side"
+"""Names under which an engine dials: for runs, and for what must be heard while a run goes on."""
+SIDE_OF_ENGINE = f"{SIDE}/engine"
+DEADLINE_S = 60.0  # of silence after which a peer counts as lost
 _HANDSHAKE_S = 10.0
 
 
