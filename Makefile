@@ -31,6 +31,7 @@ type: install  ## mypy
 
 format: install  ## rewrite the code in the house format
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+	@$(BIN)/python tests/packaging/file_lists.py
 
 bench: install  ## the engine against one-thread transformers (idle machine, about six minutes)
 	@$(BIN)/splitray bench

@@ -61,6 +61,11 @@ def test_every_module_and_data_file_is_inside(tree: Path, wheel: zipfile.ZipFile
     assert wanted - set(wheel.namelist()) == set()
 
 
+def test_the_readmes_of_the_folders_stay_out(wheel: zipfile.ZipFile) -> None:
+    """They are for whoever reads the repository; what is installed is code, and the data that it opens."""
+    assert [name for name in wheel.namelist() if name.endswith("README.md")] == []
+
+
 def test_the_command_the_licence_and_the_type_marker_are_inside(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert "splitray/py.typed" in names
