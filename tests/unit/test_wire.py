@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +146,36 @@ def test_a_peer_with_another_token_is_refused_and_the_next_one_served(listener):
 def test_nobody_listening_is_a_clear_error():
     with pytest.raises(DeviceLost, match="cannot reach cloud0"):
         dial(Endpoint("nobody", "127.0.0.1", 1), me="edge0", peer="cloud0", token=b"x", deadline_s=1)
+
+
+MANY_DESCRIPTORS = 1100  # select.select ends at 1024
+UNDER_MANY_DESCRIPTORS = f"""
+import os, resource
+import msgpack
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, ({MANY_DESCRIPTORS} + 900, hard))
+held = [os.open("/dev/null", os.O_RDONLY) for _ in range({MANY_DESCRIPTORS})]
+from splitray.runtime.launch import launch_engine
+from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire import Kind
+from splitray.runtime.wire.listener import dial
+with launch_engine(model="tiny", devices=2, planner="even", runtime="local") as engine:
+    print(len(list(engine.stream([5, 6, 7], Sampling(max_new_tokens=5)))))
+    device, endpoint = next(iter(engine.members.endpoints.items()))
+    channel = dial(endpoint, me="side/engine", peer=device, token=engine.fleet.token, deadline_s=20)
+    order = msgpack.packb(dict(op="bounce", bytes=1, filling=bytes(3_000_000)))
+    channel.send((int(Kind.CALL), 0, 0, 0, 0, 0, "", ()), order)
+    print(channel.sock.fileno() > 1024, len(channel.backlog) > 0)
+    channel.drain_fully()
+    print(len(channel.read().payload))
+    channel.close()
+"""
+
+
+@pytest.mark.skipif(
+    0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[1] < MANY_DESCRIPTORS + 900, reason="too few descriptors allowed"
+)
+def test_devices_start_and_take_large_orders_where_more_than_1024_descriptors_are_open():
+    script = [sys.executable, "-c", UNDER_MANY_DESCRIPTORS]
+    done = subprocess.run(script, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("5\nTrue True\n1\n", 0), done.stderr

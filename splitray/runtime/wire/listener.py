@@ -41,8 +41,11 @@ class Listener:
         self._thread.start()
 
     def _serve(self) -> None:
+        waiting = select.poll()  # select.select refuses descriptors from 1024 on
+        for source in (self._unix, self._tcp, self._wake):
+            waiting.register(source, select.POLLIN)
         while True:
-            ready = select.select([self._unix.fileno(), self._tcp.fileno(), self._wake], [], [])[0]
+            ready = {descriptor for descriptor, _ in waiting.poll()}
             if self._wake in ready:
                 return
             for server in (self._unix, self._tcp):

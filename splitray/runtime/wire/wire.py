@@ -190,8 +190,12 @@ class Channel:
         Raises:
             DeviceLost: the peer took nothing before the deadline, or is gone.
         """
+        if not self.backlog:
+            return
+        writable = select.poll()  # select.select refuses descriptors from 1024 on
+        writable.register(self.sock, select.POLLOUT)
         while self.backlog:
-            if not select.select([], [self.sock], [], self.deadline_s)[1]:
+            if not writable.poll(self.deadline_s * 1000):
                 raise DeviceLost(f"{self.peer} took nothing for {self.deadline_s:g} s")
             self.drain()
 
