@@ -93,7 +93,7 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
     """
     from ray.tune import Callback, CheckpointConfig, RunConfig, Tuner
 
-    from splitray.rl.training.algorithm import Splitwise, config_of
+    from splitray.rl.training.algorithm import SplitwisePPO, config_of
 
     class Told(Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -101,10 +101,10 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
 
     folder = out / recipe.name
     if resume:
-        tuner = Tuner.restore(str(folder), trainable=Splitwise, resume_unfinished=True, restart_errored=True)
+        tuner = Tuner.restore(str(folder), trainable=SplitwisePPO, resume_unfinished=True, restart_errored=True)
     else:
         tuner = Tuner(
-            Splitwise,
+            SplitwisePPO,
             param_space=config_of(recipe),
             run_config=RunConfig(
                 name=recipe.name,

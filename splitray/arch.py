@@ -21,22 +21,6 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadGroup:
-    """One KV head with the query heads that share it: the smallest movable piece of attention."""
-
-    layer: int
-    group: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FfnSlice:
-    """A half-open range of FFN columns (of whole experts in a mixture of experts) of one layer."""
-
-    layer: int
-    columns: Range
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArch:
     """Counts of a decoder and the three traits of its dataflow that change what devices exchange.
 

@@ -67,15 +67,6 @@ class Nakagami:
 
         return float(gammainc(self.m, self.m * self.threshold**2 / self.omega))
 
-    @staticmethod
-    def of_loss(m: float, omega: float, loss: float) -> Nakagami:
-        """With the threshold that loses this share, eq. (5) inverted."""
-        from scipy.special import gammaincinv
-
-        _within(0 <= loss < 1, "loss", "in [0, 1)", loss)
-        Nakagami(m=m, omega=omega, threshold=0.0)  # refuses before the inverse sees it
-        return Nakagami(m=m, omega=omega, threshold=math.sqrt(float(gammaincinv(m, loss)) * omega / m))
-
     def gains(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
         """Independent gains."""
         return np.sqrt(rng.gamma(self.m, self.omega / self.m, shape)).astype(np.float32)

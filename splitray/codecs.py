@@ -102,11 +102,6 @@ def decode(codec: Codec, coded_NB: Bytes, hidden: int) -> Floats:
             return _scaled(q_ND.astype(np.int8) - np.int8(8), np.repeat(scale_NG, GROUP, axis=1)[:, :hidden])
 
 
-def round_trip(codec: Codec, x_ND: Floats) -> Floats:
-    """What a receiver makes of N tokens."""
-    return decode(codec, encode(codec, x_ND), x_ND.shape[-1])
-
-
 def _round(x: Floats, scale: Floats, most: int) -> NDArray[np.int8]:
     """Divide by the scale and round to whole numbers within +-most; 0 where the scale is 0."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -379,7 +379,7 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Score a text with a model, whole or split, exact, through codecs and over noisy channels."""
-    from splitray.profiling.perplexity import Request, run, single, single_cut
+    from splitray.profiling.perplexity import PerplexityRequest, run, single, single_cut
     from splitray.profiling.sweep import SweepRequest, sweep
     from splitray.report.progress import bar, progress
     from splitray.report.quality import quality_tables
@@ -399,7 +399,7 @@ def perplexity(
         for table in quality_tables(measured):
             console.print(table)
         return
-    request = Request(
+    request = PerplexityRequest(
         model=model, text=text, cut=single_cut(cut), placement=single("placement", placements),
         codec=single("codec", codecs) or "none", channel=single("channel", channels) or "none", dtype=dtype, seed=seed,
         window=window, stride=stride, tokens=tokens, masks=masks,

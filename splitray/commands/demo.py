@@ -31,7 +31,7 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.profiling.link_drop import NEW_TOKENS as DROP_TOKENS
 from splitray.profiling.link_drop import PLANNER as DROP_PLANNER
 from splitray.profiling.link_drop import LinkDrop, link_drop
-from splitray.profiling.planner_trial import Choice, choose
+from splitray.profiling.planner_trial import PlannerTrial, choose
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import placement_picture
 from splitray.report.progress import progress
@@ -179,7 +179,9 @@ def run(console: Console, *, model: str = "tiny", runtime: str = "ray", out: Pat
     return document
 
 
-def _planned(console: Console, folder: Path, shown: Placement, topology: Topology) -> tuple[list[Choice], Topology]:
+def _planned(
+    console: Console, folder: Path, shown: Placement, topology: Topology
+) -> tuple[list[PlannerTrial], Topology]:
     """What `exact` and the learned policy would do here, beside what was shown; predicted and measured."""
     others = {"the placement above": shown}
     with progress(console, "Measuring this machine for the planners") as tell:

@@ -12,7 +12,7 @@ import numpy as np
 
 from splitray.channel import NoisyChannel
 from splitray.profiling.codec_loss import held_out
-from splitray.profiling.sweep import Meter
+from splitray.profiling.sweep import PerplexityMeter
 from splitray.quality.table import QualityTable
 from splitray.report.quantities import seconds_text
 
@@ -34,7 +34,7 @@ def timed_reward(table: QualityTable, count: int) -> TimedReward:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text(held_out(), encoding="utf-8")
-        meter = Meter(
+        meter = PerplexityMeter(
             model=table.model, text=str(text), window=table.window, stride=table.stride, tokens=tokens + 1,
             masks=REWARD_MASKS,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from splitray.catalog import architecture
 from splitray.errors import InputError
 from splitray.evaluate.options import Options, Tell
-from splitray.evaluate.stream import Copying, Prices, Stream, Wire, at_rate
+from splitray.evaluate.stream import Copying, Stream, StreamPrices, TracedLink, at_rate
 from splitray.evaluate.traces import edge_and_cloud
 from splitray.placement import Placement
 from splitray.planners import make_planner
@@ -172,7 +172,7 @@ def _copied(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class TraceResult:
     """One trace: seconds of the stream for each way of placing it."""
 
     trace: str
@@ -189,21 +189,21 @@ class Outcome:
         return min(self.fixed_s)
 
 
-def outcome(prices: Prices, name: str, trace: Trace) -> Outcome:
+def outcome(prices: StreamPrices, name: str, trace: Trace) -> TraceResult:
     """One trace, repeated where the stream takes longer."""
     planner = make_planner(PLANNER)
-    stream = Stream(prices, Wire(trace, 100 * LEAST_S), prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)
+    stream = Stream(prices, TracedLink(trace, 100 * LEAST_S), prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)
     candidates = candidates_of(prices, trace)
     requests = int(np.ceil(LEAST_S / min(fixed(stream, c, 1) for c in candidates)))
     online = Online(stream, planner)
-    return Outcome(
+    return TraceResult(
         trace=name, varies=variation(trace), requests=requests,
         fixed_s=tuple(fixed(stream, c, requests) for c in candidates), online_s=online.run(requests),
         clairvoyant_s=clairvoyant(stream, candidates, requests), moves=online.moves,
     )  # fmt: skip
 
 
-def candidates_of(prices: Prices, trace: Trace) -> list[Placement]:
+def candidates_of(prices: StreamPrices, trace: Trace) -> list[Placement]:
     """What the planner wants at any rate of the trace."""
     planner, tokens = make_planner(PLANNER), PROMPT_TOKENS + OUTPUT_TOKENS
     low, high = (max(LEAST_RATE, float(np.percentile(trace.value, p))) for p in (1, 99))
@@ -220,7 +220,7 @@ def variation(trace: Trace) -> float:
     return float(high / max(low, LEAST_RATE))
 
 
-def flips(prices: Prices) -> dict[str, Trace]:
+def flips(prices: StreamPrices) -> dict[str, Trace]:
     """Constructed: far above and far below the rate at which both regimes are as fast, in turn."""
     edge, cloud = (make_planner(PLANNER).propose(ClusterState(
         arch=prices.arch, topology=at_rate(prices.topology, b), context_tokens=PROMPT_TOKENS + OUTPUT_TOKENS,
@@ -243,7 +243,7 @@ def run(options: Options, tell: Tell) -> Report:
     """
     started = time.perf_counter()
     arch, topology = architecture(MODEL), edge_and_cloud(EDGE, HOLDS, link=LINK)
-    prices = Prices(arch, topology)
+    prices = StreamPrices(arch, topology)
     traces = {spec.rpartition("/")[2]: read_trace(spec) for spec in options.traces}
     varied = {n: t for n, t in traces.items() if variation(t) > VARIES}
     if not varied:
@@ -252,7 +252,7 @@ def run(options: Options, tell: Tell) -> Report:
                          remedy="give files with --trace, each time [s] and Mbit/s")  # fmt: skip
     evenly = np.linspace(0, len(varied) - 1, min(TRACES, len(varied))).astype(int)
     names = [list(varied)[i] for i in evenly]
-    found: dict[str, list[Outcome]] = {"recorded": [], "constructed": []}
+    found: dict[str, list[TraceResult]] = {"recorded": [], "constructed": []}
     for kind, chosen in (("recorded", {n: varied[n] for n in names}), ("constructed", flips(prices))):
         for name, trace in chosen.items():
             tell(name)
@@ -277,7 +277,7 @@ def run(options: Options, tell: Tell) -> Report:
     )  # fmt: skip
 
 
-def targets(found: dict[str, list[Outcome]]) -> Table:
+def targets(found: dict[str, list[TraceResult]]) -> Table:
     """What was to be reached."""
     recorded, constructed = found["recorded"], found["constructed"]
     ours, best = (sum(np.log(o.best_fixed_s / s(o)) for o in recorded)
@@ -300,7 +300,7 @@ def targets(found: dict[str, list[Outcome]]) -> Table:
                  "which pays for its moves what the online one pays.")  # fmt: skip
 
 
-def table(kind: str, outcomes: Sequence[Outcome]) -> Table:
+def table(kind: str, outcomes: Sequence[TraceResult]) -> Table:
     """A row a trace."""
     rows: list[tuple[Cell, ...]] = []
     for o in outcomes:
@@ -316,7 +316,7 @@ def table(kind: str, outcomes: Sequence[Outcome]) -> Table:
     return Table(f"Time of the stream, {kind} traces", columns, tuple(rows))
 
 
-def _plot(outcomes: Sequence[Outcome]) -> Figure:
+def _plot(outcomes: Sequence[TraceResult]) -> Figure:
     figure = Figure(figsize=(7, 0.35 * len(outcomes) + 1.2), layout="constrained")
     axes = figure.subplots()
     at = np.arange(len(outcomes))

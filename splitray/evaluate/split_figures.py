@@ -106,7 +106,7 @@ def monotone(tables: Sequence[QualityTable]) -> Table:
 def programs(runs: Runs, base: SplitRecipe) -> Table:
     """The exact program and simple policies in every variant of the process."""
     from splitray.rl.split_point.policies import greedy, optimal, stay, uniform
-    from splitray.rl.split_point.process import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, Errata
+    from splitray.rl.split_point.process import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, SplitErrata
 
     variants: dict[str, SplitRecipe] = {f"A, u = {u}": replace(base, reach=u) for u in (1, 2, 3, 4)}
     variants |= {"L, u = 1": replace(base, case="L"), "H, u = 1": replace(base, case="H")}
@@ -114,7 +114,7 @@ def programs(runs: Runs, base: SplitRecipe) -> Table:
     variants |= {
         "as coded, surrogate's script": replace(base, case="coded", errata=AS_CODED, reach=4),
         "as coded, measuring script": replace(base, case="coded", errata=AS_CODED_MEASURED),
-        "reward as printed, eq. (9)": replace(base, errata=AS_PRINTED & ~Errata.BARE_STATE),
+        "reward as printed, eq. (9)": replace(base, errata=AS_PRINTED & ~SplitErrata.BARE_STATE),
     }
     rows: list[tuple[Cell, ...]] = []
     for name, recipe in variants.items():

@@ -22,7 +22,7 @@ from splitray.topology import Topology
 FAST, SLOW = 1e13, 1e5  # byte/s between which the cost model is read off
 
 
-class Wire:
+class TracedLink:
     """The bytes that a link has carried by a time, and back; a rate of 0 is an outage. The trace repeats."""
 
     def __init__(self, trace: Trace, until_s: float) -> None:
@@ -53,14 +53,14 @@ class Wire:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StreamStep:
     """What a step takes apart from the bytes that it sends, s, and these bytes, both directions together."""
 
     own_s: float
     link_bytes: float
 
 
-class Prices:
+class StreamPrices:
     """Steps and moves of placements of one model on one topology whose links all have one rate."""
 
     def __init__(self, arch: ModelArch, topology: Topology, *, context_step: int = 64) -> None:
@@ -71,7 +71,7 @@ class Prices:
         self.read = cache(self._read)
         """(placement, tokens) -> a prompt, or a context that is read again."""
 
-    def token(self, placement: Placement, context: int) -> Step:
+    def token(self, placement: Placement, context: int) -> StreamStep:
         """A later token."""
         return self._decoded(placement, max(1, context // self._context_step) * self._context_step)
 
@@ -79,10 +79,10 @@ class Prices:
         """What copying sends over the link."""
         return self._moved(old, new) * context
 
-    def _decode(self, placement: Placement, context: int) -> Step:
+    def _decode(self, placement: Placement, context: int) -> StreamStep:
         return _step(*(m.tpot_s(placement, context_tokens=context) for m in self._models))
 
-    def _read(self, placement: Placement, tokens: int) -> Step:
+    def _read(self, placement: Placement, tokens: int) -> StreamStep:
         return _step(*(m.ttft_s(placement, prompt_tokens=tokens) for m in self._models))
 
     def _kv_bytes(self, old: Placement, new: Placement) -> int:
@@ -95,8 +95,8 @@ def at_rate(topology: Topology, bandwidth_bytes_per_s: float) -> Topology:
     return replace(topology, links=links)
 
 
-def _step(fast_s: float, slow_s: float) -> Step:
-    return Step(fast_s, max(0.0, (slow_s - fast_s) * SLOW))
+def _step(fast_s: float, slow_s: float) -> StreamStep:
+    return StreamStep(fast_s, max(0.0, (slow_s - fast_s) * SLOW))
 
 
 @dataclass(slots=True)
@@ -110,12 +110,12 @@ class Copying:
 class Stream:
     """Requests of one shape, one behind the other, at any point of time and of the request that is being answered."""
 
-    def __init__(self, prices: Prices, wire: Wire, *, prompt_tokens: int, output_tokens: int) -> None:
+    def __init__(self, prices: StreamPrices, wire: TracedLink, *, prompt_tokens: int, output_tokens: int) -> None:
         """Nothing runs yet."""
         self.prices, self.wire = prices, wire
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
 
-    def after(self, step: Step, start_s: float) -> float:
+    def after(self, step: StreamStep, start_s: float) -> float:
         """The end of a step that has the link for itself."""
         return self.wire.until(start_s + step.own_s, step.link_bytes)
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from splitray.arch import ModelArch
 from splitray.model.kv_cache import KvCache
 from splitray.model.layout import LayerLayout
-from splitray.model.split_layer import Array, Exchange, SplitLayer, SubBlock
+from splitray.model.split_layer import Array, Exchange, LocalSubBlock, SplitLayer
 
 _ROPES = ("default", "linear", "llama3", "yarn")  # the others change their table with the length
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -234,13 +234,13 @@ class LeanLoop:
         else:
             self.head, self.head_bias = _head(head, embedding)
             self.table = _array(embedding.weight) if embedding is not None else None
-        held: dict[SubBlock, Any] = {} if reuse is None else reuse.held
+        held: dict[LocalSubBlock, Any] = {} if reuse is None else reuse.held
         self.attention: list[_Attention | None] = [
             (held.get(x.attention) or _Attention(x, i, arch)) if x.attention_module else None
             for i, x in enumerate(layers)
         ]
         self.ffn: list[_Ffn | None] = [(held.get(x.ffn) or _Ffn(x)) if x.ffn_module else None for x in layers]
-        self.held: dict[SubBlock, Any] = {}
+        self.held: dict[LocalSubBlock, Any] = {}
         for layer, attention, ffn in zip(layers, self.attention, self.ffn, strict=True):
             self.held |= {layer.attention: attention, layer.ffn: ffn}
         self.norm = _norm(norm) if head is not None and norm is not None else None

@@ -37,7 +37,7 @@ class Exchange(Protocol):
         """Sum a small tensor over the holders of sub-block `index`, in device order."""
 
 
-class SubBlock(nn.Module):
+class LocalSubBlock(nn.Module):
     """norm -> body -> factor of the local slices; `post` is the norm of the sum, where the family has one.
 
     A device that only settles a sum (it holds the next sub-block) has the `post` and no `body`.
@@ -85,8 +85,8 @@ class SplitLayer(nn.Module):
         exchange: Exchange,
         argument_names: tuple[str, ...],
         index: int,
-        attention: SubBlock,
-        ffn: SubBlock,
+        attention: LocalSubBlock,
+        ffn: LocalSubBlock,
     ) -> None:
         """`index` is that of the layer's first sub-block in the route."""
         super().__init__()

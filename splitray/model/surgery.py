@@ -22,7 +22,7 @@ from splitray.model.lean import LeanLoop, can_be_lean
 from splitray.model.qk_norm import share_norm_sums
 from splitray.model.slice_reader import SliceReader, Source
 from splitray.model.slicing import read_cuts
-from splitray.model.split_layer import Exchange, SplitLayer, SubBlock
+from splitray.model.split_layer import Exchange, LocalSubBlock, SplitLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -284,7 +284,7 @@ class Shard:
 
         parts = [
             old[0]
-            or SubBlock(
+            or LocalSubBlock(
                 norm=norm(layout.attention_norm, bool(share.groups)),
                 body=self._attention(layer, i) if share.groups else None,
                 post=norm(layout.attention_post_norm, share.attention_post),
@@ -292,7 +292,7 @@ class Shard:
                 post_norm=layout.has_post_norm,
             ),
             old[1]
-            or SubBlock(
+            or LocalSubBlock(
                 norm=norm(layout.ffn_norm, bool(share.columns)),
                 body=self._ffn(layer, i) if share.columns else None,
                 post=norm(layout.ffn_post_norm, share.ffn_post),
@@ -319,7 +319,7 @@ class Shard:
                 setattr(split, name, value)  # HF's model loop reads e.g. attention_type off its layers
         return split
 
-    def _kept(self, i: int) -> tuple[SubBlock | None, SubBlock | None]:
+    def _kept(self, i: int) -> tuple[LocalSubBlock | None, LocalSubBlock | None]:
         """Sub-blocks of a layer that the other shard holds just so; where both run in parallel, both or none."""
         if self._reuse is None:
             return None, None

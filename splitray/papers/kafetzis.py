@@ -21,7 +21,7 @@ Mode = Literal["sum", "max"]
 Order = Literal["serial", "parallel"]
 
 
-class Errata(enum.Flag):
+class KafetzisErrata(enum.Flag):
     """What the released code does (CODE), one switch each, all off in `CORRECTED`. E1 to E8 as in SPEC 4.9."""
 
     CACHE_SIZE = enum.auto()  # E1: a head's cache is g D b instead of 2 s d b, and not looked at when ordering
@@ -38,12 +38,12 @@ class Errata(enum.Flag):
     NO_LATENCY = enum.auto()  # 1.15: a transfer is bytes over rate
 
 
-AS_CODED = ~Errata(0)
-CORRECTED = Errata(0)
+AS_CODED = ~KafetzisErrata(0)
+CORRECTED = KafetzisErrata(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class LayerBlock:
     """One movable block of a layer. `operations` are FLOPs, or multiply-adds under that erratum."""
 
     weight_bytes: float
@@ -62,15 +62,15 @@ class Block:
 class LayerBlocks:
     """B = H U {ffn} U {proj} of one decoder layer (CODE, 2ND): `head` stands for each of them."""
 
-    head: Block
-    projection: Block
-    ffn: Block
+    head: LayerBlock
+    projection: LayerBlock
+    ffn: LayerBlock
     input_bytes: float
 
-    def head_with_projection(self, num_heads: int) -> Block:
+    def head_with_projection(self, num_heads: int) -> LayerBlock:
         """A head with its slice of the projection, the block that our engine moves (SPEC 1.8)."""
         h, p, n = self.head, self.projection, num_heads
-        return Block(
+        return LayerBlock(
             weight_bytes=h.weight_bytes + p.weight_bytes / n,
             activation_bytes=h.activation_bytes + p.activation_bytes / n,
             cache_bytes=h.cache_bytes,
@@ -80,7 +80,7 @@ class LayerBlocks:
 
 
 def layer_blocks(
-    arch: ModelArch, *, context_tokens: int, generated_tokens: int | None = None, errata: Errata = CORRECTED
+    arch: ModelArch, *, context_tokens: int, generated_tokens: int | None = None, errata: KafetzisErrata = CORRECTED
 ) -> LayerBlocks:
     """What the blocks of one layer need in one decode step (SPEC 4.3).
 
@@ -94,36 +94,38 @@ def layer_blocks(
         errata: the switches that are on.
     """
     width, element = arch.hidden_dim, arch.dtype_bytes
-    positions = context_tokens if Errata.RECOMPUTE in errata else 1
-    per_multiply_add = 1 if Errata.MULTIPLY_ADDS in errata else 2
+    positions = context_tokens if KafetzisErrata.RECOMPUTE in errata else 1
+    per_multiply_add = 1 if KafetzisErrata.MULTIPLY_ADDS in errata else 2
     queries = arch.heads_per_group * arch.head_dim
     qkv = width * (queries + 2 * arch.head_dim)
-    attention = context_tokens * queries * (1 if Errata.NO_WEIGHTED_SUM in errata else 2)
+    attention = context_tokens * queries * (1 if KafetzisErrata.NO_WEIGHTED_SUM in errata else 2)
     out = width * queries * arch.num_kv_heads
     mlp = arch.ffn_dim * arch.ffn_unit_params
-    stored = 0 if Errata.NO_WEIGHTS in errata else 1
+    stored = 0 if KafetzisErrata.NO_WEIGHTS in errata else 1
     generated = context_tokens if generated_tokens is None else generated_tokens
     coded_cache = generated * width * element
     return LayerBlocks(
-        head=Block(
+        head=LayerBlock(
             weight_bytes=arch.weight_bytes(qkv),
             activation_bytes=positions * (queries + 2 * arch.head_dim) * element,
-            cache_bytes=coded_cache if Errata.CACHE_SIZE in errata else arch.kv_bytes_per_token * context_tokens,
+            cache_bytes=coded_cache
+            if KafetzisErrata.CACHE_SIZE in errata
+            else arch.kv_bytes_per_token * context_tokens,
             operations=per_multiply_add * positions * (qkv + attention),
             output_bytes=positions * queries * element,
         ),
-        projection=Block(
+        projection=LayerBlock(
             weight_bytes=stored * arch.weight_bytes(out),
             activation_bytes=positions * width * element,
             cache_bytes=0,
             operations=per_multiply_add * positions * out,
             output_bytes=positions * width * element,
         ),
-        ffn=Block(
+        ffn=LayerBlock(
             weight_bytes=stored * arch.weight_bytes(mlp),
             activation_bytes=positions * mlp / (arch.ffn_matrices * width) * element,
             cache_bytes=0,
-            operations=per_multiply_add * positions * mlp / (10 if Errata.FFN_TENTH in errata else 1),
+            operations=per_multiply_add * positions * mlp / (10 if KafetzisErrata.FFN_TENTH in errata else 1),
             output_bytes=positions * width * element,
         ),
         input_bytes=positions * width * element,
@@ -140,7 +142,7 @@ class Assignment:
 
 
 def transfer_s(
-    topology: Topology, source: DeviceId, target: DeviceId, num_bytes: float, *, errata: Errata = CORRECTED
+    topology: Topology, source: DeviceId, target: DeviceId, num_bytes: float, *, errata: KafetzisErrata = CORRECTED
 ) -> float:
     """One message: bytes over rate (CODE), with the link's latency unless NO_LATENCY; infinite without a link."""
     if source == target:
@@ -148,8 +150,8 @@ def transfer_s(
     link = topology.link(source, target)
     if link is None:
         return float("inf")
-    counted = num_bytes / 8 if Errata.GIGABITS in errata else num_bytes
-    return counted / link.bandwidth_bytes_per_s if Errata.NO_LATENCY in errata else link.transfer_s(counted)
+    counted = num_bytes / 8 if KafetzisErrata.GIGABITS in errata else num_bytes
+    return counted / link.bandwidth_bytes_per_s if KafetzisErrata.NO_LATENCY in errata else link.transfer_s(counted)
 
 
 def inference_s(
@@ -158,7 +160,7 @@ def inference_s(
     topology: Topology,
     *,
     mode: Mode = "sum",
-    errata: Errata = CORRECTED,
+    errata: KafetzisErrata = CORRECTED,
 ) -> float:
     """D_inf of one token (4.1 to 4.4, CODE; layers in a row are INFERRED): heads, then projection, then FFN.
 
@@ -174,7 +176,7 @@ def inference_s(
     """
     total, holder = 0.0, topology.origin
     together = sum if mode == "sum" else max
-    send = Errata.NO_BROADCASTS not in errata
+    send = KafetzisErrata.NO_BROADCASTS not in errata
     for layer in layers:
         count = Counter(layer.heads)
         if send:
@@ -193,7 +195,7 @@ def inference_s(
     )
 
 
-def _seconds(topology: Topology, device: DeviceId, block: Block) -> float:
+def _seconds(topology: Topology, device: DeviceId, block: LayerBlock) -> float:
     where = topology.device(device)
     return block.operations / (where.compute_flops * where.compute_efficiency)
 
@@ -205,14 +207,14 @@ def migration_s(
     topology: Topology,
     *,
     order: Order = "parallel",
-    errata: Errata = CORRECTED,
+    errata: KafetzisErrata = CORRECTED,
 ) -> float:
     """D_mig between two assignments of one layer (4.5: m_i / R, 2ND; 4.6: the order is INFERRED).
 
     `serial` adds all moves, `parallel` those of one link and takes the slowest link. FREE_MIGRATION makes it zero,
     which is what the released code adds.
     """
-    if Errata.FREE_MIGRATION in errata:
+    if KafetzisErrata.FREE_MIGRATION in errata:
         return 0.0
     pairs = [(a, b, blocks.head) for a, b in zip(before.heads, after.heads, strict=True)]
     pairs += [(before.projection, after.projection, blocks.projection), (before.ffn, after.ffn, blocks.ffn)]
@@ -222,6 +224,6 @@ def migration_s(
     return sum(by_link.values()) if order == "serial" else max(by_link.values())
 
 
-def hosts(topology: Topology, errata: Errata = CORRECTED) -> tuple[DeviceId, ...]:
+def hosts(topology: Topology, errata: KafetzisErrata = CORRECTED) -> tuple[DeviceId, ...]:
     """Devices that may hold a block: all of them, or under SOURCE_BAN all but the origin (CODE)."""
-    return tuple(d for d in topology.ids if Errata.SOURCE_BAN not in errata or d != topology.origin)
+    return tuple(d for d in topology.ids if KafetzisErrata.SOURCE_BAN not in errata or d != topology.origin)

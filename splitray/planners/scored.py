@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.errors import PlacementError
-from splitray.papers.kafetzis import AS_CODED, CORRECTED, Errata, hosts, layer_blocks, transfer_s
+from splitray.papers.kafetzis import AS_CODED, CORRECTED, KafetzisErrata, hosts, layer_blocks, transfer_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_times
 from splitray.planners.memory import model_bytes
@@ -48,7 +48,7 @@ class Scored:
     """
 
     rule: Rule
-    errata: Errata = CORRECTED
+    errata: KafetzisErrata = CORRECTED
     projection_apart: bool = False
     backtrack_limit: int = 200
     staged: bool = True
@@ -59,7 +59,7 @@ class Scored:
         Memory is checked at the end of the interval (SPEC 4.8), and the current placement stays where moving does not
         pay; under FREE_MIGRATION there is only now. What NO_WEIGHTS believes to fit need not.
         """
-        if Errata.FREE_MIGRATION in self.errata:
+        if KafetzisErrata.FREE_MIGRATION in self.errata:
             return _Search(self, state, state).placement()
         end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)
         return keep_or_move(_Search(self, state, end).placement(), state, end, staged=self.staged)
@@ -94,14 +94,14 @@ class _Search:
             np.array([[transfer_s(where, a, b, n, errata=errata) for b in where.ids] for a in where.ids])
             for n in (blocks.head.output_bytes, blocks.projection.output_bytes)
         )
-        self.kinds = self._order(head.cache_bytes if Errata.CACHE_SIZE in errata else 0.0)
+        self.kinds = self._order(head.cache_bytes if KafetzisErrata.CACHE_SIZE in errata else 0.0)
         self.num_blocks = arch.num_layers * len(self.kinds)
         self.heads = [i for i, k in enumerate(self.kinds) if k == "head"]
         self.device = np.full(self.num_blocks, -1)
         self.held = np.zeros(len(where.ids))
         self.load = np.zeros((arch.num_layers, len(where.ids)))
         self.head_load = np.zeros_like(self.load)
-        charged = Errata.FREE_MIGRATION not in errata and state.current is not None
+        charged = KafetzisErrata.FREE_MIGRATION not in errata and state.current is not None
         self.move_s = self._moves() if charged else None
         self.steps_back = self.resolved = 0
 
@@ -143,7 +143,7 @@ class _Search:
             raise self._stuck("embedding and head")
         self.embedding, head = ends
         self.held = self.capacity - left
-        if Errata.NO_WEIGHTS not in self.planner.errata and model_bytes(self.end) > self.capacity.sum():
+        if KafetzisErrata.NO_WEIGHTS not in self.planner.errata and model_bytes(self.end) > self.capacity.sum():
             raise self._stuck("the model")
         self._fill()
         arch, ids = self.state.arch, self.state.topology.ids
@@ -203,7 +203,7 @@ class _Search:
         """S(i, j) on every device, infinite where the block must not go; `crowded` overlooks lack of memory, [D]."""
         kind, layer = self._kind(block), block // len(self.kinds)
         memory, operations = self.memory[kind], self.operations[kind]
-        whole = Errata.TOTAL_CAPACITY in self.planner.errata
+        whole = KafetzisErrata.TOTAL_CAPACITY in self.planner.errata
         busy = 0.0 if whole or kind != "head" else self.head_load[layer]  # heads run side by side, FFNs later
         held = 0.0 if whole else self.held
         parts = (
@@ -229,7 +229,7 @@ class _Search:
         kind, first = self._kind(block), block - block % len(self.kinds)
         nothing = np.zeros(len(self.held))
         if kind == "head":
-            if Errata.NO_BROADCASTS in self.planner.errata:
+            if KafetzisErrata.NO_BROADCASTS in self.planner.errata:
                 return nothing
             residual = self.device[first - len(self.kinds) + self.kinds.index("ffn")] if first else self.embedding
             broadcast: Floats = self.state_s[residual]

@@ -37,7 +37,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class PerplexityRequest:
     """What was asked for on the command line. At most one of `cut` and `placement`; neither is one device.
 
     `window` is at most the model's context (default: that, or 2048), `stride` less than it (512, or half the window).
@@ -67,7 +67,7 @@ class Window:
     stop: int
 
 
-def run(request: Request, *, progress: Progress = lambda _: None) -> dict[str, Any]:
+def run(request: PerplexityRequest, *, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Score a text file.
 
     A codec or a channel without a cut is tried at the middle one: on one device nothing would cross.
@@ -231,7 +231,7 @@ def within_layers(cut: int, num_layers: int, model: str) -> None:
 
 
 def window_and_stride(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
-    """What was asked for, or the defaults of `Request`, within the model's context."""
+    """What was asked for, or the defaults of `PerplexityRequest`, within the model's context."""
     context = getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS
     size = min(WINDOW_TOKENS, context) if window is None else window
     if not 2 <= size <= context:
@@ -250,7 +250,7 @@ def whole(model: str, dtype: str) -> Forward:
     return lambda ids, keep: loaded(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
 
 
-def split(request: Request, cut: int | None, codec: Codec, channel: NoisyChannel | None = None) -> SplitModel:
+def split(request: PerplexityRequest, cut: int | None, codec: Codec, channel: NoisyChannel | None = None) -> SplitModel:
     """The model over threads: two devices for a cut, those that it names for a placement."""
     options: dict[str, Any] = {
         "runtime": "local", "dtype": request.dtype, "seed": request.seed, "codec": codec, "channel": channel

@@ -21,7 +21,7 @@ _NEW_TOKENS, _RUNS = 48, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class PlannerTrial:
     """One placement on device processes of this machine: a later token as predicted and as measured (a median)."""
 
     name: str
@@ -43,7 +43,7 @@ def choose(
     num_devices: int = 2,
     rounds: int = 1,
     progress: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Choice], Topology]:
+) -> tuple[list[PlannerTrial], Topology]:
     """Calibrate on random models of this one's shape, let the planners choose, and run their choices and the others.
 
     Args:
@@ -72,7 +72,7 @@ def choose(
         state = ClusterState(arch=arch, topology=measured, context_tokens=context)
         chosen = {name: make_planner(name).propose(state) for name in planners}
         cost = CostModel(arch, measured)
-        found: list[Choice] = []
+        found: list[PlannerTrial] = []
         for name, placement in {**chosen, **others}.items():
             alike = next((c for c in found if c.placement == placement), None)
             if alike is not None:
@@ -86,6 +86,8 @@ def choose(
                 times = [token_s(engine, _NEW_TOKENS) for _ in range(_RUNS)]
             predicted_s = cost.tpot_s(placement, context_tokens=len(PROMPT) + _NEW_TOKENS / 2)
             found.append(
-                Choice(name=name, placement=placement, predicted_s=predicted_s, measured_s=statistics.median(times))
+                PlannerTrial(
+                    name=name, placement=placement, predicted_s=predicted_s, measured_s=statistics.median(times)
+                )
             )
     return found, measured

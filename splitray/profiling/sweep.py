@@ -1,7 +1,7 @@
 """Perplexity over many channels, codecs, cuts and placements of one model: the table of quality/table.py.
 
 Each cell is an engine of its own, so that what is measured is what would run. The table is written after every cell,
-and a sweep that finds it goes on where it ends. A `Meter` measures single cells, for who learns from them in a loop.
+and a sweep that finds it goes on where it ends. `PerplexityMeter` measures single cells for whoever learns from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from splitray.model.reading import read_config
 from splitray.placement import Placement
 from splitray.profiling.perplexity import (
     MASKS,
-    Request,
+    PerplexityRequest,
     at_least,
     losses,
     of_split,
@@ -75,7 +75,7 @@ class Measured:
     place: PlaceFeatures
 
 
-class Meter:
+class PerplexityMeter:
     """Measures one model on one text, again and again."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Meter:
         cut, placement = (at, None) if isinstance(at, int) else (None, at)
         if cut is not None:
             within_layers(cut, self.num_layers, self.model)
-        asked = Request(model=self.model, text=self.text, cut=cut, placement=placement, dtype=self.dtype)
+        asked = PerplexityRequest(model=self.model, text=self.text, cut=cut, placement=placement, dtype=self.dtype)
         with split(asked, cut, codec, channel) as parts:
             masks = 1 if channel is None else self.masks
             nll_T = np.mean(
@@ -168,7 +168,7 @@ def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> Quali
         raise InputError("channel", expected="a channel or a codec", actual="neither: nothing would be lost",
                          remedy="write for example --channel loss:0.1/0.2")  # fmt: skip
     before = QualityTable.load(request.out) if Path(request.out).exists() else None
-    meter = Meter(
+    meter = PerplexityMeter(
         model=request.model, text=request.text, dtype=request.dtype, window=request.window, stride=request.stride,
         tokens=request.tokens, masks=request.masks,
     )  # fmt: skip

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-_STATE = ("first_token_s", "finish_s", "failed", "_head", "_done", "_prefill_left", "_pause_s", "_busy_s", "_arrived")
+_STATE = ("first_token_s", "finish_s", "failed", "_head", "_done", "_prefill_left", "_pause_s", "_arrived")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class _Price:
     fill_busy_s: Floats
 
     def put(self, rows: Ints, other: _Price) -> None:
-        """Overwrite some lines, in place."""
+        """Overwrite the prices of the lines `rows`, in place."""
         for f in fields(self):
             getattr(self, f.name)[rows] = getattr(other, f.name)
 
@@ -105,7 +105,6 @@ class Simulator:
         self._prefill_left = np.ones(n)
         self._pause_s = np.zeros(n)
         self._rows = np.arange(n)
-        self._busy_s = np.zeros((n, len(topology.devices)))
         self._power = [np.array([getattr(d, k) for d in topology.devices]) for k in ("idle_w", "active_w", "radio_w")]
         self._asked = np.cumsum(np.concatenate([np.zeros((n, 1)), self.output_tokens], axis=1), axis=1)
         self._arrived = np.zeros(n)
@@ -155,11 +154,6 @@ class Simulator:
         """Requests that have come and are not finished, [N]."""
         came: Ints = (self.arrival_s <= self.now_s).sum(1) - self._head
         return came
-
-    @property
-    def device_backlog_s(self) -> Floats:
-        """Each device's queue: the seconds of computing that the tokens waited for will take of it, [N, D]."""
-        return self.backlog_tokens[:, None] * self._busy_s
 
     def pause(self, instance: int, seconds: float) -> None:
         """Nothing is generated for so long: a migration."""
@@ -283,7 +277,6 @@ class Simulator:
         fill_busy_s = np.zeros_like(fill_j)
         fill_busy_s[fills] = np.where(np.isfinite(fill_s[fills])[:, None], step.busy_s[n:], 0.0)
         token_s: Floats = np.where(np.isfinite(step.origin_s[:n]), step.cycle_s[:n], np.inf)
-        self._busy_s[rows] = step.busy_s[:n]
         busy_s = np.where(np.isfinite(token_s)[:, None], step.busy_s[:n], 0.0)
         return _Price(token_s, joule[:n], busy_s, fill_s, fill_j, fill_busy_s)
 

@@ -11,7 +11,7 @@ import torch
 
 from splitray.errors import InputError
 from splitray.profiling import codec_loss
-from splitray.profiling.perplexity import Request, run
+from splitray.profiling.perplexity import PerplexityRequest, run
 from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 
 SHIPPED = Path(codec_loss.__file__).parent / "model" / "shipped" / "accuracy.json"
@@ -98,7 +98,7 @@ def test_the_command_measures_what_splitray_perplexity_says(tmp_path):
     arguments = ["--text", str(text), "--cuts", "6,all", "--codecs", "int4", "--window", "128", "--out", str(out)]
     assert codec_loss.main(arguments) == 0
     table = AccuracyTable.load(out)
-    asked = Request(model="tiny", text=str(text), window=128)
+    asked = PerplexityRequest(model="tiny", text=str(text), window=128)
     exact, coded = (run(r) for r in (asked, replace(asked, cut=6, codec="int4")))
     assert (table.tokens, table.num_layers, table.window, table.stride) == (exact["tokens"], 12, 128, 64)
     assert table.perplexity == pytest.approx(exact["perplexity"])

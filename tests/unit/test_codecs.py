@@ -15,7 +15,7 @@ from splits import greedy, split
 
 from splitray.arch import ModelArch
 from splitray.catalog import architecture
-from splitray.codecs import CODECS, as_codec, decode, encode, encoded_bytes, round_trip
+from splitray.codecs import CODECS, Codec, as_codec, decode, encode, encoded_bytes
 from splitray.cost import CostModel, load_of
 from splitray.errors import InputError
 from splitray.model.reading import read_arch
@@ -31,6 +31,11 @@ from splitray.topology import Topology
 LOSSY = [c for c in CODECS if c != "none"]
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 BITS = {"bf16": 2**-8, "int8": 1 / 254, "int4": 1 / 14 * 1.01}  # largest error, of the largest value in its reach
+
+
+def round_trip(codec: Codec, x_ND: np.ndarray) -> np.ndarray:
+    """What a receiver makes of N tokens."""
+    return decode(codec, encode(codec, x_ND), x_ND.shape[-1])
 
 
 @pytest.fixture(scope="module", autouse=True)

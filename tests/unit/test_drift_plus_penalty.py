@@ -21,7 +21,7 @@ from splitray.planners.optimum.space import MISSING_S, Space
 from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 from splitray.quality.surrogate import shipped_surrogate
 from splitray.quality.surrogate_accuracy import SurrogateAccuracy
-from splitray.queues import Budgets, QueueState, SlotOutcome, advance, drift_bound, lyapunov
+from splitray.queues import Budgets, QueueState, SlotOutcome, advance
 from splitray.route import compile_route
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 
@@ -272,6 +272,39 @@ def test_a_decision_at_32_layers_and_two_devices_is_quick(cloud: str, link: str)
         f"32 layers, two devices over {link}: {np.median(taken) * 1e3:.2f} ms a decision, best {min(taken) * 1e3:.2f}"
     )
     assert min(taken) < 0.05  # 0.8 ms on an idle core; the figure is printed
+
+
+def lyapunov(queues: QueueState, *, energy_weight: float = 1.0, accuracy_weight: float = 1.0) -> float:
+    """Half the weighted sum of squares of the queues (2.15)."""
+    return 0.5 * (
+        queues.backlog_tokens**2 + energy_weight * queues.energy_debt_j**2 + accuracy_weight * queues.accuracy_debt**2
+    )
+
+
+def drift_bound(
+    queues: QueueState,
+    outcome: SlotOutcome,
+    budgets: Budgets,
+    *,
+    slot_s: float,
+    energy_weight: float = 1.0,
+    accuracy_weight: float = 1.0,
+) -> float:
+    """What the Lyapunov function can rise by in a slot with this outcome, at most (2.17).
+
+    `max(q - s, 0) + a` squared is at most `q^2 + s^2 + a^2 + 2 q (a - s)`; the virtual queues likewise, where there is
+    a budget. With the extremes of outcomes in place of the squares this is the constant B0 of (2.17).
+    """
+    a, s = outcome.arrived_tokens, outcome.served_tokens
+    bound = 0.5 * (a * a + s * s) + queues.backlog_tokens * (a - s)
+    for weight, debt, spent, allowed in (
+        (energy_weight, queues.energy_debt_j, outcome.energy_j, budgets.power_w * slot_s),
+        (accuracy_weight, queues.accuracy_debt, outcome.accuracy_loss, budgets.accuracy_loss),
+    ):
+        if allowed < float("inf"):
+            over = spent - allowed
+            bound += weight * (0.5 * over * over + debt * over)
+    return bound
 
 
 def test_no_sampled_drift_exceeds_its_bound() -> None:

@@ -12,7 +12,15 @@ from splitray.cost import CostModel, load_of, memory_bytes, work_s
 from splitray.errors import ModelError, TopologyError
 from splitray.migration import delay_s, diff
 from splitray.papers import chen, kafetzis
-from splitray.papers.kafetzis import AS_CODED, CORRECTED, Assignment, Errata, inference_s, layer_blocks, migration_s
+from splitray.papers.kafetzis import (
+    AS_CODED,
+    CORRECTED,
+    Assignment,
+    KafetzisErrata,
+    inference_s,
+    layer_blocks,
+    migration_s,
+)
 from splitray.papers.splitwise_drl import LayerSplit, Sides
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.topology import Device, DeviceId, Link, Topology
@@ -69,18 +77,18 @@ def test_all_errata_together_give_the_formulas_of_the_released_code() -> None:
 
 
 def test_e1_the_cache_of_a_head_is_sixteen_times_too_large_and_forgets_the_prompt() -> None:
-    def cache(context: int, generated: int, errata: Errata) -> float:
+    def cache(context: int, generated: int, errata: KafetzisErrata) -> float:
         blocks = layer_blocks(LARGE, context_tokens=context, generated_tokens=generated, errata=errata)
         return blocks.head.cache_bytes
 
-    coded, right = Errata.CACHE_SIZE, CORRECTED
+    coded, right = KafetzisErrata.CACHE_SIZE, CORRECTED
     assert cache(101, 1, coded) - cache(100, 0, coded) == 8192  # D b
     assert cache(101, 1, right) - cache(100, 0, right) == 512  # 2 d b
     assert (cache(100, 0, coded), cache(100, 0, right)) == (0, 51_200)
 
 
 def test_e2_the_ffn_takes_a_tenth_of_its_operations() -> None:
-    coded, right = (layer_blocks(SMALL, context_tokens=16, errata=e).ffn for e in (Errata.FFN_TENTH, CORRECTED))
+    coded, right = (layer_blocks(SMALL, context_tokens=16, errata=e).ffn for e in (KafetzisErrata.FFN_TENTH, CORRECTED))
     assert right.operations == 2 * 8 * 512**2 == 4_194_304
     assert coded.operations == pytest.approx(419_430.4)
 
@@ -88,24 +96,24 @@ def test_e2_the_ffn_takes_a_tenth_of_its_operations() -> None:
 def test_e3_gigabytes_over_gigabits_are_eight_times_too_quick() -> None:
     where = cluster(A, B, rate=1e9 / 8)  # 1 Gbit/s
     assert kafetzis.transfer_s(where, A, B, 1e9) == pytest.approx(8.0)
-    assert kafetzis.transfer_s(where, A, B, 1e9, errata=Errata.GIGABITS) == pytest.approx(1.0)
+    assert kafetzis.transfer_s(where, A, B, 1e9, errata=KafetzisErrata.GIGABITS) == pytest.approx(1.0)
 
 
 def test_e4_projection_and_ffn_weigh_next_to_nothing() -> None:
-    coded, right = (layer_blocks(SMALL, context_tokens=16, errata=e) for e in (Errata.NO_WEIGHTS, CORRECTED))
+    coded, right = (layer_blocks(SMALL, context_tokens=16, errata=e) for e in (KafetzisErrata.NO_WEIGHTS, CORRECTED))
     assert (right.projection.memory_bytes, right.ffn.memory_bytes) == (4 * 512**2 + 2048, 4 * 8 * 512**2 + 8192)
     assert (coded.projection.memory_bytes, coded.ffn.memory_bytes) == (2048, 8192)  # activations of one token
     assert coded.ffn.memory_bytes < coded.head.memory_bytes < right.ffn.memory_bytes
 
 
 def test_e5_a_token_costs_the_square_of_the_context_without_the_cache() -> None:
-    def operations(context: int, errata: Errata) -> float:
+    def operations(context: int, errata: KafetzisErrata) -> float:
         return layer_blocks(SMALL, context_tokens=context, errata=errata).head.operations
 
     assert operations(1000, CORRECTED) == 2 * (3 * 512 * 64 + 2 * 1000 * 64) == 452_608
-    assert operations(1000, Errata.RECOMPUTE) == 1000 * 452_608
+    assert operations(1000, KafetzisErrata.RECOMPUTE) == 1000 * 452_608
     assert operations(2000, CORRECTED) - operations(1000, CORRECTED) == 256_000  # linear
-    slope = operations(2000, Errata.RECOMPUTE) - operations(1000, Errata.RECOMPUTE)
+    slope = operations(2000, KafetzisErrata.RECOMPUTE) - operations(1000, KafetzisErrata.RECOMPUTE)
     assert slope == 1000 * (2 * 3 * 512 * 64) + 3 * 256_000_000
 
 
@@ -115,26 +123,26 @@ def test_e6_a_move_of_a_head_costs_nothing_in_the_code() -> None:
     where = cluster(A, B, rate=1e6)
     one = (4 * 3 * 512 * 64 + 4 * 3 * 64 + 4 * 2 * 100 * 64) / 1e6  # weights, activations, K and V
     assert migration_s(before, after, blocks, where) == pytest.approx(8 * one) == pytest.approx(3.561_472)
-    assert migration_s(before, after, blocks, where, errata=Errata.FREE_MIGRATION) == 0.0
+    assert migration_s(before, after, blocks, where, errata=KafetzisErrata.FREE_MIGRATION) == 0.0
 
 
 def test_e7_the_source_may_hold_nothing_in_the_code() -> None:
     where = cluster(A, B, C)
     assert kafetzis.hosts(where) == (A, B, C)
-    assert kafetzis.hosts(where, Errata.SOURCE_BAN) == (B, C)
+    assert kafetzis.hosts(where, KafetzisErrata.SOURCE_BAN) == (B, C)
 
 
 def test_a_multiply_add_counts_once_in_the_code_on_devices_rated_in_flops() -> None:
-    coded, right = (layer_blocks(SMALL, context_tokens=16, errata=e) for e in (Errata.MULTIPLY_ADDS, CORRECTED))
+    coded, right = (layer_blocks(SMALL, context_tokens=16, errata=e) for e in (KafetzisErrata.MULTIPLY_ADDS, CORRECTED))
     assert (right.projection.operations, coded.projection.operations) == (524_288, 262_144)
 
 
 def test_the_weighted_sum_of_values_is_missing_in_the_code() -> None:
-    def operations(errata: Errata) -> float:
+    def operations(errata: KafetzisErrata) -> float:
         wide, none = (layer_blocks(SMALL, context_tokens=c, errata=errata) for c in (1000, 0))
         return wide.head.operations - none.head.operations
 
-    assert (operations(CORRECTED), operations(Errata.NO_WEIGHTED_SUM)) == (4 * 1000 * 64, 2 * 1000 * 64)
+    assert (operations(CORRECTED), operations(KafetzisErrata.NO_WEIGHTED_SUM)) == (4 * 1000 * 64, 2 * 1000 * 64)
 
 
 def spread() -> Assignment:
@@ -145,7 +153,7 @@ def spread() -> Assignment:
 def test_the_code_leaves_out_the_broadcast_to_the_heads_and_the_way_back() -> None:
     where, blocks = cluster(A, B, C), layer_blocks(SMALL, context_tokens=16)
     full, coded = (
-        inference_s([spread()], blocks, where, mode="max", errata=e) for e in (CORRECTED, Errata.NO_BROADCASTS)
+        inference_s([spread()], blocks, where, mode="max", errata=e) for e in (CORRECTED, KafetzisErrata.NO_BROADCASTS)
     )
     heads = 4 * 2 * (3 * 512 * 64 + 2 * 16 * 64) / 1e6
     there = 4 * 256 / 1e6  # A's four outputs of 64 floats
@@ -164,7 +172,7 @@ def test_the_code_knows_no_latency() -> None:
     blocks = layer_blocks(SMALL, context_tokens=16)
     full, coded = (
         inference_s([spread()], blocks, cluster(A, B, C, rtt_s=0.02), mode="max", errata=e)
-        for e in (CORRECTED, Errata.NO_LATENCY)
+        for e in (CORRECTED, KafetzisErrata.NO_LATENCY)
     )
     assert full - coded == pytest.approx(4 * 0.01)  # to the heads, the projection, the FFN and back
 
@@ -182,7 +190,7 @@ def test_migration_is_serial_or_parallel_by_link() -> None:
     before, after = Assignment((A,) * 8, A, A), Assignment((A,) * 5 + (B, B, C), A, A)
     serial, parallel = (migration_s(before, after, blocks, where, order=o) for o in ("serial", "parallel"))
     assert serial / parallel == pytest.approx(3 / 2)
-    errata = Errata.GIGABITS | Errata.NO_LATENCY
+    errata = KafetzisErrata.GIGABITS | KafetzisErrata.NO_LATENCY
     assert migration_s(before, after, blocks, where, errata=errata) == pytest.approx(parallel / 8)
 
 
@@ -247,7 +255,7 @@ def test_the_printed_flops_are_the_formula_of_the_text() -> None:
 
 def test_e2_one_over_kappa_counts_one_head_beside_a_whole_ffn() -> None:
     share, right = (
-        chen.layer_operations(GPT2_XL, tokens=1, errata=e) for e in (chen.Errata.HEAD_SHARE, chen.CORRECTED)
+        chen.layer_operations(GPT2_XL, tokens=1, errata=e) for e in (chen.ChenErrata.HEAD_SHARE, chen.CORRECTED)
     )
     d = 1600
     assert right == 24 * d**2 + 4 * d == 61_446_400
@@ -257,7 +265,7 @@ def test_e2_one_over_kappa_counts_one_head_beside_a_whole_ffn() -> None:
 
 def test_e2_a_multiply_add_counts_once_as_printed() -> None:
     once, right = (
-        chen.layer_operations(GPT2_XL, tokens=20, errata=e) for e in (chen.Errata.MULTIPLY_ADDS, chen.CORRECTED)
+        chen.layer_operations(GPT2_XL, tokens=20, errata=e) for e in (chen.ChenErrata.MULTIPLY_ADDS, chen.CORRECTED)
     )
     assert right == 2 * once == 24 * 20 * 1600**2 + 4 * 20**2 * 1600
 
@@ -265,21 +273,21 @@ def test_e2_a_multiply_add_counts_once_as_printed() -> None:
 def test_the_text_counts_a_plain_mlp_for_llama_too() -> None:
     n, d = 20, 4096
     plain, right = (
-        chen.layer_operations(LLAMA_7B, tokens=n, errata=e) for e in (chen.Errata.PLAIN_MLP, chen.CORRECTED)
+        chen.layer_operations(LLAMA_7B, tokens=n, errata=e) for e in (chen.ChenErrata.PLAIN_MLP, chen.CORRECTED)
     )
     assert right == 8 * n * d**2 + 4 * n**2 * d + 6 * n * d * 11008
     assert plain == 24 * n * d**2 + 4 * n**2 * d
-    assert chen.layer_operations(GPT2_XL, tokens=n, errata=chen.Errata.PLAIN_MLP) == chen.layer_operations(
+    assert chen.layer_operations(GPT2_XL, tokens=n, errata=chen.ChenErrata.PLAIN_MLP) == chen.layer_operations(
         GPT2_XL, tokens=n
     )
 
 
 def test_e3_a_count_is_a_rate_only_if_a_step_takes_a_second() -> None:
-    def rate(step_s: float, errata: chen.Errata) -> float:
+    def rate(step_s: float, errata: chen.ChenErrata) -> float:
         return chen.ue_flops_per_s(GPT2_XL, 2, tokens=1, step_s=step_s, errata=errata)
 
     assert rate(0.1, chen.CORRECTED) == pytest.approx(1_228_928_000)
-    assert rate(0.1, chen.Errata.PER_SECOND) == 122_892_800 == rate(1.0, chen.CORRECTED)
+    assert rate(0.1, chen.ChenErrata.PER_SECOND) == 122_892_800 == rate(1.0, chen.CORRECTED)
 
 
 def test_the_load_of_the_user_is_linear_in_the_layers_and_the_ratio_is_known() -> None:

@@ -16,7 +16,7 @@ from splitray.errors import InputError, ModelError
 from splitray.model.reading import read_arch
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.profiling.perplexity import Request, Window, losses, read_ids, run, window_and_stride, windows
+from splitray.profiling.perplexity import PerplexityRequest, Window, losses, read_ids, run, window_and_stride, windows
 from splitray.topology import Topology
 
 TEXT = " ".join(str(n * n * 7919 % 89) for n in range(150))
@@ -39,9 +39,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def request(folder, **options) -> Request:
+def request(folder, **options) -> PerplexityRequest:
     given = {"model": str(folder), "text": str(folder / "text.txt"), "window": WINDOW, "stride": STRIDE}
-    return Request(**{**given, **options})
+    return PerplexityRequest(**{**given, **options})
 
 
 def reference(folder, window: int, stride: int) -> tuple[float, int]:

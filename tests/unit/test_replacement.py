@@ -9,7 +9,7 @@ from splitray.catalog import architecture
 from splitray.errors import InputError
 from splitray.evaluate import replacement as suite
 from splitray.evaluate.options import Options
-from splitray.evaluate.stream import Copying, Prices, Stream, Wire
+from splitray.evaluate.stream import Copying, Stream, StreamPrices, TracedLink
 from splitray.evaluate.suites import run
 from splitray.evaluate.traces import edge_and_cloud
 from splitray.planners import make_planner
@@ -17,16 +17,16 @@ from splitray.sim.traces import Trace
 
 
 @pytest.fixture(scope="module")
-def prices() -> Prices:
-    return Prices(architecture(suite.MODEL), edge_and_cloud(suite.EDGE, suite.HOLDS, link=suite.LINK))
+def prices() -> StreamPrices:
+    return StreamPrices(architecture(suite.MODEL), edge_and_cloud(suite.EDGE, suite.HOLDS, link=suite.LINK))
 
 
-def stream(prices: Prices, trace: Trace) -> Stream:
-    return Stream(prices, Wire(trace, 2000.0), prompt_tokens=16, output_tokens=48)
+def stream(prices: StreamPrices, trace: Trace) -> Stream:
+    return Stream(prices, TracedLink(trace, 2000.0), prompt_tokens=16, output_tokens=48)
 
 
 def test_the_wire_carries_what_the_trace_says_and_waits_in_outages():
-    wire = Wire(Trace(np.array([0.0, 10.0, 20.0]), np.array([100.0, 0.0, 50.0])), 60.0)
+    wire = TracedLink(Trace(np.array([0.0, 10.0, 20.0]), np.array([100.0, 0.0, 50.0])), 60.0)
     assert wire.sent(5.0) == 500.0 and wire.sent(15.0) == 1000.0 == wire.sent(20.0)
     assert wire.until(0.0, 500.0) == 5.0
     assert wire.until(5.0, 600.0) == pytest.approx(22.0), "500 before the outage, 100 behind it"

@@ -10,7 +10,7 @@ import pytest
 from splitray.arch import ModelArch
 from splitray.cost import CostModel
 from splitray.errors import PlacementError
-from splitray.papers.kafetzis import CORRECTED, Errata, layer_blocks
+from splitray.papers.kafetzis import CORRECTED, KafetzisErrata, layer_blocks
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.layer_times import table_bytes
@@ -74,7 +74,7 @@ def test_e8_scoring_whole_capacities_puts_every_block_on_one_device() -> None:
     """On the same three devices; the heuristic of the released code as well, on the first but the source."""
     where = cluster()
     state = ClusterState(arch=ARCH, topology=where)
-    assert heads(Scored("max", Errata.TOTAL_CAPACITY).propose(state), where) == [[8, 0, 0]] * 2
+    assert heads(Scored("max", KafetzisErrata.TOTAL_CAPACITY).propose(state), where) == [[8, 0, 0]] * 2
     coded = VARIANTS["as_coded"].propose(state)
     assert heads(coded, where) == [[0, 8, 0]] * 2
     assert {layer.ffn.devices for layer in coded.layers} == {(CLOUD_A,)}
@@ -82,7 +82,7 @@ def test_e8_scoring_whole_capacities_puts_every_block_on_one_device() -> None:
 
 
 def test_e7_the_source_ban_alone_empties_the_origin_and_leaves_nothing_to_a_single_device() -> None:
-    banned = Scored("max", Errata.SOURCE_BAN)
+    banned = Scored("max", KafetzisErrata.SOURCE_BAN)
     where = cluster()
     assert heads(banned.propose(ClusterState(arch=ARCH, topology=where)), where) == [[0, 4, 4]] * 2
     alone = ClusterState(arch=ARCH, topology=cluster(1))
@@ -95,7 +95,7 @@ def test_e4_blocks_without_weights_are_put_where_they_do_not_fit() -> None:
     """Two FFNs of 8 MiB on a device of 1 MiB."""
     where = with_memory(cluster(2), 1e9, 2**20)
     state = ClusterState(arch=ARCH, topology=where, context_tokens=1)
-    light = Scored("max", Errata.NO_WEIGHTS | Errata.SOURCE_BAN, projection_apart=True)
+    light = Scored("max", KafetzisErrata.NO_WEIGHTS | KafetzisErrata.SOURCE_BAN, projection_apart=True)
     with pytest.raises(PlacementError, match="head of layer 0"):  # heads have their weights: 16 of 384 KiB
         light.propose(state)
     few = replace(state, arch=replace(ARCH, num_layers=1, num_heads=2, num_kv_heads=2))
@@ -112,10 +112,10 @@ def test_e1_the_caches_size_alone_makes_a_context_infeasible() -> None:
     arch = replace(ARCH, num_layers=1, num_heads=32, num_kv_heads=32, hidden_dim=2048, ffn_dim=8192, dtype="float16")
     state = ClusterState(arch=arch, topology=cluster(3, memory=3e8), context_tokens=8000)
     assert layer_blocks(arch, context_tokens=8000).head.cache_bytes == 2_048_000
-    assert layer_blocks(arch, context_tokens=8000, errata=Errata.CACHE_SIZE).head.cache_bytes == 32_768_000
+    assert layer_blocks(arch, context_tokens=8000, errata=KafetzisErrata.CACHE_SIZE).head.cache_bytes == 32_768_000
     check(VARIANTS["max"].propose(state), state)
     with pytest.raises(PlacementError, match="head of layer 0"):
-        Scored("max", Errata.CACHE_SIZE).propose(state)
+        Scored("max", KafetzisErrata.CACHE_SIZE).propose(state)
 
 
 def test_e5_recomputing_every_position_makes_a_long_context_infeasible() -> None:
@@ -123,7 +123,7 @@ def test_e5_recomputing_every_position_makes_a_long_context_infeasible() -> None
     state = ClusterState(arch=ARCH, topology=cluster(flops=1e10), context_tokens=4000)
     check(VARIANTS["max"].propose(state), state)
     with pytest.raises(PlacementError, match="room and time for ffn of layer 0"):
-        Scored("max", Errata.RECOMPUTE).propose(state)
+        Scored("max", KafetzisErrata.RECOMPUTE).propose(state)
 
 
 def test_e2_a_tenth_of_the_ffn_fits_where_the_ffn_does_not() -> None:
@@ -132,7 +132,7 @@ def test_e2_a_tenth_of_the_ffn_fits_where_the_ffn_does_not() -> None:
     state = ClusterState(arch=arch, topology=cluster(8, flops=2e6))
     with pytest.raises(PlacementError, match="ffn of layer 0"):
         VARIANTS["max"].propose(state)
-    assert Scored("max", Errata.FFN_TENTH).propose(state)
+    assert Scored("max", KafetzisErrata.FFN_TENTH).propose(state)
 
 
 def test_e3_links_eight_times_too_quick_pass_where_a_transfer_takes_too_long() -> None:
@@ -142,14 +142,14 @@ def test_e3_links_eight_times_too_quick_pass_where_a_transfer_takes_too_long() -
     pinned = replace(state, topology=replace(tight, origin_holds="embedding_and_head"))
     with pytest.raises(PlacementError, match="ffn of layer 0"):
         VARIANTS["max"].propose(pinned)
-    check(Scored("max", Errata.GIGABITS).propose(pinned), pinned)
+    check(Scored("max", KafetzisErrata.GIGABITS).propose(pinned), pinned)
 
 
 def heads_after_a_slowdown(variant: Scored, *, interval: int) -> list[list[int]]:
     """All heads on the first of two equal devices, which then gets slow; 2 MB of KV a head over 1 MB/s."""
     where = cluster(2, rate=1e6)
     state = ClusterState(arch=ARCH, topology=where, context_tokens=4000, interval_tokens=interval)
-    first = Scored("max", Errata.TOTAL_CAPACITY).propose(state)
+    first = Scored("max", KafetzisErrata.TOTAL_CAPACITY).propose(state)
     assert heads(first, where) == [[8, 0]] * 2
     slow = replace(where.devices[0], compute_flops=1e9, memory_bandwidth_bytes_per_s=1e8)
     later = replace(state, topology=replace(where, devices=(slow, where.devices[1])), current=first)
@@ -157,7 +157,7 @@ def heads_after_a_slowdown(variant: Scored, *, interval: int) -> list[list[int]]
 
 
 def test_e6_heads_move_only_if_that_pays_unless_moves_are_free() -> None:
-    free = Scored("max", Errata.FREE_MIGRATION)
+    free = Scored("max", KafetzisErrata.FREE_MIGRATION)
     stayed, gone = [[8, 0]] * 2, [[0, 8]] * 2
     assert heads_after_a_slowdown(VARIANTS["max"], interval=1) == stayed
     assert heads_after_a_slowdown(VARIANTS["max"], interval=100_000) == gone
@@ -179,7 +179,7 @@ def test_growth_within_the_interval_is_foreseen_unless_the_code_is_followed() ->
     tight = replace(state, topology=cluster(1, memory=now))
     with pytest.raises(PlacementError):
         VARIANTS["max"].propose(tight)
-    check(Scored("max", Errata.FREE_MIGRATION).propose(tight), tight)
+    check(Scored("max", KafetzisErrata.FREE_MIGRATION).propose(tight), tight)
 
 
 @pytest.mark.parametrize("variant", CORRECT)
@@ -266,4 +266,4 @@ def test_the_clocks_of_myopic_are_never_behind_the_scores() -> None:
 
 def test_without_errata_and_with_all_of_them_the_variants_are_what_they_say() -> None:
     assert VARIANTS["max"].errata == VARIANTS["weighted"].errata == CORRECTED
-    assert all(e in VARIANTS["as_coded"].errata for e in Errata)
+    assert all(e in VARIANTS["as_coded"].errata for e in KafetzisErrata)

@@ -235,13 +235,15 @@ def test_a_failed_request_leaves_the_line_to_the_next() -> None:
     assert simulator.backlog_tokens[0] == 0
 
 
-def test_every_device_has_a_queue_of_its_own() -> None:
+def test_a_slot_says_for_how_long_each_device_computes() -> None:
     where = pair()
     simulator = Simulator(where, [requests((0.0, 10, 500))])
-    simulator.step(load("fixed_cut:1", where), Rates.of(where))
-    edge, cloud = simulator.device_backlog_s[0]
+    simulator.step(load("fixed_cut:1", where), Rates.of(where))  # the prompt and the first tokens
+    context = round(simulator.context_tokens[0])
+    slot = simulator.step(load("fixed_cut:1", where), Rates.of(where))
+    edge, cloud = slot.busy_s[0]
     busy = CostModel(ARCH, where).decode(
-        make_planner("fixed_cut:1").propose(ClusterState(arch=ARCH, topology=where)), context_tokens=10
+        make_planner("fixed_cut:1").propose(ClusterState(arch=ARCH, topology=where)), context_tokens=context
     ).busy_s[0]  # fmt: skip
     assert edge / cloud == pytest.approx(busy[0] / busy[1], rel=0.01)
-    assert edge == pytest.approx(simulator.backlog_tokens[0] * busy[0], rel=0.01)
+    assert edge == pytest.approx(slot.served_tokens[0] * busy[0], rel=0.01)

@@ -20,7 +20,7 @@ from splitray.rl.split_point.process import (
     AS_PRINTED,
     LEVELS,
     STEPS,
-    Errata,
+    SplitErrata,
     SplitPoint,
     States,
 )
@@ -94,11 +94,13 @@ def test_what_the_agent_sees_is_within_one_and_shows_the_first_perplexity_and_th
     np.testing.assert_allclose(seen[:, 2], np.log(starts.first), rtol=1e-6)
     after, _ = MDP.step(starts, np.zeros(100, int))
     np.testing.assert_allclose(MDP.observe(after)[:, 3], 1 - 1 / STEPS, rtol=1e-6)
-    bare = replace(MDP, errata=Errata.BARE_STATE)
+    bare = replace(MDP, errata=SplitErrata.BARE_STATE)
     np.testing.assert_allclose(bare.observe(starts), np.stack([starts.noise, starts.cut], 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("reach", "errata"), [(1, Errata(0)), (2, Errata(0)), (1, AS_CODED), (1, AS_PRINTED)])
+@pytest.mark.parametrize(
+    ("reach", "errata"), [(1, SplitErrata(0)), (2, SplitErrata(0)), (1, AS_CODED), (1, AS_PRINTED)]
+)
 def test_the_program_gets_what_the_best_of_all_sequences_gets(reach, errata) -> None:
     mdp = replace(MDP, reach=reach, errata=errata)
     starts = mdp.starts(np.random.default_rng(1), 12)

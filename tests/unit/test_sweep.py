@@ -21,7 +21,7 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.profiling.perplexity import run
-from splitray.profiling.sweep import Meter, SweepRequest, alternatives, read_cuts, sweep
+from splitray.profiling.sweep import PerplexityMeter, SweepRequest, alternatives, read_cuts, sweep
 from splitray.quality.features import (
     CHANNEL_FEATURES,
     PLACE_FEATURES,
@@ -73,7 +73,7 @@ def test_a_sweep_measures_what_single_runs_measure(folder, tmp_path, placement_f
 
 def test_an_interrupted_sweep_goes_on_and_measures_nothing_twice(folder, tmp_path, monkeypatch):  # noqa: F811
     measured = []
-    whole = Meter.measure
+    whole = PerplexityMeter.measure
 
     def counted(self, at, channel, codec="none"):
         if len(measured) == 3:
@@ -81,7 +81,7 @@ def test_an_interrupted_sweep_goes_on_and_measures_nothing_twice(folder, tmp_pat
         measured.append((at, str(channel)))
         return whole(self, at, channel, codec)
 
-    monkeypatch.setattr(Meter, "measure", counted)
+    monkeypatch.setattr(PerplexityMeter, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep(asked(folder, tmp_path))
     assert len(QualityTable.load(tmp_path / "table.json").rows) == 3
@@ -119,7 +119,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("options", "what"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_before_anything_is_measured(options, what, folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(Meter, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(PerplexityMeter, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError) as refused:
         sweep(asked(folder, tmp_path, **options))
     assert what in refused.value.what and refused.value.remedy
@@ -127,7 +127,9 @@ def test_bad_input_is_refused_before_anything_is_measured(options, what, folder,
 
 
 def test_a_meter_feeds_the_loop_that_learns_from_it(folder):  # noqa: F811
-    meter = Meter(model=str(folder), text=str(folder / "text.txt"), window=WINDOW, stride=STRIDE, tokens=90, masks=1)
+    meter = PerplexityMeter(
+        model=str(folder), text=str(folder / "text.txt"), window=WINDOW, stride=STRIDE, tokens=90, masks=1
+    )
 
     def measure(place, channel, codec):
         return meter.measure(round(place.state_depth * 3), channel, codec).relative_perplexity

@@ -31,16 +31,16 @@ _IDLE = np.where(_MEMBER.T[:, None, None, :, None], 0.0, -np.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
+class PieceWork:
     """One piece for each pass: seconds of its FLOPs on each device, [2, P, N], and bytes to read, [P, N]."""
 
     flops_s: Floats
     read_bytes: Floats
 
     @property
-    def of_token(self) -> Pieces:
+    def of_token(self) -> PieceWork:
         """For the first pass alone."""
-        return Pieces(flops_s=self.flops_s[:, :1], read_bytes=self.read_bytes[:1])
+        return PieceWork(flops_s=self.flops_s[:, :1], read_bytes=self.read_bytes[:1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +48,13 @@ class Passes:
     """When each device may begin ([2, P, 4, 4, N]), what that radios ([P, 4, 4, N]), and what each pass counts, [P]."""
 
     weight: Floats
-    attention: Pieces
-    ffn: Pieces
+    attention: PieceWork
+    ffn: PieceWork
     arrive_s: Floats
     radio_j: Floats
 
 
-class Pace:
+class PairTimes:
     """What work and messages take, for one arch on two devices."""
 
     def __init__(self, arch: ModelArch, topology: Topology, rates: Rates, num_instances: int, codec: Codec) -> None:
@@ -80,15 +80,15 @@ class Pace:
         group, unit = arch.weight_bytes(arch.group_params), arch.weight_bytes(arch.ffn_unit_params)
         flops = positions * (2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * before)
         per_s = self.flops_per_s[:, None]
-        attention = Pieces(flops_s=flops / per_s, read_bytes=group + arch.kv_bytes_per_token * before)
+        attention = PieceWork(flops_s=flops / per_s, read_bytes=group + arch.kv_bytes_per_token * before)
         ffn_flops = np.broadcast_to(2 * arch.ffn_unit_params * positions, before.shape)
-        ffn = Pieces(flops_s=ffn_flops / per_s, read_bytes=np.full(before.shape, float(unit)))
+        ffn = PieceWork(flops_s=ffn_flops / per_s, read_bytes=np.full(before.shape, float(unit)))
         arrive_s, radio_j = self._crossing(positions)
         radio_j[1:] = 0.0  # as in `Additive`, a prompt's radio is not counted
         weight = np.array([1.0] if request is None else [1.0, 1 / request.output_tokens])
         return Passes(weight=weight, attention=attention, ffn=ffn, arrive_s=arrive_s, radio_j=radio_j)
 
-    def busy_s(self, pieces: Pieces, counts: Ints) -> Floats:
+    def busy_s(self, pieces: PieceWork, counts: Ints) -> Floats:
         """Computing time of so many pieces [2, X, N or 1] on each device, [2, P, X, N], as `work_s` says."""
         counts = counts[:, None]
         read = counts * pieces.read_bytes[:, None]

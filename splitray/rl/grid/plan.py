@@ -22,7 +22,7 @@ from splitray.planners.optimum.space import MISSING_S
 from splitray.planners.protocol import RequestShape
 from splitray.rl.grid.chain import Chains, Path, along, within
 from splitray.rl.grid.choice import CLOUD, COPIED, EDGE, SIXTEENTHS, SPLIT, Choice
-from splitray.rl.grid.pace import COPIES, PARTS, Pace, Passes, Pieces
+from splitray.rl.grid.pace import COPIES, PARTS, PairTimes, Passes, PieceWork
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
 
@@ -69,7 +69,7 @@ class Program:
         self.num_instances = n = len(per_second)
         self.per_second, self.per_joule = np.asarray(per_second, float), np.asarray(per_joule, float)
         self._context = np.broadcast_to(np.asarray(context_tokens, float), (n,))
-        self.pace = Pace(arch, topology, rates, n, codec)
+        self.pace = PairTimes(arch, topology, rates, n, codec)
         self._origin = topology.ids.index(topology.origin)
         passes = self.pace.passes(self._context, request)
         self._options(passes, current)
@@ -104,7 +104,7 @@ class Program:
         mode = np.where(copied[:, :, None], COPIED, mode)
         self.mode: Ints = mode.reshape(len(mode), -1, n)
 
-    def _cost(self, passes: Passes, pieces: Pieces, counts: Ints, state: Ints, before: int) -> Floats:
+    def _cost(self, passes: Passes, pieces: PieceWork, counts: Ints, state: Ints, before: int) -> Floats:
         """The cost of each way to hold a sub-block after each state before it, [before, G, A or F, N]."""
         flat, at = counts.reshape(2, -1, counts.shape[-1]), state.reshape(-1, state.shape[-1])
         busy = self.pace.busy_s(pieces, flat)  # [2, P, X, N]

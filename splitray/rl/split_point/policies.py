@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.rl.split_point.process import LEVELS, STEPS, Errata, SplitPoint, States
+from splitray.rl.split_point.process import LEVELS, STEPS, SplitErrata, SplitPoint, States
 from splitray.rl.split_point.quality import Ints, Reals
 
 Policy = Callable[[States], Ints]
@@ -45,7 +45,7 @@ def judge(mdp: SplitPoint, policy: Policy, starts: States, seed: int = 0) -> Jud
 
 def stay(mdp: SplitPoint) -> Policy:
     """Never move."""
-    named = Errata.ABSOLUTE_ACTIONS in mdp.errata
+    named = SplitErrata.ABSOLUTE_ACTIONS in mdp.errata
     return lambda states: states.cut - 1 if named else np.zeros(len(states), np.int64)
 
 

@@ -43,7 +43,7 @@ _CASES: dict[Case, tuple[float, float, str]] = {
 }  # fmt: skip
 
 
-class Errata(enum.Flag):
+class SplitErrata(enum.Flag):
     """What the text prints or its code does, one switch each, all off in `CORRECTED`."""
 
     PRINTED_REWARD = enum.auto()  # E4: eq. (9), -(PPL + lambda C_UE), never above -1
@@ -53,10 +53,10 @@ class Errata(enum.Flag):
     UNEVEN_STEP = enum.auto()  # 3.4: three layers more move the channel as one does
 
 
-CORRECTED = Errata(0)
-AS_PRINTED = Errata.PRINTED_REWARD | Errata.BARE_STATE
-AS_CODED = Errata.BARE_STATE | Errata.ONE_LAYER_MORE | Errata.UNEVEN_STEP
-AS_CODED_MEASURED = Errata.BARE_STATE | Errata.ONE_LAYER_MORE | Errata.ABSOLUTE_ACTIONS
+CORRECTED = SplitErrata(0)
+AS_PRINTED = SplitErrata.PRINTED_REWARD | SplitErrata.BARE_STATE
+AS_CODED = SplitErrata.BARE_STATE | SplitErrata.ONE_LAYER_MORE | SplitErrata.UNEVEN_STEP
+AS_CODED_MEASURED = SplitErrata.BARE_STATE | SplitErrata.ONE_LAYER_MORE | SplitErrata.ABSOLUTE_ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class SplitPoint:
     reach: int = 1
     case: Case = "A"
     channel: Channel = "endogenous"
-    errata: Errata = CORRECTED
+    errata: SplitErrata = CORRECTED
     last_cut: int = LAST_CUT
     perplexity: float = 1.0
     load_price: float = 1.0
@@ -108,7 +108,7 @@ class SplitPoint:
                              remedy="choose one of the paper's action spaces")  # fmt: skip
         if self.case not in _CASES:
             raise InputError("case", expected=f"one of {', '.join(_CASES)}", actual=self.case, remedy="choose one")
-        known = self.quality.last_cut - (Errata.ONE_LAYER_MORE in self.errata)
+        known = self.quality.last_cut - (SplitErrata.ONE_LAYER_MORE in self.errata)
         if not 2 <= self.last_cut <= known:
             raise InputError("last cut", expected=f"2 to {known}", actual=self.last_cut,
                              remedy="measure later cuts, or give a smaller one")  # fmt: skip
@@ -121,12 +121,12 @@ class SplitPoint:
     @property
     def num_actions(self) -> int:
         """A."""
-        return self.last_cut if Errata.ABSOLUTE_ACTIONS in self.errata else len(self.moves)
+        return self.last_cut if SplitErrata.ABSOLUTE_ACTIONS in self.errata else len(self.moves)
 
     @property
     def num_features(self) -> int:
         """F."""
-        return 2 if Errata.BARE_STATE in self.errata else 4
+        return 2 if SplitErrata.BARE_STATE in self.errata else 4
 
     def starts(self, rng: np.random.Generator, count: int) -> States:
         """First states of the case, drawn evenly."""
@@ -143,7 +143,7 @@ class SplitPoint:
 
     def target(self, cut_N: Ints, action_N: Ints) -> Ints:
         """Where the cut is then: as far as it goes, if it cannot go that far."""
-        if Errata.ABSOLUTE_ACTIONS in self.errata:
+        if SplitErrata.ABSOLUTE_ACTIONS in self.errata:
             return action_N + 1
         return np.clip(cut_N + np.array(self.moves)[action_N], 1, self.last_cut)
 
@@ -156,9 +156,9 @@ class SplitPoint:
             noise_N = self.strength((rng.random((len(states), 1)) > reached_NL[:, :-1]).sum(1))
         else:
             moved_N = (cut_N - states.cut).astype(float)
-            if Errata.ABSOLUTE_ACTIONS in self.errata:
+            if SplitErrata.ABSOLUTE_ACTIONS in self.errata:
                 moved_N = np.sign(moved_N)
-            elif Errata.UNEVEN_STEP in self.errata:
+            elif SplitErrata.UNEVEN_STEP in self.errata:
                 moved_N = np.where(moved_N == 3, 1.0, moved_N)
             noise_N = np.minimum(states.noise * (1 - DRIFT * moved_N), self.quality.strongest)
         relative_N = self.relative(noise_N, cut_N)
@@ -167,13 +167,13 @@ class SplitPoint:
 
     def reward(self, relative: Reals, cut: Ints, first: Reals) -> Reals:
         """Of arriving at relative perplexities and cuts; the shapes must fit each other."""
-        if Errata.PRINTED_REWARD in self.errata:
+        if SplitErrata.PRINTED_REWARD in self.errata:
             return -(self.perplexity * relative + self.load_price * cut)
         return QUALITY_WEIGHT * (1 - relative / first) + LOAD_WEIGHT * (self.last_cut - cut) / self.last_cut
 
     def observe(self, states: States) -> NDArray[np.float32]:
         """What the agent sees, [N, F]: strength and cut over their largest, log PPL_0, steps left over all."""
-        if Errata.BARE_STATE in self.errata:
+        if SplitErrata.BARE_STATE in self.errata:
             return np.stack([states.noise, states.cut], axis=1).astype(np.float32)
         left_N = np.full(len(states), 1 - states.step / STEPS)
         columns = [
@@ -201,7 +201,7 @@ class SplitPoint:
 
     def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
         """Relative perplexity of a state."""
-        return self.quality.relative(noise_N, cut_N + (Errata.ONE_LAYER_MORE in self.errata))
+        return self.quality.relative(noise_N, cut_N + (SplitErrata.ONE_LAYER_MORE in self.errata))
 
 
 @lru_cache

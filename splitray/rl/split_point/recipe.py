@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from splitray.errors import InputError
-from splitray.rl.split_point.process import CORRECTED, LAST_CUT, STEPS, Case, Channel, Errata, SplitPoint
+from splitray.rl.split_point.process import CORRECTED, LAST_CUT, STEPS, Case, Channel, SplitErrata, SplitPoint
 from splitray.rl.split_point.quality import Noise, Quality
 
 Algorithm = Literal["ppo", "a2c", "dqn"]
@@ -36,7 +36,7 @@ class SplitRecipe:
     reach: int = 1
     case: Case = "A"
     channel: Channel = "endogenous"
-    errata: Errata = CORRECTED
+    errata: SplitErrata = CORRECTED
     last_cut: int = LAST_CUT
     steps: int = 24_000
     seed: int = 0

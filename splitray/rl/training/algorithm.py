@@ -41,7 +41,7 @@ def config_of(recipe: Recipe) -> AlgorithmConfig:
     end = recipe.iterations * recipe.batch_slots
     entropy: Any = [[0, recipe.entropy], [end, recipe.last_entropy]]  # a schedule, which the annotation forgets
     config: AlgorithmConfig = (
-        PPOConfig(algo_class=Splitwise)
+        PPOConfig(algo_class=SplitwisePPO)
         .environment(PlacementEnv, env_config={"recipe": recipe}, disable_env_checking=True)
         .framework("torch")
         .env_runners(num_env_runners=0, num_envs_per_env_runner=1)
@@ -77,7 +77,7 @@ def _itself(learner: Any, *_: Any) -> Any:
     return learner
 
 
-class Splitwise(PPO):
+class SplitwisePPO(PPO):
     """Hierarchical PPO with two critics over placements."""
 
     @classmethod

@@ -16,7 +16,7 @@ from splitray.rl.training.holdout import Decide
 from splitray.rl.world.action import FREE, MOVE_WEIGHTS, PRICES, ActionSpec, Ints
 from splitray.rl.world.cell import Cell
 from splitray.rl.world.observation import Floats
-from splitray.rl.world.vector_env import SLOT_S, Outcome, VectorEnv
+from splitray.rl.world.vector_env import SLOT_S, StepResult, VectorEnv
 from splitray.rl.world.weather import Climate
 
 CANDIDATES = tuple((0, stay, price) for price in range(len(PRICES)) for stay in (2, len(MOVE_WEIGHTS) - 1))
@@ -97,7 +97,7 @@ def ahead(env: VectorEnv, slots: int) -> Floats:
     return found
 
 
-def _slot(env: VectorEnv, online: Sequence[Decide], fixed: Ints, candidate: Ints) -> Outcome:
+def _slot(env: VectorEnv, online: Sequence[Decide], fixed: Ints, candidate: Ints) -> StepResult:
     for rows in env.turns:
         mine = candidate[rows]
         high = fixed[np.minimum(mine, len(fixed) - 1)]

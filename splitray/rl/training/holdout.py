@@ -37,7 +37,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
+class LatencyRatio:
     """The mean of ln(a / b) over weathers as a ratio, with a 95 % interval (normal)."""
 
     ratio: float
@@ -48,12 +48,12 @@ class Paired:
         return f"{self.ratio:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
-def paired(a: Floats, b: Floats) -> Paired:
+def paired(a: Floats, b: Floats) -> LatencyRatio:
     """Compare two policies' latencies on the same weathers."""
     logs = np.log(a / b)
     logs = logs[np.isfinite(logs)]
     error = 1.96 * logs.std(ddof=1) / np.sqrt(len(logs)) if len(logs) > 1 else float("inf")
-    return Paired(*(float(np.exp(x)) for x in (logs.mean(), logs.mean() - error, logs.mean() + error)))
+    return LatencyRatio(*(float(np.exp(x)) for x in (logs.mean(), logs.mean() - error, logs.mean() + error)))
 
 
 def program(stay: int = DEFAULT_KNOBS[1], v: int = DEFAULT_KNOBS[0], price: int = DEFAULT_KNOBS[2]) -> Decide:

@@ -50,7 +50,7 @@ _STILL = ("flops_per_s", "bytes_per_s", "launch_s", "exchange_s", "contention_s_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class StepResult:
     """One slot: rewards in two parts [N, 2], their terms [N] each, and what was moved.
 
     `mattered`: whether another choice would have led elsewhere, as far as that was asked for, [N]. `cloud_used`: the
@@ -215,7 +215,7 @@ class VectorEnv:
         self._move(decided, rows)
         return decided
 
-    def serve(self) -> Outcome:
+    def serve(self) -> StepResult:
         """What comes of it, and on to the next slot."""
         start, share = self.simulator.now_s, self._crowd.share
         slot = self.simulator.step(self._load, slowed(self._alone, share), share=share)
@@ -230,7 +230,7 @@ class VectorEnv:
             accuracy_debt=none,
         )  # fmt: skip
         terms = terms_of(spent, self.weights, self.known)
-        outcome = Outcome(
+        outcome = StepResult(
             rewards=rewards_of(terms),
             terms=terms,
             moved=self._moved,
@@ -245,7 +245,7 @@ class VectorEnv:
         self._look(self._everyone)
         return outcome
 
-    def step(self, high: Ints, low: Ints | None = None) -> Outcome:
+    def step(self, high: Ints, low: Ints | None = None) -> StepResult:
         """A whole slot under actions that do not depend on whose turn it is, [N, choices]."""
         for rows in self.turns:
             self.act(high[rows], None if low is None else low[rows], rows)
