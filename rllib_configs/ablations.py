@@ -41,7 +41,7 @@ def no_dp(seed: int = 0) -> Recipe:
 
 
 def bits(seed: int = 0) -> Recipe:
-    """As no_dp, a bit for each eighth of the heads (SPEC 2.7)."""
+    """As no_dp, a bit for each eighth of the heads (docs/equations.md E2.8)."""
     return replace(no_dp(seed), name="bits", bits=True)
 
 

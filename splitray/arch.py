@@ -84,12 +84,12 @@ class ModelArch:
 
     @property
     def group_params(self) -> int:
-        """Weights of one head group: its rows of q, k, v and its columns of o (SPEC 1.8, biases left out)."""
+        """Weights of a head group without biases: its rows of q, k, v and its columns of o (docs/equations.md E1.8)."""
         return self.hidden_dim * self.head_dim * (2 * self.heads_per_group + 2)
 
     @property
     def ffn_unit_params(self) -> int:
-        """Weights of one FFN column, or of one whole expert (SPEC 1.9)."""
+        """Weights of one FFN column, or of one whole expert (docs/equations.md E1.9)."""
         columns = self.expert_columns if self.num_experts else 1
         return self.ffn_matrices * self.hidden_dim * columns
 
@@ -100,7 +100,7 @@ class ModelArch:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV bytes of one head group of one layer for one token (SPEC 1.10)."""
+        """KV bytes of one head group of one layer for one token (docs/equations.md E1.10)."""
         return 2 * self.head_dim * self.dtype_bytes
 
     @property

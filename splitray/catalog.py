@@ -26,7 +26,7 @@ class Value:
 
 _ORIN = "decode rates that public reports give for Orin NX at Q4 spread 2 to 4 times; fitted inside their band"
 _NVIDIA = "recalled from NVIDIA's specification table"
-_GUESS = "SPEC section 6: efficiency 0.3-0.6 of compute, 0.6-0.8 of memory until profiled"
+_GUESS = "docs/equations.md E6.1: efficiency 0.3-0.6 of compute, 0.6-0.8 of memory until profiled"
 _GEERLING = "Ollama Q4_K_M rates and wall power of geerlingguy/ai-benchmarks @ bdf9441"
 _DLLAMA = "Llama 2 7B Q40 on 1 to 8 nodes, README of b4rtaz/distributed-llama @ dddeb12"
 _LLAMA_RN = "llama.rn, a 1.7B model at Q4_0 on Snapdragon 8 Gen 2: 110-460 prefill, 16.6-20.9 decode tokens/s"

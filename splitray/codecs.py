@@ -1,7 +1,7 @@
 """How values of the residual travel: exactly, or rounded to fewer bits. Arithmetic in numpy; knows no wire.
 
 A codec rounds each token by itself, so that the same row gives the same bytes in a prompt, in a batch and alone.
-What it applies to (DESIGN section 3):
+What it applies to (the exchange rule of ARCHITECTURE.md):
 
 - A `partial`: every holder of a partitioned sub-block rounds its own partial once, sends the same bytes to all, and
   adds what the bytes say, its own included. The residual is never folded in: it travels exact and apart, in the lead's

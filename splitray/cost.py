@@ -2,7 +2,7 @@
 
 A placement becomes a `Load` (bytes, operations and messages, no seconds), a topology becomes `Rates`, and `step_cost`
 runs one clock a device over the route. All three carry a leading axis N, so that a simulator prices many instances at
-once; a single placement has N = 1. FLOPs count a multiply-add as two. Equation numbers are those of SPEC section 1.
+once; a single placement has N = 1. FLOPs count a multiply-add as two. Equation numbers are those of docs/equations.md.
 
 Shapes: N instances, B stages (sub-blocks in order, an inner boundary a stage of its own), D devices. A matrix
 [.., D, D] is indexed [source, target].
@@ -256,7 +256,7 @@ class StepCost:
     sent_bytes: Floats  # [N, D, D]
 
     def energy_j(self, topology: Topology, seconds: Floats | None = None) -> Floats:
-        """Energy of each device over `seconds` (default the cycle): idle, active and radio parts (1.17), [N, D]."""
+        """Energy of each device over `seconds` (default the cycle): idle, active and radio parts (E1.17), [N, D]."""
         idle, active, radio = (np.array([getattr(d, n) for d in topology.devices]) for n in _POWERS)
         period = self.cycle_s if seconds is None else seconds
         return idle * period[:, None] + (active - idle) * self.busy_s + radio * self.radio_s
@@ -285,7 +285,7 @@ def step_cost(
         context_tokens: tokens in the KV cache of each sequence, the new ones included; a number or [N].
         new_tokens: positions of this step, 1 while decoding; a number or [N].
         batch: sequences of this step; a number or [N].
-        time_model: `flops` ignores memory bandwidth, as SPEC 4 does; real devices follow the roofline (1.14).
+        time_model: `flops` ignores memory bandwidth, as arXiv 2505.02533; real devices follow the roofline (E1.14).
     """
     n, (num_stages, num_devices) = load.num_instances, load.flops.shape[1:]
     work = work_s(load, rates, context_tokens=context_tokens, new_tokens=new_tokens, batch=batch, time_model=time_model)
@@ -358,7 +358,7 @@ def work_s(
     batch: float | Floats = 1.0,
     time_model: TimeModel = "roofline",
 ) -> Floats:
-    """Computing time of every stage on every device, [N, B, D]: (1.14), or FLOPs over FLOP/s.
+    """Computing time of every stage on every device, [N, B, D]: E1.14, or FLOPs over FLOP/s.
 
     Devices that share a memory begin a stage together: the one with less to read slows the others down until it is
     done, which costs each of them the smaller one's bytes times the contention.
@@ -447,7 +447,7 @@ def prompt_s(load: Load, rates: Rates, prompt_tokens: float | Floats) -> Floats:
 
 
 def memory_bytes(placement: Placement, arch: ModelArch, context_tokens: int) -> dict[DeviceId, int]:
-    """Weights and KV of `context_tokens` tokens on each device of the placement (1.8 to 1.12).
+    """Weights and KV of `context_tokens` tokens on each device of the placement (E1.8 to E1.12).
 
     Pass the context at the end of a planning interval, so that growth within it cannot overflow.
     """

@@ -40,5 +40,5 @@ class ModelError(InputError):
     """A checkpoint or an architecture that cannot be run exactly."""
 
 
-class DeviceLost(RuntimeError):  # noqa: N818 - the noun of DESIGN: a state of the world, not a slip of the user
+class DeviceLost(RuntimeError):  # noqa: N818 - a noun: a state of the world, not a slip of the user
     """A device process died, closed its connection, or missed its deadline."""

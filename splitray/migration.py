@@ -1,7 +1,7 @@
 """What must move between two placements, in bytes, and how long that takes. Moves nothing itself.
 
 A head group moves together with its KV cache (arXiv 2505.02533, STATED). Weights travel only where they are not
-staged on the target already (DESIGN section 6: every device reads its own copy of the checkpoint).
+staged on the target already (every device reads its own copy of the checkpoint).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def moved_bytes(moves: Sequence[Move], *, staged: bool) -> int:
 
 
 def delay_s(moves: Sequence[Move], topology: Topology, *, staged: bool) -> float:
-    """Time of all moves: links work side by side, moves of one link (or medium) one after the other (SPEC 4.6).
+    """Time of all moves: links side by side, moves of one link (or medium) in a row (docs/equations.md E4.6).
 
     Infinite where a move needs a link that the topology lacks.
     """

@@ -102,7 +102,7 @@ class Placement:
         return found
 
     def to_document(self) -> dict[str, Any]:
-        """The YAML document of this placement (DESIGN section 7)."""
+        """The YAML document of this placement (an example: clusters/placement-example.yaml)."""
 
         def plain(shares: Shares) -> dict[str, list[list[int]]]:
             return {str(d): [[r.start, r.stop] for r in ranges] for d, ranges in shares.by_device}

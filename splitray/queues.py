@@ -1,4 +1,4 @@
-"""Backlog and virtual queues from slot to slot. Knows no planner.
+"""Backlog and virtual queues from slot to slot (docs/equations.md E2.11 to E2.14). Knows no planner.
 
 Work is counted in output tokens, since requests differ in length. The equations are those of Neely, Stochastic Network
 Optimization (2010), chapters 3 and 4: Q(t+1) = max(Q(t) - served, 0) + arrived, and likewise for a mean with a budget.

@@ -1,7 +1,7 @@
 """What runs where, in which order, and which messages cross: compiled once from a Placement.
 
 The engine executes a Route and the cost model prices the same Route, so they cannot disagree. The rule is
-DESIGN section 3, kept in ARCHITECTURE.md. It knows neither tensors nor time.
+The exchange rule stands in ARCHITECTURE.md. It knows neither tensors nor time.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def crossing(
     codec: Codec,
     channel: NoisyChannel | None = None,
 ) -> tuple[Message, ...]:
-    """The messages between two sub-blocks that follow each other, by the exchange rule (DESIGN section 3)."""
+    """The messages between two sub-blocks that follow each other, by the exchange rule of ARCHITECTURE.md."""
     lacking = [d for d in there.devices if d not in here.devices]
     if here.mode != "partitioned":
         num_bytes = encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)

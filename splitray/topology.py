@@ -104,7 +104,7 @@ class Link:
     medium: str | None = None
 
     def transfer_s(self, num_bytes: float) -> float:
-        """One-way time of a message: half the RTT, the fixed cost, and bytes over rate (SPEC 1.15)."""
+        """One-way time of a message: half the RTT, the fixed cost, and bytes over rate (docs/equations.md E1.15)."""
         return self.rtt_s / 2 + self.exchange_s + num_bytes / self.bandwidth_bytes_per_s
 
 

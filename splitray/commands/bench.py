@@ -1,7 +1,7 @@
 """Suites that measure this machine: `engine` against one-thread transformers, in one run, interleaved; and two more.
 
 `predicted` holds the cost model against the engine (profiling/predicted.py), `simulator` times the virtual clock
-(sim/speed.py); what follows is of `engine`.
+(profiling/simulator_speed.py); what follows is of `engine`.
 
 Figures of parallel processes mean something only while nothing else runs: the load before the run is in the result.
 CPU seconds and bytes are solid in any weather. Every ratio is speed over one-thread transformers.generate.

@@ -19,7 +19,7 @@ Array = NDArray[np.float32]
 
 
 class Exchange(Protocol):
-    """What a shard needs of the world around it (runtime/crossing.py on a wire, or nothing for one device)."""
+    """What a shard needs of the world around it (runtime/device/crossing.py on a wire, or nothing for one device)."""
 
     def cross(
         self,

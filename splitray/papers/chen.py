@@ -1,7 +1,7 @@
 """Chen et al. (arXiv 2406.02616): what the user's device computes for the first p layers, eq. (2), and eq. (5).
 
-The formulas are STATED, their corrections are ours (SPEC 3.2, 3.11). The channel as it is run is `splitray.channel`;
-the reward is not here. The authors' released code has no licence and was not used.
+The formulas are STATED, their corrections are ours (docs/equations.md, section 3). The channel as it is run is
+`splitray.channel`; the reward is not here. The authors' released code has no licence and was not used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from splitray.channel import Nakagami
 class ChenErrata(enum.Flag):
     """What the text prints (STATED), one switch each, all off in `CORRECTED`."""
 
-    HEAD_SHARE = enum.auto()  # E2: QKV and attention over kappa, one head's part beside a whole projection and FFN
-    MULTIPLY_ADDS = enum.auto()  # E2: a multiply-add counts once
-    PLAIN_MLP = enum.auto()  # 3.2: full K and V and two maps of 4 d for any model, SwiGLU too
-    PER_SECOND = enum.auto()  # E3: a count is called a rate, which is right only for steps of one second
-    SQUARED_OMEGA = enum.auto()  # E1: eq. (5)'s exponent has omega^2, so that it is no probability
+    HEAD_SHARE = enum.auto()  # C2: QKV and attention over kappa, one head's part beside a whole projection and FFN
+    MULTIPLY_ADDS = enum.auto()  # C2: a multiply-add counts once
+    PLAIN_MLP = enum.auto()  # C4: full K and V and two maps of 4 d for any model, SwiGLU too
+    PER_SECOND = enum.auto()  # C3: a count is called a rate, which is right only for steps of one second
+    SQUARED_OMEGA = enum.auto()  # C1: eq. (5)'s exponent has omega^2, so that it is no probability
 
 
 AS_PRINTED = ~ChenErrata(0)
@@ -29,7 +29,7 @@ CORRECTED = ChenErrata(0)
 def layer_operations(arch: ModelArch, *, tokens: int, errata: ChenErrata = CORRECTED) -> float:
     """FLOPs(L_1) of a forward pass over n = d_in `tokens` without a cache.
 
-    Printed: 3 n d^2 / kappa + 2 n^2 d / kappa + 9 n d^2, d = d_mid, kappa heads. Corrected: 24 n d^2 + 4 n^2 d (1.6)
+    Printed: 3 n d^2 / kappa + 2 n^2 d / kappa + 9 n d^2, d = d_mid, kappa heads. Corrected: 24 n d^2 + 4 n^2 d (E1.6)
     for a plain MLP of 4 d, and 8 n d^2 + 4 n^2 d + 6 n d d_ff for SwiGLU, which is what `splitray.cost` counts.
     """
     n, d = tokens, arch.hidden_dim
@@ -51,7 +51,7 @@ def ue_operations(arch: ModelArch, num_layers: int, *, tokens: int, errata: Chen
 def ue_flops_per_s(
     arch: ModelArch, num_layers: int, *, tokens: int, step_s: float, errata: ChenErrata = CORRECTED
 ) -> float:
-    """C_UE(p) as the rate that the text calls it: the count over the time of a step, or the count itself (E3)."""
+    """C_UE(p) as the rate that the text calls it: the count over the time of a step, or the count itself (C3)."""
     count = ue_operations(arch, num_layers, tokens=tokens, errata=errata)
     return count if ChenErrata.PER_SECOND in errata else count / step_s
 

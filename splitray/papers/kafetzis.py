@@ -1,9 +1,9 @@
 """Kafetzis et al. (arXiv 2505.02533): blocks of one decoder layer, the three-phase delay, migration.
 
 Of the paper only the abstract is STATED; the rest is CODE, the author's simulator (MIT, re-implemented from its
-formulas, nothing copied), whose comments carry a draft's equation numbers. Numbers (4.k) are SPEC's. With no erratum
-every form is that of `splitray.cost`, but for a projection that is a block of its own: our engine slices it with its
-heads and does not execute this. Knows no planner.
+formulas, nothing copied), whose comments carry a draft's equation numbers. Numbers E4.k and K1 to K12 are those of
+docs/equations.md. With no erratum every form is that of `splitray.cost`, but for a projection that is a block of its
+own: our engine slices it with its heads and does not execute this. Knows no planner.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Order = Literal["serial", "parallel"]
 
 
 class KafetzisErrata(enum.Flag):
-    """What the released code does (CODE), one switch each, all off in `CORRECTED`. E1 to E8 as in SPEC 4.9."""
+    """What the released code does (CODE), one switch each, all off in `CORRECTED`."""
 
-    CACHE_SIZE = enum.auto()  # E1: a head's cache is g D b instead of 2 s d b, and not looked at when ordering
-    FFN_TENTH = enum.auto()  # E2: 0.8 s D^2 instead of 8 s D^2
-    GIGABITS = enum.auto()  # E3: GB over Gbit/s, eight times too quick (8.6 times if its GB are of 2^30 bytes)
-    NO_WEIGHTS = enum.auto()  # E4: projection and FFN have activations only
-    RECOMPUTE = enum.auto()  # E5: all s positions are computed anew for each token
-    FREE_MIGRATION = enum.auto()  # E6: moves are never counted, nor what the interval will bring
-    SOURCE_BAN = enum.auto()  # E7: the source may host no block, while the exact solver may use it
-    TOTAL_CAPACITY = enum.auto()  # E8: scores divide by what a device has, not by what it has left
-    MULTIPLY_ADDS = enum.auto()  # 4.3: a multiply-add counts once, over devices rated in FLOP/s
-    NO_WEIGHTED_SUM = enum.auto()  # 4.3: attention is its scores alone
-    NO_BROADCASTS = enum.auto()  # 4.4: the input reaches the heads, and the result the controller, for nothing
-    NO_LATENCY = enum.auto()  # 1.15: a transfer is bytes over rate
+    CACHE_SIZE = enum.auto()  # K1: a head's cache is g D b instead of 2 s d b, and not looked at when ordering
+    FFN_TENTH = enum.auto()  # K2: 0.8 s D^2 instead of 8 s D^2
+    GIGABITS = enum.auto()  # K3: GB over Gbit/s, eight times too quick (8.6 times if its GB are of 2^30 bytes)
+    NO_WEIGHTS = enum.auto()  # K4: projection and FFN have activations only
+    RECOMPUTE = enum.auto()  # K5: all s positions are computed anew for each token
+    FREE_MIGRATION = enum.auto()  # K6: moves are never counted, nor what the interval will bring
+    SOURCE_BAN = enum.auto()  # K7: the source may host no block, while the exact solver may use it
+    TOTAL_CAPACITY = enum.auto()  # K8: scores divide by what a device has, not by what it has left
+    MULTIPLY_ADDS = enum.auto()  # K9: a multiply-add counts once, over devices rated in FLOP/s
+    NO_WEIGHTED_SUM = enum.auto()  # K10: attention is its scores alone
+    NO_BROADCASTS = enum.auto()  # K11: the input reaches the heads, and the result the controller, for nothing
+    NO_LATENCY = enum.auto()  # K12: a transfer is bytes over rate
 
 
 AS_CODED = ~KafetzisErrata(0)
@@ -54,7 +54,7 @@ class LayerBlock:
 
     @property
     def memory_bytes(self) -> float:
-        """m_i of (4.5) and (4.8): weights, activations and K/V cache (2ND and CODE)."""
+        """m_i of E4.5 and E4.8: weights, activations and K/V cache (2ND and CODE)."""
         return self.weight_bytes + self.activation_bytes + self.cache_bytes
 
 
@@ -68,7 +68,7 @@ class LayerBlocks:
     input_bytes: float
 
     def head_with_projection(self, num_heads: int) -> LayerBlock:
-        """A head with its slice of the projection, the block that our engine moves (SPEC 1.8)."""
+        """A head with its slice of the projection, the block that our engine moves (E1.8)."""
         h, p, n = self.head, self.projection, num_heads
         return LayerBlock(
             weight_bytes=h.weight_bytes + p.weight_bytes / n,
@@ -82,7 +82,7 @@ class LayerBlocks:
 def layer_blocks(
     arch: ModelArch, *, context_tokens: int, generated_tokens: int | None = None, errata: KafetzisErrata = CORRECTED
 ) -> LayerBlocks:
-    """What the blocks of one layer need in one decode step (SPEC 4.3).
+    """What the blocks of one layer need in one decode step (corrected: section 1 of docs/equations.md).
 
     A head is a KV group; of multi-head attention, as in the paper, that is one head. For a plain MLP of 4 D every
     as-coded number is the code's; a layer of other widths keeps its own with the same error in it.
@@ -162,7 +162,7 @@ def inference_s(
     mode: Mode = "sum",
     errata: KafetzisErrata = CORRECTED,
 ) -> float:
-    """D_inf of one token (4.1 to 4.4, CODE; layers in a row are INFERRED): heads, then projection, then FFN.
+    """D_inf of one token (E4.1 to E4.4, CODE; layers in a row are INFERRED): heads, then projection, then FFN.
 
     The origin is the controller. Unless NO_BROADCASTS, it sends the input to the devices with heads of the first layer,
     each FFN does so for the next layer, and the last one returns its output (INFERRED).
@@ -209,7 +209,7 @@ def migration_s(
     order: Order = "parallel",
     errata: KafetzisErrata = CORRECTED,
 ) -> float:
-    """D_mig between two assignments of one layer (4.5: m_i / R, 2ND; 4.6: the order is INFERRED).
+    """D_mig between two assignments of one layer (E4.5: m_i / R, 2ND; E4.6: the order is INFERRED).
 
     `serial` adds all moves, `parallel` those of one link and takes the slowest link. FREE_MIGRATION makes it zero,
     which is what the released code adds.

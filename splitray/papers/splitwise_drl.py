@@ -1,8 +1,9 @@
 """A reference latency for the two sides of Splitwise-DRL (Younesi et al., arXiv 2512.23310).
 
 STATED is the abstract alone: heads and FFN sub-blocks go to edge or cloud. Head bits and the three FFN modes are 2ND,
-every equation here is INFERRED (SPEC 2.3) and none is the paper's. The engine executes `splitray.route` instead, whose
-exchange rule has no mode `split` and never sends the residual back first; tests compare the two where they agree.
+every equation here is INFERRED (docs/equations.md, section 2) and none is the paper's. The engine executes
+`splitray.route` instead, whose exchange rule has no mode `split` and never sends the residual back first; tests compare
+the two where they agree.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Sides:
         arch: a decoder whose attention and FFN follow each other.
         topology: one device of either tier, linked both ways, the edge as origin.
         time_model: see `cost.step_cost`.
-        reply: what remote heads return: their raw outputs where those are narrower than the partial sum (2.2), or
+        reply: what remote heads return: their raw outputs where those are narrower than the partial sum (E2.2), or
             always the partial sum, as our engine does.
 
     Raises:
@@ -68,7 +69,7 @@ class Sides:
             )
 
     def token_s(self, layers: Sequence[LayerSplit], *, context_tokens: int, new_tokens: int = 1) -> float:
-        """T_tok (2.6) of one forward pass over `new_tokens`: the residual starts and the token ends at the edge.
+        """T_tok (E2.6) of one forward pass over `new_tokens`: the residual starts and the token ends at the edge.
 
         The head runs where the residual is then; the embedding, a row lookup, takes no time.
         """
@@ -85,13 +86,13 @@ class Sides:
     def request_s(
         self, layers: Sequence[LayerSplit], *, prompt_tokens: int, output_tokens: int, queue_s: float = 0.0
     ) -> float:
-        """T_req (2.7): the wait, the prompt at once, which yields the first token, and a step for each further one."""
+        """T_req (E2.7): the wait, the prompt at once, which yields the first token, and a step for each further one."""
         total = queue_s + self.token_s(layers, context_tokens=prompt_tokens, new_tokens=prompt_tokens)
         steps = range(prompt_tokens + 1, prompt_tokens + output_tokens)
         return total + sum(self.token_s(layers, context_tokens=c) for c in steps)
 
     def _attention(self, layer: LayerSplit, at_cloud: bool, context: int, new: int) -> tuple[float, bool]:
-        """T_MHA and where the residual is then (2.1 to 2.3)."""
+        """T_MHA and where the residual is then (E2.1 to E2.3)."""
         arch = self.arch
         other = arch.num_kv_heads - layer.cloud_groups if at_cloud else layer.cloud_groups
         same = arch.num_kv_heads - other
@@ -107,7 +108,7 @@ class Sides:
         return max(same_s, there_s), at_cloud
 
     def _ffn(self, layer: LayerSplit, at_cloud: bool, new: int) -> tuple[float, bool]:
-        """T_FFN and where the residual is then (2.4, 2.5)."""
+        """T_FFN and where the residual is then (E2.4, E2.5)."""
         arch = self.arch
         params = arch.ffn_dim * arch.ffn_unit_params
         if layer.ffn != "split":
@@ -138,7 +139,7 @@ class Sides:
     def _work_s(
         self, cloud: bool, params: int, *, positions: int, more_flops: float = 0, more_bytes: float = 0
     ) -> float:
-        """The roofline (1.14) of one device: its weights once, a multiply-add for each and position."""
+        """The roofline (E1.14) of one device: its weights once, a multiply-add for each and position."""
         device = self._device(cloud)
         seconds = (2 * params * positions + more_flops) / (device.compute_flops * device.compute_efficiency)
         if self.time_model == "flops":

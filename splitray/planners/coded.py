@@ -19,7 +19,7 @@ AUTO = "auto"
 def best_codec(
     chosen: CheckedPlanner, state: ClusterState, accuracy_of: Callable[[Codec], Accuracy | None]
 ) -> tuple[ClusterState, Placement]:
-    """Place with every codec and keep the cheapest: SPEC 2.16 with the codec as one more choice.
+    """Place with every codec and keep the cheapest: docs/equations.md E2.18 with the codec as one more choice.
 
     Args:
         chosen: drift_plus_penalty with a V above 0, which weighs perplexity against seconds.

@@ -1,4 +1,4 @@
-"""Ours: each slot the placement of the least drift plus penalty, by an exact dynamic program (SPEC 2.11 to 2.18).
+"""Ours: each slot the placement of the least drift plus penalty, by an exact dynamic program (docs/equations.md E2.18).
 
 A token that takes T seconds, E joule and an accuracy loss D costs
 

@@ -1,7 +1,8 @@
 """EdgeShard: which devices, and which contiguous layers on each, by dynamic programming (arXiv 2405.14371).
 
-The recursion is the standard one of a linear partition (INFERRED from the abstract, SPEC section 5): the best way to
-have layers 0..l done with the last of them on device j. The first layers start from the origin, as the data does.
+The recursion is the standard one of a linear partition (docs/equations.md E5.1, inferred from the abstract): the best
+way to have layers 0..l done with the last of them on device j. The first layers start from the origin, as the data
+does.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Head-level partitioning from what is available now, with migration charged (Kafetzis et al., arXiv 2505.02533).
 
-Head groups go one by one to the device on which they are done first, given the load and the memory already placed
-there (the remaining-capacity score of SPEC 4.7 in seconds); the FFN with the output projection's sum stays whole, as in
-the paper. A layer that finds no place backtracks into the layer before. The released code scores total capacity, never
-backtracks and never charges migration (SPEC 4.3, 4.9); those three are corrected here. Ours beyond the paper: for each
-holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides. The paper's own
-scores are in scored.py.
+Head groups go one by one to the device on which they are done first, given the load and the memory already placed there
+(the remaining-capacity score of docs/equations.md E4.R in seconds); the FFN with the output projection's sum stays
+whole, as in the paper. A layer that finds no place backtracks into the layer before. The released code scores total
+capacity, never backtracks and never charges migration (K6, K8); those three are corrected here. Ours beyond the paper:
+for each holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides. The
+paper's own scores are in scored.py.
 
 Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
 """
@@ -73,7 +73,7 @@ class Myopic:
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; keeps the current placement where moving does not pay within the interval.
 
-        Memory is checked at the end of the interval (SPEC 4.8). Fails where backtracking finds no place.
+        Memory is checked at the end of the interval (E4.8). Fails where backtracking finds no place.
         """
         arch = state.arch
         end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)

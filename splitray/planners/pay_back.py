@@ -32,7 +32,8 @@ def moving_s(old: Placement, new: Placement, state: ClusterState, *, staged: boo
 def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, staged: bool) -> Placement:
     """The fresh placement where it pays or must be, else the current one.
 
-    It pays if the tokens of the interval save more than the moves take: N (T_old - T_new) > D_mig (SPEC 4.5).
+    It pays if the tokens of the interval save more than the moves take (docs/equations.md E4.5):
+    N (T_old - T_new) > D_mig.
 
     Args:
         fresh: the proposal.

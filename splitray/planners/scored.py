@@ -1,9 +1,10 @@
-"""The paper's own rules beside our myopic planner: one block at a time, by its score (Kafetzis et al., SPEC 4.7).
+"""Scores of the simulator released with arXiv 2505.02533, beside our myopic planner: each block where it scores best.
 
-Scores (4.11) and (4.12) over what devices have left, with correct costs, overloads resolved, backtracking and migration
-charged. The score of a block sees the blocks that it needs and that are placed already, so heads do not know where
-their FFN will be; the clocks of `myopic` do. With all errata and no step back it is the heuristic of the author's
-released simulator (CODE): whole capacities, the source banned, the first block without a place ends it, moves free.
+Scores E4.11 and E4.12 of docs/equations.md over what devices have left, with correct costs, overloads resolved,
+backtracking and migration charged. The score of a block sees the blocks that it needs and that are placed already, so
+heads do not know where their FFN will be; the clocks of `myopic` do. With all errata and no step back it is the
+heuristic of the author's released simulator (CODE): whole capacities, the source banned, the first block without a
+place ends it, moves free.
 
 The paper has one layer: here a block's load meets that of its own layer (layers run one after the other), its memory
 that of all. FFNs stay whole. The projection goes with its heads in our engine; `as_coded` places it as a block of its
@@ -32,7 +33,7 @@ Floats = NDArray[np.float64]
 Rule = Literal["max", "weighted"]
 _Kind = Literal["head", "projection", "ffn"]
 WEIGHTS = (0.4, 0.3, 0.3)  # of compute, memory and transfer: the default of the released code
-SLOT_S = 1.0  # of (4.9): the code compares FLOPs with FLOP/s
+SLOT_S = 1.0  # of E4.9: the code compares FLOPs with FLOP/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Scored:
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where a block finds no place.
 
-        Memory is checked at the end of the interval (SPEC 4.8), and the current placement stays where moving does not
+        Memory is checked at the end of the interval (E4.8), and the current placement stays where moving does not
         pay; under FREE_MIGRATION there is only now. What NO_WEIGHTS believes to fit need not.
         """
         if KafetzisErrata.FREE_MIGRATION in self.errata:

@@ -1,4 +1,4 @@
-"""Measures what each codec costs a model at each cut: the table of accuracy.py.
+"""Measures what each codec costs a model at each cut: the table of quality/accuracy.py.
 
 ``python -m splitray.profiling.codec_loss --model tiny --out FILE`` takes the documentation of this Python
 that the shipped model was not trained on; ``--text FILE`` takes another text.

@@ -37,7 +37,7 @@ _PROMPT = [5 + i % 90 for i in range(12)]
 
 
 def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS) -> dict[str, Any]:
-    """The whole suite; see DESIGN for the keys."""
+    """The whole suite; its keys stand in benchmarks/README.md."""
     result: dict[str, Any] = {"suite": "faults", "machine": machine()}
     with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
         say("faults in threads")

@@ -1,8 +1,8 @@
 """`splitray perplexity`: how well a model predicts a text, whole or split, exact, through a codec or over a channel.
 
-A window slides over the text by a stride; each token is scored once, with all of the window before it as context.
-Every token weighs the same, wherever the windows end, and nothing that is not finite is left out (SPEC 3.8). Under a
-channel the text is read several times, each time with other losses ("masks"), which follow from the seed.
+A window slides over the text by a stride; each token is scored once, with all of the window before it as context. Every
+token weighs the same, wherever the windows end, and nothing that is not finite is left out (docs/equations.md E3.8).
+Under a channel the text is read several times, each time with other losses ("masks"), which follow from the seed.
 """
 
 from __future__ import annotations

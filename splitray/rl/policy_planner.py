@@ -2,8 +2,8 @@
 
 The policy turns the knobs of the one-slot program (V, the weight of moves, the price of a cloud that others use too);
 the program makes the placement, so that what does not fit cannot be chosen. If the backlog passes `most_requests`, the
-knobs are overridden by those that only shorten the queue (SPEC row 61). Where an edge cannot relieve a cloud that it
-shares, the program is left alone (`relieves`).
+knobs are overridden by those that only shorten the queue (docs/equations.md E2.S). Where an edge cannot relieve a cloud
+that it shares, the program is left alone (`relieves`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from splitray.topology import Topology
 
 SHIPPED = Path(__file__).parent / "shipped" / "policy"
 MOST_REQUESTS = 50.0  # that may wait before the queue alone counts
-_LAYERS = ("whole", "group", "join", "knobs")  # of module.py, that lead to the knobs
+_LAYERS = ("whole", "group", "join", "knobs")  # of training/module.py, that lead to the knobs
 _CROWD, _MARGIN = 16, 1.7  # see `relieves`
 Floats32 = NDArray[np.float32]
 
@@ -75,7 +75,7 @@ class Policy:
         return Policy(card, load_tensors(raw))
 
     def knobs(self, whole: Floats32, groups: Floats32) -> Ints:
-        """The likeliest knobs for features [N, F] and [N, G, L] (the forward pass of module.py), [N, 3]."""
+        """The likeliest knobs for features [N, F] and [N, G, L] (the forward pass of training/module.py), [N, 3]."""
         whole, groups = whole * self._kept[0], groups * self._kept[1]
         if missing := self.card["num_groups"] - groups.shape[1]:
             groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))

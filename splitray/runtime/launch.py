@@ -116,7 +116,7 @@ def make_fleet(runtime: str, *, threads: int = 1) -> Fleet:
 
 
 def ray_fleet(**options: Any) -> Fleet:
-    """The Ray fleet, which lives a floor above (DESIGN section 1): found by the name of its entry point."""
+    """The Ray fleet, which lives a floor above, in `actors`: found by the name of its entry point."""
     from importlib import import_module
 
     fleet: Fleet = import_module("actors.fleet").RayFleet(**options)

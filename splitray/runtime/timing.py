@@ -24,7 +24,7 @@ def hops(engine: Engine, a: str, b: str, *, size: int, rounds: int, cold_bytes: 
 
 
 def speeds(engine: Engine, device: str, *, cold_bytes: int) -> dict[str, float]:
-    """How fast a device multiplies and copies while the others sleep; see runtime/speed.py."""
+    """How fast a device multiplies and copies while the others sleep; see runtime/device/speed.py."""
     with engine.alone():
         engine.members.order(device, "speeds", {"cold_bytes": cold_bytes})
         rates: dict[str, float] = engine.members.replies({device})[device]

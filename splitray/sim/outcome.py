@@ -94,7 +94,7 @@ class Outcome:
         return drift_p(self.backlog_tokens[: self.scenario.num_slots])
 
     def document(self) -> dict[str, Any]:
-        """The figures of `splitray simulate` (DESIGN section 7) and how many requests they stand for."""
+        """The figures of `splitray simulate` and how many requests they stand for."""
         slots = self.scenario.num_slots
         backlog = self.backlog_tokens[:slots]
         return {

@@ -194,12 +194,12 @@ def edge_cloud_links(topology: Topology) -> list[tuple[DeviceId, DeviceId]]:
 
 
 def background_load(num_slots: int, num_devices: int, *, most: float = 0.3, rng: np.random.Generator) -> Floats:
-    """Uniform shares from 0 to `most` for every slot and device, [T, D] (CODE-3 of arXiv 2505.02533: 0 to 0.3)."""
+    """Uniform shares from 0 to `most` for every slot and device, [T, D] (docs/equations.md E4.C: 0 to 0.3)."""
     return rng.uniform(0.0, most, (num_slots, num_devices))
 
 
 def random_cluster(rng: np.random.Generator, num_devices: int, memory_bytes: tuple[float, float]) -> Topology:
-    """SPEC 4.2: log-normal devices of 5-50 GFLOPS, links of 1-10 Gbit/s; the first one holds both ends."""
+    """Log-normal devices of 5-50 GFLOPS, links of 1-10 Gbit/s (E4.C); the first one holds both ends."""
     devices = tuple(
         Device(
             id=DeviceId(f"d{i}"), tier="edge", memory_bytes=float(rng.uniform(*memory_bytes)) + 8e6 * (i == 0),

@@ -185,7 +185,7 @@ def log_ar1(
     rho_per_100ms: float = 0.95,
     rng: np.random.Generator,
 ) -> Floats:
-    """A log-normal AR(1) process with this mean, [num_slots] (INFERRED, SPEC section 6.2)."""
+    """A log-normal AR(1) process with this mean, [num_slots] (docs/equations.md E6.2)."""
     rho = rho_per_100ms ** (slot_s / 0.1)
     noise = rng.normal(0.0, sigma_log * np.sqrt(1 - rho * rho), num_slots)
     x = rng.normal(0.0, sigma_log)
@@ -200,7 +200,7 @@ def log_ar1(
 def gilbert_elliott(
     num_slots: int, slot_s: float, *, outage_per_s: float = 1 / 60, mean_outage_s: float = 2.0, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Whether the link is up in each slot, [num_slots]: two states, exponential stays (INFERRED, SPEC section 6.2)."""
+    """Whether the link is up in each slot, [num_slots]: two states, exponential stays (docs/equations.md E6.2)."""
     leave_up, leave_down = 1 - np.exp(-slot_s * outage_per_s), 1 - np.exp(-slot_s / mean_outage_s)
     draws = rng.random(num_slots)
     up = rng.random() < leave_down / (leave_up + leave_down)

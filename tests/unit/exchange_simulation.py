@@ -1,6 +1,6 @@
 """A symbolic simulation of who knows what along a route: the oracle of the exchange rule.
 
-It is written from the text of the rule and shares no code with `route.py`. A residual is a multiset of atoms,
+It is written from the text of the rule and shares no code with `splitray/route.py`. A residual is a multiset of atoms,
 the embedding's and one for each head group and FFN column added so far. A device can form the next if some of
 its facts sum to it with every atom exactly once.
 """

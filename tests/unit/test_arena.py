@@ -71,7 +71,7 @@ def test_the_backlog_does_not_drift_below_capacity_and_does_above() -> None:
 
 
 def test_as_v_rises_the_penalty_falls_and_the_backlog_grows_no_faster_than_v() -> None:
-    """Three decades of V, between the rates of a frugal edge and of a hungry cloud (SPEC 2.19)."""
+    """Three decades of V, between the rates of a frugal edge and of a hungry cloud (docs/equations.md E2.19)."""
     where, slots = pair(), 2000
     line = arriving(2.0, slots, 5)
     sweep = (0.1, 1.0, 10.0, 100.0)
@@ -156,7 +156,7 @@ def test_replicated_attention_keeps_the_kv_when_a_holder_goes() -> None:
 
 
 def test_growing_kv_overflows_a_fixed_placement_and_not_one_that_moves() -> None:
-    """SPEC P3-A8: the edge holds the model and little more, a long answer outgrows it."""
+    """The edge holds the model and little more, a long answer outgrows it."""
     where = pair(edge_rate=4.0)
     state = ClusterState(arch=ARCH, topology=where, context_tokens=100)
     room = needed_bytes(make_planner("fixed_cut:3").propose(state), state)["edge"]

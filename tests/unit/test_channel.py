@@ -28,7 +28,7 @@ from splitray.runtime.wire.messages import LoadOrder
 from splitray.topology import Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
-LOSSES = [  # (m, omega, threshold, loss): SPEC 3.2, by the closed form
+LOSSES = [  # (m, omega, threshold, loss): docs/equations.md E3.2
     (1, 1, 0.3, 0.08607), (1, 1, 0.5, 0.22120), (1, 2, 0.3, 0.04400), (1, 2, 0.5, 0.11750), (2, 1, 0.3, 0.01438),
     (2, 1, 0.5, 0.09020), (0.5, 1, 0.3, 0.23582), (0.5, 1, 0.5, 0.38292), (3, 1, 0.3, 0.00268), (3, 1, 0.5, 0.04051),
 ]  # fmt: skip

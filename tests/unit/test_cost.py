@@ -1,4 +1,4 @@
-"""The cost model: closed forms, SPEC 1.5's vectors, and a scalar event simulation of the exchange rule's clocks."""
+"""The cost model: closed forms, the numbers of docs/equations.md E1.T, and an event simulation of the clocks."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_layer_of_a_plain_mlp_has_the_flops_of_megatron() -> None:
 
 
 def test_one_device_reads_its_weights_and_cache_at_its_memory_bandwidth() -> None:
-    """SPEC 1.5: LLaMA-7B in fp16 takes 131.6 ms a token on an Orin NX at best, 6.61 on an A100."""
+    """docs/equations.md E1.T: LLaMA-7B in fp16 takes 131.6 ms a token on an Orin NX at best, 6.61 on an A100."""
     for bandwidth, expected_ms in ((102.4e9, 131.6), (2039e9, 6.61)):
         device = Device(
             id=DeviceId("d"), tier="edge", memory_bytes=1e12, compute_flops=1e15, memory_bandwidth_bytes_per_s=bandwidth
@@ -216,7 +216,7 @@ def test_a_prompt_multiplies_the_work_and_the_payload_but_not_the_head() -> None
 
 
 def test_a_gigabyte_over_eight_gigabits_takes_a_second_and_the_latency() -> None:
-    """The eightfold trap of SPEC 1.15."""
+    """Bytes over bytes a second (docs/equations.md E1.15), not over bits: eight times too quick."""
     link = Link(source=DeviceId("a"), target=DeviceId("b"), bandwidth_bytes_per_s=8e9 / 8, rtt_s=0.02, exchange_s=0.003)
     assert link.transfer_s(1e9) == pytest.approx(1.013)
 

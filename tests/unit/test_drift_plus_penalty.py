@@ -1,4 +1,4 @@
-"""drift_plus_penalty: exact for its additive cost, quick, moved by debts; and the queues, held to (2.17)."""
+"""drift_plus_penalty: exact for its additive cost, quick, moved by debts; queues held to docs/equations.md E2.17."""
 
 from __future__ import annotations
 

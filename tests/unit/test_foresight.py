@@ -48,7 +48,7 @@ def test_branches_say_what_each_candidate_brings_and_leave_the_present_alone() -
         terms = twin.step(np.tile(DEFAULT, (16, 1))).terms
         paid -= sum(float(v.sum()) for k, v in terms.items() if k != "congestion")
     left = twin.weights.latency * float(twin.simulator.backlog_requests.sum())
-    np.testing.assert_allclose(cost[same, 0], paid + left, rtol=1e-4)  # rounds of crowd.py end together
+    np.testing.assert_allclose(cost[same, 0], paid + left, rtol=1e-4)  # rounds of splitray/sim/crowd.py end together
     assert env.slot == 30
 
 

@@ -25,7 +25,7 @@ ARCH = ModelArch(
 
 
 def cluster(rng: np.random.Generator, *, memory: tuple[float, float] = (4, 30)) -> Topology:
-    """SPEC 4.2: devices of 5-50 GFLOPS, log-normal, links of 1-10 Gbit/s; memory for so many of the layer's pieces."""
+    """docs/equations.md E4.C: devices of 5-50 GFLOPS, links of 1-10 Gbit/s; memory for so many of a layer's pieces."""
     state = ClusterState(arch=ARCH, topology=Topology.uniform(1), context_tokens=256)
     piece = group_bytes(ARCH, 256)
     devices = tuple(
@@ -106,7 +106,7 @@ def equal(num_devices: int, pieces: float, *, rtt_s: float = 0.0) -> Topology:
 
 
 def test_equal_devices_with_free_links_share_the_heads_evenly() -> None:
-    """The released code puts every block on one device (SPEC 4.7); scoring what is left does not."""
+    """The released code puts every block on one device (docs/equations.md K8); scoring what is left does not."""
     state = ClusterState(arch=replace(ARCH, num_layers=3, num_heads=9, num_kv_heads=9), topology=equal(3, 1e3))
     placement = Myopic().propose(state)
     assert {layer.attention.count(d) for layer in placement.layers for d in state.topology.ids} == {3}
@@ -148,7 +148,7 @@ def test_it_moves_only_if_that_pays_within_the_interval() -> None:
 
 
 def test_growth_within_the_interval_forces_a_move() -> None:
-    """P3-A8: what fits now and not at the end of the interval is left in time."""
+    """What fits now and not at the end of the interval is left in time."""
     arch = replace(ARCH, num_layers=4)
     where = equal(2, 60)
     state = ClusterState(arch=arch, topology=where, context_tokens=100, interval_tokens=64)

@@ -45,7 +45,7 @@ GPT2_XL = ModelArch(
 LLAMA_13B = replace(
     LLAMA_7B, name="llama-13b", num_layers=40, num_heads=40, num_kv_heads=40, hidden_dim=5120, ffn_dim=13824
 )
-VECTORS = {  # SPEC 1.5: weights of a query head and of an FFN
+VECTORS = {  # docs/equations.md E1.T: weights of a query head and of an FFN
     "gpt2-xl": (GPT2_XL, 409_600, 20_480_000),
     "llama-7b": (LLAMA_7B, 2_097_152, 135_266_304),
     "llama-13b": (LLAMA_13B, 2_621_440, 212_336_640),
@@ -291,7 +291,7 @@ def test_e3_a_count_is_a_rate_only_if_a_step_takes_a_second() -> None:
 
 
 def test_the_load_of_the_user_is_linear_in_the_layers_and_the_ratio_is_known() -> None:
-    """SPEC row 19: printed over corrected is (3 / kappa + 9) / 24 for a plain MLP and one token, attention aside."""
+    """docs/equations.md C2: printed over corrected is (3 / kappa + 9) / 24, plain MLP, one token, no attention."""
     for p in (0, 1, 10):
         printed, right = (chen.ue_operations(GPT2_XL, p, tokens=1, errata=e) for e in (chen.AS_PRINTED, chen.CORRECTED))
         assert right == p * 61_446_400
@@ -378,7 +378,7 @@ def test_the_engine_is_never_slower_since_partial_sums_go_straight_to_the_ffn(se
 
 
 def test_raw_head_outputs_are_narrower_than_a_partial_sum() -> None:
-    """(2.2): the engine always sends the partial sum, d wide."""
+    """docs/equations.md E2.2: the engine always sends the partial sum, d wide."""
     where, layers = sides(), [LayerSplit(2, "edge")] * LAYERS
     raw, partial = (Sides(LLAMA, where, reply=r).token_s(layers, context_tokens=1) for r in ("smaller", "partial"))
     rate = where.links[1].bandwidth_bytes_per_s
@@ -386,7 +386,7 @@ def test_raw_head_outputs_are_narrower_than_a_partial_sum() -> None:
 
 
 def test_thirty_two_mixed_layers_wait_for_thirty_two_round_trips() -> None:
-    """SPEC 2.3: 0.96 s a token of pure latency at a round trip of 30 ms."""
+    """docs/equations.md E2.3: 0.96 s a token of pure latency at a round trip of 30 ms."""
     fast = tuple(
         replace(d, compute_flops=1e30, memory_bandwidth_bytes_per_s=1e30, launch_s=0.0) for d in sides().devices
     )

@@ -63,7 +63,7 @@ def test_a_wrong_variant_is_refused_with_what_to_write() -> None:
 @pytest.mark.parametrize("variant", CORRECT)
 @pytest.mark.parametrize("num_heads", [8, 9])
 def test_equal_devices_with_free_links_share_the_heads_within_one(variant: str, num_heads: int) -> None:
-    """SPEC row 42."""
+    """Scores by what is left spread heads over equal devices within one; by total capacity they do not."""
     where = cluster()
     arch = replace(ARCH, num_heads=num_heads, num_kv_heads=num_heads)
     for counts in heads(VARIANTS[variant].propose(ClusterState(arch=arch, topology=where)), where):
@@ -119,7 +119,7 @@ def test_e1_the_caches_size_alone_makes_a_context_infeasible() -> None:
 
 
 def test_e5_recomputing_every_position_makes_a_long_context_infeasible() -> None:
-    """(4.9): more than a second of work a layer on each of three devices of 10 GFLOP/s."""
+    """docs/equations.md E4.9: more than a second of work a layer on each of three devices of 10 GFLOP/s."""
     state = ClusterState(arch=ARCH, topology=cluster(flops=1e10), context_tokens=4000)
     check(VARIANTS["max"].propose(state), state)
     with pytest.raises(PlacementError, match="room and time for ffn of layer 0"):
@@ -199,7 +199,7 @@ def test_an_overload_is_resolved_by_moving_heads_off(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", CORRECT)
 def test_backtracking_takes_back_an_ffn_that_leaves_no_time_for_the_heads(variant: str) -> None:
-    """SPEC row 43, in units of a head's work: the FFN of 5.3 goes to the device of 8 and leaves 2 heads there.
+    """Greedy fails and a step back succeeds: the FFN of 5.3 heads' work goes to the device of 8, leaving 2 heads.
 
     The other, of 5.4, takes 5, and the eighth finds no place. With the FFN there, all 8 heads fit on the larger device.
     """
@@ -222,7 +222,7 @@ def test_backtracking_takes_back_an_ffn_that_leaves_no_time_for_the_heads(varian
 
 @pytest.mark.parametrize("variant", CORRECT)
 def test_no_proposal_exceeds_what_devices_have(variant: str) -> None:
-    """SPEC row 41, on tight random memories: a proposal fits at the end of the interval, and most find one."""
+    """On tight random memories: a proposal fits at the end of the interval, and most find one."""
     found = {variant: 0, "myopic": 0}
     for seed in range(40):
         rng = np.random.default_rng(seed)

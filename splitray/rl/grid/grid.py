@@ -209,7 +209,7 @@ class Grid:
         move_s_per_byte: Floats | None = None,
         move_weight: Floats | None = None,
     ) -> Choice:
-        """The cheapest placement of each instance for one slot, by the program of grid_plan.py.
+        """The cheapest placement of each instance for one slot, by the program of plan.py.
 
         Args:
             rates: of the two devices, N instances or one.

@@ -1,10 +1,10 @@
-"""The cheapest choice of one slot for N instances: the dynamic program of optimum/additive.py on a grid's placements.
+"""The cheapest choice of one slot for N instances: the program of planners/optimum/additive.py on a grid's placements.
 
 A token's cost adds up over sub-blocks if the devices of each are taken to be done together; what comes next depends on
 who did the last one: the edge, the cloud, both in parts, or both as copies. All layers of a group are placed alike, so
 a group's way to be placed (a variant: how attention is held, and how the FFN is) has one cost for each state before
 it. Heads and columns may be whole on either device, or shared so that both finish first if they start together, or as
-they are now. The program is exact over these; where memory binds, it is not (grid_chain.py).
+they are now. The program is exact over these; where memory binds, it is not (chain.py).
 
 Shapes: N instances (last, as numpy is quickest there), G groups (1 where all are alike), A and F ways to hold
 attention and FFN, V = A F variants, 3 or 4 states before, E devices of the embedding, D of the head.

@@ -1,6 +1,6 @@
 """Policies for the cut that learn nothing, the exact program among them, and how all policies are judged.
 
-Shapes: as in split_point.py, and F relative perplexities that an episode may begin with.
+Shapes: as in process.py, and F relative perplexities that an episode may begin with.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Where to cut, slot by slot, while the channel changes: the decision process of Chen et al. (arXiv 2406.02616), 3.4.
+"""Where to cut, slot by slot, while the channel changes: the decision process of Chen et al. (arXiv 2406.02616).
 
 A state is the channel's strength and the cut p, the number of layers on the user's device; an action moves the cut by
 at most u layers; an episode has five steps. Fading matters only by the loss that it causes, eq. (5), so one number is
-the channel; the paper's code and its Fig. 7 use one as well (E9, E10).
+the channel; the paper's code and its Fig. 7 use one as well (docs/equations.md C5).
 
-The reward is the one that must have been run (SPEC 3.5, INFERRED), as eq. (9) cannot give the sums of Table 3:
+The reward is the one that must have been run (docs/equations.md E3.5, inferred), as eq. (9) cannot give the sums of
+Table 3:
 
     r = 10.5 (PPL_0 - PPL(s')) / PPL_0 + (p_max - p') / p_max        PPL_0: perplexity in the episode's first state
 

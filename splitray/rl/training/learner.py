@@ -1,4 +1,4 @@
-"""PPO's loss for two critics (SPEC 2.21, 2.22), on batches whose advantages are there already. Stock PPO otherwise."""
+"""PPO with two critics (docs/equations.md E2.21, E2.22), on batches that come with their advantages; else stock PPO."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ActionSpec:
     Args:
         variant: `dp_knobs` leaves every group to the program; `dp_modes` may also fix modes; `no_dp` has no program.
         num_groups: G.
-        bits: heads as eight bits of equal ranges instead of a count (SPEC 2.7).
+        bits: heads as eight bits of equal ranges instead of a count (docs/equations.md E2.8).
     """
 
     variant: Variant = "dp_knobs"

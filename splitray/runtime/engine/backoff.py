@@ -1,4 +1,4 @@
-"""When to try again: d_n = min(d_max, d_0 2^n) with jitter (SPEC 2.10), and often while a fault is young.
+"""When to try again: d_n = min(d_max, d_0 2^n) with jitter (docs/equations.md E2.25), and often while a fault is young.
 
 Thirty lines and not a library: the libraries retry a call, and here the engine asks when to look again.
 """

@@ -80,7 +80,7 @@ class Epoch:
         )
 
     def lenders(self, device: str, endpoints: Mapping[str, Endpoint]) -> list[tuple[str, tuple[str, str, int], str]]:
-        """The other devices that may have the model on their disks: see runtime/lending.py."""
+        """The other devices that may have the model on their disks: see runtime/device/lending.py."""
         paths = {str(d.id): d.model_path or self.model_path for d in self.topology.devices}
         return [(d, astuple(e), paths[d]) for d, e in endpoints.items() if d != device and d in paths]
 

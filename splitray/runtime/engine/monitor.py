@@ -108,7 +108,7 @@ class Estimates:
         )
 
     def met(self, loads: Mapping[str, Mapping[str, Any]], now_s: float) -> None:
-        """Take in what devices say of their machines (busy.py); several may share one, and do not count as others."""
+        """Take in what devices say of their machines (runtime/device/busy.py), which several may share."""
         for device, load in loads.items():
             ours = sum(x["own_cores"] for x in loads.values() if x["machine"] == load["machine"])
             others = max(0.0, load["busy_cores"] - ours) / load["cores"]
