@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m actors", description="Spread a model over a running Ray cluster.")
     parser.add_argument("--topology", required=True, metavar="FILE", help="the devices and their links")
     parser.add_argument("--model", required=True, help="a checkpoint's path, the same on every node, or `tiny`")
-    parser.add_argument("--planner", metavar="NAME", help="NAME or NAME:ARG (default: even)")
+    parser.add_argument("--planner", metavar="NAME", help="NAME, NAME:ARG or module:Class[:ARG] (default: even)")
     parser.add_argument("--placement", metavar="FILE", help="a placement instead of a planner")
     parser.add_argument("--address", metavar="HOST:PORT", help="of the cluster's head; `local` starts a Ray of one's "
                         "own (default: RAY_ADDRESS, else a cluster found on this machine, else `local`)")  # fmt: skip

@@ -26,14 +26,14 @@ class Args(BaseModel):
     model: str = Field("tiny", description="path of a checkpoint, or `tiny`, the shipped model")
     topology: str | None = Field(None, description="topology file")
     devices: int | None = Field(None, ge=1, description="N equal devices instead of a topology; default 2")
-    planner: str | None = Field(None, description="NAME or NAME:ARG, decides where what runs; default `even`")
+    planner: str | None = Field(None, description="NAME[:ARG] or module:Class[:ARG], decides where what runs")
     placement: str | None = Field(None, description="placement file instead of a planner")
     runtime: Literal["local", "process", "ray"] = Field("ray", description="devices as threads, ... or actors")
     model_name: str | None = Field(None, description="the name clients ask for, else the path's last part")
     checkpoints: str | None = Field(
         None, description="folder or URL that all devices reach, for KV of running requests"
     )
-    replan: str | None = Field(None, description="planner that moves the placement as links and devices change")
+    replan: str | None = Field(None, description="planner, likewise, that moves the placement as links change")
     seed: int = Field(0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")

@@ -32,6 +32,10 @@ class PlacementError(InputError):
     """A placement that leaves a piece out, gives it twice, or names what does not exist."""
 
 
+class PlannerError(PlacementError):
+    """A planner from outside the package that is wrong in itself: it raised, or proposed what is no placement."""
+
+
 class TopologyError(InputError):
     """A topology or a link that cannot be used as asked."""
 

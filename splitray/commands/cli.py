@@ -39,9 +39,10 @@ Model = Annotated[
 ]
 TopologyFile = Annotated[str | None, typer.Option("--topology", help="Topology file (YAML).", metavar="FILE")]
 Devices = Annotated[int | None, typer.Option(help="So many equal devices instead of a topology (2).", metavar="N")]
-Planner = Annotated[str | None, typer.Option(help="Decides where what runs (even).", metavar="NAME[:ARG]")]
+_DECIDES = "Decides where what runs: a name, or module:Class[:ARG] of your own"
+Planner = Annotated[str | None, typer.Option(help=f"{_DECIDES} (even).", metavar="NAME[:ARG]")]
 Replan = Annotated[
-    str | None, typer.Option(help="Planner that moves the placement as links change.", metavar="NAME[:ARG]")
+    str | None, typer.Option(help="Planner, likewise, that moves the placement as links change.", metavar="NAME[:ARG]")
 ]
 PlacementFile = Annotated[
     str | None, typer.Option("--placement", help="Placement file (YAML) instead of a planner.", metavar="FILE")
@@ -171,7 +172,7 @@ def generate(
 def plan(
     model: PlanModel,
     topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
-    planner: Annotated[str, typer.Option(help="Decides where what runs.", metavar="NAME[:ARG]")],
+    planner: Annotated[str, typer.Option(help=f"{_DECIDES}.", metavar="NAME[:ARG]")],
     context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
     codec: ChosenCodec = "none",
     channel: Channel = "none",
@@ -206,7 +207,7 @@ def simulate(
     model: PlanModel,
     topology: Annotated[str, typer.Option(help="Topology file (YAML).", metavar="FILE")],
     planners: Annotated[
-        str, typer.Option(help="Planners to compare, with commas between them.", metavar="A,B")
+        str, typer.Option(help="Planners to compare, with commas between them; module:Class too.", metavar="A,B")
     ] = "cloud_only,cloud_only_rtt,layer_cut,layer_dp,myopic,drift_plus_penalty",
     bandwidth_trace: Annotated[
         str | None,

@@ -84,7 +84,7 @@ def run(
     Args:
         model: a decoder's name, `tiny` or a folder.
         topology: a file.
-        planner: `NAME` or `NAME:ARG`.
+        planner: `NAME`, `NAME:ARG` or `module:Class[:ARG]`.
         context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
         dtype: of weights and activations; None for bfloat16 of a named decoder and float32 of a folder.
         seed: of a planner that draws.

@@ -1,25 +1,25 @@
-"""Planners by name: one protocol, one table, every proposal checked."""
+"""Planners by name, and those that users bring: one table, and one function that makes a planner of what is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from splitray.errors import PlacementError, did_you_mean
-from splitray.placement import Placement
+from splitray.planners.checked import CheckedPlanner
 from splitray.planners.cut import BestCut, FixedCut
 from splitray.planners.dealt import Greedy, RoundRobin
 from splitray.planners.drift_plus_penalty import DriftPlusPenalty
 from splitray.planners.exact import Exact
 from splitray.planners.layer_dp import LayerDp
-from splitray.planners.memory import check
 from splitray.planners.myopic import Myopic
-from splitray.planners.optimum.space import Freedom
-from splitray.planners.protocol import ClusterState, Planner
+from splitray.planners.outside import USAGE, given, imported
+from splitray.planners.protocol import ClusterState, Freedom, Planner
 from splitray.planners.random import RandomPlanner
 from splitray.planners.scored import VARIANTS
 from splitray.planners.shares import Even, Proportional
@@ -27,27 +27,6 @@ from splitray.planners.ucb import Ucb
 from splitray.planners.whole import BestDevice, CloudOnly, CloudOnlyRtt, EdgeOnly
 
 __all__ = ["PLANNER_USAGES", "CheckedPlanner", "ClusterState", "Planner", "make_planner"]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedPlanner:
-    """A planner whose every proposal has passed `validate` and leaves room for the KV cache."""
-
-    spec: str
-    planner: Planner
-    space: Freedom = "all"
-    once: bool = False
-    """It decides at the start of a run, and again only where a device of its placement is gone."""
-    heeds_queues: bool = False
-    """Its proposal depends on more than rates, context and the current placement."""
-    charges_moves: bool = False
-    """It weighs itself what a move costs; for others the executor asks whether a move pays."""
-
-    def propose(self, state: ClusterState) -> Placement:
-        """See `Planner`."""
-        placement = self.planner.propose(state)
-        check(placement, state)
-        return placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,35 +125,45 @@ _PLANNERS = {
 PLANNER_USAGES = tuple(entry.usage for entry in _PLANNERS.values())
 
 
-def make_planner(spec: str, *, seed: int = 0) -> CheckedPlanner:
-    """Build the planner that `NAME` or `NAME:ARG` names.
+def make_planner(planner: str | Planner | None, *, seed: int = 0) -> CheckedPlanner:
+    """The planner that a caller gave, as text or as an object.
 
     Args:
-        spec: one of `PLANNER_USAGES`.
-        seed: of the planners that draw; the same seed gives the same sequence of proposals.
+        planner: one of `PLANNER_USAGES`, or `module:Class[:ARG]` of a module that the working directory or the
+            installation has (a known name comes first), or an object with `propose(ClusterState) -> Placement`;
+            None is `even`.
+        seed: of the known planners that draw; the same seed gives the same sequence of proposals.
 
     Raises:
-        PlacementError: the name is unknown, or its argument is missing, wrong or not wanted.
+        PlacementError: the name is unknown, its argument is missing, wrong or not wanted, or a planner from outside
+            cannot be imported, built or used.
     """
-    name, colon, argument = spec.partition(":")
+    planner = "even" if planner is None else planner
+    if not isinstance(planner, str):
+        return given(planner)
+    name, colon, argument = planner.partition(":")
     entry = _PLANNERS.get(name)
     if entry is None:
+        meant = did_you_mean(name, _PLANNERS)
+        if colon:
+            return imported(planner, meant)
         raise PlacementError(
             "planner",
-            expected=f"one of {', '.join(PLANNER_USAGES)}",
-            actual=repr(spec),
-            remedy=f"correct the name{did_you_mean(name, _PLANNERS)}",
+            expected=f"one of {', '.join(PLANNER_USAGES)}, or {USAGE}",
+            actual=repr(planner),
+            remedy=f"correct the name{meant}",
         )
     wrong = (
         bool(colon) != bool(argument) or {"none": bool(colon), "needed": not colon, "optional": False}[entry.argument]
     )
     if wrong:
+        hidden = f", or rename {name}.py, as known names come first" if Path(f"{name}.py").is_file() else ""
         raise PlacementError(
             f"planner {name}",
             expected=entry.usage + (" without an argument" if entry.argument == "none" else ""),
-            actual=repr(spec),
-            remedy=f"write {entry.usage}",
+            actual=repr(planner),
+            remedy=f"write {entry.usage}{hidden}",
         )
     return CheckedPlanner(
-        spec, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues, entry.charges_moves
+        planner, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues, entry.charges_moves
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from splitray.codecs import CODECS, Codec
 from splitray.errors import InputError
 from splitray.placement import Placement
-from splitray.planners import CheckedPlanner
+from splitray.planners.checked import CheckedPlanner
 from splitray.planners.drift_plus_penalty import DriftPlusPenalty, cost_of
 from splitray.planners.protocol import ClusterState
 from splitray.quality.accuracy import Accuracy

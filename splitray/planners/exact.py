@@ -27,8 +27,8 @@ from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.bound import Potentials
 from splitray.planners.optimum.enumerate import Found, by_counts
 from splitray.planners.optimum.search import beam
-from splitray.planners.optimum.space import MISSING_S, Floats, Freedom, Kind, Space
-from splitray.planners.protocol import ClusterState, Planner, RequestShape
+from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Space
+from splitray.planners.protocol import ClusterState, Freedom, Planner, RequestShape
 from splitray.planners.shares import Proportional
 from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route

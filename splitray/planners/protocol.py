@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
@@ -11,6 +11,9 @@ from splitray.placement import Placement
 from splitray.quality.accuracy import Accuracy
 from splitray.queues import QueueState
 from splitray.topology import DeviceId, Topology
+
+Freedom = Literal["one_device", "layers", "heads", "all"]
+"""What a planner may choose from, see `Space` in optimum/space.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,17 @@ class Learner(Protocol):
 
 
 class Planner(Protocol):
-    """Anything that proposes a placement for a state."""
+    """Anything that proposes a placement for a state.
+
+    The planners of this package are named in `planners/__init__.py`; others are given as `module:Class[:ARG]` or, in
+    Python, as an object. Such a class may say of itself, in attributes with these defaults:
+
+    - `space = "all"`, a `Freedom`: what it chooses from, to which `splitray plan` compares it;
+    - `once = False`: it decides at the start of a run, and again only where a device of its placement is gone;
+    - `heeds_queues = False`: its proposal depends on more than rates, context and the current placement, so that it has
+      to be asked in every interval;
+    - `charges_moves = False`: it weighs itself what a move costs; for others the executor asks whether a move pays.
+    """
 
     def propose(self, state: ClusterState) -> Placement:
         """A placement that passes `validate` for the state's arch and topology.

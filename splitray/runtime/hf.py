@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from splitray.errors import InputError
 from splitray.model.reading import read_config
 from splitray.placement import Placement
+from splitray.planners.protocol import Planner
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.launch import Dtype, launch_engine, model_path
 from splitray.topology import Topology
@@ -98,7 +99,7 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         *,
         topology: str | Path | Topology | None = None,
         devices: int | None = None,
-        planner: str | None = None,
+        planner: str | Planner | None = None,
         placement: str | Path | Placement | None = None,
         runtime: str = "process",
         seed: int = 0,

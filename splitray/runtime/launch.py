@@ -19,7 +19,7 @@ from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import ClusterState, Planner
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
@@ -76,7 +76,7 @@ def decide(
     arch: ModelArch,
     topology: Topology,
     *,
-    planner: str | None,
+    planner: str | Planner | None,
     placement: str | Path | Placement | None,
     seed: int = 0,
     context_tokens: int = 0,
@@ -92,13 +92,14 @@ def decide(
         raise InputError("placement", expected="either a planner or a placement", actual="both",
                          remedy="leave one out")  # fmt: skip
     if placement is None:
-        state, named = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens), planner or "even"
+        chooses = make_planner(planner, seed=seed)
+        state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
         if codec == AUTO:
-            state, found = best_codec(make_planner(named, seed=seed), state, lambda each: accuracy_of(each, channel))
+            state, found = best_codec(chooses, state, lambda each: accuracy_of(each, channel))
             return found, state.codec
         coded = as_codec(codec)
         state = replace(state, codec=coded, accuracy=accuracy_of(coded, channel))
-        return make_planner(named, seed=seed).propose(state), coded
+        return chooses.propose(state), coded
     chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
     validate(chosen, arch, topology)
     return chosen, as_codec(codec)
@@ -128,7 +129,7 @@ def launch_engine(
     model: str | Path,
     topology: str | Path | Topology | None = None,
     devices: int | None = None,
-    planner: str | None = None,
+    planner: str | Planner | None = None,
     placement: str | Path | Placement | None = None,
     runtime: str = "process",
     seed: int = 0,
@@ -139,7 +140,7 @@ def launch_engine(
     codec: str = "none",
     channel: str | NoisyChannel | None = None,
     recovery: Recovery | None = None,
-    replan: str | None = None,
+    replan: str | Planner | None = None,
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -148,7 +149,7 @@ def launch_engine(
         model: a folder, or `tiny`.
         topology: a file; or give `devices`, a number of equal ones on this machine.
         devices: see topology.
-        planner: `NAME` or `NAME:ARG` (default `even`); or give `placement`.
+        planner: `NAME`, `NAME:ARG` or `module:Class[:ARG]` (default `even`), or an object; or give `placement`.
         placement: a placement file.
         runtime: `local` (threads), `process` or `ray`.
         seed: seeds the planner.
@@ -159,7 +160,7 @@ def launch_engine(
         codec: how partials and states travel between devices; `none` is exact, `auto` as a planner with V finds best.
         channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.
-        replan: planner, by name, that moves the placement as links and devices change, as long as the engine lives.
+        replan: planner, likewise, that moves the placement as links and devices change, as long as the engine lives.
         progress: told what is being done.
 
     Raises:

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.cost import Load, Rates, load_of
-from splitray.errors import InputError
+from splitray.errors import InputError, PlannerError
 from splitray.migration import diff, moved_bytes
 from splitray.placement import LayerPlacement, Placement
 from splitray.planners import CheckedPlanner, ClusterState, make_planner
 from splitray.planners.memory import needed_bytes
 from splitray.planners.pay_back import keep_or_move, moving_s
-from splitray.planners.protocol import Learner
+from splitray.planners.protocol import Planner
 from splitray.planners.whole import layers_on
 from splitray.queues import QueueState, SlotOutcome, advance
 from splitray.route import compile_route
@@ -43,12 +43,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One planner put to one scenario; `every` slots it may decide anew.
+    """One planner, by name or as an object, put to one scenario; `every` slots it may decide anew.
 
     Cases of one `pool` share all devices of the tier cloud; without one a case is alone.
     """
 
-    planner: str
+    planner: str | Planner
     scenario: Scenario
     seed: int = 0
     every: int = 1
@@ -87,7 +87,7 @@ def run(
         tell: is told how many slots of how many are done.
 
     Raises:
-        InputError: a planner's name is wrong, or the cases do not go together.
+        InputError: a planner is wrong, or the cases do not go together.
     """
     first = cases[0].scenario
     for case in cases:
@@ -165,8 +165,8 @@ class _Arena:
         backlog, waiting = simulator.backlog_tokens, simulator.backlog_requests
         for i, line in enumerate(self.lines):
             seen = states[i]
-            if seen is not None and isinstance(line.planner.planner, Learner):
-                line.planner.planner.observe(
+            if seen is not None and line.planner.learns:
+                line.planner.observe(
                     seen[0], seen[1], tpot_s=float(slot.tpot_s[i]), energy_j_per_token=float(slot.token_j[i])
                 )
             outcome = SlotOutcome(
@@ -199,7 +199,7 @@ class _Arena:
             line.case.pool is not None
         )  # then most lines of many are empty, and what they would choose is not used
         if crowded and whole and not self.simulator.head(i).waits:
-            if isinstance(line.planner.planner, Learner) and current is not None:
+            if line.planner.learns and current is not None:
                 line.last = self._state(i, line, topology), current
         elif due and not (line.planner.once and whole):
             state = self._state(i, line, topology)
@@ -229,11 +229,13 @@ class _Arena:
         key = state if line.planner.heeds_queues else replace(state, queues=QueueState())
         if not line.planner.charges_moves:
             key = replace(key, cached_tokens=None, step_tokens=None, current=None)
-        if line.last is not None and line.last[0] == key and not isinstance(line.planner.planner, Learner):
+        if line.last is not None and line.last[0] == key and not line.planner.learns:
             return line.last[1]
         started = time.perf_counter()
         try:
             placement = line.planner.propose(state)
+        except PlannerError:
+            raise  # the planner is wrong, and not this moment
         except InputError as error:  # nothing fits, or a link is down that it needs
             line.refusal, line.last = error, None
             return None
@@ -296,7 +298,7 @@ class _Arena:
         count = len(scenario.requests)
         records = np.array(line.records)
         return Outcome(
-            planner=line.case.planner, scenario=scenario, now_s=s.now_s,
+            planner=line.planner.spec, scenario=scenario, now_s=s.now_s,
             arrival_s=s.arrival_s[i, :count], first_token_s=s.first_token_s[i, :count],
             finish_s=s.finish_s[i, :count], failed=s.failed[i, :count], output_tokens=s.output_tokens[i, :count],
             backlog_tokens=records[:, 0], backlog_requests=records[:, 1], tpot_s=records[:, 2],

@@ -24,14 +24,13 @@ from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes
 from splitray.planners.optimum.patterns import Holding, Messages, patterns
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import ClusterState, Freedom
 from splitray.topology import DeviceId
 
 Floats = NDArray[np.float64]
 Counts = tuple[int, ...]
 Kind = Literal["attention", "ffn", "layer", "head"]
 Part = Literal["attention", "ffn", "head"]
-Freedom = Literal["one_device", "layers", "heads", "all"]
 MISSING_S = 1e15  # what a boundary takes that needs a link which is not there
 MOST_SHARED = 5  # more devices than these are used for whole sub-blocks only
 

@@ -273,11 +273,11 @@ def _figures(topology: Topology) -> dict[tuple[str, str], float]:
     return figures
 
 
-def attend(engine: Engine, planner: str) -> Controller:
-    """Let a planner, by name, move an engine's placement until the controller is closed or the engine is.
+def attend(engine: Engine, planner: str | Planner) -> Controller:
+    """Let a planner (a name or an object) move an engine's placement until the controller is closed or the engine is.
 
     Raises:
-        InputError: there is no such planner.
+        InputError: there is no such planner, or it cannot be used.
     """
     monitor = Monitor(engine)
     controller = Controller(engine=engine, planner=make_planner(planner), topology=monitor.topology, monitor=monitor)

@@ -16,7 +16,7 @@ from splitray.arch import ModelArch
 from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import ClusterState, Planner
 from splitray.runtime.engine.asking import Unanswered
 from splitray.runtime.engine.backoff import Backoff
 from splitray.runtime.engine.epoch import LOAD_S, Kept, astuple
@@ -41,8 +41,8 @@ class Recovery:
         store: URL or folder of checkpoints that all devices reach; without one, lost KV is computed from the tokens.
         every_tokens: between checkpoints; by default Young's period for `failures_per_s` and the measured cost.
         restarts: how often each device may be started anew, in `restarts_within_s`.
-        replan: a planner's name, or what gives the placement that does without lost devices. It is tried before they
-            are started anew; None: there is to be none.
+        replan: a planner (a name or an object), or a function that gives the placement that does without lost devices.
+            It is tried before they are started anew; None: there is to be none.
         stand_by: devices for whose loss the others hold the slices ready that `replan` gives them then.
         fail_back: whether a device that was left out is started anew, and what it held goes back to it.
         patience_s: how long a device that lives but is not reached is waited for before it is left out.
@@ -55,12 +55,16 @@ class Recovery:
     failures_per_s: float = 1 / 3600
     restarts: int = 3
     restarts_within_s: float = 600.0
-    replan: str | Replan | None = None
+    replan: str | Planner | Replan | None = None
     stand_by: tuple[str, ...] = ()
     fail_back: bool = True
     patience_s: float = 5.0
     stall_s: float = 0.5
     backoff: Backoff = field(default_factory=Backoff)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.replan, str):
+            make_planner(self.replan)  # a wrong name is refused now, and not when a device is lost
 
     def placement(self, arch: ModelArch, topology: Topology, context_tokens: int) -> Placement:
         """What `replan` says.
@@ -69,7 +73,7 @@ class Recovery:
             InputError: nothing fits.
         """
         assert self.replan is not None, "asked for"
-        if isinstance(self.replan, str):
+        if isinstance(self.replan, str) or hasattr(self.replan, "propose"):
             state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
             return make_planner(self.replan).propose(state)
         placement = self.replan(topology, context_tokens)

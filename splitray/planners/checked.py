@@ -1,0 +1,106 @@
+"""A planner as the executors see it: every proposal checked, and what it says of itself. Knows no planner by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from splitray.errors import InputError, PlacementError, PlannerError
+from splitray.placement import Placement
+from splitray.planners.memory import check
+from splitray.planners.protocol import ClusterState, Freedom, Learner, Planner
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPlanner:
+    """A planner whose every proposal has passed `validate` and leaves room for the KV cache.
+
+    `spec` is its name in reports; `space`, `once`, `heeds_queues` and `charges_moves` are explained in `Planner`.
+    `outside`: it is a user's own, so that whatever goes wrong in it is told as a fault of that planner.
+    """
+
+    spec: str
+    planner: Planner
+    space: Freedom = "all"
+    once: bool = False
+    heeds_queues: bool = False
+    charges_moves: bool = False
+    outside: bool = False
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`.
+
+        Raises:
+            PlacementError: the planner finds no placement, or the one that it proposes is not valid.
+            PlannerError: the planner comes from outside and raised something else, or proposed no `Placement`.
+        """
+        if not self.outside:
+            placement = self.planner.propose(state)
+            check(placement, state)
+            return placement
+        with self._named("propose"):
+            placement = self.planner.propose(state)
+        if not isinstance(placement, Placement):
+            raise PlannerError(
+                f"planner {self.spec}",
+                expected="a splitray.Placement from propose",
+                actual=f"{placement!r:.80} of type {type(placement).__name__}",
+                remedy="return a Placement",
+            )
+        with self._named("the check of its placement"):
+            try:
+                check(placement, state)
+            except PlacementError as error:
+                raise PlacementError(
+                    f"planner {self.spec}: {error.what}",
+                    expected=error.expected,
+                    actual=error.actual,
+                    remedy=error.remedy,
+                ) from error
+        return placement
+
+    @property
+    def learns(self) -> bool:
+        """Whether it wants to be told what its last placement cost, see `Learner`."""
+        return isinstance(self.planner, Learner)
+
+    def observe(self, state: ClusterState, placement: Placement, *, tpot_s: float, energy_j_per_token: float) -> None:
+        """See `Learner`, for a planner that `learns`.
+
+        Raises:
+            PlannerError: the planner comes from outside, and raised something.
+        """
+        assert isinstance(self.planner, Learner), "see learns"
+        with self._named("observe"):
+            self.planner.observe(state, placement, tpot_s=tpot_s, energy_j_per_token=energy_j_per_token)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """A user's exception as one that says which planner it was; the original one is its cause."""
+        try:
+            yield
+        except InputError:
+            raise  # says itself what is wrong
+        except Exception as error:  # a user's code may raise anything
+            if not self.outside:
+                raise
+            raise PlannerError(
+                f"planner {self.spec}",
+                expected=f"{what} without an exception, or a PlacementError where there is no placement",
+                actual=f"{type(error).__name__}: {error}{raised_at(error)}",
+                remedy="correct the planner",
+            ) from error
+
+
+def raised_at(error: BaseException) -> str:
+    """` (FILE:LINE)` of the innermost line that raised, to append to a message; empty where there is none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    at, traceback = "", error.__traceback__
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if not file.startswith("<frozen"):
+            at = f" ({file}:{traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return at
