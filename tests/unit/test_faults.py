@@ -22,8 +22,8 @@ from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import MOMENTS, trials
 from splitray.runtime.checkpoint import Saved, Store, best_period_tokens
 from splitray.runtime.device.shard_host import ShardHost
+from splitray.runtime.engine import protection
 from splitray.runtime.engine.backoff import Backoff
-from splitray.runtime.engine.engine import protection
 from splitray.runtime.engine.epoch import kv_sources
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.recovery import Recovery
