@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from splitray.codecs import CODECS, Codec, as_codec
 from splitray.errors import InputError
 from splitray.model.reading import read_config
-from splitray.model.tiny import installation_documents
-from splitray.model.tiny import split as split_documents
+from splitray.model.training.corpus import installation_documents
+from splitray.model.training.corpus import split as split_documents
 from splitray.profiling.perplexity import Progress, losses, of_split, read_ids, read_text, whole, window_and_stride
 from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 from splitray.runtime.hf import SplitModel

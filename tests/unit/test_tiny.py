@@ -8,10 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitray.model import tiny
-from splitray.model.kneser_ney import KneserNey, discounts
+from splitray.model.training import corpus, tokens
+from splitray.model.training.decoder import build_model, model_bits
+from splitray.model.training.kneser_ney import KneserNey, discounts
+from splitray.model.training.settings import TinySettings
 
 SHIPPED = Path(tiny.__file__).parent / "shipped"
-SMALL = tiny.Recipe(
+SMALL = TinySettings(
     vocabulary=300, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, batch_tokens=256, steps=4
 )
 
@@ -152,23 +155,23 @@ def test_shipped_card_gives_both_scores_and_the_model_is_clearly_ahead():
 
 def test_shipped_model_keeps_its_score_on_unseen_text(tokenizer):
     # One held-out topic only, and its wording moves a little between Python versions: hence the loose bound.
-    parts = tiny.split(tiny.topic_documents())
+    parts = corpus.split(corpus.topic_documents())
     document = max(parts.held_out, key=lambda d: len(d.text))
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
     text = document.text[:6000]
-    sequences = tiny.encode(tokenizer, [tiny.Document(document.name, text)])
-    bits = tiny.model_bits(model, sequences, 512) / len(text.encode())
+    sequences = tokens.encode(tokenizer, [corpus.Document(document.name, text)])
+    bits = model_bits(model, sequences, 512) / len(text.encode())
     assert bits < 1.25 * card_scores((SHIPPED / "MODEL_CARD.md").read_text(encoding="utf-8"))[0]
 
 
-# --- the recipe
+# --- the training
 
 
-def test_recipe_runs_from_text_to_card(tmp_path):
+def test_training_runs_from_text_to_card(tmp_path):
     source = tmp_path / "notes.txt"
     source.write_text(text_of(40), encoding="utf-8")
     out = tmp_path / "model"
-    scores = tiny.cook(tiny.file_documents([source]), out, SMALL, source.name, "python -m splitray.model.tiny")
+    scores = tiny.cook(corpus.file_documents([source]), out, SMALL, source.name, "python -m splitray.model.tiny")
     card = (out / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert card_scores(card) == pytest.approx((scores["neural"], scores["kneser_ney"]), abs=1e-4)
     assert str(tmp_path) not in card
@@ -179,27 +182,27 @@ def test_recipe_runs_from_text_to_card(tmp_path):
 
 
 def test_splitting_into_windows_scores_every_token_once():
-    recipe = tiny.Recipe(**{**SMALL.__dict__, "dropout": 0.0})
-    tokenizer = tiny.train_tokenizer([tiny.Document("t", text_of(20))], recipe)
-    model = tiny.build_model(recipe, tokenizer)
+    settings = TinySettings(**{**SMALL.__dict__, "dropout": 0.0})
+    tokenizer = tokens.train_tokenizer([corpus.Document("t", text_of(20))], settings)
+    model = build_model(settings, tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     for length, context in product((2, 9, 16, 17, 40), (8, 16)):
-        bits = tiny.model_bits(model, [[0] * length], context)
+        bits = model_bits(model, [[0] * length], context)
         assert bits == pytest.approx((length - 1) * np.log2(len(tokenizer)), rel=1e-5)
 
 
 def test_split_keeps_documents_whole_and_unseen():
-    documents = [tiny.Document(f"d{i}", f"Paragraph {i} says something of its own, at length. " * 3) for i in range(90)]
+    documents = [corpus.Document(f"d{i}", f"Paragraph {i} says something of its own, at length. " * 3) for i in range(90)]
     shared = "This paragraph is found in every one of the documents, word for word."
-    documents = [tiny.Document(d.name, f"{d.text}\n\n{shared}") for d in documents]
-    parts = tiny.split(documents)
+    documents = [corpus.Document(d.name, f"{d.text}\n\n{shared}") for d in documents]
+    parts = corpus.split(documents)
     names = [{d.name for d in part} for part in (parts.train, parts.check, parts.held_out)]
     assert all(names) and len(set.union(*names)) == sum(map(len, names)) == 90
     assert sum(shared in d.text for d in parts.train) == 1
     assert not any(shared in d.text for d in parts.check + parts.held_out)
-    assert tiny.split(list(reversed(documents))) == parts
+    assert corpus.split(list(reversed(documents))) == parts
 
 
 def test_module_document_reads_docstrings_and_comments_without_importing():
@@ -208,7 +211,7 @@ def test_module_document_reads_docstrings_and_comments_without_importing():
         "# This comment fills two whole lines, and so it counts as prose that\n# is worth to be learnt from.\n"
         'def join(a, b):\n    """Join two pathname components, inserting a slash as needed."""\n'
     )
-    document = tiny.module_document("pack.mod", source)
+    document = corpus.module_document("pack.mod", source)
     assert document.text.startswith("pack.mod\n\nRaise at import.")
     assert "fills two whole lines" in document.text
     assert "pack.mod.join(a, b)\n\nJoin two" in document.text

@@ -1,0 +1,1 @@
+"""How the small model that ships was trained: its text, tokens, batches, optimiser, loop, card and n-gram rival."""
