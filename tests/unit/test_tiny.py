@@ -194,7 +194,9 @@ def test_splitting_into_windows_scores_every_token_once():
 
 
 def test_split_keeps_documents_whole_and_unseen():
-    documents = [corpus.Document(f"d{i}", f"Paragraph {i} says something of its own, at length. " * 3) for i in range(90)]
+    documents = [
+        corpus.Document(f"d{i}", f"Paragraph {i} says something of its own, at length. " * 3) for i in range(90)
+    ]
     shared = "This paragraph is found in every one of the documents, word for word."
     documents = [corpus.Document(d.name, f"{d.text}\n\n{shared}") for d in documents]
     parts = corpus.split(documents)
