@@ -1,6 +1,6 @@
 """`python -m actors`: spread a model over a Ray cluster, say who holds what, and generate or stay until Ctrl-C.
 
-Exit codes: 0 ok, 1 a device was lost, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 ok, 1 a device was lost, 2 bad input, 130 Ctrl-C, 141 the reader of standard output left, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from splitray.errors import DeviceLost, InputError
+from splitray.report.stdout import reader_may_leave
 
 if TYPE_CHECKING:
     from splitray.runtime.fleet import Fleet
@@ -30,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupt = Interrupt()
     signal.signal(signal.SIGINT, interrupt)
     try:
+        document_to = sys.stdout
         # Ray's threads report on stdout, which with --json is for the document alone.
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            _run(options, interrupt, document_to=sys.__stdout__ or sys.stdout)
+            _run(options, interrupt, document_to=document_to)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -88,13 +90,14 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
     # Imported here, so that --help and a wrong option answer at once.
     from actors.fleet import RayFleet
     from actors.roster import pieces, roster
-    from splitray.report.run import run_document
     from splitray.runtime.engine.recovery import Recovery
+    from splitray.runtime.generation import continue_prompt, read_prompt
     from splitray.runtime.launch import launch_engine
     from splitray.runtime.sampling import Sampling
 
-    sampling = Sampling(max_new_tokens=options.max_new_tokens, stop_ids=_stop_ids(options.model))
-    prompt_ids = _prompt_ids(options)
+    stays = options.prompt is None and options.prompt_ids is None
+    prompt = None if stays else read_prompt(options.model, text=options.prompt, ids=options.prompt_ids)
+    sampling = Sampling(max_new_tokens=options.max_new_tokens, stop_ids=prompt.stop_ids if prompt else ())
     fleet = RayFleet(address=options.address)
     with launch_engine(
         model=options.model,
@@ -109,28 +112,19 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
         stats = engine.stats()
         print(roster(engine.placement, fleet.seats, stats), flush=True)
         document: dict[str, Any] = {"devices": {d: {"weight_bytes": s["weight_bytes"]} for d, s in stats.items()}}
-        if prompt_ids is not None:
-            token_ids = []
-            for token_id in engine.stream(prompt_ids, sampling):
-                token_ids.append(token_id)
-                print(token_id, end=" ", flush=True)
+        if prompt is not None:
+
+            def tell(piece: str) -> None:
+                print(piece, end="", flush=True)
                 interrupt.wait()
-            assert engine.report is not None, "a finished run has a report"
-            text = engine.tokenizer.decode(token_ids, skip_special_tokens=True) if engine.tokenizer else None
-            print("" if text is None else f"\n{text}")
-            document = run_document(
-                token_ids=token_ids,
-                text=text,
-                run=asdict(engine.report),
-                exchanges_per_token=engine.route.exchanges_per_token,
-                epoch=engine.epoch,
-                devices=engine.stats(),
-            )
+
+            document = continue_prompt(engine, prompt.ids, sampling, tell=tell)
+            print()
         for device, seat in fleet.seats.items():
             document["devices"][device] |= asdict(seat) | {"pieces": pieces(engine.placement, device)}
         if options.json:
             print(json.dumps(document), file=document_to, flush=True)
-        if prompt_ids is None:
+        if prompt is None:
             print("the devices are loaded and stay until Ctrl-C; `ray list actors` shows them", flush=True)
             _stay(fleet, interrupt)
 
@@ -141,50 +135,10 @@ def _stay(fleet: Fleet, interrupt: Interrupt) -> None:
     raise DeviceLost("; ".join(f"{device}: {why}" for device, why in dead.items()))
 
 
-def _prompt_ids(options: argparse.Namespace) -> list[int] | None:
-    from splitray.runtime.launch import read_tokenizer
-
-    if options.prompt_ids is not None:
-        try:
-            return [int(part) for part in options.prompt_ids.split(",") if part.strip()]
-        except ValueError as error:
-            raise InputError(
-                "--prompt-ids",
-                expected="whole numbers with commas between them",
-                actual=repr(options.prompt_ids),
-                remedy="write for example --prompt-ids 1,2,3",
-            ) from error
-    if options.prompt is None:
-        return None
-    tokenizer = read_tokenizer(options.model)
-    if tokenizer is None:
-        raise InputError(
-            "--prompt",
-            expected="a model with a tokenizer",
-            actual=f"none in {options.model}",
-            remedy="use --prompt-ids, or put the tokenizer's files beside the weights",
-        )
-    return list(tokenizer(options.prompt)["input_ids"])
-
-
-def _stop_ids(model: str) -> tuple[int, ...]:
-    """The ids at which transformers' generate would stop."""
-    from transformers import GenerationConfig
-
-    from splitray.model.reading import read_config
-    from splitray.runtime.launch import model_path
-
-    folder = model_path(model)
-    if (folder / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(str(folder)).eos_token_id
-    else:
-        named = read_config(folder).eos_token_id
-    return tuple(named) if isinstance(named, list) else () if named is None else (named,)
-
-
 def _terminate(*_: object) -> NoReturn:
     raise SystemExit(143)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reader_may_leave():
+        sys.exit(main())

@@ -26,6 +26,7 @@ from rllib_configs.splitwise import COMPARED, HELD_OUT, splitwise
 from rllib_configs.splitwise_smoke import splitwise_smoke
 from splitray.local_ray import StartFailed, some_ray
 from splitray.report.progress import bar
+from splitray.report.stdout import reader_may_leave
 from splitray.rl.training.recipe import Recipe
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
@@ -193,4 +194,5 @@ def _speed(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    app()
+    with reader_may_leave():
+        app()

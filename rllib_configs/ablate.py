@@ -16,6 +16,7 @@ from rllib_configs.__main__ import RECIPES
 from splitray.evaluate.shared_cloud import mean_and_interval
 from splitray.report.document import Number, Report, Table
 from splitray.report.progress import bar
+from splitray.report.stdout import reader_may_leave
 
 REFERENCE = "fifth"
 _WHOLE = ("splitwise", "splitwise_smoke")  # no ablations
@@ -95,4 +96,5 @@ def _train(out: Path, name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    with reader_may_leave():
+        app()

@@ -84,6 +84,24 @@ def some_ray(topology: Topology) -> Iterator[None]:
         with private_ray(topology):
             yield
         return
+    with _joined(address):
+        yield
+
+
+def cluster_facts(address: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The living nodes of a cluster as Ray lists them, and its resources.
+
+    Raises:
+        StartFailed: it cannot be joined.
+    """
+    with _joined(address):
+        import ray
+
+        return [n for n in ray.nodes() if n["Alive"]], ray.cluster_resources()
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -1,359 +1,93 @@
-"""Suites that measure this machine: `engine` against one-thread transformers, in one run, interleaved; and two more.
-
-`predicted` holds the cost model against the engine (profiling/predicted.py), `simulator` times the virtual clock
-(profiling/simulator_speed.py); what follows is of `engine`.
-
-Figures of parallel processes mean something only while nothing else runs: the load before the run is in the result.
-CPU seconds and bytes are solid in any weather. Every ratio is speed over one-thread transformers.generate.
-"""
+"""`splitray bench`: suites that measure this machine."""
 
 from __future__ import annotations
 
-import contextlib
-import json as jsonlib
+import json
 import os
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from splitray.errors import InputError
-from splitray.placement import Placement, weight_bytes
-from splitray.profiling.machine import machine
-from splitray.profiling.random_llama import BENCH_110M, BENCH_190M, RandomLlama
-from splitray.topology import Topology
+import typer
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from splitray.runtime.engine.engine import Engine
-    from splitray.runtime.engine.run_report import RunReport
+from splitray.commands import options
+from splitray.report import bench as tables
+from splitray.report.stdout import print_json, stdout_kept
+from splitray.report.suite import Suite, suite_named, suites_help
 
-SUITES = ("engine", "predicted", "simulator", "faults")
-MODELS = (BENCH_110M, BENCH_190M)
-_ROUNDS, _NEW_TOKENS, _PROMPT_TOKENS, _PREFILL_TOKENS = 5, 48, 16, 512
-_IDLE_S, _ECHO_ROUNDS = 3.0, 3000
+Say = Callable[[str], None]
+Measured = tuple[dict[str, Any], Callable[[Console, dict[str, Any]], None]]
 
 
-def run(suite: str = "engine", *, json: bool = False, out: Path | None = None) -> int:
-    """Run a suite, print its table (or one JSON document) and write it to `out` if given.
+def _engine(say: Say) -> Measured:
+    from splitray.profiling.engine_speed import engine_speed
 
-    Raises:
-        InputError: there is no such suite.
-    """
-    if suite not in SUITES:
-        raise InputError("suite", expected=f"one of {list(SUITES)}", actual=suite, remedy="use one of them")
-    import torch
+    return engine_speed(say=say), tables.engine_table
 
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if suite == "predicted":
-        from splitray.profiling.predicted import predicted
 
-        result, table = predicted(BENCH_110M, progress=_say), _predicted_table
-    elif suite == "simulator":
-        from splitray.profiling.simulator_speed import simulator_speed
+def _predicted(say: Say) -> Measured:
+    from splitray.profiling.predicted import predicted
+    from splitray.profiling.random_llama import BENCH_110M
 
-        result, table = {**simulator_speed(), "machine": machine()}, _simulator_table
-    elif suite == "faults":
-        from splitray.profiling.fault_bench import faults
+    return predicted(BENCH_110M, progress=say), tables.predicted_table
 
-        result, table = faults(BENCH_110M, say=_say), _faults_table
-    else:
-        result, table = _engine(), _table
-    text = jsonlib.dumps(result, indent=2)
+
+def _simulator(say: Say) -> Measured:
+    from splitray.profiling.machine import machine
+    from splitray.profiling.simulator_speed import simulator_speed
+
+    before = machine()
+    return {**simulator_speed(), "machine": before}, tables.simulator_table
+
+
+def _faults(say: Say) -> Measured:
+    from splitray.profiling.fault_bench import faults
+    from splitray.profiling.random_llama import BENCH_110M
+
+    return faults(BENCH_110M, say=say), tables.faults_table
+
+
+SUITES: dict[str, Suite[Callable[[Say], Measured]]] = {
+    "engine": Suite(
+        "speed and CPU time of split generation beside transformers, and the time of an exchange",
+        "six minutes",
+        _engine,
+    ),
+    "predicted": Suite(
+        "what the cost model predicts for 25 placements beside what they take", "some minutes", _predicted
+    ),
+    "simulator": Suite("how fast the virtual clock runs, and how long a planner decides", "three minutes", _simulator),
+    "faults": Suite(
+        "devices that die: whether tokens stay the same; the cost of recovery, moves and checkpoints",
+        "some minutes",
+        _faults,
+    ),
+}
+
+
+def bench(
+    suite: Annotated[str, typer.Option(help=suites_help(SUITES), metavar="NAME")] = "engine",
+    out: options.Folder = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure this machine; figures mean something only while nothing else runs on it."""
+    chosen = suite_named(suite, SUITES)
+    with stdout_kept(as_json):
+        import torch
+
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        document, table = chosen.run(_say)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"bench-{suite}.json").write_text(text + "\n")
-    if json:
-        print(text)
+        (out / f"bench-{suite}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(document)
     else:
-        table(result)
-    return 0
-
-
-def _engine() -> dict[str, Any]:
-    result: dict[str, Any] = {"suite": "engine", "machine": machine(), "ratios": {}, "rows": []}
-    with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
-        for model in MODELS:
-            _say(f"{model.name}: writing random weights")
-            path = Path(folder) / model.name
-            model.write(path)
-            _measure(model, path, result)
-    return result
-
-
-def _measure(model: RandomLlama, path: Path, result: dict[str, Any]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from splitray.profiling.predicted import placements
-    from splitray.runtime.engine.engine import Engine
-    from splitray.runtime.fleet import ProcessFleet
-    from splitray.runtime.launch import ray_fleet, read_model
-    from splitray.runtime.sampling import Sampling
-    from splitray.runtime.timing import echo
-
-    first = model is MODELS[0]
-    arch, layout, lean = read_model(path)
-    topology = Topology.uniform(2)
-    chosen = placements(arch, topology)
-    if not first:
-        chosen = {k: chosen[k] for k in ("split_half", "one_device")}
-    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    prompt = [5 + i % 90 for i in range(_PROMPT_TOKENS)]
-    long_prompt = [5 + i % 300 for i in range(_PREFILL_TOKENS)]
-    reference = _transformers_tokens(whole, prompt, _NEW_TOKENS)
-    times: dict[str, list[float]] = {}
-    prefill: dict[str, list[float]] = {}
-    cpu_s: dict[str, list[float]] = {}
-    reports: dict[str, RunReport] = {}
-
-    def start(name: str, stack: contextlib.ExitStack, fleet: Any, placement: Placement) -> Engine:
-        _say(f"{model.name}: loading {name}")
-        return stack.enter_context(
-            Engine(fleet=fleet, model_path=path, arch=arch, layout=layout, topology=topology, placement=placement,
-                   lean=lean, pin=True)
-        )  # fmt: skip
-
-    with contextlib.ExitStack() as stack:
-        engines = {n: start(n, stack, ProcessFleet(), p) for n, p in chosen.items()}
-        if first:
-            engines["split_half_ray"] = start("split_half_ray", stack, ray_fleet(), chosen["split_half"])
-        memory = {n: e.stats() for n, e in engines.items()}
-        idle = _idle_fraction(engines)
-        for i in range(_ROUNDS):
-            _say(f"{model.name}: round {i + 1} of {_ROUNDS}")
-            times.setdefault("transformers", []).append(_transformers_tpot(whole, prompt))
-            for name, engine in engines.items():
-                ids = list(engine.stream(prompt, Sampling(max_new_tokens=_NEW_TOKENS)))
-                if ids != reference:
-                    raise RuntimeError(f"{name} gave other tokens than transformers: {ids} and not {reference}")
-                report = engine.report
-                assert report is not None and report.tpot_s is not None, "a run of several tokens was made"
-                reports[name] = report
-                times.setdefault(name, []).append(report.tpot_s)
-                cpu_s.setdefault(name, []).append(report.decode_cpu_s / (_NEW_TOKENS - 1))
-            if first:
-                prefill.setdefault("transformers", []).append(
-                    _timed(lambda: _transformers_tokens(whole, long_prompt, 1))
-                )
-                engine = engines["split_half"]
-                prefill.setdefault("split_half", []).append(
-                    _timed(lambda e=engine: list(e.stream(long_prompt, Sampling(max_new_tokens=1))))  # type: ignore[misc]
-                )
-        if first:
-            a, b = topology.ids
-            trips = sorted(
-                t / 2 for t in echo(engines["split_half"], a, b, size=4 * arch.hidden_dim, rounds=_ECHO_ROUNDS)
-            )
-            result["exchange_us"] = {"median": trips[len(trips) // 2] * 1e6, "p95": trips[int(len(trips) * 0.95)] * 1e6}
-        bandwidth = _read_bandwidth_bytes_per_s()
-        base = statistics.median(times["transformers"])
-        result["rows"].append({"model": model.name, "name": "transformers", "tpot_ms": base * 1e3, "ratio": 1.0,
-                               "read_bandwidth_bytes_per_s": bandwidth})  # fmt: skip
-        for name, engine in engines.items():
-            row = _row(
-                model, name, engine, reports[name], base, times[name], cpu_s[name], memory[name], idle[name], bandwidth
-            )
-            result["rows"].append(row)
-    _ratios(model, result, times, cpu_s, prefill)
-
-
-def _row(
-    model: RandomLlama, name: str, engine: Engine, report: RunReport, base: float, times: list[float],
-    cpu_s: list[float], memory: dict[str, dict[str, Any]], idle: float, bandwidth: float,
-) -> dict[str, Any]:  # fmt: skip
-    arch = engine.arch
-    share = {str(d): n for d, n in weight_bytes(engine.placement, arch).items()}
-    return {
-        "model": model.name,
-        "name": name,
-        "tpot_ms": statistics.median(times) * 1e3,
-        "ratio": base / statistics.median(times),
-        "bound_ms": _critical_bytes(engine) / bandwidth * 1e3,
-        "cpu_ms_per_token": statistics.median(cpu_s) * 1e3,
-        "exchanges_per_token": engine.route.exchanges_per_token,
-        "messages_per_token": report.messages_per_token,
-        "bytes_per_token": report.bytes_per_token,
-        "rule_bytes_per_token": engine.route.bytes_per_token(arch),
-        "wire_bytes_per_token": report.wire_bytes_per_token,
-        "wire_over_payload": report.wire_bytes_per_token / report.bytes_per_token if report.bytes_per_token else 1.0,
-        "idle_core_fraction": idle,
-        "devices": {
-            d: {
-                "weight_bytes": m["weight_bytes"],
-                "share_bytes": share.get(d, 0),
-                "weight_over_share": m["weight_bytes"] / share[d] if share.get(d) else 1.0,
-                "checkpoint_bytes_read": m["checkpoint_bytes_read"],
-                "rss_anon_bytes": m["rss_anon_bytes"],
-                "rss_anon_over_share_bytes": m["rss_anon_bytes"] - share.get(d, 0),
-            }
-            for d, m in memory.items()
-        },
-    }
-
-
-def _critical_bytes(engine: Engine) -> float:
-    """Weight bytes on the critical path: the larger half of partitioned work, the sum of work done in turn."""
-    arch = engine.arch
-    total = 0.0
-    for layer in engine.placement.layers:
-        for shares, unit in ((layer.attention, arch.group_params), (layer.ffn, arch.ffn_unit_params)):
-            total += max(shares.count(d) for d in shares.devices) * unit * arch.dtype_bytes
-    head = engine.placement.head
-    return total + max(head.count(d) for d in head.devices) * arch.vocab_row_params * arch.dtype_bytes
-
-
-def _ratios(
-    model: RandomLlama, result: dict[str, Any], times: dict[str, list[float]], cpu_s: dict[str, list[float]],
-    prefill: dict[str, list[float]],
-) -> None:  # fmt: skip
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    base = middle["transformers"]
-    ratios = result["ratios"]
-    if model is not MODELS[0]:
-        ratios[f"split_half_{model.name}"] = base / middle["split_half"]
-        return
-    for name in ("split_half", "layer_cut", "one_device"):
-        ratios[name] = base / middle[name]
-    ratios["replicated"] = base / middle["replicated"]
-    ratios["ray_vs_process"] = middle["split_half"] / middle["split_half_ray"]
-    ratios["prefill_half"] = statistics.median(prefill["transformers"]) / statistics.median(prefill["split_half"])
-    ratios["cpu_half"] = statistics.median(cpu_s["split_half"]) / statistics.median(cpu_s["one_device"])
-    result["layer_cut_added_ms"] = (middle["layer_cut"] - middle["one_device"]) * 1e3
-    row = next(r for r in result["rows"] if r["name"] == "split_half")
-    for key in ("bytes_per_token", "wire_bytes_per_token", "messages_per_token"):
-        result[key] = row[key]
-
-
-def _transformers_tokens(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    import torch
-
-    ids = torch.tensor([prompt])
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options)
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
-
-
-def _transformers_tpot(model: Any, prompt: list[int]) -> float:
-    short = _timed(lambda: _transformers_tokens(model, prompt, 1))
-    return (_timed(lambda: _transformers_tokens(model, prompt, _NEW_TOKENS)) - short) / (_NEW_TOKENS - 1)
-
-
-def _read_bandwidth_bytes_per_s() -> float:
-    """What one thread reads of memory in a second: a row times a matrix far larger than any cache, best of ten."""
-    import numpy as np
-
-    matrix, row = np.ones((1024, 1 << 16), np.float32), np.ones(1024, np.float32)
-    return float(matrix.nbytes / min(_timed(lambda: row @ matrix) for _ in range(10)))
-
-
-def _idle_fraction(engines: dict[str, Engine]) -> dict[str, float]:
-    before = {n: sum(s["cpu_s"] for s in e.stats().values()) for n, e in engines.items()}
-    time.sleep(_IDLE_S)
-    after = {n: {d: s["cpu_s"] for d, s in e.stats().items()} for n, e in engines.items()}
-    return {n: (sum(after[n].values()) - before[n]) / _IDLE_S / len(after[n]) for n in engines}
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        table(Console(width=max(110, Console().width), highlight=False), document)
 
 
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(f"  {text}", file=sys.stderr, flush=True)
-
-
-_COLUMNS = {
-    "tpot_ms": ".1f", "ratio": ".2f", "bound_ms": ".1f", "cpu_ms_per_token": ".1f", "exchanges_per_token": "d",
-    "bytes_per_token": ",.0f", "wire_over_payload": ".3f",
-}  # fmt: skip
-
-
-def _cells(row: dict[str, Any]) -> Iterator[str]:
-    yield row["model"]
-    yield row["name"]
-    for key, form in _COLUMNS.items():
-        yield format(row[key], form) if key in row else ""
-
-
-def _table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=max(110, Console().width))
-    heads = ("model", "placement", "ms/token", "speed", "bound ms", "CPU ms", "exchanges", "bytes/token", "wire")
-    table = Table(*heads, title="decode against one-thread transformers", box=None)
-    for row in result["rows"]:
-        table.add_row(*_cells(row))
-    console.print(table)
-    for name, value in result["ratios"].items():
-        console.print(f"{name:24} {value:.3f}")
-    exchange = result["exchange_us"]
-    console.print(f"exchange                 {exchange['median']:.0f} us median, {exchange['p95']:.0f} us p95")
-    console.print(f"load before the run      {result['machine']['load_before']:.2f}")
-
-
-def _predicted_table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=max(90, Console().width))
-    table = Table("placement", title=f"{result['model']}, two processes: predicted and measured tpot", box=None)
-    for name in ("exchanges", "predicted ms", "measured ms", "error"):
-        table.add_column(name, justify="right")
-    for r in result["rows"]:
-        table.add_row(r["name"], f"{r['exchanges_per_token']}", f"{r['predicted_ms']:.2f}", f"{r['measured_ms']:.2f}",
-                      f"{r['error']:+.1%}")  # fmt: skip
-    console.print(table)
-    console.print(f"median error             {result['median_error']:.1%}")
-    console.print(f"worst error              {result['worst_error']:.1%}")
-    console.print(f"load before the run      {result['machine']['load_before']:.2f}")
-
-
-def _faults_table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-
-    def line(name: str, spread: dict[str, float], form: str = ".3f") -> None:
-        console.print(f"  {name:44} {spread['median']:{form}} median, {spread['max']:{form}} at most")
-
-    console.print(f"{result['trials']} faults in threads, {result['struck']} that struck: {result['identical']} with "
-                  f"the same tokens, {result['hangs']} hangs, {result['leaks']} leaks")  # fmt: skip
-    line("recovery, s", result["recovery_s"])
-    killed, standing, moved = (result[k] for k in ("killed_processes", "standing_by", "migration"))
-    console.print(f"{killed['trials']} processes killed and started anew: {killed['identical']} with the same tokens")
-    line("start of a process, s", killed["restart_s"])
-    line("gap between two tokens beyond that, s", killed["beyond_restart_s"])
-    console.print(f"{standing['trials']} processes killed, another one standing by: {standing['identical']} the same")
-    line("gap between two tokens, s", standing["gap_s"])
-    line("the same in decode steps", standing["gap_steps"], ".1f")
-    console.print(f"half of all heads moved {moved['rounds']} times at a context of 512 tokens")
-    line("extra gap, decode steps", moved["extra_steps"], ".1f")
-    console.print(
-        f"  bytes off the formula {moved['bytes_error']}, delay off by {moved['delay_error_median']:.0%} (median): "
-        "here the copy takes the processes' time and not the link's; tests/netlab predicts it for a shaped link"
-    )
-    lost = result["checkpoint_cost"]["lost_share"]
-    console.print("checkpoints cost " + ", ".join(f"{v:.1%} of tokens/s ({k})" for k, v in lost.items()))
-    console.print(f"load before the run {result['machine']['load_before']:.2f}")
-
-
-def _simulator_table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for instances, rate in result["slots_per_s"].items():
-        console.print(f"{rate:,.0f} slots a second, 32 layers on two devices, {instances} side by side")
-    for r in result["many_devices"]:
-        console.print(
-            f"{r['devices']} devices, {r['tokens']:,} tokens: {r['seconds']:.0f} s; {r['decisions']:,} decisions of "
-            f"{r['decision_s'] * 1e3:.1f} ms, {r['decision_share_of_token']:.1%} of a token, {r['moves']:,} moves"
-        )
-    console.print(f"load before the run {result['machine']['load_before']:.2f}")

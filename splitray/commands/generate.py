@@ -1,137 +1,108 @@
-"""`splitray generate`: one prompt through a split model. Prints nothing itself: it hands text over as it comes."""
+"""`splitray generate`: one prompt through a model that is split over devices, shown as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated
 
-from splitray.errors import InputError
-from splitray.report.run import run_document
+import typer
+from rich.console import Console
+from rich.text import Text
 
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What was asked for on the command line; either a prompt or its ids."""
-
-    model: str
-    prompt: str | None
-    prompt_ids: str | None
-    topology: str | None
-    devices: int | None
-    planner: str | None
-    placement: str | None
-    replan: str | None
-    runtime: str
-    dtype: Literal["float32", "bfloat16"]
-    codec: str
-    channel: str
-    seed: int
-    sampling: dict[str, Any]
+from splitray.commands import options
+from splitray.report.progress import progress
+from splitray.report.stdout import print_json, stdout_kept
 
 
-def run(request: Request, *, text: Callable[[str], None], progress: Progress) -> dict[str, Any]:
-    """Split the model, generate, and stop the devices again.
+def generate(
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.", metavar="TEXT")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids instead of a text.", metavar="1,2,3")] = None,
+    topology: options.TopologyFile = None,
+    devices: options.Devices = None,
+    planner: options.Planner = None,
+    placement: options.PlacementFile = None,
+    replan: options.Replan = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
+    runtime: options.Runtime = "process",
+    dtype: options.Dtype = "float32",
+    codec: options.ChosenCodec = "none",
+    channel: Annotated[
+        str, typer.Option(help="What happens on the way, as in perplexity: loss:0.1.", metavar="CHANNEL")
+    ] = "none",
+    seed: options.Seed = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", metavar="X")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is off.", metavar="N")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample within that mass; 1 is off.", metavar="X")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.", metavar="X")] = 1.0,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a prompt with one model split over several devices."""
+    console = Console(stderr=as_json, highlight=False)
+    live = console.is_terminal and not as_json
+    pieces: list[str] = []
+    with stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin, ExitStack() as stack:
+        _read_torch()
+        from splitray.channel import as_channel
+        from splitray.local_ray import some_ray
+        from splitray.report.run import run_table
+        from splitray.runtime.engine.recovery import Recovery
+        from splitray.runtime.generation import continue_prompt, read_prompt
+        from splitray.runtime.launch import launch_engine, read_topology
+        from splitray.runtime.sampling import Sampling
 
-    Args:
-        request: what to run.
-        text: gets the new text in pieces as they become certain (ids where there is no tokenizer).
-        progress: told what is being done, and once an empty text when the first token is there.
-
-    Raises:
-        InputError: something asked for cannot be.
-        DeviceLost: a device died.
-        StartFailed: Ray did not come up.
-    """
-    if (request.prompt is None) == (request.prompt_ids is None):
-        raise InputError(
-            "prompt",
-            expected="either --prompt or --prompt-ids",
-            actual="neither" if request.prompt is None else "both",
-            remedy='give one of them, for example --prompt "The list of"',
+        where = read_topology(topology, devices)
+        asked = read_prompt(model, text=prompt, ids=prompt_ids)
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop_ids=asked.stop_ids,
         )
-    from splitray.channel import as_channel
-    from splitray.model.reading import read_config
-    from splitray.runtime.engine.recovery import Recovery
-    from splitray.runtime.launch import launch_engine, model_path, read_tokenizer, read_topology
-    from splitray.runtime.sampling import Sampling
-    from splitray.text import Detokenizer, end_ids
-
-    topology = read_topology(request.topology, request.devices)
-    read_config(model_path(request.model))  # a wrong path must not look like a missing tokenizer
-    tokenizer = read_tokenizer(request.model)
-    prompt_ids = _ids(request, tokenizer)
-    ends = end_ids(str(model_path(request.model)), tokenizer or SimpleNamespace(eos_token_id=None))
-    sampling = Sampling(**request.sampling, seed=request.seed, stop_ids=tuple(sorted(set(ends))))
-    with ExitStack() as stack:
-        if request.runtime == "ray":
-            from splitray.local_ray import some_ray
-
-            progress("Starting Ray")
-            stack.enter_context(some_ray(topology))
+        if runtime == "ray":
+            spin("Starting Ray")
+            stack.enter_context(some_ray(where))
         engine = stack.enter_context(
             launch_engine(
-                model=request.model,
-                topology=topology,
-                planner=request.planner,
-                placement=request.placement,
-                runtime=request.runtime,
-                seed=request.seed,
-                dtype=request.dtype,
-                codec=request.codec,
-                channel=as_channel(request.channel, seed=request.seed),
+                model=model,
+                topology=where,
+                planner=planner,
+                placement=placement,
+                runtime=runtime,
+                seed=seed,
+                dtype=dtype,
+                codec=codec,
+                channel=as_channel(channel, seed=seed),
                 recovery=Recovery(replan="drift_plus_penalty"),
-                replan=request.replan,
-                progress=lambda what: progress(what.capitalize()),
+                replan=replan,
+                progress=lambda what: spin(what.capitalize()),
             )
         )
-        progress("Reading the prompt")
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        decode = partial(tokenizer.decode, **options) if tokenizer else None
-        stream = Detokenizer(decode or (lambda ids: "".join(f"{i} " for i in ids)))
-        token_ids: list[int] = []
-        for token_id in engine.stream(prompt_ids, sampling):
-            if not token_ids:
-                progress("")
-            token_ids.append(token_id)
-            text(stream.push(token_id))
-        text(stream.flush())
-        assert engine.report is not None, "a finished run has a report"
-        stats = engine.stats()
-        return run_document(
-            token_ids=token_ids,
-            text=decode(token_ids) if decode else None,
-            run=asdict(engine.report),
-            exchanges_per_token=engine.route.exchanges_per_token,
-            epoch=engine.epoch,
-            devices={d: stats[d] for d in topology.ids if d in stats},
-            shared_process=request.runtime == "local",
-        )
+        spin("Reading the prompt")
+
+        def tell(piece: str) -> None:
+            spin("")
+            if live:
+                console.print(Text(piece), end="", soft_wrap=True)
+            pieces.append(piece)
+
+        document = continue_prompt(engine, asked.ids, sampling, tell=tell, shared_process=runtime == "local")
+    if as_json:
+        print_json(document)
+        return
+    console.print(Text("" if live else "".join(pieces)), soft_wrap=True)
+    console.print()
+    console.print(run_table(document))
 
 
-def _ids(request: Request, tokenizer: Any) -> list[int]:
-    if request.prompt_ids is not None:
-        try:
-            return [int(part) for part in request.prompt_ids.split(",") if part.strip()]
-        except ValueError as error:
-            raise InputError(
-                "--prompt-ids",
-                expected="whole numbers with commas between them",
-                actual=repr(request.prompt_ids),
-                remedy="write for example --prompt-ids 1,2,3",
-            ) from error
-    if tokenizer is None:
-        raise InputError(
-            "--prompt",
-            expected="a model with a tokenizer",
-            actual=f"none in {request.model}",
-            remedy="use --prompt-ids, or put the tokenizer's files beside the weights",
-        )
-    # A tokenizer may add a first token of its own, which alone is no prompt.
-    ids: list[int] = tokenizer(request.prompt)["input_ids"] if request.prompt else []
-    return ids
+def _read_torch() -> None:
+    """With signals held back: one that comes while torch's C++ calls Python would abort the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        import torch  # noqa: F401
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,155 +1,46 @@
-"""`splitray plan`: what a planner would do with a model on a topology, and what that is predicted to cost."""
+"""`splitray plan`: where a planner would put a model, and what that is predicted to cost."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated
 
-from splitray.arch import ModelArch
-from splitray.catalog import ARCHITECTURES, architecture
-from splitray.channel import as_channel
-from splitray.codecs import Codec, as_codec
-from splitray.cost import CostModel, Prediction
-from splitray.errors import ModelError, did_you_mean
-from splitray.placement import Placement
-from splitray.planners import ClusterState, make_planner
-from splitray.planners.coded import AUTO, best_codec
-from splitray.planners.exact import Exact, ExactResult, solve
-from splitray.quality.surrogate_accuracy import accuracy_of
-from splitray.route import compile_route
-from splitray.topology import Topology
+import typer
+from rich.console import Console
 
-Dtype = Literal["float32", "bfloat16"]
+from splitray.commands import options
+from splitray.report.stdout import print_json, stdout_kept
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A placement and its price; `predicted` comes from the cost model and from no measurement."""
+def plan(
+    model: options.PlanModel,
+    topology: options.NeededTopology,
+    planner: options.NeededPlanner,
+    context: Annotated[int, typer.Option(help="Tokens of KV cache to plan for.", min=1, metavar="N")] = 512,
+    codec: options.ChosenCodec = "none",
+    channel: options.Channel = "none",
+    dtype: options.PlanDtype = None,
+    seed: options.Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the placement file.", metavar="FILE")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say where a planner would put a model, and what that is predicted to cost."""
+    from splitray.planners.priced import priced
+    from splitray.report.picture import placement_picture
+    from splitray.report.plan import plan_table
+    from splitray.runtime.model_arch import read_model_arch
+    from splitray.topology import Topology
 
-    arch: ModelArch
-    topology: Topology
-    planner: str
-    codec: Codec
-    placement: Placement
-    predicted: Prediction
-    exchanges_per_token: int
-    accuracy_loss: float
-    """Rise of relative perplexity by codec and channel, as the shipped model's measurements tell."""
-    optimum: ExactResult
-    """Over the planner's own action space."""
-    global_optimum: ExactResult
-    """Over ours: heads by count, columns and rows, replication."""
-    decision_s: float
-
-    def document(self) -> dict[str, Any]:
-        """What `splitray plan --json` prints."""
-        predicted = self.predicted
-        return {
-            "model": self.arch.name,
-            "planner": self.planner,
-            "codec": self.codec,
-            "placement": self.placement.to_document(),
-            "predicted": {
-                "ttft_s": predicted.ttft_s,
-                "tpot_s": predicted.tpot_s,
-                "energy_j_per_token": predicted.energy_j_per_token,
-                "memory_bytes": {str(d): n for d, n in predicted.memory_bytes.items()},
-            },
-            "exchanges_per_token": self.exchanges_per_token,
-            "accuracy_loss": self.accuracy_loss,
-            "optimal_tpot_s": self.optimum.tpot_s,
-            "gap": predicted.tpot_s / self.optimum.tpot_s - 1,
-            "global_optimal_tpot_s": self.global_optimum.tpot_s,
-            "global_gap": predicted.tpot_s / self.global_optimum.tpot_s - 1,
-            "lower_bound": self.global_optimum.lower_bound_s,
-            "proven": self.global_optimum.proven,
-            "decision_s": self.decision_s,
-        }
-
-
-def run(
-    *,
-    model: str,
-    topology: str,
-    planner: str,
-    context_tokens: int,
-    dtype: Dtype | None = None,
-    seed: int = 0,
-    codec: str = "none",
-    channel: str = "none",
-) -> Plan:
-    """Plan without starting anything.
-
-    Args:
-        model: a decoder's name, `tiny` or a folder.
-        topology: a file.
-        planner: `NAME`, `NAME:ARG` or `module:Class[:ARG]`.
-        context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
-        dtype: of weights and activations; None for bfloat16 of a named decoder and float32 of a folder.
-        seed: of a planner that draws.
-        codec: how partials travel; what it saves in time and costs in quality is weighed. `auto` picks one.
-        channel: what happens to them on the way; likewise.
-
-    Raises:
-        InputError: a name, a file or the instance is wrong; says what.
-    """
-    where = Topology.load(topology)
-    where.require_connected()
-    arch = read_model_arch(model, dtype=dtype)
-    chosen = make_planner(planner, seed=seed)
-    way = as_channel(channel)
-    state = ClusterState(arch=arch, topology=where, context_tokens=context_tokens)
-    started, searched = time.perf_counter(), None
-    if codec == AUTO:
-        state, placement = best_codec(chosen, state, lambda each: accuracy_of(each, way))
-    else:
-        state = replace(state, codec=as_codec(codec), accuracy=accuracy_of(as_codec(codec), way))
-        searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
-        placement = chosen.propose(state) if searched is None else searched.placement
-    decision_s, coded, accuracy = time.perf_counter() - started, state.codec, state.accuracy
-    route = compile_route(placement, arch, where, codec=coded)
-    own = searched or solve(state, chosen.space, known=[placement])
-    overall = own if chosen.space == "all" else solve(state, known=[own.placement])
-    cost = CostModel(arch, where, codec=coded)
-    return Plan(
-        arch=arch,
-        topology=where,
-        planner=planner,
-        codec=coded,
-        placement=placement,
-        predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
-        exchanges_per_token=route.exchanges_per_token,
-        accuracy_loss=0.0 if accuracy is None else accuracy.route_loss(route),
-        optimum=own,
-        global_optimum=overall,
-        decision_s=decision_s,
-    )
-
-
-def read_model_arch(model: str, *, dtype: Dtype | None = None) -> ModelArch:
-    """The counts of a named decoder, or of a model's folder, whose weights are not read.
-
-    Raises:
-        ModelError: neither a name nor a usable folder.
-    """
-    if model in ARCHITECTURES:
-        return architecture(model, dtype=dtype or "bfloat16")
-    from splitray.model.reading import read_arch, read_config
-    from splitray.runtime.launch import model_path
-
-    folder = model_path(model)
-    try:
-        config = read_config(folder)
-    except ModelError as error:
-        if folder.exists():
-            raise
-        known = [*ARCHITECTURES, "tiny"]
-        raise ModelError(
-            f"model {model}",
-            expected=f"one of {', '.join(known)}, or a model's folder",
-            actual="neither a known name nor a folder",
-            remedy=f"use a known name{did_you_mean(model, known)}, or give the path of a saved model",
-        ) from error
-    arch, _ = read_arch(config, dtype=dtype or "float32")
-    return arch
+    with stdout_kept(as_json):
+        where = Topology.load(topology)
+        arch = read_model_arch(model, dtype=dtype)
+        found = priced(arch, where, planner, context_tokens=context, seed=seed, codec=codec, channel=channel)
+    if out is not None:
+        found.placement.save(out)
+    if as_json:
+        print_json(found.document())
+        return
+    console = Console(highlight=False)
+    console.print(placement_picture(found.placement, arch, where))
+    console.print()
+    console.print(plan_table(found.document(), where))

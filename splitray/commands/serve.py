@@ -7,43 +7,40 @@ import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
+from splitray.commands import options
 from splitray.errors import InputError
 from splitray.local_ray import StartFailed, free_port, private_ray, served
-from splitray.report.picture import placement_picture
 from splitray.report.progress import progress
 
 _LOOK_S = 2.0
 
 
-def run(
-    console: Console,
-    *,
-    model: str,
-    topology: str | None,
-    devices: int | None,
-    planner: str | None,
-    placement: str | None,
-    replan: str | None,
-    runtime: str,
-    seed: int,
-    host: str,
-    port: int,
-) -> NoReturn:
-    """Check everything, then start Ray, Serve and the devices; show the placement and where to ask.
-
-    Raises:
-        InputError: something asked for cannot be, or the port is taken.
-        StartFailed: something did not come up, or stopped.
-    """
+def serve(
+    model: options.Model = "tiny",
+    topology: options.TopologyFile = None,
+    devices: options.Devices = None,
+    planner: options.Planner = None,
+    placement: options.PlacementFile = None,
+    replan: options.Replan = None,
+    runtime: options.Runtime = "ray",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in; clients are not authenticated.", metavar="IP")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535, metavar="N")] = 8000,
+    seed: options.Seed = 0,
+) -> None:
+    """Run the OpenAI API over a split model on this machine, until Ctrl-C."""
     port = free_port(host, port)
-    watcher = Console(stderr=True)
+    console, watcher = Console(highlight=False), Console(stderr=True)
     with progress(watcher, "Reading the model"):
         from splitray.planners import make_planner
+        from splitray.report.picture import placement_picture
         from splitray.runtime.launch import decide, read_model, read_tokenizer, read_topology
 
         where = read_topology(topology, devices)
@@ -52,8 +49,12 @@ def run(
             make_planner(replan)  # a wrong name is refused before anything starts
         chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed)
         if read_tokenizer(model) is None:
-            raise InputError("--model", expected="a model with a tokenizer", actual=f"none in {model}",
-                             remedy="put the tokenizer's files beside the weights")  # fmt: skip
+            raise InputError(
+                "--model",
+                expected="a model with a tokenizer",
+                actual=f"none in {model}",
+                remedy="put the tokenizer's files beside the weights",
+            )
     console.print(placement_picture(chosen, arch, where))
     arguments: dict[str, Any] = {
         "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,

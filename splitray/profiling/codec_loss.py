@@ -22,6 +22,7 @@ from splitray.model.training.corpus import installation_documents
 from splitray.model.training.corpus import split as split_documents
 from splitray.profiling.perplexity import Progress, losses, of_split, read_ids, read_text, whole, window_and_stride
 from splitray.quality.accuracy import AccuracyRow, AccuracyTable
+from splitray.report.stdout import reader_may_leave
 from splitray.runtime.hf import SplitModel
 from splitray.runtime.launch import model_path
 
@@ -49,7 +50,7 @@ def measure(
         cuts: layers on the edge; None partitions every sub-block evenly over two devices.
         codecs: lossy ones.
         most_tokens: see text.
-        window: of perplexity.Request.
+        window: of perplexity.PerplexityRequest.
         stride: likewise.
         progress: told each result.
 
@@ -132,4 +133,5 @@ def held_out() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reader_may_leave():
+        sys.exit(main())

@@ -14,6 +14,7 @@ from pathlib import Path
 from splitray.errors import InputError
 from splitray.quality.surrogate import FOLDS, HIDDEN, STEPS, Record, Surrogate, records_of
 from splitray.quality.table import QualityTable
+from splitray.report.stdout import reader_may_leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,4 +48,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reader_may_leave():
+        sys.exit(main())

@@ -16,11 +16,12 @@ import numpy as np
 
 from splitray.arch import ModelArch
 from splitray.cost import CostModel
-from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.placement import Placement
 from splitray.planners.protocol import ClusterState
 from splitray.planners.random import RandomPlanner
 from splitray.profiling.calibration import PROMPT, Calibration, Model
 from splitray.profiling.machine import machine
+from splitray.profiling.named_placements import placements
 from splitray.profiling.random_llama import RandomLlama
 from splitray.route import compile_route
 from splitray.runtime.kept_fleet import KeptFleet
@@ -89,29 +90,6 @@ def _row(name: str, predicted_s: float, times: list[float], route: Any) -> dict[
         "measured_ms": measured_s * 1e3,
         "measured_rounds_ms": [t * 1e3 for t in times],
         "error": predicted_s / measured_s - 1,
-    }
-
-
-def placements(arch: ModelArch, topology: Topology) -> dict[str, Placement]:
-    """Halves, replicated attention, one cut, one device: what the engine's bench runs as well."""
-    a, b = topology.ids
-    layers = arch.num_layers
-
-    def half(total: int) -> Shares:
-        return Shares.of({a: [(0, total // 2)], b: [(total // 2, total)]})
-
-    def all_on(device: str) -> LayerPlacement:
-        return LayerPlacement(Shares.whole(arch.num_kv_heads, device), Shares.whole(arch.ffn_dim, device))
-
-    halves = LayerPlacement(half(arch.num_kv_heads), half(arch.ffn_dim))
-    replicated = LayerPlacement(Shares.whole(arch.num_kv_heads, a, b), half(arch.ffn_dim))
-    cut = tuple(all_on(a if i < layers // 2 else b) for i in range(layers))
-    return {
-        "split_half": Placement((halves,) * layers, (a,), half(arch.vocab)),
-        "replicated": Placement((replicated,) * layers, (a,), half(arch.vocab)),
-        "replicated_whole_head": Placement((replicated,) * layers, (a,), Shares.whole(arch.vocab, a)),
-        "layer_cut": Placement(cut, (a,), Shares.whole(arch.vocab, b)),
-        "one_device": Placement((all_on(a),) * layers, (a,), Shares.whole(arch.vocab, a)),
     }
 
 

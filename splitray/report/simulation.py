@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from splitray.report.plots import backlog_plot, energy_plot, front_plot, latency_plot, placement_plot
+from splitray.errors import InputError
+from splitray.report.plots import backlog_plot, energy_plot, front_plot, latency_plot, placement_plot, save_plots
 from splitray.report.quantities import joule_text, seconds_text, share_text
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import edge_cloud_links
@@ -99,3 +102,24 @@ def _map(outcome: Outcome, time_s: list[float]) -> Figure:
     return placement_plot(
         outcome.planner, time_s, outcome.edge_share.T.tolist(), seen.tolist(), ", ".join(edges) or "no edge"
     )
+
+
+def save_simulation(document: dict[str, Any], outcomes: list[Outcome], out: Path) -> list[Path]:
+    """`simulation.json`, the raw samples as `samples.npz`, and the plots.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "simulation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        samples = {
+            f"{o.planner}/{name}": getattr(o, name)
+            for o in outcomes
+            for name in ("arrival_s", "first_token_s", "finish_s", "backlog_tokens", "tpot_s", "energy_j")
+        }
+        np.savez_compressed(out / "samples.npz", allow_pickle=False, **samples)
+        return [out / "simulation.json", out / "samples.npz", *save_plots(plots_of(outcomes), out)]
+    except OSError as error:
+        raise InputError("--out", expected="a folder that can be written", actual=error,
+                         remedy="give another folder") from error  # fmt: skip

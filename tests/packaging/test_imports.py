@@ -34,7 +34,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("sim",),
         ("rl",),
         ("report",),
-        ("local_ray", "profiling"),
+        ("local_ray",),
+        ("profiling",),
         ("evaluate",),
         ("commands",),
     ),
@@ -48,7 +49,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("engine",),
         ("selftest", "timing"),
         ("launch",),
-        ("hf",),
+        ("hf", "generation", "model_arch"),
     ),
     "splitray.rl": (
         ("grid",),

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from splitray.commands.cli import app
-from splitray.commands.demo import Answer, Reference, difference
+from splitray.profiling.reference import Reference, difference
+from splitray.profiling.served_answer import Answer
 from splitray.runtime.engine.engine import Engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -377,6 +378,77 @@ def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"splitray {command}" in result.stdout.replace("root", "splitray")
+
+
+PLAN = ["plan", "--model", "tiny", "--topology", "TOPOLOGY", "--planner", "even"]
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["of stdout", "of stdout and stderr"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["bench", "--help"], [*PLAN, "--json"], PLAN],
+    ids=["help", "help of a command", "a document", "a table"],
+)
+def test_a_reader_who_is_gone_ends_the_program_quietly(arguments: list[str], both: bool, tmp_path: Path) -> None:
+    where = _file(tmp_path, "t.yaml", _topology())
+    read, write = os.pipe()
+    os.close(read)
+    program = subprocess.run(
+        [sys.executable, "-m", "splitray.commands.cli", *(where if a == "TOPOLOGY" else a for a in arguments)],
+        stdout=write, stderr=write if both else subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (program.returncode, program.stderr or "") == (141, "")
+
+
+@pytest.mark.parametrize("output", ["| head -1", "2>&1 | head -1", "| true", "--json 2>&1 | true"])
+def test_head_gets_its_line_and_nobody_complains(output: str, tmp_path: Path) -> None:
+    where = _file(tmp_path, "t.yaml", _topology())
+    command = " ".join([sys.executable, "-m splitray.commands.cli", *PLAN]).replace("TOPOLOGY", where)
+    shell = subprocess.run(
+        ["bash", "-c", f"{command} {output}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert shell.stderr == ""
+    assert int(shell.stdout.splitlines()[-1]) in (0, 141), shell.stdout
+    assert len(shell.stdout.splitlines()) == 1 + ("head" in output)
+
+
+def test_messages_that_nobody_reads_cost_no_result(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    program = subprocess.run(
+        [sys.executable, "-m", "splitray.commands.cli", *PLAN, "--json"], stdout=subprocess.PIPE,
+        stderr=write, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert program.returncode == 2
+    assert "TopologyError" in json.loads(program.stdout)["error"]["type"]
+
+
+def test_a_pipe_to_a_process_of_ours_that_breaks_is_an_error_to_be_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Iterator[int]:
+        raise BrokenPipeError("to a device")
+        yield
+
+    monkeypatch.setattr(Engine, "stream", broken)
+    result = generate(model, "--prompt", PROMPT)
+    assert result.exit_code == 1
+    assert "a process that was started has ended too early" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "suites"), [("bench", ["engine", "predicted", "simulator", "faults"]),
+                                                 ("evaluate", ["planners", "splitwise", "replacement",
+                                                               "layer-splitting"])])  # fmt: skip
+def test_suites_are_named_in_the_help_and_in_the_error(command: str, suites: list[str]) -> None:
+    told, refused = run(command, "--help").stdout, run(command, "--suite", suites[0][:-1])
+    assert refused.exit_code == 2
+    assert f"did you mean {suites[0]}?" in refused.stderr
+    for suite in suites:
+        assert f"{suite}:" in told
+        assert suite in refused.stderr
 
 
 def test_serve_refuses_a_port_that_is_taken() -> None:

@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from splitray.commands import doctor
 from splitray.commands.cli import app
-from splitray.commands.doctor import Check
+from splitray.commands.doctor import examine as examined
+from splitray.profiling import checks
+from splitray.profiling.checks import Check
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 Memory = namedtuple("Memory", ["available", "total"])
@@ -27,29 +28,29 @@ def examine(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["doctor", *arguments])
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
+def only(monkeypatch: pytest.MonkeyPatch, *findings: Check) -> None:
     def found() -> Iterator[Check]:
-        yield from checks
+        yield from findings
 
-    monkeypatch.setattr(doctor, "CHECKS", {"this": found})
+    monkeypatch.setattr(checks, "CHECKS", {"this": found})
 
 
 OK, ODD, BAD = Check("a", "ok", "fine"), Check("b", "warning", "odd", "look"), Check("c", "problem", "bad", "repair")
 
 
 @pytest.mark.parametrize(
-    ("checks", "status", "code"),
+    ("made", "status", "code"),
     [((OK,), "ok", 0), ((OK, ODD), "warning", 0), ((ODD, BAD, OK), "problem", 1)],
     ids=["all is well", "a warning is no failure", "a problem is one"],
 )
 def test_the_worst_finding_decides(
-    checks: tuple[Check, ...], status: str, code: int, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Check, ...], status: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, *checks)
+    only(monkeypatch, *made)
     result = examine("--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["status"]) == (code, status)
-    assert [c["name"] for c in document["checks"]] == [c.name for c in checks]
+    assert [c["name"] for c in document["checks"]] == [c.name for c in made]
     assert all(set(c) == {"name", "status", "found", "todo"} for c in document["checks"])
 
 
@@ -65,8 +66,8 @@ def test_a_check_that_breaks_is_a_problem_and_not_a_crash(monkeypatch: pytest.Mo
         yield OK
         raise OSError("no such thing")
 
-    monkeypatch.setattr(doctor, "CHECKS", {"broken": broken})
-    document = doctor.run(Console(quiet=True))
+    monkeypatch.setattr(checks, "CHECKS", {"broken": broken})
+    document = examined(Console(quiet=True))
     assert [(c["status"], c["found"]) for c in document["checks"]] == [("ok", "fine"), ("problem", "no such thing")]
 
 
@@ -75,7 +76,7 @@ def test_a_check_that_breaks_is_a_problem_and_not_a_crash(monkeypatch: pytest.Mo
     [("2.13.0+cpu", "ok"), ("2.12.1", "problem"), ("2.14.0", "problem"), ("not installed", "problem")],
 )
 def test_versions_are_those_the_package_declares(installed: str, status: str) -> None:
-    check = doctor._version("torch", installed, Requirement("torch>=2.13,<2.14"))
+    check = checks._version("torch", installed, Requirement("torch>=2.13,<2.14"))
     assert check.status == status
     assert ">=2.13,<2.14" in check.found
     assert check.todo == ("" if status == "ok" else "pip install 'torch>=2.13,<2.14'")
@@ -104,9 +105,9 @@ def cores(number: int, load: float) -> Callable[[pytest.MonkeyPatch], None]:
         ("cores", cores(1, 0.0), "warning", "two or more cores"),
         ("threads", lambda m: m.setenv("OMP_WAIT_POLICY", "PASSIVE"), "warning", "unset OMP_WAIT_POLICY"),
         ("threads", lambda m: m.delenv("OMP_WAIT_POLICY", raising=False), "ok", "each device process uses 1"),
-        ("sockets", lambda m: m.setattr(doctor, "_SLOW_ROUND_TRIP_S", 60.0), "ok", "there and back"),
-        ("sockets", lambda m: m.setattr(doctor, "_SLOW_ROUND_TRIP_S", 0.0), "warning", "exchange"),
-        ("cluster", lambda m: m.setattr(doctor, "running_cluster", lambda: None), "ok", "start their own"),
+        ("sockets", lambda m: m.setattr(checks, "_SLOW_ROUND_TRIP_S", 60.0), "ok", "there and back"),
+        ("sockets", lambda m: m.setattr(checks, "_SLOW_ROUND_TRIP_S", 0.0), "warning", "exchange"),
+        ("cluster", lambda m: m.setattr(checks, "running_cluster", lambda: None), "ok", "start their own"),
         ("gpu", lambda m: m.setattr("torch.cuda.is_available", lambda: False), "ok", "CPU"),
     ],
 )
@@ -115,7 +116,7 @@ def test_each_check_says_what_it_saw(
 ) -> None:
     change(monkeypatch)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    (check,) = doctor._guarded(name, doctor.CHECKS[name])
+    (check,) = checks.findings(name, checks.CHECKS[name])
     assert check.status == status
     assert words in f"{check.found} {check.todo}"
 
@@ -125,7 +126,7 @@ def test_a_cluster_that_is_gone_is_a_problem(monkeypatch: pytest.MonkeyPatch) ->
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    (check,) = doctor._guarded("cluster", doctor.CHECKS["cluster"])
+    (check,) = checks.findings("cluster", checks.CHECKS["cluster"])
     assert check.status == "problem"
     assert address in check.found
     assert "unset RAY_ADDRESS" in check.todo
@@ -136,18 +137,18 @@ def test_an_auth_token_file_is_pointed_at(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / ".ray" / "auth_token").write_text("secret")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setattr(doctor, "running_cluster", lambda: None)
-    checks = doctor._guarded("cluster", doctor.CHECKS["cluster"])
-    assert [c.status for c in checks] == ["warning", "ok"]
-    assert "RAY_AUTH_MODE" in checks[0].todo
+    monkeypatch.setattr(checks, "running_cluster", lambda: None)
+    found = checks.findings("cluster", checks.CHECKS["cluster"])
+    assert [c.status for c in found] == ["warning", "ok"]
+    assert "RAY_AUTH_MODE" in found[0].todo
 
 
 def test_a_model_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("splitray.runtime.launch.SHIPPED", tmp_path)
-    (check,) = doctor._guarded("model", doctor.CHECKS["model"])
+    (check,) = checks.findings("model", checks.CHECKS["model"])
     assert (check.status, check.todo) == ("problem", "install splitray again")
 
 
 def test_the_shipped_model_split_over_two_processes_gives_transformers_tokens() -> None:
-    checks = doctor._guarded("model", doctor.CHECKS["model"])
-    assert [(c.name, c.status) for c in checks] == [("model", "ok"), ("split", "ok")], checks
+    found = checks.findings("model", checks.CHECKS["model"])
+    assert [(c.name, c.status) for c in found] == [("model", "ok"), ("split", "ok")], found

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from splitray.arch import ModelArch
-from splitray.commands.demo import uneven_placement
 from splitray.placement import LayerPlacement, Placement, Shares, validate
+from splitray.profiling.named_placements import uneven_placement
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import BLOCK_CELLS, cells, placement_picture, rows
 from splitray.report.quantities import bytes_text, seconds_text, share_text

@@ -10,12 +10,12 @@ from typer.testing import CliRunner, Result
 
 from splitray.catalog import architecture
 from splitray.commands.cli import app
-from splitray.commands.plan import run
 from splitray.cost import CostModel
 from splitray.errors import PlacementError, TopologyError
 from splitray.placement import Placement
 from splitray.planners import PLANNER_USAGES, ClusterState, make_planner
 from splitray.planners.memory import check
+from splitray.planners.priced import priced
 from splitray.topology import Topology
 
 TOPOLOGY = """
@@ -151,7 +151,7 @@ def test_what_fits_nowhere_is_refused_with_the_constraint_and_by_how_much(
 ) -> None:
     where = write(tmp_path / "where.yaml", *memory_bytes)
     with pytest.raises(PlacementError) as refused:
-        run(model="llama-7b", topology=where, planner=planner, context_tokens=512)
+        priced(architecture("llama-7b"), Topology.load(where), planner, context_tokens=512)
     assert "memory: expected room for llama-7b with 512 tokens" in str(refused.value)
     assert text in str(refused.value)
     result = plan(Path(where), "--context", "512", planner=planner)
@@ -162,7 +162,7 @@ def test_what_fits_nowhere_is_refused_with_the_constraint_and_by_how_much(
 def test_devices_that_nothing_reaches_are_refused_by_name(tmp_path: Path, planner: str) -> None:
     where = write(tmp_path / "where.yaml", 2e10, 2e10, linked=False)
     with pytest.raises(TopologyError, match="the origin d0.*d1"):
-        run(model="llama-7b", topology=where, planner=planner, context_tokens=512)
+        priced(architecture("llama-7b"), Topology.load(where), planner, context_tokens=512)
     result = plan(Path(where), planner=planner)
     assert result.exit_code == 2
     assert "d1" in result.stderr
@@ -185,7 +185,9 @@ def test_a_codec_is_chosen_by_what_perplexity_weighs(tmp_path: Path) -> None:
     """Neither device has room for the model, so that something has to cross; int8 costs next to nothing in quality."""
     where = write(tmp_path / "where.yaml", 8e9, 8e9)
     cheap, dear = (
-        run(model="llama-7b", topology=where, planner=f"drift_plus_penalty:{v}", context_tokens=512, codec="auto")
+        priced(
+            architecture("llama-7b"), Topology.load(where), f"drift_plus_penalty:{v}", context_tokens=512, codec="auto"
+        )
         for v in ("1e-9", "10")
     )
     assert (cheap.codec, dear.codec) == ("int4", "int8")

@@ -148,13 +148,13 @@ def test_rates_that_share_a_memory_stack_and_select():
 
 def test_a_profile_is_refused_before_anything_is_measured(tmp_path: Path):
     pytest.importorskip("torch")
-    from splitray.commands.profile import run
+    from splitray.commands.profile import measure
 
     with pytest.raises(InputError, match="1 to 16 devices"):
-        run(devices=0)
+        measure(devices=0)
     for wrong in (tmp_path, tmp_path / "missing" / "here.yaml"):
         with pytest.raises(InputError, match="folder that exists"):
-            run(out=wrong)
+            measure(out=wrong)
 
 
 @pytest.mark.slow

@@ -1,0 +1,120 @@
+"""What a planner would do with a model on a topology, what that is predicted to cost, and how far from the optimum."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from splitray.arch import ModelArch
+from splitray.channel import as_channel
+from splitray.codecs import Codec, as_codec
+from splitray.cost import CostModel, Prediction
+from splitray.placement import Placement
+from splitray.planners import make_planner
+from splitray.planners.coded import AUTO, best_codec
+from splitray.planners.exact import Exact, ExactResult, solve
+from splitray.planners.protocol import ClusterState
+from splitray.quality.surrogate_accuracy import accuracy_of
+from splitray.route import compile_route
+from splitray.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PricedPlacement:
+    """What a planner proposes and what that costs; `predicted` comes from the cost model and from no measurement."""
+
+    arch: ModelArch
+    topology: Topology
+    planner: str
+    codec: Codec
+    placement: Placement
+    predicted: Prediction
+    exchanges_per_token: int
+    accuracy_loss: float
+    """Rise of relative perplexity by codec and channel, as the shipped model's measurements tell."""
+    optimum: ExactResult
+    """Over the planner's own action space."""
+    global_optimum: ExactResult
+    """Over ours: heads by count, columns and rows, replication."""
+    decision_s: float
+
+    def document(self) -> dict[str, Any]:
+        """What `splitray plan --json` prints."""
+        predicted = self.predicted
+        return {
+            "model": self.arch.name,
+            "planner": self.planner,
+            "codec": self.codec,
+            "placement": self.placement.to_document(),
+            "predicted": {
+                "ttft_s": predicted.ttft_s,
+                "tpot_s": predicted.tpot_s,
+                "energy_j_per_token": predicted.energy_j_per_token,
+                "memory_bytes": {str(d): n for d, n in predicted.memory_bytes.items()},
+            },
+            "exchanges_per_token": self.exchanges_per_token,
+            "accuracy_loss": self.accuracy_loss,
+            "optimal_tpot_s": self.optimum.tpot_s,
+            "gap": predicted.tpot_s / self.optimum.tpot_s - 1,
+            "global_optimal_tpot_s": self.global_optimum.tpot_s,
+            "global_gap": predicted.tpot_s / self.global_optimum.tpot_s - 1,
+            "lower_bound": self.global_optimum.lower_bound_s,
+            "proven": self.global_optimum.proven,
+            "decision_s": self.decision_s,
+        }
+
+
+def priced(
+    arch: ModelArch,
+    topology: Topology,
+    planner: str,
+    *,
+    context_tokens: int,
+    seed: int = 0,
+    codec: str = "none",
+    channel: str = "none",
+) -> PricedPlacement:
+    """Plan without starting anything.
+
+    Args:
+        arch: the model's counts.
+        topology: the devices, each with a link to any other.
+        planner: `NAME`, `NAME:ARG` or `module:Class[:ARG]`.
+        context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
+        seed: of a planner that draws.
+        codec: how partials travel; what it saves in time and costs in quality is weighed. `auto` picks one.
+        channel: what happens to them on the way; likewise.
+
+    Raises:
+        InputError: a name or the instance is wrong; says what.
+    """
+    topology.require_connected()
+    chosen = make_planner(planner, seed=seed)
+    way = as_channel(channel)
+    state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+    started, searched = time.perf_counter(), None
+    if codec == AUTO:
+        state, placement = best_codec(chosen, state, lambda each: accuracy_of(each, way))
+    else:
+        state = replace(state, codec=as_codec(codec), accuracy=accuracy_of(as_codec(codec), way))
+        searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
+        placement = chosen.propose(state) if searched is None else searched.placement
+    decision_s, coded, accuracy = time.perf_counter() - started, state.codec, state.accuracy
+    route = compile_route(placement, arch, topology, codec=coded)
+    own = searched or solve(state, chosen.space, known=[placement])
+    overall = own if chosen.space == "all" else solve(state, known=[own.placement])
+    cost = CostModel(arch, topology, codec=coded)
+    return PricedPlacement(
+        arch=arch,
+        topology=topology,
+        planner=planner,
+        codec=coded,
+        placement=placement,
+        predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
+        exchanges_per_token=route.exchanges_per_token,
+        accuracy_loss=0.0 if accuracy is None else accuracy.route_loss(route),
+        optimum=own,
+        global_optimum=overall,
+        decision_s=decision_s,
+    )

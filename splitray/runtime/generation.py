@@ -1,0 +1,155 @@
+"""One prompt through an engine: a text or ids become the prompt, new ids become text and the run's document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from splitray.errors import InputError
+from splitray.model.reading import read_config
+from splitray.runtime.launch import model_path, read_tokenizer
+from splitray.text import Detokenizer, end_ids
+
+if TYPE_CHECKING:
+    from splitray.runtime.engine.engine import Engine
+    from splitray.runtime.sampling import Sampling
+
+Document = dict[str, Any]
+_RUN_KEYS = ("ttft_s", "tpot_s")
+_TRAFFIC_KEYS = ("messages_per_token", "bytes_per_token", "wire_bytes_per_token", "driver_bytes_per_token")
+_AS_STREAMED = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids to continue, and those that end the answer."""
+
+    ids: list[int]
+    stop_ids: tuple[int, ...]
+
+
+def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
+    """A prompt as a user gives it: a text, or ids with commas between them.
+
+    Raises:
+        InputError: not exactly one of the two is given, the ids are no numbers, or a text has no tokenizer.
+        ModelError: there is no such model.
+    """
+    if (text is None) == (ids is None):
+        raise InputError(
+            "prompt",
+            expected="either --prompt or --prompt-ids",
+            actual="neither" if text is None else "both",
+            remedy='give one of them, for example --prompt "The list of"',
+        )
+    read_config(model_path(model))  # a wrong path must not look like a missing tokenizer
+    tokenizer = read_tokenizer(model)
+    ends = end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None))
+    return Prompt(_prompt_ids(model, tokenizer, text, ids), tuple(sorted(set(ends))))
+
+
+def _prompt_ids(model: str, tokenizer: Any, text: str | None, ids: str | None) -> list[int]:
+    if ids is not None:
+        try:
+            return [int(part) for part in ids.split(",") if part.strip()]
+        except ValueError as error:
+            raise InputError(
+                "--prompt-ids",
+                expected="whole numbers with commas between them",
+                actual=repr(ids),
+                remedy="write for example --prompt-ids 1,2,3",
+            ) from error
+    if tokenizer is None:
+        raise InputError(
+            "--prompt",
+            expected="a model with a tokenizer",
+            actual=f"none in {model}",
+            remedy="use --prompt-ids, or put the tokenizer's files beside the weights",
+        )
+    # A tokenizer may add a first token of its own, which alone is no prompt.
+    return list(tokenizer(text)["input_ids"]) if text else []
+
+
+def continue_prompt(
+    engine: Engine,
+    prompt_ids: list[int],
+    sampling: Sampling,
+    *,
+    tell: Callable[[str], None],
+    shared_process: bool = False,
+) -> Document:
+    """Generate, and give the run's document.
+
+    Args:
+        engine: a running one.
+        prompt_ids: what to continue.
+        sampling: how, and until when.
+        tell: called for every token with the text that it made certain, perhaps none, and once with the rest; ids
+            where there is no tokenizer.
+        shared_process: the devices are threads, so that memory cannot be told apart.
+
+    Raises:
+        InputError: the engine refuses the prompt.
+        DeviceLost: a device died.
+    """
+    decode = partial(engine.tokenizer.decode, **_AS_STREAMED) if engine.tokenizer else None
+    stream = Detokenizer(decode or (lambda ids: "".join(f"{i} " for i in ids)))
+    token_ids: list[int] = []
+    for token_id in engine.stream(prompt_ids, sampling):
+        token_ids.append(token_id)
+        tell(stream.push(token_id))
+    tell(stream.flush())
+    assert engine.report is not None, "a finished run has a report"
+    stats = engine.stats()
+    return run_document(
+        token_ids=token_ids,
+        text=decode(token_ids) if decode else None,
+        run=asdict(engine.report),
+        exchanges_per_token=engine.route.exchanges_per_token,
+        epoch=engine.epoch,
+        devices={d: stats[d] for d in engine.topology.ids if d in stats},
+        shared_process=shared_process,
+    )
+
+
+def run_document(
+    *,
+    token_ids: Sequence[int],
+    text: str | None,
+    run: Mapping[str, Any],
+    exchanges_per_token: int,
+    epoch: int,
+    devices: Mapping[str, Mapping[str, Any]],
+    shared_process: bool = False,
+) -> Document:
+    """What `splitray generate --json` prints.
+
+    Args:
+        token_ids: the new ones only.
+        text: of these, or None without a tokenizer.
+        run: the fields of the engine's RunReport.
+        exchanges_per_token: of the engine's route.
+        epoch: of the placement that ran.
+        devices: the engine's stats, by device.
+        shared_process: the devices are threads, so that memory cannot be told apart.
+    """
+    return {
+        "token_ids": list(token_ids),
+        "text": text,
+        **{key: run[key] for key in _RUN_KEYS},
+        "exchanges_per_token": exchanges_per_token,
+        **{key: run[key] for key in _TRAFFIC_KEYS},
+        "epoch": epoch,
+        "devices": {
+            device: {
+                "weight_bytes": stats["weight_bytes"],
+                "kv_bytes": run["kv_bytes"].get(device, 0),  # the run has freed its KV by now
+                "checkpoint_bytes_read": stats["checkpoint_bytes_read"],
+                "rss_anon_bytes": None if shared_process else stats["rss_anon_bytes"],
+            }
+            for device, stats in devices.items()
+        },
+    }
