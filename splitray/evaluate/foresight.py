@@ -11,11 +11,12 @@ import numpy as np
 from splitray.evaluate.options import Tell
 from splitray.report.document import Cell as Entry
 from splitray.report.document import Number, Table
-from splitray.rl.policy_planner import SHIPPED, Policy
+from splitray.rl.policy_planner import SHIPPED
 from splitray.rl.training.clairvoyant import AHEAD, CANDIDATES, foreseen
 from splitray.rl.training.holdout import program, score, served
 from splitray.rl.world.action import ActionSpec
 from splitray.rl.world.cell import Cell
+from splitray.rl.world.policy import Policy
 from splitray.rl.world.weather import Climate
 
 CELLS = (

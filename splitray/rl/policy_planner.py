@@ -8,108 +8,31 @@ that it shares, the program is left alone (`relieves`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
 
 from splitray.cost import Rates
-from splitray.errors import InputError, PlacementError
+from splitray.errors import PlacementError
 from splitray.placement import Placement
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import ClusterState, RequestShape
 from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
-from splitray.rl.world.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS, Ints
+from splitray.rl.world.action import Ints, high_mask, low_mask, modes_that_fit, parts
 from splitray.rl.world.cell import CLOUD_DEVICE, USUAL, References, references
-from splitray.rl.world.choosing import greedy
+from splitray.rl.world.deciding import allowed_modes, decided, left_alone
 from splitray.rl.world.knobs import Moment, planned
-from splitray.rl.world.observation import GROUP_FEATURES, History, Seen, Static, kept, observe, table_hash
-from splitray.rl.world.reward import Weights
-from splitray.rl.world.rows import LAYER_AGENT
+from splitray.rl.world.observation import History, Seen, Static, observe
+from splitray.rl.world.policy import Floats32, Policy
+from splitray.rl.world.room import room_of
 from splitray.topology import Topology
 
 SHIPPED = Path(__file__).parent / "shipped" / "policy"
 MOST_REQUESTS = 50.0  # that may wait before the queue alone counts
 _LAYERS = ("whole", "group", "join", "knobs")  # of training/module.py, that lead to the knobs
 _CROWD, _MARGIN = 16, 1.7  # see `relieves`
-Floats32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The layer agent's network of one file, and its card."""
-
-    card: dict[str, Any]
-    tensors: dict[str, Floats32]
-
-    @staticmethod
-    def load(path: str | Path) -> Policy:
-        """Read `PATH.safetensors` and `PATH.json`.
-
-        Raises:
-            InputError: a file is missing or damaged, or the policy was trained for other features or another variant.
-        """
-        path = Path(path)
-        path = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
-        tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
-        try:
-            card, raw = json.loads(card_at.read_text(encoding="utf-8")), tensors_at.read_bytes()
-        except (OSError, ValueError) as error:
-            raise _unfit(path, "a policy's .safetensors and .json", error) from error
-        wanted = {
-            "sha256": hashlib.sha256(raw).hexdigest(),
-            "features": table_hash(),
-            "variant": "dp_knobs",
-            "knobs": {"v": list(V_FACTORS), "stay": list(MOVE_WEIGHTS), "price": list(PRICES),
-                      "default": list(DEFAULT_KNOBS)},
-        }  # fmt: skip
-        for key, value in wanted.items():
-            if card.get(key) != value:
-                raise _unfit(path, f"{key} {value}", card.get(key))
-        return Policy(card, load_tensors(raw))
-
-    def knobs(self, whole: Floats32, groups: Floats32) -> Ints:
-        """The likeliest knobs for features [N, F] and [N, G, L] (the forward pass of training/module.py), [N, 3]."""
-        whole, groups = whole * self._kept[0], groups * self._kept[1]
-        if missing := self.card["num_groups"] - groups.shape[1]:
-            groups = np.pad(groups, ((0, 0), (0, missing), (0, 0)))
-        e = np.tanh(self._linear("whole", whole))
-        (of_group, bias), width = self._layers["group"], groups.shape[2]
-        h = np.tanh(groups @ of_group[:width] + (e @ of_group[width:] + bias)[:, None])  # e is the same for all groups
-        k = np.tanh(self._linear("join", np.concatenate([e, h.mean(1)], axis=1)))
-        return greedy(self._blocks, self._linear("knobs", k))
-
-    def _linear(self, name: str, x: Floats32) -> Floats32:
-        weight, bias = self._layers[name]
-        return np.asarray(x @ weight + bias, np.float32)
-
-    @cached_property
-    def _layers(self) -> dict[str, tuple[Floats32, Floats32]]:
-        """Each layer's weights [in, out] and bias."""
-        named = {n: tuple(self.tensors[f"{LAYER_AGENT}.{n}.{x}"] for x in ("weight", "bias")) for n in _LAYERS}
-        return {n: (np.ascontiguousarray(weight.T), bias) for n, (weight, bias) in named.items()}
-
-    @cached_property
-    def _kept(self) -> tuple[Floats32, Floats32]:
-        left_out = frozenset(self.card["leave_out"])
-        return kept(left_out), kept(left_out, GROUP_FEATURES)
-
-    @cached_property
-    def _blocks(self) -> tuple[Any, ...]:
-        from splitray.rl.world.action import Block
-
-        return tuple(Block(**b) for b in self.card["agents"][LAYER_AGENT] if b["name"] != "mode")
-
-    @cached_property
-    def weights(self) -> Weights:
-        """Of the reward that it was trained on."""
-        return Weights(**self.card["recipe"]["weights"])
 
 
 def relieves(static: Static) -> bool:
@@ -126,7 +49,7 @@ def relieves(static: Static) -> bool:
 
 
 @dataclass(slots=True)
-class _Served:
+class Served:
     """What does not change while one model is served on one pair of devices, and what was seen so far."""
 
     topology: Topology
@@ -152,7 +75,7 @@ class Splitwise:
     policy: Policy
     most_requests: float = MOST_REQUESTS
     overrides: int = 0
-    _served: tuple[Any, _Served] | None = None  # the last
+    _served: tuple[Any, Served] | None = None  # the last
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where there is no edge or no cloud device, or nothing fits.
@@ -162,21 +85,49 @@ class Splitwise:
         served = self._of(state)
         moment = self._moment(state, served)
         current = self._current(state, served, moment)
-        request, knobs = state.request or USUAL, np.array([DEFAULT_KNOBS])
-        if served.relieves:
-            whole, groups = observe(self._seen(state, served, moment, current), served.history.values, served.static)
-            knobs = self.policy.knobs(whole, groups)
+        request = state.request or USUAL
+        seen = None
         if moment.backlog_tokens[0] > self.most_requests * request.output_tokens:
-            knobs, self.overrides = np.array([DEFAULT_KNOBS]), self.overrides + 1
-        moment = replace(moment, current=current)
-        choice = planned(
-            served.grid, moment, knobs, known=served.known, request=request, weights=self.policy.weights
-        )  # fmt: skip
+            self.overrides += 1
+        elif served.relieves or self.policy.spec.low_decides:
+            seen = observe(self._seen(state, served, moment, current), served.history.values, served.static)
+        choice = self.chosen(served, replace(moment, current=current), request, seen)
         if state.current is not None and choice.same_as(current)[0]:
             return state.current
         placement = served.grid.placement(choice, 0)
         served.made = placement, choice
         return placement
+
+    def chosen(
+        self, served: Served, moment: Moment, request: RequestShape, seen: tuple[Floats32, Floats32] | None
+    ) -> Choice:
+        """What the policy decides for features [N, F] and [N, G, L], executed as in training; N placements.
+
+        Without features the program is left alone, with its default knobs.
+        """
+        policy, spec, low, room = self.policy, self.policy.spec, None, None
+        if seen is None:
+            spec = replace(spec, variant="dp_knobs")
+            high = left_alone(spec, len(moment.backlog_tokens))
+        elif not spec.low_decides:
+            high = policy.high(*seen)
+        else:
+            room = room_of(served.grid, moment.memory_bytes, moment.longest_tokens)
+            high = policy.high(*seen, high_mask(spec, room))
+            modes = modes_that_fit(spec, parts(spec.high, high)["mode"], room)
+            low = policy.low(*seen, modes, low_mask(spec, modes, room))
+
+        def program(modes: Ints, knobs: Ints, rows: Ints) -> Choice:
+            here = moment if len(rows) == len(high) else moment.take(rows)
+            return planned(
+                served.grid, here, knobs, known=served.known, request=request, weights=policy.weights,
+                allowed=allowed_modes(modes[:, : served.grid.num_groups]),
+            )  # fmt: skip
+
+        return decided(
+            served.grid, program, high, low, spec=spec, static=served.static, room=room,
+            longest_tokens=moment.longest_tokens, memory_bytes=moment.memory_bytes,
+        )  # fmt: skip
 
     def observe(self, state: ClusterState, placement: Placement, *, tpot_s: float, energy_j_per_token: float) -> None:
         """Remember what the slot was like."""
@@ -185,14 +136,14 @@ class Splitwise:
         served.history.push(self._seen(state, served, moment, _choice_of(placement, served)), served.static)
         served.since_move = served.since_move + 1 if placement == state.current else 0.0
 
-    def _of(self, state: ClusterState) -> _Served:
+    def _of(self, state: ClusterState) -> Served:
         nominal = state.average or state.topology
         key = state.arch, nominal, state.request
         if self._served is None or self._served[0] != key:
             self._served = key, _served(state, nominal, self.policy.card["num_groups"])
         return self._served[1]
 
-    def _moment(self, state: ClusterState, served: _Served) -> Moment:
+    def _moment(self, state: ClusterState, served: Served) -> Moment:
         now, ids = state.topology, served.topology.ids
         if now.ids != ids:
             here = {d.id: d for d in now.devices}
@@ -211,15 +162,12 @@ class Splitwise:
             memory_bytes=np.array([[d.memory_bytes for d in now.devices]]), slot_s=state.slot_s, current=None,
         )  # fmt: skip
 
-    def _current(self, state: ClusterState, served: _Served, moment: Moment) -> Choice:
+    def _current(self, state: ClusterState, served: Served, moment: Moment) -> Choice:
         if state.current is not None:
             return _choice_of(state.current, served)
-        return planned(
-            served.grid, moment, np.array([DEFAULT_KNOBS]), known=served.known, request=state.request or USUAL,
-            weights=self.policy.weights,
-        )  # fmt: skip
+        return self.chosen(served, moment, state.request or USUAL, None)
 
-    def _seen(self, state: ClusterState, served: _Served, moment: Moment, choice: Choice) -> Seen:
+    def _seen(self, state: ClusterState, served: Served, moment: Moment, choice: Choice) -> Seen:
         cached = float(state.cached_tokens or 0)
         step = max(1.0, cached if state.step_tokens is None else float(state.step_tokens))
         usual = served.usual
@@ -236,7 +184,7 @@ class Splitwise:
         )  # fmt: skip
 
 
-def _choice_of(placement: Placement, served: _Served) -> Choice:
+def _choice_of(placement: Placement, served: Served) -> Choice:
     """A placement in the grid; the last one that was asked for is remembered."""
     if served.made is None or served.made[0] != placement:
         served.made = placement, served.grid.choice_of(placement)
@@ -252,7 +200,7 @@ def build(argument: str) -> Splitwise:
     return Splitwise(Policy.load(argument or SHIPPED))
 
 
-def _served(state: ClusterState, nominal: Topology, num_groups: int) -> _Served:
+def _served(state: ClusterState, nominal: Topology, num_groups: int) -> Served:
     edges = [d for d in nominal.devices if d.tier == "edge"]
     clouds = [d for d in nominal.devices if d.tier == "cloud"]
     if not edges or not clouds:
@@ -277,9 +225,4 @@ def _served(state: ClusterState, nominal: Topology, num_groups: int) -> _Served:
         memory_bytes=np.array([d.memory_bytes for d in ordered.devices]),
         pinned_embedding=state.pinned_embedding is not None, pinned_head=state.pinned_head is not None,
     )  # fmt: skip
-    return _Served(ordered, Rates.of(ordered), grid, known, static, History(1), relieves(static))
-
-
-def _unfit(path: Path, expected: str, actual: object) -> InputError:
-    return InputError(f"policy {path}", expected=expected, actual=actual,
-                      remedy="export it again with `python -m rllib_configs splitwise`")  # fmt: skip
+    return Served(ordered, Rates.of(ordered), grid, known, static, History(1), relieves(static))

@@ -67,7 +67,7 @@ WITHOUT_TORCH = (
     "text",
 )  # fmt: skip
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
-WITHOUT_RAY = ("splitray.rl.policy_planner",)
+WITHOUT_RAY = ("splitray.rl.policy_planner", "splitray.rl.grid", "splitray.rl.world")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from splitray.planners import ClusterState, make_planner
 from splitray.planners.memory import check
 from splitray.planners.protocol import RequestShape
 from splitray.queues import QueueState
-from splitray.rl.policy_planner import SHIPPED, Policy, Splitwise
+from splitray.rl.policy_planner import SHIPPED, Splitwise
 from splitray.rl.world.action import FREE, ActionSpec
 from splitray.rl.world.cell import Cell, references
+from splitray.rl.world.policy import Policy
 from splitray.rl.world.vector_env import VectorEnv
 from splitray.rl.world.weather import Climate, Weather, draw
 from splitray.sim.arena import Case, run
@@ -142,7 +143,13 @@ def test_damaged_or_foreign_policies_are_refused(tmp_path: Path) -> None:
         Policy.load(tmp_path / "absent")
     card, raw = SHIPPED.with_suffix(".json").read_text(), SHIPPED.with_suffix(".safetensors").read_bytes()
     path = tmp_path / "policy"
-    for change, complaint in (({}, "sha256"), ({"features": "other"}, "features"), ({"variant": "no_dp"}, "variant")):
+    for change, complaint in (
+        ({}, "sha256"),
+        ({"features": "other"}, "features"),
+        ({"variant": "other"}, "variant"),
+        ({"variant": "no_dp"}, "agents"),
+        ({"hidden": 63}, "tensor"),
+    ):
         path.with_suffix(".json").write_text(json.dumps({**json.loads(card), **change}))
         path.with_suffix(".safetensors").write_bytes(raw if change else raw[:-4] + b"\0\0\0\1")
         with pytest.raises(InputError, match=complaint):

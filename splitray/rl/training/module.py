@@ -32,7 +32,7 @@ from splitray.rl.training.env import spaces_of
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.world.action import Block, prior
 from splitray.rl.world.choosing import MASKED
-from splitray.rl.world.rows import LAYER_AGENT, Layout, layouts
+from splitray.rl.world.rows import LAYER_AGENT, Layout, is_per_group, layouts
 
 
 class PlacementModule(TorchRLModule, ValueFunctionAPI):
@@ -114,11 +114,6 @@ class PlacementModule(TorchRLModule, ValueFunctionAPI):
             groups.reshape(-1, layout.num_groups, layout.group_width),
             rows[:, layout.mask_at :],
         )
-
-
-def is_per_group(block: Block, layout: Layout) -> bool:
-    """Whether every group chooses for itself."""
-    return block.count % layout.num_groups == 0 and block.name in ("mode", "heads", "bits", "ffn")
 
 
 def choice_log_probabilities(blocks: tuple[Block, ...], logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

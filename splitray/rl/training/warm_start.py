@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from splitray.rl.training.module import PlacementModule, choice_log_probabilities, is_per_group
+from splitray.rl.training.module import PlacementModule, choice_log_probabilities
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.training.rollout import Collector, Floats32
 from splitray.rl.world.action import Ints, imitated
-from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT
+from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, is_per_group
 
 _LEARNING_RATE = 3e-3
 _ROWS = 512  # a step

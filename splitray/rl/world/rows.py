@@ -57,6 +57,11 @@ def layouts(spec: ActionSpec) -> dict[str, Layout]:
     }
 
 
+def is_per_group(block: Block, layout: Layout) -> bool:
+    """Whether every group chooses for itself."""
+    return block.count % layout.num_groups == 0 and block.name in ("mode", "heads", "bits", "ffn")
+
+
 class Rows:
     """Puts features together, without those that an ablation leaves out."""
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.cost import Rates
-from splitray.rl.grid.choice import EDGE, MODES, Choice
+from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
 from splitray.rl.world.action import (
     DEFAULT_KNOBS,
@@ -25,14 +25,13 @@ from splitray.rl.world.action import (
     PRICES,
     ActionSpec,
     Ints,
-    eighths_of,
     high_mask,
     low_mask,
     modes_that_fit,
     parts,
-    shared,
 )
-from splitray.rl.world.cell import CLOUD_DEVICE, EDGE_DEVICE, Cell, References, references
+from splitray.rl.world.cell import CLOUD_DEVICE, Cell, References, references
+from splitray.rl.world.deciding import allowed_modes, decided
 from splitray.rl.world.knobs import Moment, planned
 from splitray.rl.world.moving import way_s
 from splitray.rl.world.observation import Floats, History, Seen, Static, observe
@@ -283,24 +282,11 @@ class VectorEnv:
     def decide(self, high: Ints, low: Ints | None = None, rows: Ints | None = None) -> Choice:
         """The placements that two actions mean now; they always fit."""
         rows = self._everyone if rows is None else rows
-        named = parts(self.spec.high, high)
-        modes = modes_that_fit(self.spec, named["mode"], self._room.take(rows))
-        knobs = np.concatenate([named["v"], named["stay"], named["price"]], axis=1)
-        if self.spec.variant != "no_dp":
-            choice = self._plan(modes, knobs, rows)
-            if low is None or not self.spec.low_decides:
-                return choice
-        else:
-            assert low is not None, "without the program the second agent has to say the shares"
-            choice = self._outright(modes)
-        heads, ffn = eighths_of(self.spec, low)
-        g = self.grid.num_groups
-        mixed = shared(choice, modes[:, :g], heads[:, :g], ffn[:, :g], self.grid.num_heads)
-        over = (self.grid.memory_bytes(mixed, self.longest[rows]) > self.memory_bytes[rows]).any(1)
-        if over.any():  # the edge's room was kept; what is left is a cloud that is full, or a program's own shares
-            at = np.flatnonzero(over)
-            mixed.put(at, self._plan(np.full_like(modes[at], FREE), knobs[at], rows[at]))
-        return mixed
+        return decided(
+            self.grid, lambda modes, knobs, at: self._plan(modes, knobs, rows[at]), high, low, spec=self.spec,
+            static=self.static, room=self._room.take(rows), longest_tokens=self.longest[rows],
+            memory_bytes=self.memory_bytes[rows],
+        )  # fmt: skip
 
     def _plan(self, modes: Ints, knobs: Ints, rows: Ints, *, first: bool = False) -> Choice:
         """The exact program for one slot under the knobs [n, 3], with the modes [n, G] that are fixed.
@@ -312,12 +298,9 @@ class VectorEnv:
         if not len(waits):
             return self.choice.take(rows)
         modes, at = modes[waits], rows[waits]
-        allowed = None
-        if (modes != FREE).any():
-            allowed = (modes == FREE)[..., None] | (modes[..., None] == 1 + np.arange(MODES))
         planned_now = planned(
             self.grid, self._moment(at, first=first), knobs[waits], known=self.known, request=self.climate.request,
-            weights=self.weights, allowed=allowed,
+            weights=self.weights, allowed=allowed_modes(modes),
         )  # fmt: skip
         if len(waits) == len(rows):
             return planned_now
@@ -347,17 +330,6 @@ class VectorEnv:
         choice = self.choice.take(rows)
         choice.put(at, first)
         return choice, waits
-
-    def _outright(self, modes: Ints) -> Choice:
-        """The modes as they are, each end where its neighbour is or where it is pinned."""
-        modes = modes[:, : self.grid.num_groups] - 1
-        pinned = self.static.pinned_embedding, self.static.pinned_head
-        ends = [
-            np.where(np.full(len(modes), pin) | (modes[:, at] == EDGE), EDGE_DEVICE, CLOUD_DEVICE)
-            for pin, at in zip(pinned, (0, -1), strict=True)
-        ]
-        zeros = np.zeros(modes.shape, np.int64)
-        return Choice(modes.astype(np.int8), zeros, zeros, *ends)
 
     # What moving costs
 
