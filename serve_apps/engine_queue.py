@@ -30,8 +30,8 @@ class Arch(Protocol):
         """Number of token ids."""
 
 
-class Engine(Protocol):
-    """The part of `splitray.runtime.engine.engine.Engine` that the service uses; the tests bring their own."""
+class ServedEngine(Protocol):
+    """What the service uses of an engine; the tests bring their own."""
 
     @property
     def arch(self) -> Arch:
@@ -63,7 +63,7 @@ class EngineQueue:
     may be tied to the thread that started them, and sockets must not change threads while in use.
     """
 
-    def __init__(self, launch: Callable[[], Engine]) -> None:
+    def __init__(self, launch: Callable[[], ServedEngine]) -> None:
         """Launch the engine and wait for it; whatever the launch raises comes out here."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._closing = threading.Event()
@@ -114,11 +114,7 @@ class EngineQueue:
             self._thread.shutdown()
 
     def _run(
-        self,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        left: threading.Event,
-        hand_over: Callable[[Any], None],
+        self, prompt_ids: list[int], sampling: Sampling, left: threading.Event, hand_over: Callable[[Any], None]
     ) -> None:
         try:
             if self.lost or self._closing.is_set():

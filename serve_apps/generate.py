@@ -14,7 +14,7 @@ from ray import serve
 
 from serve_apps.api_error import as_api_error
 from serve_apps.app import make_app
-from serve_apps.engine_queue import Engine, EngineQueue
+from serve_apps.engine_queue import EngineQueue, ServedEngine
 from serve_apps.service import TextService
 
 
@@ -71,7 +71,7 @@ class Replica:
             raise RuntimeError(f"the engine is lost: {self._service.queue.lost}")
 
 
-def _launch(args: Args) -> Engine:
+def _launch(args: Args) -> ServedEngine:
     from splitray.runtime.engine.recovery import Recovery
     from splitray.runtime.launch import launch_engine
 
@@ -88,11 +88,11 @@ def _launch(args: Args) -> Engine:
     )
 
 
-def _stats(engine: Engine) -> dict[str, Any]:
+def _stats(engine: ServedEngine) -> dict[str, Any]:
     """What the last run cost (null before the first), what each device holds, and where what runs."""
-    from splitray.runtime.engine.engine import Engine as SplitEngine
+    from splitray.runtime.engine.engine import Engine
 
-    split = cast(SplitEngine, engine)
+    split = cast(Engine, engine)
     return {
         "epoch": split.epoch,
         "exchanges_per_token": split.route.exchanges_per_token,

@@ -47,12 +47,7 @@ def chat_prompt(messages: Sequence[ChatMessage], tokenizer: Any) -> list[int]:
 
 
 def sampling_for(
-    request: GenerationRequest,
-    *,
-    num_prompt_tokens: int,
-    context_tokens: int,
-    stop_ids: Sequence[int],
-    seed: int,
+    request: GenerationRequest, *, num_prompt_tokens: int, context_tokens: int, stop_ids: Sequence[int], seed: int
 ) -> Sampling:
     """The engine's sampling for one prompt of a request; `seed` serves where the request names none.
 

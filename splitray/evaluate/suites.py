@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from splitray.evaluate.options import Options, Tell
@@ -12,46 +13,28 @@ if TYPE_CHECKING:
     from splitray.report.document import Report
 
 
-def _planners(options: Options, tell: Tell) -> Report:
-    from splitray.evaluate.planners import run
-
-    return run(options, tell)
-
-
-def _splitwise(options: Options, tell: Tell) -> Report:
-    from splitray.evaluate.splitwise import run
-
-    return run(options, tell)
-
-
-def _replacement(options: Options, tell: Tell) -> Report:
-    from splitray.evaluate.replacement import run
-
-    return run(options, tell)
-
-
-def _layer_splitting(options: Options, tell: Tell) -> Report:
-    from splitray.evaluate.layer_splitting import run
-
-    return run(options, tell)
+def _of(module: str) -> Callable[[Options, Tell], Report]:
+    return lambda options, tell: import_module(f"splitray.evaluate.{module}").run(options, tell)
 
 
 SUITES: dict[str, Suite[Callable[[Options, Tell], Report]]] = {
     "planners": Suite(
         "every planner but the learned ones, over traces, on clusters and against the optimum",
         "three minutes",
-        _planners,
+        _of("planners"),
     ),
-    "splitwise": Suite("the learned policy and all others, where many edges share one cloud", "an hour", _splitwise),
+    "splitwise": Suite(
+        "the learned policy and all others, where many edges share one cloud", "an hour", _of("splitwise")
+    ),
     "replacement": Suite(
         "placements that change while tokens are generated over a link that a trace drives",
         "some minutes",
-        _replacement,
+        _of("replacement"),
     ),
     "layer-splitting": Suite(
         "the figures and tables of Chen et al. (arXiv 2406.02616) on the shipped model",
         "a quarter of an hour",
-        _layer_splitting,
+        _of("layer_splitting"),
     ),
 }
 
