@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test install lint type format bench
+.PHONY: help demo test install lint type format hooks bench
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -32,6 +32,9 @@ type: install  ## mypy
 format: install  ## rewrite the code in the house format
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
 	@$(BIN)/python tests/packaging/file_lists.py
+
+hooks: install  ## check with ruff and mypy before every commit
+	@$(BIN)/pre-commit install
 
 bench: install  ## the engine against one-thread transformers (idle machine, about six minutes)
 	@$(BIN)/splitray bench
