@@ -15,8 +15,9 @@ from splitray.arch import ModelArch
 from splitray.codecs import Codec, decode, encode, encoded_bytes
 from splitray.model.split_layer import Array
 from splitray.route import Route
-from splitray.runtime.device.crossing import TORCH_DTYPES, Crossing, Plan, tensor_of
+from splitray.runtime.device.crossing import Crossing, Plan
 from splitray.runtime.wire import Wire
+from splitray.runtime.wire.tensors import TORCH_DTYPES, tensor_of
 
 
 class CodedCrossing(Crossing):

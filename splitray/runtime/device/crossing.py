@@ -16,13 +16,7 @@ from splitray.arch import ModelArch
 from splitray.model.split_layer import Array
 from splitray.route import Route
 from splitray.runtime.wire import Frame, Key, Kind, Wire, frame_start
-
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-                "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
-
-
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_NUMPY_KNOWS = {torch.float32, torch.int32, torch.int64, torch.uint8, torch.float16}
+from splitray.runtime.wire.tensors import DTYPE_NAMES, payload_of, tensor_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +257,7 @@ class Crossing:
         assert tensor is not None, "only tensors are sent"
         tensor, payload = payload_of(tensor)
         boundary = 2 * index + (0 if inner else 1)
-        self.wire.send(peer, self._header(kind, boundary, _NAMES[tensor.dtype], tuple(tensor.shape)), payload)
+        self.wire.send(peer, self._header(kind, boundary, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), payload)
 
     def _frame(self, peer: str, index: int, *, inner: bool) -> Frame:
         step = self.step
@@ -272,21 +266,3 @@ class Crossing:
     def _receive(self, peer: str, index: int, *, inner: bool = False) -> Tensor:
         tensor = tensor_of(self._frame(peer, index, inner=inner))
         return tensor if self.torch_device.type == "cpu" else tensor.to(self.torch_device)
-
-
-def payload_of(tensor: Tensor) -> tuple[Tensor, memoryview]:
-    """A contiguous CPU view of a tensor, and its bytes (shared, not copied, where it was one already)."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        tensor = tensor.detach().cpu().contiguous()
-    if not tensor.numel():
-        return tensor, memoryview(b"")
-    flat = tensor if tensor.dtype in _NUMPY_KNOWS else tensor.view(torch.uint8)
-    return tensor, memoryview(flat.reshape(-1).numpy()).cast("B")  # type: ignore[arg-type]
-
-
-def tensor_of(frame: Frame) -> Tensor:
-    """The tensor that a frame carries; it shares the frame's buffer."""
-    dtype = TORCH_DTYPES[frame.dtype]
-    if not frame.payload:
-        return torch.empty(frame.shape, dtype=dtype)
-    return torch.frombuffer(frame.payload, dtype=dtype).view(frame.shape)

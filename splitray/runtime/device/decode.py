@@ -14,10 +14,11 @@ from torch import Tensor
 
 from splitray.model.kv_cache import KvCache
 from splitray.model.surgery import Shard
-from splitray.runtime.device.crossing import Crossing, Step, payload_of
+from splitray.runtime.device.crossing import Crossing, Step
 from splitray.runtime.sampling import Chooser, Sampling
 from splitray.runtime.wire import Channel, Kind, StopRun
 from splitray.runtime.wire.messages import DecodeOrder
+from splitray.runtime.wire.tensors import payload_of
 
 CHUNK_TOKENS = 512
 

@@ -15,10 +15,10 @@ from splitray.arch import Range
 from splitray.errors import DeviceLost, ModelError
 from splitray.model.reading import read_config
 from splitray.model.source import Checkpoint
-from splitray.runtime.device.crossing import tensor_of
 from splitray.runtime.wire import Channel, Endpoint, Kind
 from splitray.runtime.wire.listener import dial
 from splitray.runtime.wire.messages import error_from_plain
+from splitray.runtime.wire.tensors import tensor_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -22,7 +22,7 @@ from splitray.errors import DeviceLost
 from splitray.model.reading import StateDictSource
 from splitray.model.surgery import weight_bytes
 from splitray.runtime.device.busy import Busy
-from splitray.runtime.device.crossing import Crossing, Junction, Step, payload_of
+from splitray.runtime.device.crossing import Crossing, Junction, Step
 from splitray.runtime.device.decode import DecodeLoop
 from splitray.runtime.device.holding import Holding
 from splitray.runtime.device.side import Side, fill
@@ -30,6 +30,7 @@ from splitray.runtime.device.speed import cold_ffn, speeds
 from splitray.runtime.wire import Channel, Endpoint, Kind, Pace, Wire
 from splitray.runtime.wire.listener import CALLER, DEADLINE_S, SIDE, SIDE_OF_ENGINE, Listener, dial
 from splitray.runtime.wire.messages import DecodeOrder, StepOrder, error_to_plain
+from splitray.runtime.wire.tensors import payload_of
 
 
 class ShardHost:

@@ -19,12 +19,12 @@ from splitray.errors import DeviceLost, InputError
 from splitray.model.kv_cache import KvPiece
 from splitray.model.source import Checkpoint
 from splitray.runtime.checkpoint import Saved, Store
-from splitray.runtime.device.crossing import payload_of, tensor_of
 from splitray.runtime.device.holding import Holding, build, pieces
 from splitray.runtime.device.lending import lend
 from splitray.runtime.wire import Channel, Endpoint, Kind
 from splitray.runtime.wire.listener import dial
 from splitray.runtime.wire.messages import LoadOrder, error_from_plain, error_to_plain
+from splitray.runtime.wire.tensors import payload_of, tensor_of
 
 if TYPE_CHECKING:
     from splitray.runtime.device.shard_host import ShardHost

@@ -9,11 +9,11 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from splitray.errors import DeviceLost
-from splitray.runtime.device.crossing import tensor_of
 from splitray.runtime.engine.protection import Protection
 from splitray.runtime.engine.run_report import Meter
 from splitray.runtime.engine.session import Session
 from splitray.runtime.wire import Kind
+from splitray.runtime.wire.tensors import tensor_of
 
 if TYPE_CHECKING:
     from splitray.runtime.engine.engine import Engine

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from splitray.runtime.device.crossing import tensor_of
 from splitray.runtime.engine.epoch import Epoch, Kept
 from splitray.runtime.engine.members import Members
 from splitray.runtime.wire.messages import StepOrder
+from splitray.runtime.wire.tensors import tensor_of
 
 
 @dataclass(slots=True, kw_only=True)
