@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
     # Imported here, so that --help and a wrong option answer at once.
     from actors.fleet import RayFleet
     from actors.roster import pieces, roster
-    from splitray.runtime.engine.recovery import Recovery
+    from splitray.runtime.engine.policy import Recovery
     from splitray.runtime.generation import continue_prompt, read_prompt
     from splitray.runtime.launch import launch_engine
     from splitray.runtime.sampling import Sampling

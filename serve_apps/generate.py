@@ -72,7 +72,7 @@ class Replica:
 
 
 def _launch(args: Args) -> ServedEngine:
-    from splitray.runtime.engine.recovery import Recovery
+    from splitray.runtime.engine.policy import Recovery
     from splitray.runtime.launch import launch_engine
 
     return launch_engine(

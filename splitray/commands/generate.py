@@ -47,7 +47,7 @@ def generate(
         from splitray.channel import as_channel
         from splitray.local_ray import some_ray
         from splitray.report.run import run_table
-        from splitray.runtime.engine.recovery import Recovery
+        from splitray.runtime.engine.policy import Recovery
         from splitray.runtime.generation import continue_prompt, read_prompt
         from splitray.runtime.launch import launch_engine, read_topology
         from splitray.runtime.sampling import Sampling

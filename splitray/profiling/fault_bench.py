@@ -23,7 +23,7 @@ from splitray.profiling.faults import FaultRun, trials
 from splitray.profiling.machine import machine
 from splitray.profiling.random_llama import RandomLlama
 from splitray.runtime.engine.engine import Engine
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import ProcessFleet, ThreadFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling

@@ -14,7 +14,7 @@ from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.runtime.engine.controller import Controller
 from splitray.runtime.engine.monitor import Monitor
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology

@@ -19,6 +19,7 @@ from splitray.model.reading import read_config
 from splitray.placement import Placement
 from splitray.planners.protocol import Planner
 from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.launch import Dtype, launch_engine, model_path
 from splitray.topology import Topology
 
@@ -151,14 +152,16 @@ class SplitModel(PreTrainedModel, GenerationMixin):
             position_ids = None
         reorder, cache.reorder = cache.reorder, None
         logits = self.engine.step(
-            session=cache.session,
-            ids_BT=input_ids,
-            position=cache.length,
-            keep=logits_to_keep or new_tokens,
-            capacity=max(cache.capacity, cache.length + new_tokens),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            reorder=reorder,
+            Forward(
+                session=cache.session,
+                ids=input_ids,
+                position=cache.length,
+                keep=logits_to_keep or new_tokens,
+                capacity=max(cache.capacity, cache.length + new_tokens),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                reorder=reorder,
+            )
         )
         cache.length += new_tokens
         if alone:

@@ -23,7 +23,7 @@ from splitray.planners.protocol import ClusterState, Planner
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology

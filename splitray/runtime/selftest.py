@@ -14,6 +14,7 @@ from splitray.model.layout import LayerLayout
 from splitray.model.reading import StateDictSource, probe_model, read_arch
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.fleet import ThreadFleet
 from splitray.topology import Topology
 
@@ -61,7 +62,7 @@ def _difference(probe: PreTrainedModel, arch: ModelArch, layout: LayerLayout, *,
             return float("inf")  # one loop for all devices, or some would run untested code
         for at, stop in [(0, _PROMPT_TOKENS), *((p, p + 1) for p in range(_PROMPT_TOKENS, ids.shape[1]))]:
             parts.append(
-                engine.step(session=1, ids_BT=ids[:, at:stop], position=at, keep=stop - at, capacity=ids.shape[1])
+                engine.step(Forward(session=1, ids=ids[:, at:stop], position=at, keep=stop - at, capacity=ids.shape[1]))
             )
     difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
     return float(difference) if torch.isfinite(difference) else float("inf")

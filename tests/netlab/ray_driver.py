@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.fleet import RayFleet
 from splitray.runtime.engine.engine import Engine
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo

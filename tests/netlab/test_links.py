@@ -18,7 +18,8 @@ from splitray.placement import Placement, Shares
 from splitray.profiling.random_llama import RandomLlama
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.epoch import Next
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 
@@ -118,7 +119,7 @@ def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_
             assert move.done.wait(30) and move.error is None
             return _predicted_s(engine, before, after, move) / move.copy_s - 1
 
-        engine.step(session=1 << 20, ids_BT=torch.tensor([prompt]), position=0, keep=1, capacity=600)
+        engine.step(Forward(session=1 << 20, ids=torch.tensor([prompt]), position=0, keep=1, capacity=600))
         with _shaped(lab):
             errors["half, waiting"] = [error_of(after) for after in (whole, even, whole, even)]
             errors["all, waiting"] = [error_of(after) for after in (turned, even)]

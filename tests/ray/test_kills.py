@@ -17,7 +17,7 @@ from conformance import PROMPT, eventually, expected, small_model
 from ray_nodes import RayNodes
 
 from actors.fleet import RayFleet
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
@@ -76,7 +76,7 @@ import json, os, signal, sys, time
 import psutil
 from actors.fleet import RayFleet
 from splitray.runtime.launch import launch_engine
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.sampling import Sampling
 
 address, node = sys.argv[1], int(sys.argv[2])

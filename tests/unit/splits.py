@@ -19,7 +19,7 @@ from splitray.planners.protocol import ClusterState
 from splitray.runtime.device.decode import DecodeLoop
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.epoch import Next
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test

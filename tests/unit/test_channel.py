@@ -22,6 +22,7 @@ from splitray.model.reading import read_arch
 from splitray.papers.chen import ChenErrata, packet_loss
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.route import compile_route
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.wire.messages import LoadOrder
@@ -259,7 +260,7 @@ def test_the_engine_refuses_before_it_starts_anything():
 
 
 def logits(engine, ids=PROMPT):
-    return engine.step(session=1, ids_BT=torch.tensor([ids]), position=0, keep=len(ids), capacity=len(ids))
+    return engine.step(Forward(session=1, ids=torch.tensor([ids]), position=0, keep=len(ids), capacity=len(ids)))
 
 
 def test_no_channel_is_the_engine_as_it_was_and_a_perfect_one_at_a_cut_has_the_same_bits():

@@ -13,7 +13,7 @@ from families import family_model
 from splits import greedy
 
 from splitray.runtime.engine.monitor import Monitor
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import ProcessFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling

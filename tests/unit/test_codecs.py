@@ -24,6 +24,7 @@ from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.route import compile_route, message_bytes
 from splitray.runtime.device.coded import CodedCrossing
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.launch import launch_engine, read_model
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
@@ -269,7 +270,7 @@ def test_logits_equal_a_plain_model_whose_projections_add_the_same_coded_partial
     placement = Placement((layer,) * 3, (a, b), Shares.whole(97, a))
     ids = torch.tensor([PROMPT])
     with split(model, topology=where, placement=placement, codec=codec) as engine:
-        got = engine.step(session=1, ids_BT=ids, position=0, keep=len(PROMPT), capacity=len(PROMPT))
+        got = engine.step(Forward(session=1, ids=ids, position=0, keep=len(PROMPT), capacity=len(PROMPT)))
     with torch.inference_mode():
         exact = model(ids).logits
         for i in range(3):
@@ -304,7 +305,7 @@ def test_every_wiring_runs_with_a_codec_and_sends_the_rule_s_bytes(family):
         with split(model, devices=3, seed=13, codec=codec) as engine:
             list(engine.stream(PROMPT, Sampling(max_new_tokens=3)))
             assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
-            logits = engine.step(session=1, ids_BT=ids, position=0, keep=len(PROMPT), capacity=len(PROMPT))
+            logits = engine.step(Forward(session=1, ids=ids, position=0, keep=len(PROMPT), capacity=len(PROMPT)))
             errors.append(float((logits - whole).abs().max() / whole.abs().max()))
     assert 0 < max(errors) < 0.2, errors
 

@@ -25,7 +25,7 @@ from splitray.runtime.engine.controller import (
     next_action,
 )
 from splitray.runtime.engine.monitor import Estimates, Monitor
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
 from splitray.topology import Topology

@@ -11,7 +11,7 @@ from splits import greedy, moved_while_generating, slow_devices, split
 from transformers import AutoModelForCausalLM
 
 from splitray.profiling.faults import trials
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.launch import SHIPPED, launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology

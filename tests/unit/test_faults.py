@@ -26,7 +26,7 @@ from splitray.runtime.engine import protection
 from splitray.runtime.engine.backoff import Backoff
 from splitray.runtime.engine.epoch import kv_sources
 from splitray.runtime.engine.members import Members
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 

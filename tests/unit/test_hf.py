@@ -11,7 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from splitray.errors import InputError
 from splitray.runtime import hf
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.hf import CacheHandle, SplitModel
 
 CASES = {
@@ -45,7 +46,7 @@ def test_a_device_that_dies_in_the_middle_of_generate_changes_no_token(case):
     with split(model, devices=3, planner="even", recovery=Recovery()) as engine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "read_config", lambda _: model.config)
         beside = CacheHandle(engine, 20)
-        logits = engine.step(session=beside.session, ids_BT=ids[1:], position=0, keep=1, capacity=20)
+        logits = engine.step(Forward(session=beside.session, ids=ids[1:], position=0, keep=1, capacity=20))
         steps = []
 
         class Kills(StoppingCriteria):
@@ -60,7 +61,7 @@ def test_a_device_that_dies_in_the_middle_of_generate_changes_no_token(case):
         (parts,) = _both((SplitModel(engine),), ids, mask, stopping_criteria=killers, **CASES[case])
         assert len(engine.faults) == 2 and whole.tolist() == parts.tolist()
         token = logits[:, -1].argmax(-1, keepdim=True)
-        after = engine.step(session=beside.session, ids_BT=token, position=9, keep=1, capacity=20)
+        after = engine.step(Forward(session=beside.session, ids=token, position=9, keep=1, capacity=20))
         expected = model(torch.cat([ids[1:], token], dim=1)).logits[:, -1:]
         assert torch.allclose(after, expected, atol=1e-4), "a session beside it is read again too"
         engine.forget(beside.session)

@@ -12,7 +12,7 @@ from splits import greedy, slow_devices
 from splitray.errors import ModelError
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling

@@ -13,7 +13,8 @@ from splits import SOON_S, another, greedy, moved_while_generating, slow_devices
 from splitray.errors import DeviceLost
 from splitray.migration import diff
 from splitray.runtime.device.shard_host import ShardHost
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.sampling import Sampling
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
@@ -76,11 +77,11 @@ def test_a_migration_without_a_run_happens_at_once_and_keeps_sessions_of_hf_gene
     ids = torch.tensor([PROMPT])
     with split(model, devices=3, seed=1, recovery=Recovery()) as engine, torch.no_grad():
         handle = CacheHandle(engine, 40)
-        logits = engine.step(session=handle.session, ids_BT=ids, position=0, keep=1, capacity=40)
+        logits = engine.step(Forward(session=handle.session, ids=ids, position=0, keep=1, capacity=40))
         move = engine.migrate(another(engine, 2))
         assert move.done.wait(SOON_S) and move.error is None
         token = logits[:, -1].argmax(-1, keepdim=True)
-        after = engine.step(session=handle.session, ids_BT=token, position=len(PROMPT), keep=1, capacity=40)
+        after = engine.step(Forward(session=handle.session, ids=token, position=len(PROMPT), keep=1, capacity=40))
         expected = model(torch.cat([ids, token], dim=1)).logits[:, -1:]
         assert torch.allclose(after, expected, atol=1e-4)
 
@@ -100,7 +101,7 @@ def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, mo
 
     monkeypatch.setattr(ShardHost, "copy", late)
     with split(model, devices=3, seed=1, recovery=Recovery()) as engine, torch.no_grad():
-        engine.step(session=1, ids_BT=rows, position=0, keep=1, capacity=length)
+        engine.step(Forward(session=1, ids=rows, position=0, keep=1, capacity=length))
         placement = another(engine, 2)
         move = engine.migrate(placement)
         while len(copied) < len(placement.devices):
@@ -108,13 +109,13 @@ def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, mo
         options = {"session": 1, "keep": 1, "capacity": length}
         if change == "cropped":
             rows = torch.cat([rows[:, :4], rows[:, :4].flip(0), rows], dim=1)
-            engine.step(ids_BT=rows[:, 4:], position=4, **options)
+            engine.step(Forward(ids=rows[:, 4:], position=4, **options))
         else:
             rows = torch.cat([rows[order], rows[order, :1]], dim=1)
-            engine.step(ids_BT=rows[:, -1:], position=length, reorder=order, **options)
+            engine.step(Forward(ids=rows[:, -1:], position=length, reorder=order, **options))
         go_on.set()
         assert move.done.wait(SOON_S) and move.error is None
-        after = engine.step(ids_BT=rows[:, :1], position=rows.shape[1], **options)
+        after = engine.step(Forward(ids=rows[:, :1], position=rows.shape[1], **options))
         expected = model(torch.cat([rows, rows[:, :1]], dim=1)).logits[:, -1:]
         assert torch.allclose(after, expected, atol=1e-4)
 
@@ -125,7 +126,7 @@ def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
 
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
-        engine.step(session=1, ids_BT=torch.tensor([PROMPT]), position=0, keep=1, capacity=40)
+        engine.step(Forward(session=1, ids=torch.tensor([PROMPT]), position=0, keep=1, capacity=40))
         held = engine.fleet.hosts["edge0"].current
         piece, soon = KvPiece(0, Range(*held.groups(0)[0])), threading.Timer(0.1, lambda: setattr(cache, "written", 9))
         cache = held.caches[1]

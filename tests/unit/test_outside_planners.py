@@ -16,7 +16,7 @@ from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.cut import FixedCut
 from splitray.planners.whole import CloudOnly, EdgeOnly, whole_on
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.launch import decide
 from splitray.sim.arena import Case, run
 from splitray.sim.scenario import Scenario

@@ -17,6 +17,7 @@ from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
@@ -55,7 +56,7 @@ def test_saved_checkpoints_of_every_family_are_read_in_slices(family, max_shard_
         expected = model(ids, attention_mask=torch.ones_like(ids)).logits
     with Engine(fleet=ThreadFleet(deadline_s=20), model_path=tmp_path, arch=arch, layout=layout, topology=topology,
                 placement=placement, lean=False) as engine:  # fmt: skip
-        got = engine.step(session=1, ids_BT=ids, position=0, keep=8, capacity=8)
+        got = engine.step(Forward(session=1, ids=ids, position=0, keep=8, capacity=8))
     assert torch.allclose(got, expected, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -7,35 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from torch import Tensor
 
 from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceLost
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement, validate
 from splitray.route import Route
-from splitray.runtime.engine.epoch import Epoch, Kept, Next
+from splitray.runtime.engine.epoch import Epoch, Next
 from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.protection import Protection
-from splitray.runtime.engine.recovery import Fault, Recovery, make_ready, recovered
-from splitray.runtime.engine.returns import Returns
+from splitray.runtime.engine.recovery import Fault, make_ready
 from splitray.runtime.engine.run_report import Meter, RunReport
 from splitray.runtime.engine.segment import segment
-from splitray.runtime.engine.session import Session
-from splitray.runtime.engine.stepping import Steps
+from splitray.runtime.engine.session import Session, check_prompt
+from splitray.runtime.engine.stepping import Forward, Steps
 from splitray.runtime.engine.succession import Succession
+from splitray.runtime.engine.upkeep import Upkeep
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
-
-Runtime = Literal["local", "process", "ray"]
 
 
 class Engine:
@@ -44,7 +43,7 @@ class Engine:
     A run is a row of segments: in each the devices generate among themselves, between two of them the placement may
     change. A migration ends a segment at a token; a fault ends it where it is.
 
-    `members` are the devices, `succession` the placements one after another; this class says when.
+    `members` are the devices, `succession` the placements one after another.
     """
 
     def __init__(
@@ -81,9 +80,6 @@ class Engine:
         self.report: RunReport | None = None
         self.tokens = 0
         """Decode steps of all runs so far."""
-        self.faults: list[Fault] = []
-        self.disturbed = False
-        """Whether a fault is being seen to."""
         cores = tuple(sorted(os.sched_getaffinity(0))) if pin else ()
         first = Epoch.of(
             0, placement, topology, arch=arch, layout=layout, model_path=self.model_path, codec=codec, lean=lean,
@@ -92,52 +88,56 @@ class Engine:
         self.members = Members(fleet, recovery)
         self.succession = Succession(self.members, first, spin_s=spin_s)
         self._steps = Steps(self.members)
-        self._returns = Returns(self)
-        self._lock, self._attempt = threading.Lock(), 0
-        self._session: Session | None = None
+        self._upkeep = Upkeep(self.members, self.succession, self._steps)
+        self._attempt = 0
         try:
             self.members.start([topology.device(d) for d in topology.ids if d in first.route.devices])
             self.succession.stage(first, [])
             self.succession.switch(first, [])
-            make_ready(self)
+            make_ready(self.members, self.succession)
         except BaseException:
             self.close()
             raise
 
     @property
     def now(self) -> Epoch:
-        """What runs."""
+        """The epoch that runs."""
         return self.succession.now
 
     @property
     def next(self) -> Next | None:
-        """What is on its way, or was the last that came."""
+        """The epoch on its way, or the last one that was."""
         return self.succession.next
 
     @property
     def placement(self) -> Placement:
-        """Of the epoch that runs, as the three below."""
+        """Which device holds what, in the epoch that runs."""
         return self.now.placement
 
     @property
     def topology(self) -> Topology:
-        """The devices that it may use."""
+        """The devices and links that the epoch that runs may use."""
         return self.now.topology
 
     @property
     def route(self) -> Route:
-        """Compiled from the placement."""
+        """What runs where and which messages cross, in the epoch that runs."""
         return self.now.route
 
     @property
     def epoch(self) -> int:
-        """Its number."""
+        """The number of the epoch that runs."""
         return self.now.number
 
     @property
     def progress(self) -> Session | None:
         """The run that goes on, or None."""
-        return self._session
+        return self._upkeep.session
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The faults that were met and mended, in order."""
+        return self._upkeep.faults
 
     @property
     def lost(self) -> str | None:
@@ -146,24 +146,20 @@ class Engine:
 
     @property
     def recovery(self) -> Recovery | None:
-        """What is done about lost devices."""
+        """What may be done about lost devices; None: nothing, the first one ends the engine."""
         return self.members.recovery
 
     @recovery.setter
     def recovery(self, recovery: Recovery | None) -> None:
         self.members.recovery = recovery
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """One run, step or question at a time; what was staged meanwhile takes over behind it.
 
         Raises:
             DeviceLost: this engine cannot run any more.
         """
-        with self._lock:
-            self.members.usable()
-            yield
-        self._switch_at_rest()
+        return self._upkeep.alone()
 
     def attempt(self) -> int:
         """A number for what the devices do together next: frames of earlier ones are dropped."""
@@ -177,29 +173,9 @@ class Engine:
             InputError: an empty prompt, ids outside the vocabulary, or more tokens than the context holds.
             DeviceLost: a device died or missed its deadline.
         """
-        self.check_prompt(prompt_ids, sampling.max_new_tokens)
+        check_prompt(prompt_ids, sampling.max_new_tokens, self.arch)
         for ids in self.stream_batch([list(prompt_ids)], sampling):
             yield ids[0]
-
-    def check_prompt(self, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse a prompt that cannot run."""
-        if not prompt_ids:
-            raise InputError("prompt", expected="at least one token", actual="none", remedy="write a prompt")
-        wrong = [i for i in prompt_ids if not 0 <= i < self.arch.vocab]
-        if wrong:
-            raise InputError(
-                "prompt ids",
-                expected=f"ids in [0, {self.arch.vocab})",
-                actual=wrong[:5],
-                remedy="use this model's tokenizer",
-            )
-        if len(prompt_ids) + max_new_tokens > self.arch.context_tokens:
-            raise InputError(
-                "prompt",
-                expected=f"prompt and new tokens within the context of {self.arch.context_tokens} tokens",
-                actual=f"{len(prompt_ids)} + {max_new_tokens}",
-                remedy="shorten the prompt or ask for fewer new tokens",
-            )
 
     def stream_batch(
         self, prompts: list[list[int]], sampling: Sampling, *, attention_mask: list[list[int]] | None = None
@@ -209,21 +185,28 @@ class Engine:
             session = Session(
                 number=self._attempt + 1, prompt=prompts, attention_mask=attention_mask, sampling=sampling
             )
-            protection = Protection.of(self, session)
-            self._session, meter = session, Meter()
+            members, succession, upkeep, meter = self.members, self.succession, self._upkeep, Meter()
+            protection = Protection.of(members, succession, session)
+
+            def came() -> None:
+                self.tokens += 1
+                if protection is not None:
+                    protection.token()
+
+            upkeep.session = session
             try:
                 while True:
                     try:
-                        finished = yield from segment(self, session, meter, protection)
+                        finished = yield from segment(members, succession, session, self.attempt(), meter, came)
                         if finished:
                             break
-                        self._switch_to_next()
+                        upkeep.take_over()
                     except DeviceLost as error:
-                        self._recover(error)
+                        upkeep.mend(error)
                         if session.ended:  # the fault came behind the last token
                             break
             finally:
-                self._session = None
+                upkeep.session = None
                 if protection is not None:
                     protection.end()
                 self._end(session.number)
@@ -236,57 +219,28 @@ class Engine:
                 with contextlib.suppress(DeviceLost):
                     self.members.order(device, "end", {"session": session})
 
-    def _recover(self, error: DeviceLost) -> None:
-        """Go on where the run was, see recovery.py; without a `Recovery`, or a way, the engine ends here."""
-        try:
-            if self.recovery is None or self.lost is not None:
-                raise error
-            self.succession.give_up(error)
-            self._steps.lost()
-            self.disturbed = True
-            with self.succession.starting:
-                recovered(self, self._session, error)
-        except DeviceLost as last:
-            self.members.lost = self.lost or str(last)
-            raise
-        finally:
-            self.disturbed = False
-
-    def step(
-        self,
-        *,
-        session: int,
-        ids_BT: Tensor,
-        position: int,
-        keep: int,
-        capacity: int,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        reorder: Tensor | None = None,
-    ) -> Tensor:
+    def step(self, forward: Forward) -> Tensor:
         """One forward for a caller that samples itself (runtime/hf.py).
 
         Returns:
             Float32 logits [batch, keep, vocab], joined from all holders of the head.
+
+        Raises:
+            DeviceLost: a device is gone, and nothing could be done about it.
         """
         with self.alone():
-            reading = self._steps.read(
-                session, ids_BT=ids_BT, places_BT=position_ids, position=position, capacity=capacity, reorder=reorder
-            )
+            reading = self._steps.read(forward)
             while True:
                 try:
-                    logits = self._steps.forward(
-                        reading, self.now, session=session, attempt=self.attempt(), position=position, keep=keep,
-                        attention_mask=attention_mask, places_BT=position_ids, reorder=reorder,
-                    )  # fmt: skip
-                    self.succession.rewritten(session, position if reorder is None else 0)
+                    logits = self._steps.run(reading, forward, self.now, self.attempt())
+                    self.succession.rewritten(forward.session, forward.position if forward.reorder is None else 0)
                     return logits
                 except DeviceLost as error:
-                    self._recover(error)
+                    self._upkeep.mend(error)
 
     def forget(self, session: int) -> None:
         """Free a session's KV on every device."""
-        with self._lock:
+        with self._upkeep.working:
             self._steps.forget(session)
             self._end(session)
 
@@ -302,45 +256,7 @@ class Engine:
         Raises:
             InputError: the placement does not fit, or another one is on its way.
         """
-        coming = self.succession.begin(placement, topology or self.topology, copies_kv)
-
-        def prepare() -> None:
-            self.succession.prepare(coming, self._kept)
-            self._switch_at_rest()  # if there is no run, nobody else does
-
-        threading.Thread(target=prepare, name="splitray-stage", daemon=True).start()
-        return coming
-
-    def _kept(self, coming: Next) -> list[Kept]:
-        """What has to move with a placement."""
-        kept, session = self._steps.kept(), self._session
-        if session is not None and session.steps and coming.copies_kv:
-            kept.append(Kept(number=session.number, capacity=session.capacity, stop=session.positions))
-        return kept
-
-    def _switch_to_next(self) -> None:
-        """Let the staged placement run, if there is one: only between segments, with the lock held."""
-        coming, session = self.succession.staged, self._session
-        if coming is not None:
-            self.succession.take_over(coming, self._kept)
-            if coming.error is None and session is not None and not coming.copies_kv:
-                session.valid = 0
-
-    def _switch_at_rest(self) -> None:
-        """The same where no run goes on: a fault is mended for the next one."""
-        if self.succession.staged is None or not self._lock.acquire(blocking=False):
-            return  # whoever has the lock looks once more behind it
-        try:
-            self._switch_to_next()
-        except DeviceLost as error:
-            with contextlib.suppress(DeviceLost, InputError):
-                self._recover(error)
-        finally:
-            self._lock.release()
-
-    def await_return(self, devices: Sequence[str]) -> None:
-        """Start lost devices anew in the background and give them back what they held."""
-        self._returns.wait_for(devices, self.succession.whole)
+        return self._upkeep.migrate(placement, topology or self.topology, copies_kv=copies_kv)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Memory, bytes and CPU seconds of every device."""
@@ -357,7 +273,7 @@ class Engine:
     def close(self) -> None:
         """Stop every device. Idempotent."""
         self.members.lost = self.lost or "the engine is closed"
-        self._returns.close()  # which may be starting a device just now, that must not outlive this
+        self._upkeep.close()
         self.members.close()
 
     def __enter__(self) -> Self:

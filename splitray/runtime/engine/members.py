@@ -17,7 +17,7 @@ import msgpack
 from splitray.errors import DeviceLost, InputError
 from splitray.runtime.engine.asking import Orders, ask
 from splitray.runtime.engine.epoch import astuple
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
 from splitray.runtime.wire.listener import CALLER, DEADLINE_S, dial
@@ -44,6 +44,8 @@ class Members:
         """(who opened, to whom) of the connections between devices that a run needs."""
         self.lost: str | None = None
         """Why nothing can run any more."""
+        self.disturbed = False
+        """Whether a fault is being seen to."""
         self.restarted: dict[str, list[float]] = {}
         self._known: dict[str, Device] = {}
         self._channels: dict[str, Channel] = {}

@@ -12,15 +12,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from splitray.cost import memory_bytes
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.engine.epoch import astuple
+from splitray.runtime.engine.epoch import Epoch, astuple
+from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.session import Session
 from splitray.topology import Device, Link, Topology
-
-if TYPE_CHECKING:
-    from splitray.runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 _WITHIN_S = 1.0
@@ -120,6 +119,21 @@ class Estimates:
             self.devices[device] = Condition(load["free_bytes"] / beside, share, now_s)
 
 
+class Watched(Protocol):
+    """What a monitor sees of an engine."""
+
+    members: Members
+    tokens: int
+
+    @property
+    def now(self) -> Epoch:
+        """The epoch that runs."""
+
+    @property
+    def progress(self) -> Session | None:
+        """The run that goes on, or None."""
+
+
 @dataclass
 class Monitor:
     """Probes the links of an engine.
@@ -129,7 +143,7 @@ class Monitor:
         period_s: between probes, at least; longer where a link is so slow that they would take more than their share.
     """
 
-    engine: Engine
+    engine: Watched
     period_s: float = 1.0
     estimates: Estimates = field(default_factory=Estimates)
     _size: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -149,7 +163,7 @@ class Monitor:
 
     def topology(self) -> Topology:
         """The engine's topology with what is known of its links; links that do not answer are left out."""
-        return self.estimates.seen(self.engine.topology, time.monotonic())
+        return self.estimates.seen(self.engine.now.topology, time.monotonic())
 
     def look(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Probe links, each in both directions, one after the other."""
@@ -174,7 +188,7 @@ class Monitor:
 
     def _rate(self, a: str, b: str) -> float:
         known = self.estimates.links.get((a, b))
-        link: Link | None = self.engine.topology.link(a, b)  # type: ignore[arg-type]
+        link: Link | None = self.engine.now.topology.link(a, b)  # type: ignore[arg-type]
         rate = known.bandwidth_bytes_per_s if known and known.bandwidth_bytes_per_s else None
         return rate or (link.bandwidth_bytes_per_s if link else 0.0)
 
@@ -183,13 +197,13 @@ class Monitor:
         engine = self.engine
         loads = engine.members.ask({d: ("load", {}) for d in list(engine.members.endpoints)}, within_s=_WITHIN_S)
         self.estimates.held_bytes = {
-            str(d): float(b) for d, b in memory_bytes(engine.placement, engine.arch, 0).items()
+            str(d): float(b) for d, b in memory_bytes(engine.now.placement, engine.now.arch, 0).items()
         }
         self.estimates.met(loads, time.monotonic())
 
     def _run(self) -> None:
         tokens, at_s, pace_s, probed_s, looks = self.engine.tokens, time.monotonic(), 0.0, 0.0, 0
-        while not self._stop.wait(_TICK_S) and self.engine.lost is None:
+        while not self._stop.wait(_TICK_S) and self.engine.members.lost is None:
             now_s, seen = time.monotonic(), self.engine.tokens
             sooner = False
             if seen > tokens:
@@ -213,5 +227,5 @@ class Monitor:
     def _idle_pairs(self) -> list[tuple[str, str]]:
         """Links that nothing uses now, from the origin: they decide whether something should."""
         engine = self.engine
-        origin, known = str(engine.topology.origin), engine.members.endpoints
+        origin, known = str(engine.now.topology.origin), engine.members.endpoints
         return [(origin, d) for d in known if d != origin and origin in known]

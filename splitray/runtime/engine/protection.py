@@ -6,14 +6,12 @@ import logging
 import secrets
 import threading
 import time
-from typing import TYPE_CHECKING
 
 from splitray.errors import DeviceLost, InputError
 from splitray.runtime.checkpoint import Saved, Store, StoreError, best_period_tokens
-
-if TYPE_CHECKING:
-    from splitray.runtime.engine.engine import Engine
-    from splitray.runtime.engine.session import Session
+from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.session import Session
+from splitray.runtime.engine.succession import Succession
 
 logger = logging.getLogger(__name__)
 _FIRST_TOKENS = 16
@@ -24,34 +22,39 @@ _END_S = 5.0  # that the end of a run may wait for a checkpoint
 class Protection:
     """Saves one session, one checkpoint at a time, in a thread of its own."""
 
-    def __init__(self, engine: Engine, session: Session, *, url: str, every: int | None, failures_per_s: float) -> None:
-        """`every` tokens; None: as Young's formula says from the measured cost and the rate of failures.
+    def __init__(
+        self, members: Members, succession: Succession, session: Session, *, url: str, every_tokens: int | None,
+        failures_per_s: float,
+    ) -> None:  # fmt: skip
+        """Without `every_tokens` as Young's formula says from the measured cost and the rate of failures.
 
         `url` may be that of other engines too.
         """
         self.url, self.session = f"{url}/{secrets.token_hex(6)}-{session.number}", session
         self.problem: str | None = None
+        """Why the last checkpoint was not written, or None."""
         self.cost_s = 0.0
         self.count = 0
-        self._engine, self._every, self._failures_per_s = engine, every, failures_per_s
+        self._members, self._succession = members, succession
+        self._every_tokens, self._failures_per_s = every_tokens, failures_per_s
         self._store = Store(self.url)
         self._thread: threading.Thread | None = None
         self._began = time.monotonic()
 
     @staticmethod
-    def of(engine: Engine, session: Session) -> Protection | None:
-        """As the engine's `Recovery` says."""
-        recovery = engine.recovery
+    def of(members: Members, succession: Succession, session: Session) -> Protection | None:
+        """As the engine's `Recovery` says; None where it names no store."""
+        recovery = members.recovery
         if recovery is None or recovery.store is None:
             return None
-        return Protection(engine, session, url=recovery.store, every=recovery.every_tokens,
+        return Protection(members, succession, session, url=recovery.store, every_tokens=recovery.every_tokens,
                           failures_per_s=recovery.failures_per_s)  # fmt: skip
 
     @property
     def period_tokens(self) -> int:
         """Tokens from one to the next."""
-        if self._every is not None:
-            return self._every
+        if self._every_tokens is not None:
+            return self._every_tokens
         steps = len(self.session.steps)
         if not self.count or not steps:
             return _FIRST_TOKENS
@@ -68,15 +71,15 @@ class Protection:
         self._thread.start()
 
     def _save(self, start: int, stop: int) -> None:
-        engine, session = self._engine, self.session
-        order = {"session": session.number, "epoch": engine.epoch, "start": start, "stop": stop, "store": self.url}
+        session, now = self.session, self._succession.now
+        order = {"session": session.number, "epoch": now.number, "start": start, "stop": stop, "store": self.url}
         try:
-            orders = dict.fromkeys(map(str, engine.route.devices), ("checkpoint", order))
-            answers = engine.members.ask(orders, within_s=_WRITE_S)
+            orders = dict.fromkeys(map(str, now.route.devices), ("checkpoint", order))
+            answers = self._members.ask(orders, within_s=_WRITE_S)
             files = [Saved.from_plain(a["file"]) for a in answers.values() if a["file"]]
             self._store.write_manifest(session.number, [*session.saved, *files], session.ids)
         except (DeviceLost, InputError, RuntimeError, *StoreError) as error:
-            if engine.epoch != order["epoch"] or engine.disturbed:
+            if self._succession.now is not now or self._members.disturbed:
                 return  # not the store's fault; the next one comes soon
             if self.problem is None:  # generation goes on; what is not protected is said once
                 logger.warning("the run goes on without a new checkpoint: %s", error)

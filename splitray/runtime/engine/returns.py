@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from splitray.errors import DeviceLost, InputError, ModelError
-from splitray.runtime.engine.epoch import Epoch
-
-if TYPE_CHECKING:
-    from splitray.runtime.engine.engine import Engine
+from splitray.runtime.engine.epoch import Epoch, Next
+from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.succession import Succession
 
 logger = logging.getLogger(__name__)
 _TICK_S = 0.1
@@ -22,17 +20,18 @@ _TICK_S = 0.1
 class Returns:
     """Of one engine; one thread while any device is missing."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Nobody is missing."""
-        self._engine = engine
+    def __init__(self, members: Members, succession: Succession, move: Callable[[Epoch], Next]) -> None:
+        """Nobody is missing. `move` lets the placement of an epoch take over from the one that runs."""
+        self._members, self._succession, self._move = members, succession, move
         self._missing: set[str] = set()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def wait_for(self, devices: Sequence[str], whole: Epoch) -> None:
-        """Bring devices back, and with them the placement of an epoch before."""
+    def wait_for(self, devices: Sequence[str]) -> None:
+        """Start lost devices anew in the background, and give them back what they held."""
         self._missing.update(devices)
         if self._thread is None or not self._thread.is_alive():
+            whole = self._succession.whole
             self._thread = threading.Thread(target=self._run, args=(whole,), name="splitray-return", daemon=True)
             self._thread.start()
 
@@ -43,30 +42,30 @@ class Returns:
             self._thread.join()
 
     def _run(self, whole: Epoch) -> None:
-        engine = self._engine
-        assert engine.recovery is not None, "asked for"
+        members, succession = self._members, self._succession
+        assert members.recovery is not None, "asked for"
         why: Exception | None
         said = ""
-        for wait_s in replace(engine.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
+        for wait_s in replace(members.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
             try:
-                with engine.succession.starting:
+                with succession.starting:
                     for device in sorted(self._missing):
-                        if device not in engine.members.endpoints:
-                            engine.members.restart(device)
-                        engine.members.reach(device)
+                        if device not in members.endpoints:
+                            members.restart(device)
+                        members.reach(device)
                         self._missing.discard(device)
-                if engine.lost is not None:
+                if members.lost is not None:
                     return
-                back = engine.migrate(whole.placement, topology=whole.topology)
+                back = self._move(whole)
                 while not back.done.wait(_TICK_S):
-                    if engine.lost is not None:
+                    if members.lost is not None:
                         return
                 if back.error is None and not self._missing:
                     return
                 why = back.error
             except (DeviceLost, InputError) as refused:
                 why = refused
-            away = ", ".join(d for d in whole.route.devices if d not in engine.route.devices)
+            away = ", ".join(d for d in whole.route.devices if d not in succession.now.route.devices)
             if isinstance(why, ModelError) and str(why) != said:
                 said = str(why)
                 logger.warning("%s: back with what cannot be used: %s", away, said)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator
+from typing import Any
 
 from splitray.errors import DeviceLost
-from splitray.runtime.engine.protection import Protection
+from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.run_report import Meter
 from splitray.runtime.engine.session import Session
+from splitray.runtime.engine.succession import Succession
 from splitray.runtime.wire import Kind
 from splitray.runtime.wire.tensors import tensor_of
 
-if TYPE_CHECKING:
-    from splitray.runtime.engine.engine import Engine
-
 
 def segment(
-    engine: Engine, session: Session, meter: Meter, protection: Protection | None
+    members: Members, succession: Succession, session: Session, attempt: int, meter: Meter, came: Callable[[], None]
 ) -> Generator[list[int], None, bool]:
-    """Yields new ids as they come; closing it ends the run.
+    """Yields the new ids of each step, [batch], as they come; closing it ends the run.
+
+    `came` is called once a step, when the session has its ids.
 
     Returns:
         Whether the run is at its end.
@@ -30,16 +30,16 @@ def segment(
     Raises:
         DeviceLost: the run is where `session` says, and some device is not.
     """
-    members, attempt = engine.members, engine.attempt()
-    order = session.order(attempt, engine.epoch)
-    waiting = {str(d) for d in engine.route.devices}
-    for member in engine.route.devices:
+    now = succession.now
+    order = session.order(attempt, now.number)
+    waiting = {str(d) for d in now.route.devices}
+    for member in now.route.devices:
         members.order(member, "decode", order)
     replies: dict[str, dict[str, Any]] = {}
     paused = finished = False
 
     def pause() -> None:
-        members.send(engine.route.sampler, (int(Kind.CANCEL), 0, engine.epoch, 0, 0, attempt, "", ()))
+        members.send(now.route.sampler, (int(Kind.CANCEL), 0, now.number, 0, 0, attempt, "", ()))
 
     try:
         while waiting:
@@ -50,17 +50,15 @@ def segment(
             elif frame.attempt == attempt:
                 ids = tensor_of(frame).tolist()
                 session.steps.append(ids)
-                engine.tokens += 1
                 meter.arrivals.append(time.perf_counter())
-                if protection is not None:
-                    protection.token()
+                came()
                 yield ids
-                if not paused and engine.succession.staged is not None:
+                if not paused and succession.staged is not None:
                     paused = True
                     pause()
         finished = True
     finally:
-        if not finished and engine.lost is None and sys.exc_info()[0] is GeneratorExit:
+        if not finished and members.lost is None and sys.exc_info()[0] is GeneratorExit:
             with contextlib.suppress(DeviceLost):  # the next run mends it
                 pause()
                 members.drain(waiting)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from splitray.arch import ModelArch
+from splitray.errors import InputError
 from splitray.runtime.checkpoint import Saved
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.wire.messages import DecodeOrder
@@ -66,3 +69,28 @@ class Session:
                 sampling=asdict(self.sampling), capacity=self.capacity, start=self.valid, done=len(self.steps),
             )
         )  # fmt: skip
+
+
+def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, arch: ModelArch) -> None:
+    """Refuse a prompt that cannot run.
+
+    Raises:
+        InputError: it is empty, has ids outside the vocabulary, or is too long for what is to follow.
+    """
+    if not prompt_ids:
+        raise InputError("prompt", expected="at least one token", actual="none", remedy="write a prompt")
+    wrong = [i for i in prompt_ids if not 0 <= i < arch.vocab]
+    if wrong:
+        raise InputError(
+            "prompt ids",
+            expected=f"ids in [0, {arch.vocab})",
+            actual=wrong[:5],
+            remedy="use this model's tokenizer",
+        )
+    if len(prompt_ids) + max_new_tokens > arch.context_tokens:
+        raise InputError(
+            "prompt",
+            expected=f"prompt and new tokens within the context of {arch.context_tokens} tokens",
+            actual=f"{len(prompt_ids)} + {max_new_tokens}",
+            remedy="shorten the prompt or ask for fewer new tokens",
+        )

@@ -16,6 +16,31 @@ from splitray.runtime.wire.messages import StepOrder
 from splitray.runtime.wire.tensors import tensor_of
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """One forward that a caller asks for.
+
+    Args:
+        session: any number that is the caller's own.
+        ids: the new tokens, [batch, new positions].
+        position: of the first of them.
+        keep: of how many last positions the logits are wanted.
+        capacity: positions for which devices make room.
+        attention_mask: [batch, all positions], None: nothing is masked.
+        position_ids: [batch, new positions] where they are not position, position + 1, ...
+        reorder: sequence i goes on from what sequence reorder[i] was.
+    """
+
+    session: int
+    ids: Tensor
+    position: int
+    keep: int
+    capacity: int
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    reorder: Tensor | None = None
+
+
 @dataclass(slots=True, kw_only=True)
 class Reading:
     """One session so far, [batch, positions] each; of the first `held` positions the devices have the KV."""
@@ -56,36 +81,34 @@ class Steps:
         """It is over."""
         self._readings.pop(session, None)
 
-    def read(
-        self, session: int, *, ids_BT: Tensor, places_BT: Tensor | None, position: int, capacity: int,
-        reorder: Tensor | None,
-    ) -> Reading:  # fmt: skip
+    def read(self, forward: Forward) -> Reading:
         """Note what the next forward is to read."""
+        places_BT = forward.position_ids
         if places_BT is None:
-            places_BT = torch.arange(position, position + ids_BT.shape[1])
-        places_BT = places_BT.expand_as(ids_BT)
-        reading = self._readings.setdefault(session, Reading(capacity=capacity, ids=ids_BT, places=places_BT))
-        reading.capacity = capacity
-        reading.go_on(ids_BT, places_BT, position, reorder)
+            places_BT = torch.arange(forward.position, forward.position + forward.ids.shape[1])
+        places_BT = places_BT.expand_as(forward.ids)
+        reading = self._readings.setdefault(
+            forward.session, Reading(capacity=forward.capacity, ids=forward.ids, places=places_BT)
+        )
+        reading.capacity = forward.capacity
+        reading.go_on(forward.ids, places_BT, forward.position, forward.reorder)
         return reading
 
-    def forward(
-        self, reading: Reading, epoch: Epoch, *, session: int, attempt: int, position: int, keep: int,
-        attention_mask: Tensor | None, places_BT: Tensor | None, reorder: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Let the devices read from `position` on, or all where they have lost what was before.
+    def run(self, reading: Reading, forward: Forward, epoch: Epoch, attempt: int) -> Tensor:
+        """Let the devices read from `forward.position` on, or all where they have lost what was before.
 
         Returns:
             Float32 logits [batch, keep, vocab], joined from all holders of the head.
         """
+        position, places_BT, reorder = forward.position, forward.position_ids, forward.reorder
         if reading.held < position:
             position, places_BT, reorder = 0, reading.places, None
-        ids_BT = reading.ids[:, position:]
+        ids_BT, mask = reading.ids[:, position:], forward.attention_mask
         batch, new_tokens = ids_BT.shape
         order = StepOrder(
-            session=session, attempt=attempt, epoch=epoch.number, batch=batch, new_tokens=new_tokens,
-            position=position, keep=keep, capacity=reading.capacity, ids=_bytes(ids_BT),
-            attention_mask=None if attention_mask is None else _bytes(attention_mask),
+            session=forward.session, attempt=attempt, epoch=epoch.number, batch=batch, new_tokens=new_tokens,
+            position=position, keep=forward.keep, capacity=reading.capacity, ids=_bytes(ids_BT),
+            attention_mask=None if mask is None else _bytes(mask),
             position_ids=None if places_BT is None else _bytes(places_BT.expand(batch, -1)),
             reorder=None if reorder is None else reorder.tolist(),
         )  # fmt: skip
