@@ -51,6 +51,17 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("launch",),
         ("hf", "generation", "model_arch"),
     ),
+    "splitray.runtime.engine": (
+        ("backoff", "run_report", "session", "asking", "epoch"),
+        ("policy",),
+        ("members",),
+        ("succession",),
+        ("stepping", "protection", "segment", "monitor"),
+        ("recovery", "returns"),
+        ("upkeep",),
+        ("engine",),
+        ("controller",),
+    ),
     "splitray.rl": (
         ("grid",),
         ("world",),
@@ -153,7 +164,7 @@ def upward(imports: list[Import]) -> list[str]:
     return found
 
 
-OPEN_LOOPS = ("splitray.runtime.engine", "splitray.runtime.device")  # being taken apart
+OPEN_LOOPS = ("splitray.runtime.device",)  # being taken apart
 
 
 def loops(imports: list[Import]) -> list[str]:
