@@ -65,10 +65,12 @@ def compared(out: Path, names: list[str], seeds: int) -> Table:
         values = [_ratio(np.exp(means[:, i])) for i in range(len(cells))]
         rows.append((name, _ratio(np.exp(means.mean(1))), *values))
     return Table(
-        "Mean latency over that of the exact program as it is", ("recipe", "all cells", *cells), tuple(rows),
+        "Mean latency over that of the exact program as it is",
+        ("recipe", "all cells", *cells),
+        tuple(rows),
         f"Geometric means over three held-out climates, 95 % intervals over {seeds} seeds (Student). "
         "Below 1 the policy is faster. All recipes but `fifth` change one thing, see the README of rllib_configs.",
-    )  # fmt: skip
+    )
 
 
 def _ratio(values: np.ndarray) -> Number:

@@ -71,9 +71,11 @@ def run(recipe: SplitRecipe, out: Path, told: Callable[[int, int], None]) -> dic
     }
     if loop is not None:
         results["algorithm_1"] = {
-            "switched_at_update": loop.switched_at, "measured_rewards": len(loop.records), "fit_s": loop.fit_s,
+            "switched_at_update": loop.switched_at,
+            "measured_rewards": len(loop.records),
+            "fit_s": loop.fit_s,
             "return_at_switch": None if loop.switched_at is None else curve[loop.switched_at - 1][1],
-        }  # fmt: skip
+        }
     folder = out / recipe.name
     paths = trained.network.save(folder / "policy", recipe, results)
     with (folder / "progress.csv").open("w", encoding="utf-8", newline="") as file:

@@ -33,10 +33,11 @@ HELD_OUT = (
     Climate(cloud_load=0.8, bandwidth_sigma=0.7, arrivals="bursty", request=RequestShape(256.0, 96.0)),
 )
 COMPARED = (
-    Cell("jetson-orin-nx-16gb", "llama-7b", "none", "lte"), Cell("galaxy-s23", "gpt2-xl", "none", "5g"),
+    Cell("jetson-orin-nx-16gb", "llama-7b", "none", "lte"),
+    Cell("galaxy-s23", "gpt2-xl", "none", "5g"),
     Cell("jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head", "wifi5"),
     Cell("raspberry-pi-5", "llama-13b", "embedding_and_head", "lte"),
-)  # fmt: skip
+)
 
 
 def splitwise(seed: int = 0) -> Recipe:

@@ -280,8 +280,9 @@ def as_channel(text: str, *, seed: int = 0) -> NoisyChannel | None:
     if kind == "none" and not numbers and not options:
         return None
     if len(numbers) != {"none": 0, "nakagami": 3}.get(kind, 1) or kind == "none":
-        raise InputError("channel", expected=KINDS[kind], actual=text,
-                         remedy=f"write one of {', '.join(KINDS.values())}")  # fmt: skip
+        raise InputError(
+            "channel", expected=KINDS[kind], actual=text, remedy=f"write one of {', '.join(KINDS.values())}"
+        )
     match kind:
         case "loss":
             channel = NoisyChannel(loss=numbers[0], seed=seed)

@@ -90,11 +90,13 @@ class Profile:
         ]  # fmt: skip
         links = [
             {
-                "between": [str(ids[a]), str(ids[b])], "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s,
-                "rtt_s": link.ping_s, "exchange_s": self._exchange_s(link),
+                "between": [str(ids[a]), str(ids[b])],
+                "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s,
+                "rtt_s": link.ping_s,
+                "exchange_s": self._exchange_s(link),
             }
             for (a, b), link in self.links.items()
-        ]  # fmt: skip
+        ]
         used = {*devices[0], *(links[0] if links else ())}
         return {
             "profile": {

@@ -109,9 +109,10 @@ def gaps_to_optimum() -> Table:
     )
     return Table(
         "Gap to the optimum of heads by count, 3-5 random devices",
-        ("planner", "mean gap", "largest", "instances", "found no place"), rows,
+        ("planner", "mean gap", "largest", "instances", "found no place"),
+        rows,
         "One layer of 8 heads, devices of 5-50 GFLOPS, links of 1-10 Gbit/s; equal memory limits for all.",
-    )  # fmt: skip
+    )
 
 
 def many_devices() -> Table:

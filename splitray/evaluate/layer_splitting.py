@@ -55,7 +55,7 @@ DEVIATIONS = (
     "A2C is PPO with one epoch over one batch of 50, without clipping, lambda 1, learning rate 0.0007; DQN is double, "
     "with a batch of 100 every 8 steps, learning rate 0.0005 and all steps remembered. Advantages are normalised over "
     "a rollout, not a batch.",
-)  # fmt: skip
+)
 
 
 def run(
@@ -154,12 +154,14 @@ def _table_3(runs: Runs, bases: dict[Noise, SplitRecipe], reward: TimedReward, p
              Number(learning, "s", "measured"), Number(peak_bytes, "B", "measured"))
         )  # fmt: skip
     return Table(
-        "With and without surrogate (Table 3)", ("", "mean sum of rewards", "training", "memory"), tuple(rows),
+        "With and without surrogate (Table 3)",
+        ("", "mean sum of rewards", "training", "memory"),
+        tuple(rows),
         f"{reward.about} Without surrogate, the rewards of our trainings are looked up in the measured table, and "
         "the time is what measuring each of them anew would take. Memory is the peak of the whole process behind the "
         "trainings with the surrogate, and behind measured rewards. The paper's rewards are of another model, and a "
         "difference of 0.007 is within the sampling error of 100 episodes.",
-    )  # fmt: skip
+    )
 
 
 def _targets(
@@ -197,11 +199,13 @@ def _targets(
          _met(-abs(sent / 0.5 - 1), -0.05)),
     ]  # fmt: skip
     return Table(
-        "Targets", ("target", "wanted", "reached", ""), tuple(rows),
+        "Targets",
+        ("target", "wanted", "reached", ""),
+        tuple(rows),
         f"Means over seeds, case A, {STARTS} starts; the surrogate's errors by cross-validation. Under losses "
         "perplexity rises with p on the shipped model, so that the best policy goes to the earliest cut whatever the "
         "channel: none near the optimum correlates with the strength there.",
-    )  # fmt: skip
+    )
 
 
 def _peak_bytes() -> float:

@@ -103,11 +103,13 @@ class Online:
         if sooner or now_s - probed_s >= probe_period_s(known):
             self._probe = now_s, rate
         return ClusterState(
-            arch=prices.arch, topology=at_rate(prices.topology, self._probe[1]),
+            arch=prices.arch,
+            topology=at_rate(prices.topology, self._probe[1]),
             context_tokens=self.stream.prompt_tokens + self.stream.output_tokens,
-            current=placement, cached_tokens=self.stream.prompt_tokens + token if token else 0,
+            current=placement,
+            cached_tokens=self.stream.prompt_tokens + token if token else 0,
             interval_tokens=max(1, self.stream.output_tokens - token),
-        )  # fmt: skip
+        )
 
 
 def fixed(stream: Stream, placement: Placement, requests: int) -> float:
@@ -230,9 +232,11 @@ def flips(prices: StreamPrices) -> dict[str, Trace]:
     return {
         f"{name}, every {period_s} s": Trace(np.arange(8.0) * period_s, np.tile([even * up, even / down], 4))
         for name, period_s, up, down in (
-            ("10x up and down", 60, 10, 10), ("10x up and down", 30, 10, 10), ("30x up, 30x down", 60, 30, 30),
+            ("10x up and down", 60, 10, 10),
+            ("10x up and down", 30, 10, 10),
+            ("30x up, 30x down", 60, 30, 30),
         )
-    }  # fmt: skip
+    }
 
 
 def run(options: Options, tell: Tell) -> Report:
@@ -274,14 +278,15 @@ def run(options: Options, tell: Tell) -> Report:
         tables=(targets(found), *(table(kind, rows) for kind, rows in found.items())),
         plots={"stream": _plot(found["recorded"])},
         captions={"stream": "Time over that of the best fixed placement of hindsight; simulated."},
-    )  # fmt: skip
+    )
 
 
 def targets(found: dict[str, list[TraceResult]]) -> Table:
     """What was to be reached."""
     recorded, constructed = found["recorded"], found["constructed"]
-    ours, best = (sum(np.log(o.best_fixed_s / s(o)) for o in recorded)
-                  for s in (lambda o: o.online_s, lambda o: o.clairvoyant_s))  # fmt: skip
+    ours, best = (
+        sum(np.log(o.best_fixed_s / s(o)) for o in recorded) for s in (lambda o: o.online_s, lambda o: o.clairvoyant_s)
+    )
     worst = max(o.online_s / o.best_fixed_s for o in recorded)
     least = min(o.best_fixed_s / o.online_s for o in constructed)
     possible = min(o.best_fixed_s / o.clairvoyant_s for o in constructed)

@@ -206,9 +206,7 @@ def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[S
         shape = RequestShape(float(recorded.prompt_tokens.mean()), float(recorded.output_tokens.mean()))
     known = references(cell.arch, cell.topology, shape)
     users = min(MOST_USERS, users_of(known))
-    climate = Climate(
-        cloud_load=load, users=users, bandwidth_sigma=SIGMA, outages=True, rtt_sigma=0.2, request=shape
-    )  # fmt: skip
+    climate = Climate(cloud_load=load, users=users, bandwidth_sigma=SIGMA, outages=True, rtt_sigma=0.2, request=shape)
     drawn = draw(
         climate, cell.topology, known, window_tokens=cell.arch.context_tokens, num_instances=users,
         num_slots=options.slots, slot_s=1.0, rng=rng,

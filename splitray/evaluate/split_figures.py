@@ -71,11 +71,12 @@ def strengths(table: QualityTable) -> Table:
             ]
             rows.append((name, *numbers))
     return Table(
-        f"Relative perplexity by channel and cut (Fig. 3), {table.model}", ("channel", "p = 1", "4", "7", "10"),
+        f"Relative perplexity by channel and cut (Fig. 3), {table.model}",
+        ("channel", "p = 1", "4", "7", "10"),
         tuple(rows),
         f"Over the exact model's ({table.architecture}, {table.num_layers} layers, perplexity {table.perplexity:.4g} "
         f"on {table.text}); 95 % intervals over tokens, each compared with itself in the exact run.",
-    )  # fmt: skip
+    )
 
 
 def monotone(tables: Sequence[QualityTable]) -> Table:
@@ -93,11 +94,12 @@ def monotone(tables: Sequence[QualityTable]) -> Table:
                 numbers = (Number(float(n), "count", "measured") for n in counts)
                 rows.append((f"{table.model}: {noise}", f"{'rises' if way > 0 else 'falls'} with {name}", *numbers))
     return Table(
-        "Monotone within noise (Fig. 3)", ("channel", "relative perplexity", "steps", "the other way", "beyond noise"),
+        "Monotone within noise (Fig. 3)",
+        ("channel", "relative perplexity", "steps", "the other way", "beyond noise"),
         tuple(rows),
         "A step goes to the next strength or cut that was measured; noise is the 95 % interval of two measurements "
         "without what they have in common.",
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------- what no learner is needed for
@@ -123,11 +125,12 @@ def programs(runs: Runs, base: SplitRecipe) -> Table:
         policies = (optimal(truth), greedy(truth), uniform(truth, np.random.default_rng(2)), stay(truth))
         rows.append((name, *(simulated(float(runs.judged(recipe, p).returns.mean())) for p in policies)))
     return Table(
-        f"Policies that learn nothing, {base.noise}", ("variant", "optimal", "greedy", "random", "never move"),
+        f"Policies that learn nothing, {base.noise}",
+        ("variant", "optimal", "greedy", "random", "never move"),
         tuple(rows),
         "Mean sum of the five rewards, not discounted. The printed reward is in relative perplexities and charges 1 a "
         "layer, as the paper gives no lambda.",
-    )  # fmt: skip
+    )
 
 
 # --------------------------------------------------------------------------------------------------- Figures 5 to 9
@@ -148,10 +151,12 @@ def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
         means = [spread([j.returns.mean() for j in runs.learned(r)]) for r in recipes.values()]
         rows.append((case, *means, simulated(best)))
     table = Table(
-        "PPO, A2C and DQN (Fig. 5), noise of fixed sigma", ("case", *recipes, "optimum"), tuple(rows),
+        "PPO, A2C and DQN (Fig. 5), noise of fixed sigma",
+        ("case", *recipes, "optimum"),
+        tuple(rows),
         f"After {base.steps} decisions with the surrogate's rewards, 95 % intervals over seeds. The paper's figure has "
         "PPO first in H and A, and all alike in L.",
-    )  # fmt: skip
+    )
     return curves_plot(panels, "decisions", "mean sum of rewards", levels), table
 
 
@@ -208,9 +213,10 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
         wide = replace(base, reach=4)
         truth = runs.truth(wide)
         judged = {
-            "PPO, u = 1": runs.learned(base)[0], "optimal, u = 1": runs.judged(base, optimal(runs.truth(base))),
+            "PPO, u = 1": runs.learned(base)[0],
+            "optimal, u = 1": runs.judged(base, optimal(runs.truth(base))),
             "optimal, u = 4": runs.judged(wide, optimal(truth)),
-        }  # fmt: skip
+        }
         for name, found in judged.items():
             x, p = (a.T.ravel()[:DECISIONS].astype(float) for a in (found.noise, found.cut))  # whole episodes
             told, chance = _spearman(x, p)
@@ -223,9 +229,10 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
                 panels[f"{noise}: {name}"] = (noise, x, p)
     table = Table(
         "Strength of the channel and the cut (Fig. 7)",
-        ("channel", "policy", f"Spearman over {DECISIONS} decisions", "over last decisions"), tuple(rows),
+        ("channel", "policy", f"Spearman over {DECISIONS} decisions", "over last decisions"),
+        tuple(rows),
         "The starts are drawn apart from the strength; with u = 1 five steps do not reach everywhere.",
-    )  # fmt: skip
+    )
     return decisions_plot(panels), table, rho
 
 

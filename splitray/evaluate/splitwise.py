@@ -116,11 +116,13 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
             mean = Number(float(np.exp(np.nanmean(np.log(over)))), "ratio", "simulated")
             rows.append((f"latency of {name} over that of an edge with a cloud of its own", "-", mean, count))
     return Table(
-        f"Targets of {ours}", ("target", "wanted in", "reached in", "cells"), tuple(rows),
+        f"Targets of {ours}",
+        ("target", "wanted in", "reached in", "cells"),
+        tuple(rows),
         "The figures wanted are the paper's (1.4x to 2.8x, p95 by 53 to 61 %, energy by 41 %); the baselines are ours, "
         "as it does not name its own. With a cloud of its own an edge is placed by drift_plus_penalty: what is above 1 "
         "is due to sharing, and no policy can take all of it away.",
-    )  # fmt: skip
+    )
 
 
 def latencies(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:

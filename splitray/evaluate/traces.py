@@ -168,9 +168,11 @@ def latencies(cells: Sequence[TraceCell], holds: str) -> Table:
         rows.append(tuple(row))
     title = f"Mean latency of a request, origin holds {holds.replace('_', ' ')}"
     return Table(
-        title, ("cell", "requests", *ONLINE), tuple(rows),
+        title,
+        ("cell", "requests", *ONLINE),
+        tuple(rows),
         "Means over the traces; requests that had not ended when the run did count with their age. -: nothing fits.",
-    )  # fmt: skip
+    )
 
 
 def pairwise(cells: Sequence[TraceCell]) -> Table:

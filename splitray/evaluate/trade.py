@@ -48,8 +48,9 @@ def trade_of_v(seed: int) -> tuple[Table, Figure]:
     steepest = float(np.max(np.diff(np.log(backlog)) / np.diff(np.log(SWEEP))))
     table = Table(
         "The trade of V (drift_plus_penalty)",
-        ("V", "energy of a request", "above the least", "mean backlog", "mean latency"), rows,
+        ("V", "energy of a request", "above the least", "mean backlog", "mean latency"),
+        rows,
         "GPT-2 XL on a Galaxy S23 and an Orin NX 8 GB over WiFi 6, 0.9 of the Jetson's capacity. At every V the energy "
         f"is at most {most:.3g} J / V above the least; the backlog grows like V^{steepest:.2f} at most.",
-    )  # fmt: skip
+    )
     return table, trade_plot(SWEEP, energy, backlog)

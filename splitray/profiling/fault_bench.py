@@ -117,8 +117,9 @@ def _standing_by(model: str) -> dict[str, Any]:
             return make_planner("best_device").propose(state)
 
         recovery = Recovery(replan=alone, stand_by=(a,), fail_back=False)
-        with launch_engine(model=model, topology=topology, placement=placement, fleet=fleet,
-                           recovery=recovery) as engine:  # fmt: skip
+        with launch_engine(
+            model=model, topology=topology, placement=placement, fleet=fleet, recovery=recovery
+        ) as engine:
             wanted = list(engine.stream(_PROMPT, sampling))
             assert engine.report is not None and engine.report.tpot_s is not None, "it ran"
             tpot_s = engine.report.tpot_s
@@ -237,6 +238,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     if not ordered:
         return {"median": None, "p95": None, "max": None}
     return {
-        "median": statistics.median(ordered), "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "median": statistics.median(ordered),
+        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
         "max": ordered[-1],
-    }  # fmt: skip
+    }

@@ -103,6 +103,8 @@ def link_drop(
         for name, where, links, span in spans
     )  # fmt: skip
     return LinkDrop(
-        token_ids=tuple(token_ids), link_bytes_per_s=link_bytes_per_s, phases=phases,  # type: ignore[arg-type]
+        token_ids=tuple(token_ids),
+        link_bytes_per_s=link_bytes_per_s,
+        phases=phases,  # type: ignore[arg-type]
         reaction_s=times[min(switched, len(times)) - 1] - times[_AT + _SLOW - 1],
-    )  # fmt: skip
+    )

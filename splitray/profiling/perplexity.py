@@ -126,8 +126,9 @@ def single(what: str, given: str | Sequence[str] | None) -> str | None:
     """
     values = [given] if isinstance(given, str) else list(given or ())
     if len(values) > 1 or any("/" in v for v in values if what == "channel"):
-        raise InputError(what, expected="one, or --out FILE for a sweep over several", actual=values,
-                         remedy="give --out FILE")  # fmt: skip
+        raise InputError(
+            what, expected="one, or --out FILE for a sweep over several", actual=values, remedy="give --out FILE"
+        )
     return values[0] if values else None
 
 
@@ -192,8 +193,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text {path}", expected="a readable UTF-8 file", actual=error,
-                         remedy="give the path of a plain text file") from error  # fmt: skip
+        raise InputError(
+            f"text {path}", expected="a readable UTF-8 file", actual=error, remedy="give the path of a plain text file"
+        ) from error
 
 
 def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None) -> list[int]:
@@ -226,8 +228,9 @@ def at_least(what: str, value: int, least: int = 1) -> None:
 def within_layers(cut: int, num_layers: int, model: str) -> None:
     """Refuse a cut beyond the model."""
     if not 0 <= cut <= num_layers:
-        raise InputError("cut", expected=f"0 to {num_layers}, the layers of {model}", actual=cut,
-                         remedy="cut within the model")  # fmt: skip
+        raise InputError(
+            "cut", expected=f"0 to {num_layers}, the layers of {model}", actual=cut, remedy="cut within the model"
+        )
 
 
 def window_and_stride(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -239,8 +242,9 @@ def window_and_stride(config: Any, window: int | None, stride: int | None) -> tu
                          remedy="choose a window within it")  # fmt: skip
     step = min(STRIDE_TOKENS, size // 2) if stride is None else stride
     if not 1 <= step < size:
-        raise InputError("stride", expected=f"1 to {size - 1}, less than the window", actual=step,
-                         remedy="choose a smaller stride")  # fmt: skip
+        raise InputError(
+            "stride", expected=f"1 to {size - 1}, less than the window", actual=step, remedy="choose a smaller stride"
+        )
     return size, step
 
 

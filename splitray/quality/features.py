@@ -122,9 +122,11 @@ class _Past:
 
     def with_partials(self, depth: float, remote_share: float, behind_attention: bool) -> _Past:
         return _Past(
-            self.states, (*self.partials, depth), (*self.remote_shares, remote_share),
+            self.states,
+            (*self.partials, depth),
+            (*self.remote_shares, remote_share),
             self.behind_attention + behind_attention,
-        )  # fmt: skip
+        )
 
 
 CHANNEL_FEATURES = (

@@ -96,8 +96,9 @@ class QualityTable:
             beside.write_text(text, encoding="utf-8")
             os.replace(beside, path)
         except OSError as error:
-            raise InputError(f"quality table {path}", expected="a file that can be written", actual=error,
-                             remedy="give another path") from error  # fmt: skip
+            raise InputError(
+                f"quality table {path}", expected="a file that can be written", actual=error, remedy="give another path"
+            ) from error
 
     @staticmethod
     def load(path: str | Path) -> QualityTable:

@@ -161,8 +161,9 @@ class Report:
                 (folder / name).write_text(text, encoding="utf-8")
             return [*(folder / n for n in files), *save_plots(self.plots, folder)]
         except OSError as error:
-            raise InputError("--out", expected="a folder that can be written", actual=error,
-                             remedy="give another folder") from error  # fmt: skip
+            raise InputError(
+                "--out", expected="a folder that can be written", actual=error, remedy="give another folder"
+            ) from error
 
 
 def _cell(cell: Cell) -> Any:

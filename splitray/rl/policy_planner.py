@@ -214,9 +214,11 @@ def _served(state: ClusterState, nominal: Topology, num_groups: int) -> Served:
     cloud = max(clouds, key=lambda d: d.memory_bandwidth_bytes_per_s)
     pair = {edge.id, cloud.id}
     ordered = replace(
-        nominal, devices=(edge, cloud), links=tuple(x for x in nominal.links if {x.source, x.target} == pair),
+        nominal,
+        devices=(edge, cloud),
+        links=tuple(x for x in nominal.links if {x.source, x.target} == pair),
         origin=nominal.origin if nominal.origin in pair else edge.id,
-    )  # fmt: skip
+    )
     grid = Grid(state.arch, ordered, groups=num_groups, codec=state.codec)
     known = references(state.arch, ordered, state.request or USUAL)
     static = Static(

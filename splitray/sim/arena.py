@@ -170,9 +170,11 @@ class _Arena:
                     seen[0], seen[1], tpot_s=float(slot.tpot_s[i]), energy_j_per_token=float(slot.token_j[i])
                 )
             outcome = SlotOutcome(
-                arrived_tokens=float(slot.arrived_tokens[i]), served_tokens=float(slot.served_tokens[i]),
-                energy_j=float(energy[i]), accuracy_loss=line.loss,
-            )  # fmt: skip
+                arrived_tokens=float(slot.arrived_tokens[i]),
+                served_tokens=float(slot.served_tokens[i]),
+                energy_j=float(energy[i]),
+                accuracy_loss=line.loss,
+            )
             line.queues = replace(
                 advance(line.queues, outcome, self.scenarios[i].budgets, slot_s=simulator.slot_s),
                 backlog_tokens=float(backlog[i]),

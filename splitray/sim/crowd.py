@@ -29,9 +29,11 @@ _MOST_ROUNDS, _CLOSE = 60, 1e-3
 def slowed(rates: Rates, share: Floats) -> Rates:
     """Rates of devices of which each line has a share only, [N, D]."""
     return replace(
-        rates, flops_per_s=rates.flops_per_s * share, bytes_per_s=rates.bytes_per_s * share,
+        rates,
+        flops_per_s=rates.flops_per_s * share,
+        bytes_per_s=rates.bytes_per_s * share,
         launch_s=rates.launch_s / share,
-    )  # fmt: skip
+    )
 
 
 class Crowd:

@@ -202,16 +202,20 @@ def random_cluster(rng: np.random.Generator, num_devices: int, memory_bytes: tup
     """Log-normal devices of 5-50 GFLOPS, links of 1-10 Gbit/s (E4.C); the first one holds both ends."""
     devices = tuple(
         Device(
-            id=DeviceId(f"d{i}"), tier="edge", memory_bytes=float(rng.uniform(*memory_bytes)) + 8e6 * (i == 0),
+            id=DeviceId(f"d{i}"),
+            tier="edge",
+            memory_bytes=float(rng.uniform(*memory_bytes)) + 8e6 * (i == 0),
             compute_flops=float(np.clip(rng.lognormal(np.log(16e9), 0.7), 5e9, 50e9)),
             memory_bandwidth_bytes_per_s=float(rng.uniform(4e9, 40e9)),
         )
         for i in range(num_devices)
-    )  # fmt: skip
+    )
     links = tuple(
         Link(source=a.id, target=b.id, bandwidth_bytes_per_s=rng.uniform(1e9, 1e10) / 8, rtt_s=rng.uniform(1e-5, 2e-4))
-        for a in devices for b in devices if a is not b
-    )  # fmt: skip
+        for a in devices
+        for b in devices
+        if a is not b
+    )
     return Topology(devices=devices, links=links, origin=devices[0].id, origin_holds="embedding_and_head")
 
 

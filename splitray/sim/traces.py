@@ -140,9 +140,11 @@ def _packets(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tup
     return [float(i) for i in range(len(counts))], [float(c * PACKET_BYTES) for c in counts]
 
 
-_READERS: dict[
-    str, Callable[[str, list[tuple[int, list[str]]], str], tuple[list[float], list[float]]]
-] = {"columns": _columns, "with_ping": _with_ping, "packets": _packets}  # fmt: skip
+_READERS: dict[str, Callable[[str, list[tuple[int, list[str]]], str], tuple[list[float], list[float]]]] = {
+    "columns": _columns,
+    "with_ping": _with_ping,
+    "packets": _packets,
+}
 
 
 def _number(path: str, line: int, text: str, units: dict[str, float], default: float) -> float:

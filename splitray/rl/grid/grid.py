@@ -251,12 +251,16 @@ def _check(arch: ModelArch, topology: Topology) -> None:
     linked = len(ids) == 2 and all(topology.link(topology.ids[i], topology.ids[1 - i]) for i in (0, 1))
     if not linked:
         raise TopologyError(
-            "topology", expected="two devices with links both ways", actual=f"{list(ids)}, {len(topology.links)} links",
+            "topology",
+            expected="two devices with links both ways",
+            actual=f"{list(ids)}, {len(topology.links)} links",
             remedy="use the planners exact or drift_plus_penalty for other clusters",
-        )  # fmt: skip
+        )
     for trait in ("parallel_block", "qk_norm_over_heads"):
         if getattr(arch, trait):
             raise ModelError(
-                arch.name, expected="layers of attention followed by an FFN, without an exchange inside attention",
-                actual=trait, remedy="use the planners exact or drift_plus_penalty for this model",
-            )  # fmt: skip
+                arch.name,
+                expected="layers of attention followed by an FFN, without an exchange inside attention",
+                actual=trait,
+                remedy="use the planners exact or drift_plus_penalty for this model",
+            )

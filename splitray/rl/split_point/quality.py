@@ -77,10 +77,11 @@ class MeasuredQuality:
             cuts += 1
         if cuts < 2:
             raise InputError(
-                f"quality table of {table.model}", expected=f"channels {noise}:VALUE at the cuts 1, 2 and more",
+                f"quality table of {table.model}",
+                expected=f"channels {noise}:VALUE at the cuts 1, 2 and more",
                 actual=f"{len(levels)} of them at {cuts}",
                 remedy=f"measure it with `splitray perplexity --cut all --channel {noise}:VALUE/VALUE --out FILE`",
-            )  # fmt: skip
+            )
         rows = [[found[level][cut] for cut in range(1, cuts + 1)] for level in levels]
         return MeasuredQuality(levels=np.array([0.0, *levels]), by_level=np.array([[1.0] * cuts, *rows]))
 

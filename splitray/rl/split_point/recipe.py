@@ -53,9 +53,11 @@ class SplitRecipe:
     def __post_init__(self) -> None:
         if self.rollout_steps % STEPS or self.rollout_steps < STEPS or self.steps < self.rollout_steps:
             raise InputError(
-                "steps of a rollout", expected=f"whole episodes of {STEPS} steps, within the {self.steps} of the run",
-                actual=self.rollout_steps, remedy="take a multiple",
-            )  # fmt: skip
+                "steps of a rollout",
+                expected=f"whole episodes of {STEPS} steps, within the {self.steps} of the run",
+                actual=self.rollout_steps,
+                remedy="take a multiple",
+            )
 
     @property
     def updates(self) -> int:

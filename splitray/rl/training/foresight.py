@@ -32,9 +32,11 @@ _ENVIRONMENTS = 8  # that are gone through in turn
 
 
 def foresee(
-    modules: dict[str, PlacementModule], recipe: Recipe, rng: np.random.Generator,
+    modules: dict[str, PlacementModule],
+    recipe: Recipe,
+    rng: np.random.Generator,
     told: Callable[[int, int], None] = lambda done, of: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Train on the recipe's number of branchings.
 
     Returns:

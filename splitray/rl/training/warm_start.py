@@ -57,10 +57,12 @@ def clone(modules: Mapping[str, PlacementModule], recipe: Recipe, rng: np.random
 def _confidence(module: PlacementModule, recipe: Recipe) -> torch.Tensor:
     """Probability of each choice [C] at which cloning stops: many groups at once leave less room each."""
     sure = [
-        1 - (1 - recipe.clone_confidence) / module.layout.num_groups if is_per_group(b, module.layout)
+        1 - (1 - recipe.clone_confidence) / module.layout.num_groups
+        if is_per_group(b, module.layout)
         else recipe.clone_confidence
-        for b in module.layout.blocks for _ in range(b.count)
-    ]  # fmt: skip
+        for b in module.layout.blocks
+        for _ in range(b.count)
+    ]
     return torch.tensor(sure)
 
 

@@ -139,10 +139,11 @@ def copied(weather: Weather, copies: int) -> Weather:
     """The whole weather so many times, copy after copy."""
     clouds = int(weather.pool.max()) + 1
     return Weather(
-        link_bytes_per_s=np.tile(weather.link_bytes_per_s, (copies, 1)), rtt_s=np.tile(weather.rtt_s, (copies, 1)),
+        link_bytes_per_s=np.tile(weather.link_bytes_per_s, (copies, 1)),
+        rtt_s=np.tile(weather.rtt_s, (copies, 1)),
         requests=weather.requests * copies,
         pool=np.concatenate([weather.pool + clouds * i for i in range(copies)]),
-    )  # fmt: skip
+    )
 
 
 def _cut(line: Requests, window: int) -> Requests:
