@@ -315,8 +315,10 @@ def _number(text: str, part: str) -> float:
     try:
         return float(part)
     except ValueError as error:
-        raise InputError("channel", expected=f"numbers, as in {', '.join(list(KINDS.values())[1:])}", actual=text,
-                         remedy=f"write a number instead of {part!r}") from error  # fmt: skip
+        remedy = f"write a number instead of {part!r}"
+        raise InputError(
+            "channel", expected=f"numbers, as in {', '.join(list(KINDS.values())[1:])}", actual=text, remedy=remedy
+        ) from error
 
 
 def _whole(text: str, part: str) -> int:
@@ -326,8 +328,8 @@ def _whole(text: str, part: str) -> int:
 
 
 def _unknown(what: str, actual: str, known: tuple[str, ...]) -> InputError:
-    return InputError(what, expected=f"one of {list(known)}", actual=actual,
-                      remedy=f"use one of them{did_you_mean(actual.partition(':')[0], known)}")  # fmt: skip
+    remedy = f"use one of them{did_you_mean(actual.partition(':')[0], known)}"
+    return InputError(what, expected=f"one of {list(known)}", actual=actual, remedy=remedy)
 
 
 def _within(holds: bool, what: str, expected: str, actual: object) -> None:

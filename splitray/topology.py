@@ -278,8 +278,8 @@ def parse_topology(document: Any) -> Topology:
     """Build a Topology from the parsed document; unknown keys are refused with the key's path."""
     _keys(document, ("origin", "origin_holds", "devices", "links", "profile"), "topology")
     if document.get("profile") is not None and not isinstance(document["profile"], dict):
-        raise TopologyError("topology.profile", expected="a mapping: where the numbers come from",
-                            actual=type(document["profile"]).__name__, remedy="remove it")  # fmt: skip
+        expected, actual = "a mapping: where the numbers come from", type(document["profile"]).__name__
+        raise TopologyError("topology.profile", expected=expected, actual=actual, remedy="remove it")
     devices = tuple(_device(d, f"devices[{i}]") for i, d in enumerate(_list(document, "devices")))
     links = [link for i, d in enumerate(_list(document, "links")) for link in _links(d, f"links[{i}]")]
     edges = [d.id for d in devices if d.tier == "edge"]

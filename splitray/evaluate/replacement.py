@@ -251,9 +251,11 @@ def run(options: Options, tell: Tell) -> Report:
     traces = {spec.rpartition("/")[2]: read_trace(spec) for spec in options.traces}
     varied = {n: t for n, t in traces.items() if variation(t) > VARIES}
     if not varied:
-        raise InputError("--trace", expected=f"recorded traces, some of whose rates vary more than {VARIES:g}x",
-                         actual=f"{len(traces)} traces, none of them does",
-                         remedy="give files with --trace, each time [s] and Mbit/s")  # fmt: skip
+        expected, remedy = (
+            f"some whose rates vary more than {VARIES:g}x",
+            "give files with --trace, time [s] and Mbit/s",
+        )
+        raise InputError("recorded traces", expected=expected, actual=f"{len(traces)}, none does", remedy=remedy)
     evenly = np.linspace(0, len(varied) - 1, min(TRACES, len(varied))).astype(int)
     names = [list(varied)[i] for i in evenly]
     found: dict[str, list[TraceResult]] = {"recorded": [], "constructed": []}

@@ -70,8 +70,8 @@ def calibrate(
         DeviceLost: a device did not come up or died.
     """
     if not 1 <= num_devices <= MOST_DEVICES:
-        raise InputError("devices", expected=f"1 to {MOST_DEVICES} devices on this machine", actual=num_devices,
-                         remedy="give a number of devices that fits")  # fmt: skip
+        expected = f"1 to {MOST_DEVICES} devices on this machine"
+        raise InputError("devices", expected=expected, actual=num_devices, remedy="give a number of devices that fits")
     topology = Topology.uniform(num_devices)
     with TemporaryDirectory(prefix="splitray-profile-") as folder, KeptFleet(topology.devices) as fleet:
         progress("writing random weights")

@@ -123,8 +123,8 @@ def _cuts(text: str) -> list[int | None]:
     try:
         return [None if part == "all" else int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError("--cuts", expected="whole numbers or `all`, with commas between them", actual=repr(text),
-                         remedy="write for example --cuts 3,6,9,all") from error  # fmt: skip
+        expected, remedy = "whole numbers or `all`, with commas between them", "write for example --cuts 3,6,9,all"
+        raise InputError("--cuts", expected=expected, actual=repr(text), remedy=remedy) from error
 
 
 def held_out() -> str:

@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables = [QualityTable.load(path) for path in asked.table]
         models = [table.model for table in tables]
         if len(set(models)) < len(models):
-            raise InputError("--table", expected="one table a model: texts differ in what they lose", actual=models,
-                             remedy="fit one surrogate a text")  # fmt: skip
+            expected = "one table a model: texts differ in what they lose"
+            raise InputError("--table", expected=expected, actual=models, remedy="fit one surrogate a text")
         records: list[Record] = [record for table in tables for record in records_of(table)]
         surrogate = Surrogate.fit(records, hidden=asked.hidden, steps=asked.steps, seed=asked.seed, folds=asked.folds)
         about = "; ".join(f"{t.model} on {t.text}, {t.tokens} tokens, {t.masks} masks" for t in tables)

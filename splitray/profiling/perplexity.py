@@ -143,8 +143,10 @@ def single_cut(text: str | None) -> int | None:
     try:
         return int(text)
     except ValueError as error:
-        raise InputError("cut", expected="a whole number, or --out FILE for a sweep over several", actual=repr(text),
-                         remedy="write for example --cut 6, or give --out FILE") from error  # fmt: skip
+        remedy = "write for example --cut 6, or give --out FILE"
+        raise InputError(
+            "cut", expected="a whole number, or --out FILE for a sweep over several", actual=repr(text), remedy=remedy
+        ) from error
 
 
 def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
@@ -208,14 +210,14 @@ def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None)
         at_least("tokens", most, 2)
     tokenizer = read_tokenizer(model)
     if tokenizer is None:
-        raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}",
-                         remedy="put the tokenizer's files beside the weights")  # fmt: skip
+        remedy = "put the tokenizer's files beside the weights"
+        raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"][:most]
     if len(ids) < 2:
         raise InputError("text", expected="at least two tokens", actual=len(ids), remedy="give a longer text")
     if len(ids) < window:
-        raise InputError("text", expected=f"at least a window of {window} tokens", actual=f"{len(ids)} tokens",
-                         remedy=f"give a longer text, or --window {len(ids)}")  # fmt: skip
+        expected, remedy = f"at least a window of {window} tokens", f"give a longer text, or --window {len(ids)}"
+        raise InputError("text", expected=expected, actual=f"{len(ids)} tokens", remedy=remedy)
     return ids
 
 
@@ -238,8 +240,8 @@ def window_and_stride(config: Any, window: int | None, stride: int | None) -> tu
     context = getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS
     size = min(WINDOW_TOKENS, context) if window is None else window
     if not 2 <= size <= context:
-        raise InputError("window", expected=f"2 to {context} tokens, the model's context", actual=size,
-                         remedy="choose a window within it")  # fmt: skip
+        remedy = "choose a window within it"
+        raise InputError("window", expected=f"2 to {context} tokens, the model's context", actual=size, remedy=remedy)
     step = min(STRIDE_TOKENS, size // 2) if stride is None else stride
     if not 1 <= step < size:
         raise InputError(

@@ -165,8 +165,8 @@ def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> Quali
         raise InputError("cut", expected="a cut or a placement", actual="neither", remedy="give --cut all")
     cells = [c for c in itertools.product(places, codecs, channels) if c[1] != "none" or c[2] is not None]
     if not cells:
-        raise InputError("channel", expected="a channel or a codec", actual="neither: nothing would be lost",
-                         remedy="write for example --channel loss:0.1/0.2")  # fmt: skip
+        expected, remedy = "a channel or a codec", "write for example --channel loss:0.1/0.2"
+        raise InputError("channel", expected=expected, actual="neither: nothing would be lost", remedy=remedy)
     before = QualityTable.load(request.out) if Path(request.out).exists() else None
     meter = PerplexityMeter(
         model=request.model, text=request.text, dtype=request.dtype, window=request.window, stride=request.stride,
@@ -210,8 +210,8 @@ def read_cuts(text: str | None, num_layers: int, model: str) -> list[int]:
     try:
         cuts = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError("cut", expected="whole numbers with commas between them, or `all`", actual=repr(text),
-                         remedy="write for example --cut 3,6,9") from error  # fmt: skip
+        expected = "whole numbers with commas between them, or `all`"
+        raise InputError("cut", expected=expected, actual=repr(text), remedy="write for example --cut 3,6,9") from error
     for cut in cuts:
         within_layers(cut, num_layers, model)
     return cuts
@@ -233,5 +233,5 @@ def _the_same(before: QualityTable, now: QualityTable, path: str | Path) -> None
 
 
 def _another(path: str | Path, expected: str, actual: str) -> InputError:
-    return InputError(f"quality table {path}", expected=f"the sweep to go on with: {expected}", actual=actual,
-                      remedy="give another file, or ask for the same")  # fmt: skip
+    expected, remedy = f"the sweep to go on with: {expected}", "give another file, or ask for the same"
+    return InputError(f"quality table {path}", expected=expected, actual=actual, remedy=remedy)

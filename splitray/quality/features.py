@@ -103,8 +103,8 @@ class PlaceFeatures:
         """
         names = {f.name for f in fields(PlaceFeatures)}
         if set(plain) != names or not all(isinstance(v, int | float) for v in plain.values()):
-            raise InputError("features of a placement", expected=f"numbers for {sorted(names)}", actual=dict(plain),
-                             remedy="measure the table with `splitray perplexity --out FILE`")  # fmt: skip
+            expected, remedy = f"numbers for {sorted(names)}", "measure the table with `splitray perplexity --out FILE`"
+            raise InputError("features of a placement", expected=expected, actual=dict(plain), remedy=remedy)
         return PlaceFeatures(**plain)
 
 

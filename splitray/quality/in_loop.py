@@ -42,8 +42,8 @@ class InLoop:
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise InputError("epochs before the surrogate", expected="at least 1", actual=self.epochs,
-                             remedy="measure for one epoch or more, or load a surrogate")  # fmt: skip
+            remedy = "measure for one epoch or more, or load a surrogate"
+            raise InputError("epochs before the surrogate", expected="at least 1", actual=self.epochs, remedy=remedy)
 
     @property
     def uses_surrogate(self) -> bool:

@@ -144,8 +144,8 @@ class Surrogate:
 
     def _switches(self, model: str) -> list[float]:
         if model not in self.models:
-            raise InputError("model of the surrogate", expected=f"one of {list(self.models)}", actual=model,
-                             remedy="fit a surrogate to a table of that model")  # fmt: skip
+            expected, remedy = f"one of {list(self.models)}", "fit a surrogate to a table of that model"
+            raise InputError("model of the surrogate", expected=expected, actual=model, remedy=remedy)
         return [float(model == m) for m in self.models]
 
     def save(self, path: str | Path, *, about: str = "") -> tuple[Path, Path]:
@@ -214,8 +214,8 @@ def cross_validate(
     inputs, targets, _ = _arrays(records)
     questions = {row: i for i, row in enumerate(sorted({tuple(r) for r in inputs.tolist()}))}
     if len(questions) < folds:
-        raise InputError("records of the surrogate", expected=f"at least {folds} different questions",
-                         actual=len(questions), remedy="measure more")  # fmt: skip
+        expected = f"at least {folds} different questions"
+        raise InputError("records of the surrogate", expected=expected, actual=len(questions), remedy="measure more")
     shuffled = np.random.default_rng(seed).permutation(len(questions))
     fold = np.array([shuffled[questions[tuple(row)]] % folds for row in inputs.tolist()])
     told = np.empty_like(targets)
@@ -254,8 +254,8 @@ def _arrays(records: Sequence[Record]) -> tuple[Reals, Reals, tuple[str, ...]]:
     ]
     relative = np.array([r.relative_perplexity for r in records], np.float64)
     if not (np.isfinite(relative) & (relative > 0)).all():
-        raise InputError("records of the surrogate", expected="relative perplexities above 0", actual=relative.tolist(),
-                         remedy="leave out what is none")  # fmt: skip
+        expected, remedy = "relative perplexities above 0", "leave out what is none"
+        raise InputError("records of the surrogate", expected=expected, actual=relative.tolist(), remedy=remedy)
     return np.array(inputs, np.float64), np.log(np.clip(relative, 1.0, CEILING) - 1 + FLOOR), models
 
 
@@ -304,5 +304,5 @@ def _forward(weights: tuple[tuple[Reals, Reals], ...], x_NF: Reals) -> Reals:
 
 
 def _unfit(path: str | Path, expected: str, actual: Any) -> InputError:
-    return InputError(f"surrogate {path}", expected=expected, actual=actual,
-                      remedy="fit it again with `python -m splitray.profiling.fit_quality`")  # fmt: skip
+    remedy = "fit it again with `python -m splitray.profiling.fit_quality`"
+    return InputError(f"surrogate {path}", expected=expected, actual=actual, remedy=remedy)

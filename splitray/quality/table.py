@@ -75,8 +75,8 @@ class QualityTable:
         for row in self.rows:
             if row.key == wanted:
                 return self.relative(row)
-        raise InputError("measured perplexity", expected="a row of the table", actual=wanted,
-                         remedy="measure it with `splitray perplexity --out FILE`, or ask a surrogate")  # fmt: skip
+        remedy = "measure it with `splitray perplexity --out FILE`, or ask a surrogate"
+        raise InputError("measured perplexity", expected="a row of the table", actual=wanted, remedy=remedy)
 
     def document(self) -> dict[str, Any]:
         """All of it as plain values, each row with its relative perplexity."""
@@ -142,5 +142,5 @@ def _short(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
-    return InputError(f"quality table {path}", expected=expected, actual=actual,
-                      remedy="measure it with `splitray perplexity --out FILE`")  # fmt: skip
+    remedy = "measure it with `splitray perplexity --out FILE`"
+    return InputError(f"quality table {path}", expected=expected, actual=actual, remedy=remedy)

@@ -148,8 +148,8 @@ class Splitwise:
         if now.ids != ids:
             here = {d.id: d for d in now.devices}
             if missing := [d for d in ids if d not in here]:
-                raise PlacementError("devices", expected=f"{', '.join(ids)}", actual=f"no {missing[0]}",
-                                     remedy="wait for it, or use another planner")  # fmt: skip
+                remedy = "wait for it, or use another planner"
+                raise PlacementError("devices", expected=f"{', '.join(ids)}", actual=f"no {missing[0]}", remedy=remedy)
             links = tuple(x for x in now.links if {x.source, x.target} == set(ids))
             now = replace(served.topology, devices=tuple(here[i] for i in ids), links=links)
         rates = Rates.of(now)

@@ -92,8 +92,8 @@ def run(
     first = cases[0].scenario
     for case in cases:
         if _common(case.scenario) != _common(first):
-            raise InputError("cases", expected="one model, the same devices, links and slots",
-                             actual=case.scenario.name, remedy="run them one after the other")  # fmt: skip
+            expected, remedy = "one model, the same devices, links and slots", "run them one after the other"
+            raise InputError("cases", expected=expected, actual=case.scenario.name, remedy=remedy)
     lines = [_Line(c, make_planner(c.planner, seed=c.seed)) for c in cases]
     arena = _Arena(lines)
     total = first.num_slots

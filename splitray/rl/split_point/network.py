@@ -90,5 +90,5 @@ class SplitNetwork:
 
 
 def _unfit(path: Path, expected: str, actual: object) -> InputError:
-    return InputError(f"policy {path}", expected=expected, actual=actual,
-                      remedy="train it again with `python -m rllib_configs split_point --out DIR`")  # fmt: skip
+    remedy = "train it again with `python -m rllib_configs split_point --out DIR`"
+    return InputError(f"policy {path}", expected=expected, actual=actual, remedy=remedy)

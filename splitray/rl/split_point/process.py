@@ -105,14 +105,14 @@ class SplitPoint:
 
     def __post_init__(self) -> None:
         if not 1 <= self.reach <= 4:
-            raise InputError("reach of an action", expected="1 to 4 layers", actual=self.reach,
-                             remedy="choose one of the paper's action spaces")  # fmt: skip
+            remedy = "choose one of the paper's action spaces"
+            raise InputError("reach of an action", expected="1 to 4 layers", actual=self.reach, remedy=remedy)
         if self.case not in _CASES:
             raise InputError("case", expected=f"one of {', '.join(_CASES)}", actual=self.case, remedy="choose one")
         known = self.quality.last_cut - (SplitErrata.ONE_LAYER_MORE in self.errata)
         if not 2 <= self.last_cut <= known:
-            raise InputError("last cut", expected=f"2 to {known}", actual=self.last_cut,
-                             remedy="measure later cuts, or give a smaller one")  # fmt: skip
+            remedy = "measure later cuts, or give a smaller one"
+            raise InputError("last cut", expected=f"2 to {known}", actual=self.last_cut, remedy=remedy)
 
     @property
     def moves(self) -> tuple[int, ...]:
