@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("splitray", "actors", "serve_apps", "rllib_configs")
-PLAIN_FOLDERS: tuple[str, ...] = ()  # programs, no package
+PLAIN_FOLDERS = ("examples",)  # programs, no package
 HEADER = "| file | what it is |\n|---|---|\n"
 TABLE = re.compile(re.escape(HEADER) + r"((?:\|.*\n)*)")
 NAME = re.compile(r"\| `([\w./]+)` \|")
