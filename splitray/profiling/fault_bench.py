@@ -222,7 +222,7 @@ def _checkpoint_cost(path: Path, store: Path) -> dict[str, Any]:
         list(engine.stream(_PROMPT, Sampling(max_new_tokens=20)))
         for _ in range(_ROUNDS):
             for name, recovery in settings.items():
-                engine.recovery = recovery
+                engine.members.recovery = recovery
                 list(engine.stream(_PROMPT, sampling))
                 assert engine.report is not None and engine.report.tpot_s is not None, "it ran"
                 speeds[name].append(1 / engine.report.tpot_s)

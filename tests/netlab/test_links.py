@@ -81,7 +81,7 @@ def test_a_link_that_is_cut_for_two_seconds_costs_no_token_and_little_more_than_
 def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(
     lab: NetLab, engine: Engine, wanted: list[int], monkeypatch
 ) -> None:
-    monkeypatch.setattr(engine, "recovery", Recovery(replan="best_device", patience_s=1.0))
+    monkeypatch.setattr(engine.members, "recovery", Recovery(replan="best_device", patience_s=1.0))
     got = []
     try:
         for token in engine.stream(PROMPT, SAMPLING):

@@ -110,7 +110,7 @@ def next_action(desired: Desired, observed: Observed, gate: Gate) -> Action:
 
 
 class _Prices:
-    """Of a state; infinite where a link is missing."""
+    """Prices of placements in one state of the cluster; infinite where a link is missing."""
 
     def __init__(self, state: ClusterState) -> None:
         self._model = CostModel(state.arch, state.topology, codec=state.codec)
@@ -204,7 +204,7 @@ class Controller:
     _looked: tuple[int, Topology | None] = (0, None)
 
     def __post_init__(self) -> None:
-        """A new allowance."""
+        """Start the allowance of moves from now."""
         self._allowance = Allowance(self.gate, time.monotonic())
 
     def start(self) -> None:

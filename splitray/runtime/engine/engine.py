@@ -144,15 +144,6 @@ class Engine:
         """Why this engine cannot run any more, or None."""
         return self.members.lost
 
-    @property
-    def recovery(self) -> Recovery | None:
-        """What may be done about lost devices; None: nothing, the first one ends the engine."""
-        return self.members.recovery
-
-    @recovery.setter
-    def recovery(self, recovery: Recovery | None) -> None:
-        self.members.recovery = recovery
-
     def alone(self) -> AbstractContextManager[None]:
         """One run, step or question at a time; what was staged meanwhile takes over behind it.
 

@@ -30,14 +30,14 @@ _CALL = (int(Kind.CALL), 0, 0, 0, 0, 0, "", ())
 
 
 class Members:
-    """Of one engine.
+    """The devices of one engine, and the connections to them.
 
     Orders of a run go over one connection to each device, whose answers come in turn; questions beside it (`ask`) over
     connections of their own.
     """
 
     def __init__(self, fleet: Fleet, recovery: Recovery | None) -> None:
-        """Nobody yet. Without a `recovery` the first device that is lost ends it all."""
+        """No device is started yet. Without a `recovery` the first device that is lost ends it all."""
         self.fleet, self.recovery = fleet, recovery
         self.endpoints: dict[str, Endpoint] = {}
         self.ways: list[tuple[str, str]] = []
@@ -121,7 +121,7 @@ class Members:
 
     @property
     def connected(self) -> list[str]:
-        """Who can be ordered."""
+        """The devices that we have a connection to."""
         return list(self._channels)
 
     def usable(self) -> None:

@@ -52,7 +52,7 @@ class Protection:
 
     @property
     def period_tokens(self) -> int:
-        """Tokens from one to the next."""
+        """Tokens from one checkpoint to the next."""
         if self._every_tokens is not None:
             return self._every_tokens
         steps = len(self.session.steps)
@@ -93,7 +93,7 @@ class Protection:
         self.cost_s += sum(a["cpu_s"] for a in answers.values())
 
     def end(self) -> None:
-        """The session is over."""
+        """The session is over: delete its checkpoints, unless the store gives no answer."""
         if self._thread is not None:
             self._thread.join(_END_S)
             if self._thread.is_alive():

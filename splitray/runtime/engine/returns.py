@@ -18,7 +18,7 @@ _TICK_S = 0.1
 
 
 class Returns:
-    """Of one engine; one thread while any device is missing."""
+    """The devices that an engine misses; one thread looks for them while there are any."""
 
     def __init__(self, members: Members, succession: Succession, move: Callable[[Epoch], Next]) -> None:
         """Nobody is missing. `move` lets the placement of an epoch take over from the one that runs."""

@@ -36,14 +36,14 @@ class Meter:
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, replies: Mapping[str, Mapping[str, Any]]) -> None:
-        """One segment: what each device counted."""
+        """Add one segment: the reply of each device, by its name."""
         self.steps += max((r["steps"] for r in replies.values()), default=0)
         for key in _SUMMED:
             self.sums[key] += sum(r[key] for r in replies.values())
         self.kv_bytes = {d: r["kv_bytes"] for d, r in replies.items()}
 
     def report(self, batch: int) -> RunReport:
-        """The whole run."""
+        """What the run cost, of `batch` sequences."""
         each, arrivals = max(self.steps, 1), self.arrivals
         spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
         return RunReport(

@@ -15,18 +15,18 @@ from splitray.runtime.wire.messages import DecodeOrder
 
 @dataclass(slots=True, kw_only=True)
 class Session:
-    """See above.
-
-    `valid` is the position below which the devices hold the KV of all pieces as the placement has them.
-    """
+    """Equally long prompts, what was generated behind them, and how far the devices and the store have their KV."""
 
     number: int
     prompt: list[list[int]]
+    """Ids, [batch][positions]."""
     attention_mask: list[list[int]] | None
+    """[batch][positions of the prompt], 0 where it is padding; None: no padding."""
     sampling: Sampling
     steps: list[list[int]] = field(default_factory=list)
     """New ids, [steps][batch]."""
     valid: int = 0
+    """The position below which the devices hold the KV of all pieces as the placement has them."""
     saved: list[Saved] = field(default_factory=list)
     """Checkpoints, without gaps from position 0."""
 
@@ -37,12 +37,12 @@ class Session:
 
     @property
     def tokens_left(self) -> int:
-        """That may yet come."""
+        """New tokens that may yet come, a sequence."""
         return self.sampling.max_new_tokens - len(self.steps)
 
     @property
     def capacity(self) -> int:
-        """Positions of the longest that it can become."""
+        """Positions of the longest sequence that this can become."""
         return len(self.prompt[0]) + self.sampling.max_new_tokens
 
     @property
@@ -59,7 +59,7 @@ class Session:
         return bool(stops) and all(any(i in stops for i in row) for row in zip(*self.steps, strict=True))
 
     def order(self, attempt: int, epoch: int) -> dict[str, Any]:
-        """Go on from here."""
+        """The order by which devices go on from here."""
         mask = self.attention_mask
         if mask is not None:
             mask = [row + [1] * len(self.steps) for row in mask]

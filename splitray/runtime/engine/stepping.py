@@ -61,15 +61,15 @@ class Reading:
 
 
 class Steps:
-    """The sessions of one engine."""
+    """The sessions of all callers of one engine that sample themselves."""
 
     def __init__(self, members: Members) -> None:
-        """None yet."""
+        """No session yet."""
         self._members = members
         self._readings: dict[int, Reading] = {}
 
     def kept(self) -> list[Kept]:
-        """What has to move with a placement."""
+        """The sessions whose KV has to move with a placement."""
         return [Kept(number=n, capacity=r.capacity, stop=r.held) for n, r in list(self._readings.items()) if r.held]
 
     def lost(self) -> None:
@@ -78,7 +78,7 @@ class Steps:
             reading.held = 0
 
     def forget(self, session: int) -> None:
-        """It is over."""
+        """Forget a session: its caller wants no more of it."""
         self._readings.pop(session, None)
 
     def read(self, forward: Forward) -> Reading:

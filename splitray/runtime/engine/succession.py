@@ -18,10 +18,11 @@ from splitray.runtime.engine.members import Members
 from splitray.topology import Topology
 
 Sessions = Callable[[Next], list[Kept]]
+"""From what is on its way to the sessions whose KV it needs."""
 
 
 class Succession:
-    """Of one engine. `now` and `next` are epochs of its members."""
+    """The epochs of one engine's members: `now` runs, `next` is on its way."""
 
     def __init__(self, members: Members, first: Epoch, *, spin_s: float) -> None:
         """Nothing runs yet: `stage` and `switch` to the first one."""
@@ -74,7 +75,7 @@ class Succession:
         return answers
 
     def begin(self, placement: Placement, topology: Topology, copies_kv: bool) -> Next:
-        """Name the next epoch.
+        """Give the next epoch its number.
 
         Raises:
             InputError: the placement does not fit, or another one is on its way.
@@ -87,7 +88,7 @@ class Succession:
         return self.next
 
     def prepare(self, coming: Next, sessions: Sessions) -> None:
-        """Stage it; what comes of it is told by its events."""
+        """Stage the next epoch; its events `staged` and `done` tell what comes of it."""
         started = time.perf_counter()
         try:
             with self.starting:
@@ -112,7 +113,7 @@ class Succession:
 
     @property
     def staged(self) -> Next | None:
-        """What may take over as soon as no device is at work."""
+        """The epoch that may take over as soon as no device is at work, or None."""
         coming = self.next
         return coming if coming is not None and coming.staged.is_set() and not coming.done.is_set() else None
 

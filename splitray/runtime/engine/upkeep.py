@@ -22,7 +22,7 @@ from splitray.topology import Topology
 
 
 class Upkeep:
-    """Of one engine: its members, its succession, and the sessions whose KV has to outlive a change of either."""
+    """Lets the placement and the devices of one engine change without harm to the sessions on them."""
 
     def __init__(self, members: Members, succession: Succession, steps: Steps) -> None:
         """All is well, and nothing runs."""
