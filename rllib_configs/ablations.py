@@ -46,12 +46,12 @@ def bits(seed: int = 0) -> Recipe:
 
 
 def no_warm_start(seed: int = 0) -> Recipe:
-    """From scratch."""
+    """Without cloning the exact program first."""
     return replace(fifth(seed), name="no_warm_start", clone_steps=0)
 
 
 def no_history(seed: int = 0) -> Recipe:
-    """The present slot alone."""
+    """Without the history: only the present slot is seen."""
     return replace(fifth(seed), name="no_history", leave_out=("history",))
 
 

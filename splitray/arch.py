@@ -74,7 +74,7 @@ class ModelArch:
         return 4 if self.dtype == "float32" else 2
 
     def weight_bytes(self, num_params: int) -> int:
-        """Bytes of so many weights."""
+        """Bytes that `num_params` weights take: by `weight_bits` where they are quantised, else by `dtype`."""
         return num_params * self.dtype_bytes if self.weight_bits is None else round(num_params * self.weight_bits / 8)
 
     @property

@@ -68,7 +68,7 @@ class Nakagami:
         return float(gammainc(self.m, self.m * self.threshold**2 / self.omega))
 
     def gains(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-        """Independent gains."""
+        """Independent draws of the gain h, float32 of this shape."""
         return np.sqrt(rng.gamma(self.m, self.omega / self.m, shape)).astype(np.float32)
 
 

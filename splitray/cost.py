@@ -52,7 +52,7 @@ class Load:
 
     @property
     def num_instances(self) -> int:
-        """N."""
+        """N, the number of placements or instances side by side."""
         return len(self.weight_bytes)
 
     def take(self, rows: Any) -> Load:
@@ -400,7 +400,7 @@ class CostModel:
     def __init__(
         self, arch: ModelArch, topology: Topology, *, time_model: TimeModel = "roofline", codec: Codec = "none"
     ) -> None:
-        """Keep what every price needs."""
+        """A model of one decoder on one topology, for any number of placements."""
         self.arch, self.topology, self.time_model, self.codec = arch, topology, time_model, codec
 
     @cached_property

@@ -47,7 +47,7 @@ class Shares:
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
-        """Devices that hold anything."""
+        """The devices that hold at least one piece."""
         return tuple(d for d, _ in self.by_device)
 
     def ranges(self, device: str) -> tuple[Range, ...]:
@@ -114,7 +114,7 @@ class Placement:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the placement file."""
+        """Write the placement as YAML to `path`."""
         Path(path).write_text(yaml.safe_dump(self.to_document(), sort_keys=False, default_flow_style=None))
 
     @staticmethod

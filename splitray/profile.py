@@ -49,7 +49,7 @@ class LinkSpeed:
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        """Of a frame so large that its fixed cost does not count."""
+        """Byte/s of a frame so large that its fixed cost does not count."""
         return (1 << 20) / max(self.mebibyte_s - self.ping_s / 2, 1e-9)
 
 
@@ -119,7 +119,7 @@ class Profile:
         return max(0.0, self.hop_s - link.ping_s / 2 - self.hop_bytes / link.bandwidth_bytes_per_s)
 
     def topology(self) -> Topology:
-        """The topology of `document`."""
+        """The topology that these measurements make: the one written in `document`."""
         return parse_topology(self.document())
 
     def save(self, path: Path) -> None:

@@ -178,7 +178,7 @@ class Topology:
             )
 
     def device(self, device: DeviceId) -> Device:
-        """The device of this id."""
+        """The device with this id."""
         self._known(device, "device")
         return self.devices[self.ids.index(device)]
 

@@ -187,7 +187,7 @@ class TraceResult:
 
     @property
     def best_fixed_s(self) -> float:
-        """Hindsight's."""
+        """Seconds of the fixed placement that is fastest once the whole trace is known."""
         return min(self.fixed_s)
 
 
@@ -206,7 +206,7 @@ def outcome(prices: StreamPrices, name: str, trace: Trace) -> TraceResult:
 
 
 def candidates_of(prices: StreamPrices, trace: Trace) -> list[Placement]:
-    """What the planner wants at any rate of the trace."""
+    """The different placements that the planner proposes over the range of the trace's rates."""
     planner, tokens = make_planner(PLANNER), PROMPT_TOKENS + OUTPUT_TOKENS
     low, high = (max(LEAST_RATE, float(np.percentile(trace.value, p))) for p in (1, 99))
     wanted = [
@@ -284,7 +284,7 @@ def run(options: Options, tell: Tell) -> Report:
 
 
 def targets(found: dict[str, list[TraceResult]]) -> Table:
-    """What was to be reached."""
+    """The suite's targets beside what was reached, as a table."""
     recorded, constructed = found["recorded"], found["constructed"]
     ours, best = (
         sum(np.log(o.best_fixed_s / s(o)) for o in recorded) for s in (lambda o: o.online_s, lambda o: o.clairvoyant_s)
@@ -308,7 +308,7 @@ def targets(found: dict[str, list[TraceResult]]) -> Table:
 
 
 def table(kind: str, outcomes: Sequence[TraceResult]) -> Table:
-    """A row a trace."""
+    """One row a trace: seconds of each way of placing the stream, gains and moves."""
     rows: list[tuple[Cell, ...]] = []
     for o in outcomes:
         gain, possible = o.best_fixed_s - o.online_s, o.best_fixed_s - o.clairvoyant_s

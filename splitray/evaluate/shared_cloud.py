@@ -50,13 +50,13 @@ class LoadCell:
 
     @property
     def name(self) -> str:
-        """One line for a table."""
+        """Edge device, model (* where ends are pinned to the origin) and load: the cell in one line."""
         pins = "" if self.cell.holds == "none" else " *"
         return f"{self.cell.edge} {self.cell.model}{pins} {self.load:.0%}"
 
     @property
     def num_users(self) -> int:
-        """Edges that share the cloud."""
+        """The number of edge devices that share the cloud."""
         return len(next(iter(self.outcomes.values()))[0])
 
     def values(self, planner: str, what: What) -> Floats:
@@ -77,7 +77,7 @@ class LoadCell:
         return float(max(shares)) * arch.weight_bytes(layer)
 
     def paired(self, ours: str, other: str, what: What) -> Paired:
-        """Both planners on the same seeds."""
+        """The figures of two planners on those seeds where both have one."""
         a, b = self.values(ours, what), self.values(other, what)
         both = np.isfinite(a) & np.isfinite(b)
         return Paired(a[both], b[both])

@@ -60,7 +60,7 @@ def figure_3(tables: Sequence[QualityTable]) -> Figure:
 
 
 def strengths(table: QualityTable) -> Table:
-    """Some of its points with their intervals."""
+    """Points of Fig. 3 as a table: relative perplexity at the cuts 1, 4, 7 and 10, by channel."""
     rows: list[tuple[Cell, ...]] = []
     for noise in _NOISES:
         for name, curve in _by_cut(table, noise).items():
@@ -137,7 +137,7 @@ def programs(runs: Runs, base: SplitRecipe) -> Table:
 
 
 def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
-    """Three learners in three cases."""
+    """Fig. 5: PPO, A2C and DQN in the cases L, H and A, beside the optimum."""
     from splitray.rl.split_point.policies import optimal
 
     rows: list[tuple[Cell, ...]] = []
@@ -237,7 +237,7 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
 
 
 def figure_8(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
-    """Action spaces."""
+    """Fig. 8: actions that move the cut by at most u = 1, 2 or 3 layers."""
     from splitray.rl.split_point.policies import optimal
 
     recipes = {f"u = {u}": replace(base, reach=u) for u in (1, 2, 3)}
@@ -256,7 +256,7 @@ def figure_8(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
 
 
 def figure_9(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
-    """Settings of PPO."""
+    """Fig. 9: one setting of PPO at a time changed from Table 4."""
     rows: list[tuple[Cell, ...]] = [("Table 4", spread([j.returns.mean() for j in runs.learned(base)]))]
     panels = {}
     for title, settings in _SWEPT.items():

@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(slots=True)
 class Runs:
-    """All trainings with some seeds."""
+    """Trainings of the split point with several seeds each, each done once and kept."""
 
     table: QualityTable
     surrogate: Surrogate
@@ -50,7 +50,7 @@ class Runs:
     _measured: dict[str, MeasuredQuality] = field(default_factory=dict)
 
     def measured(self, noise: Noise) -> MeasuredQuality:
-        """The table's values."""
+        """The quality that the measured table states for this kind of noise."""
         from splitray.rl.split_point.quality import MeasuredQuality
 
         if noise not in self._measured:
@@ -62,26 +62,26 @@ class Runs:
         return recipe.process(self.measured(recipe.noise))
 
     def starts(self, recipe: SplitRecipe) -> States:
-        """The same for every policy of a case."""
+        """First states of the episodes that every policy of a case is judged on."""
         return self.truth(recipe).starts(np.random.default_rng(_STARTS_SEED), STARTS)
 
     def judged(self, recipe: SplitRecipe, policy: Policy) -> Judged:
-        """A policy on those starts."""
+        """What a policy gets on the shared starts, judged on the measured table."""
         from splitray.rl.split_point.policies import judge
 
         return judge(self.truth(recipe), policy, self.starts(recipe))
 
     def of(self, recipe: SplitRecipe) -> list[Run]:
-        """A run for each seed."""
+        """One training for each seed, from memory where it was done before."""
         return [self._run(replace(recipe, seed=seed)) for seed in self.seeds]
 
     def learned(self, recipe: SplitRecipe) -> list[Judged]:
-        """What each seed's policy got."""
+        """What the policy of each seed gets, judged on the measured table, in the order of the seeds."""
         truth = self.truth(recipe)
         return [self.judged(recipe, run.network.policy(truth)) for run in self.of(recipe)]
 
     def curve(self, recipe: SplitRecipe) -> Curve:
-        """Mean over seeds while learning."""
+        """The mean sum of rewards over seeds, by decisions learnt from so far."""
         runs = self.of(recipe)
         both = [mean_and_interval(np.array(at)) for at in zip(*(r.returns for r in runs), strict=True)]
         return Curve(list(runs[0].steps), [m for m, _ in both], [h for _, h in both])

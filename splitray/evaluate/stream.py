@@ -34,7 +34,7 @@ class TracedLink:
         self._bytes: list[float] = np.concatenate([[0.0], np.cumsum(again.value[:-1] * steps)]).tolist()
 
     def sent(self, at_s: float) -> float:
-        """Bytes by a time."""
+        """Bytes that the link has carried by `at_s` seconds."""
         i = bisect_right(self._time_s, at_s) - 1
         return self._bytes[i] + self._rate[i] * (at_s - self._time_s[i])
 
@@ -48,7 +48,7 @@ class TracedLink:
         return self._time_s[i] + left / self._rate[i] if self._rate[i] > 0 else float("inf")
 
     def rate(self, from_s: float, to_s: float) -> float:
-        """Mean byte/s between two times."""
+        """Mean byte/s between two times in seconds."""
         return (self.sent(to_s) - self.sent(from_s)) / (to_s - from_s)
 
 
@@ -72,11 +72,11 @@ class StreamPrices:
         """(placement, tokens) -> a prompt, or a context that is read again."""
 
     def token(self, placement: Placement, context: int) -> StreamStep:
-        """A later token."""
+        """The step of a token behind the first, at this context in tokens."""
         return self._decoded(placement, max(1, context // self._context_step) * self._context_step)
 
     def kv_bytes(self, old: Placement, new: Placement, context: int) -> int:
-        """What copying sends over the link."""
+        """Bytes of KV that a move from one placement to another sends over the link at this context."""
         return self._moved(old, new) * context
 
     def _decode(self, placement: Placement, context: int) -> StreamStep:
@@ -111,7 +111,7 @@ class Stream:
     """Requests of one shape, one behind the other, at any point of time and of the request that is being answered."""
 
     def __init__(self, prices: StreamPrices, wire: TracedLink, *, prompt_tokens: int, output_tokens: int) -> None:
-        """Nothing runs yet."""
+        """A stream of requests of this shape; its methods are given the time, it keeps none."""
         self.prices, self.wire = prices, wire
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
 

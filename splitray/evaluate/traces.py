@@ -42,7 +42,7 @@ class TraceCell:
 
     @property
     def name(self) -> str:
-        """Device and model."""
+        """Edge device and model: the cell in one line."""
         return f"{self.edge} {self.model}"
 
     def ratio(self, planner: str, against: str, quantity: str = "latency_s") -> float:

@@ -88,7 +88,7 @@ class KvCache:
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions written before this step."""
+        """Number of positions whose keys and values were written before this step."""
         return self.position
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -86,7 +86,7 @@ class Model:
     """A checkpoint that was written and read, ready for engines of a fleet."""
 
     def __init__(self, recipe: RandomLlama, folder: Path, fleet: Fleet, topology: Topology) -> None:
-        """Write it."""
+        """Write a random model of this shape into the folder."""
         self.path, self.fleet, self.topology = folder / recipe.name, fleet, topology
         recipe.write(self.path)
         self.arch: ModelArch

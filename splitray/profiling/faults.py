@@ -57,7 +57,7 @@ class FaultRun:
 
     @property
     def identical(self) -> int:
-        """Those with the right tokens."""
+        """Number of trials whose tokens equal those of the run without faults."""
         return sum(t.identical for t in self.trials)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Cores, load, processor and versions."""
+    """This machine for a report: cores, load, processor, and versions of Python and torch."""
     import torch
 
     return {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "processor": _processor(),

@@ -191,7 +191,7 @@ def losses(
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text file."""
+    """The text of a UTF-8 file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -222,7 +222,7 @@ def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None)
 
 
 def at_least(what: str, value: int, least: int = 1) -> None:
-    """Refuse a smaller number."""
+    """Refuse a number below `least`."""
     if value < least:
         raise InputError(what, expected=f"at least {least}", actual=value, remedy="give a larger number")
 
@@ -251,7 +251,7 @@ def window_and_stride(config: Any, window: int | None, stride: int | None) -> tu
 
 
 def whole(model: str, dtype: str) -> Forward:
-    """The unsplit model in transformers."""
+    """A function from token ids to logits: the unsplit model in transformers."""
     loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=getattr(torch, dtype)).eval()
     return lambda ids, keep: loaded(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
 
@@ -270,7 +270,7 @@ def split(request: PerplexityRequest, cut: int | None, codec: Codec, channel: No
 
 
 def of_split(model: SplitModel) -> Forward:
-    """The split model's logits."""
+    """A function from token ids to logits: the split model."""
     return lambda ids, keep: model(ids, logits_to_keep=keep).logits  # type: ignore[no-any-return]
 
 

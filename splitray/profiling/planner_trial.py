@@ -31,7 +31,7 @@ class PlannerTrial:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Error of the prediction, relative to what was measured."""
         return self.predicted_s / self.measured_s - 1
 
 

@@ -104,13 +104,13 @@ class PerplexityMeter:
 
     @property
     def num_layers(self) -> int:
-        """Of the model."""
+        """Number of decoder layers of the model."""
         layers: int = self.config.num_hidden_layers
         return layers
 
     @property
     def perplexity(self) -> float:
-        """Of the exact model."""
+        """Perplexity of the exact model on the text."""
         return math.exp(self.exact_T.mean())
 
     def measure(self, at: int | Placement, channel: NoisyChannel | None, codec: Codec = "none") -> Measured:
@@ -218,7 +218,7 @@ def read_cuts(text: str | None, num_layers: int, model: str) -> list[int]:
 
 
 def alternatives(text: str) -> list[str]:
-    """`loss:0.1/0.2,unit=token` as two channels."""
+    """`loss:0.1/0.2,unit=token` as the two channels that it means."""
     pieces = re.split(r"([^,:=/]+(?:/[^,:=/]+)+)", text)
     return ["".join(chosen) for chosen in itertools.product(*(p.split("/") for p in pieces))]
 

@@ -21,10 +21,10 @@ class Accuracy(Protocol):
     """What planners ask: the relative rise of perplexity by what crosses, exact crossings costing 0."""
 
     def boundary_loss(self, codec: Codec, depth: float, boundaries: int) -> tuple[float, float]:
-        """By one whole state at a depth, and by the partial sums of one boundary."""
+        """Relative rise by one whole state at a depth, and by the partial sums of one boundary."""
 
     def route_loss(self, route: Route) -> float:
-        """By everything that crosses."""
+        """Relative rise of perplexity by everything that a route lets cross in this codec."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,7 @@ class PlaceFeatures:
 
     @staticmethod
     def of_route(route: Route) -> PlaceFeatures:
-        """Of any placement, by what its route sends."""
+        """The features of any placement, by what its route sends."""
         blocks = route.sub_blocks
         last = len(blocks) - 2  # the block before the head
         pasts = {device: _Past() for device in blocks[0].devices}
@@ -162,7 +162,7 @@ def channel_features(channel: NoisyChannel | None, codec: Codec) -> list[float]:
 
 
 def place_features(place: PlaceFeatures) -> list[float]:
-    """The numbers of `PLACE_FEATURES`."""
+    """The features of a place in the order of `PLACE_FEATURES`."""
     return list(asdict(place).values())
 
 

@@ -47,11 +47,11 @@ class InLoop:
 
     @property
     def uses_surrogate(self) -> bool:
-        """USE_SURROGATE."""
+        """USE_SURROGATE of Algorithm 1: whether rewards come from the surrogate by now."""
         return self.surrogate is not None
 
     def relative_perplexity(self, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> float:
-        """Measured or predicted."""
+        """Relative perplexity at a channel and a cut: measured until the switch, predicted after it."""
         if self.surrogate is not None:
             return self.surrogate.predict(self.model, place, channel, codec)
         start = time.perf_counter()

@@ -75,7 +75,7 @@ class Metrics:
 
 
 def records_of(table: QualityTable) -> list[Record]:
-    """The rows of a table."""
+    """The rows of a measured table as records to fit to."""
     return [
         Record(
             model=table.model,
@@ -139,7 +139,7 @@ class Surrogate:
         return _relative(_forward(self.weights, (inputs_NF - self.mean) / self.scale))
 
     def question(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> Reals:
-        """A row for `relative`."""
+        """The input row of `relative` for one question: features of place, channel, codec and model."""
         return np.array([*channel_features(channel, codec), *place_features(place), *self._switches(model)])
 
     def _switches(self, model: str) -> list[float]:
@@ -199,7 +199,7 @@ class Surrogate:
 
 
 def shipped_surrogate() -> Surrogate:
-    """What was fitted to the shipped model's table."""
+    """The surrogate that ships: fitted to the measured table of the shipped model."""
     return Surrogate.load(Path(__file__).parent / "shipped" / "surrogate")
 
 
@@ -233,7 +233,7 @@ def cross_validate(
 
 
 def metrics_of(told: Reals, measured: Reals) -> Metrics:
-    """Errors of predicted relative perplexities."""
+    """Errors of predicted relative perplexities against measured ones."""
     off = told - measured
     spread = float(np.square(measured - measured.mean()).sum())
     return Metrics(

@@ -38,7 +38,7 @@ class QualityRow:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What was measured."""
+        """The question that a row answers: channel, codec, and cut or placement."""
         return self.channel, self.codec, self.at
 
 

@@ -41,7 +41,7 @@ class Number:
 
     @property
     def shown(self) -> str:
-        """As a person reads it, without the mark."""
+        """The number with its unit as a person reads it, without the mark of where it comes from."""
         if self.text:
             return self.text
         if self.value is None:
@@ -113,7 +113,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """For a terminal and for a repository."""
+        """The report as Markdown, for a terminal and for a repository."""
         lines = [f"# {self.title}", "", *(f"- {k}: {v}" for k, v in self.facts.items()), "", LEGEND, ""]
         for table in self.tables:
             lines += [f"## {table.title}", "", *([table.note, ""] if table.note else [])]

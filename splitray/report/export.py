@@ -22,7 +22,7 @@ def as_text(*shown: RenderableType) -> str:
 
 
 def as_svg(*shown: RenderableType, title: str) -> str:
-    """With colours."""
+    """What rich would print, as an SVG with colours."""
     console = Console(file=io.StringIO(), width=WIDTH, record=True, force_terminal=True, color_system="truecolor")
     console.print(*shown, sep="\n")
     return console.export_svg(title=title, code_format=_LOCAL_SVG)

@@ -109,11 +109,11 @@ class _Marks:
         self.copies = dict(zip(sets, _repeat(_COPIES), strict=False))
 
     def sign(self, holders: Holders) -> str:
-        """What stands in a cell."""
+        """The character of a cell: who holds it."""
         return self.copies[holders] if len(holders) > 1 else _LETTERS[self._index[holders[0]] % len(_LETTERS)]
 
     def style(self, device: DeviceId) -> Style:
-        """A device's colours."""
+        """The rich style of a device: its colours."""
         text, ground = _COLOURS[self._index[device] % len(_COLOURS)]
         return Style(color=text, bgcolor=ground)
 

@@ -14,14 +14,14 @@ def bytes_text(num_bytes: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`12.3 ms` or `1.23 s`."""
+    """Seconds as text, in the unit that fits: `12.3 ms` or `1.23 s`."""
     if seconds >= 0.9995:
         return f"{_digits(seconds)} s"
     return f"{_digits(seconds * 1e3)} ms" if seconds >= 0.9995e-3 else f"{_digits(seconds * 1e6)} us"
 
 
 def joule_text(joule: float) -> str:
-    """`12.3 J` or `1.23 kJ`."""
+    """Joule as text, in the unit that fits: `12.3 J` or `1.23 kJ`."""
     return f"{_digits(joule / 1e3)} kJ" if joule >= 999.5 else f"{_digits(joule)} J"
 
 

@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(slots=True)
 class _Line:
-    """A case while it runs."""
+    """A case while it runs: its planner, placement, queues and what is recorded of it."""
 
     case: Case
     planner: CheckedPlanner

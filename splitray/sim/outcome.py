@@ -90,7 +90,7 @@ class Outcome:
 
     @property
     def backlog_slope_p(self) -> float:
-        """Of the backlog in the second half of the run, see `drift_p`."""
+        """p-value of a rise of the backlog in the second half of the run, see `drift_p`."""
         return drift_p(self.backlog_tokens[: self.scenario.num_slots])
 
     def document(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Scenario:
 
     @cached_property
     def free_share(self) -> Floats:
-        """What is left of each device, [T, D]."""
+        """Share of each device that is left to us in each slot, [T, D]."""
         if self.background is None:
             return np.ones((self.num_slots, len(self.topology.ids)))
         left: Floats = 1 - np.minimum(self.background, _MOST_BACKGROUND)

@@ -42,11 +42,11 @@ class Path:
     head: Ints
 
     def take(self, rows: Ints) -> Path:
-        """Some instances."""
+        """A copy of the instances `rows`."""
         return Path(self.variant[:, rows], self.embedding[rows], self.head[rows])
 
     def put(self, rows: Ints, other: Path) -> None:
-        """Overwrite some instances."""
+        """Overwrite the instances `rows` by `other`, in place."""
         self.variant[:, rows], self.embedding[rows], self.head[rows] = other.variant, other.embedding, other.head
 
     def where(self, here: NDArray[np.bool_], other: Path) -> Path:
@@ -71,7 +71,7 @@ class Chains:
     ends: Floats  # [2, E, D], bytes on each device
 
     def take(self, rows: Ints) -> Chains:
-        """Some instances."""
+        """A copy of the instances `rows`."""
         last = (..., rows)
         return Chains(
             self.cost[last], self.apart[last], self.start[last], self.end[last], self.state[last], self.held[last],
@@ -79,7 +79,7 @@ class Chains:
         )  # fmt: skip
 
     def priced(self, price: Floats) -> Chains:
-        """With a price on the bytes of each device, [2, N]."""
+        """The same chains with a price on the bytes held on each device, [2, N], added to the costs."""
         at_ends = (self.ends[..., None] * price[:, None, None]).sum(0)  # [E, D, N]
         return Chains(
             self.cost + (self.held * price[:, None, None]).sum(0)[:, None], self.apart, self.start,
@@ -112,7 +112,7 @@ class Chains:
         return held
 
     def value(self, path: Path) -> Floats:
-        """What a path costs, [N]."""
+        """Cost of a path for each instance, [N]."""
         costs = self.values(path.variant[None])[0]
         found: Floats = costs[path.embedding, path.head, np.arange(costs.shape[-1])]
         return found

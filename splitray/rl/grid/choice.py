@@ -35,7 +35,7 @@ class Choice:
 
     @property
     def num_instances(self) -> int:
-        """N."""
+        """N, the number of placements side by side."""
         return len(self.mode)
 
     def take(self, rows: Any) -> Choice:

@@ -39,7 +39,7 @@ class PieceWork:
 
     @property
     def of_token(self) -> PieceWork:
-        """For the first pass alone."""
+        """The same work for the first pass, a token, alone."""
         return PieceWork(flops_s=self.flops_s[:, :1], read_bytes=self.read_bytes[:1])
 
 
@@ -55,7 +55,7 @@ class Passes:
 
 
 class PairTimes:
-    """What work and messages take, for one arch on two devices."""
+    """Seconds that work and messages take, for one arch on two devices, at the rates of N instances."""
 
     def __init__(self, arch: ModelArch, topology: Topology, rates: Rates, num_instances: int, codec: Codec) -> None:
         """Keep the rates, N or 1."""

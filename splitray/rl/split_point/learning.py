@@ -120,7 +120,7 @@ class _Run:
         self.memory: list[dict[str, NDArray]] = []
 
     def network(self) -> SplitNetwork:
-        """The policy's layers, copied."""
+        """A copy of the policy's layers as they are now."""
         parts = (
             (self.module.encoder, self.module.af)
             if self.recipe.algorithm == "dqn"

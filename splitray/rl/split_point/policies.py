@@ -44,18 +44,18 @@ def judge(mdp: SplitPoint, policy: Policy, starts: States, seed: int = 0) -> Jud
 
 
 def stay(mdp: SplitPoint) -> Policy:
-    """Never move."""
+    """The policy that never moves the cut."""
     named = SplitErrata.ABSOLUTE_ACTIONS in mdp.errata
     return lambda states: states.cut - 1 if named else np.zeros(len(states), np.int64)
 
 
 def uniform(mdp: SplitPoint, rng: np.random.Generator) -> Policy:
-    """Any action."""
+    """The policy that draws any action with the same chance."""
     return lambda states: rng.integers(mdp.num_actions, size=len(states))
 
 
 def greedy(mdp: SplitPoint) -> Policy:
-    """The best next reward."""
+    """The policy that takes the action of the best next reward."""
     return optimal(mdp, horizon=1)
 
 

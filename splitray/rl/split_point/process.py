@@ -121,12 +121,12 @@ class SplitPoint:
 
     @property
     def num_actions(self) -> int:
-        """A."""
+        """A, the number of actions."""
         return self.last_cut if SplitErrata.ABSOLUTE_ACTIONS in self.errata else len(self.moves)
 
     @property
     def num_features(self) -> int:
-        """F."""
+        """F, the number of features that the agent sees."""
         return 2 if SplitErrata.BARE_STATE in self.errata else 4
 
     def starts(self, rng: np.random.Generator, count: int) -> States:
@@ -167,7 +167,7 @@ class SplitPoint:
         return States(noise_N, cut_N, states.first, states.step + 1), reward_N
 
     def reward(self, relative: Reals, cut: Ints, first: Reals) -> Reals:
-        """Of arriving at relative perplexities and cuts; the shapes must fit each other."""
+        """Reward of arriving at relative perplexities and cuts; the shapes must fit each other."""
         if SplitErrata.PRINTED_REWARD in self.errata:
             return -(self.perplexity * relative + self.load_price * cut)
         return QUALITY_WEIGHT * (1 - relative / first) + LOAD_WEIGHT * (self.last_cut - cut) / self.last_cut
@@ -193,15 +193,15 @@ class SplitPoint:
         return _gauss_markov(LEVELS)
 
     def level(self, noise_N: Reals) -> Ints:
-        """The nearest level."""
+        """The nearest of the L levels of the channel, [N]."""
         return np.rint(noise_N / self.quality.strongest * (LEVELS - 1)).astype(np.int64)
 
     def strength(self, level_N: Ints) -> Reals:
-        """Of a level."""
+        """Strength of the channel at a level, [N]."""
         return level_N / (LEVELS - 1) * self.quality.strongest
 
     def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
-        """Relative perplexity of a state."""
+        """Relative perplexity at these strengths and cuts, [N]."""
         return self.quality.relative(noise_N, cut_N + (SplitErrata.ONE_LAYER_MORE in self.errata))
 
 

@@ -39,7 +39,7 @@ class Quality(Protocol):
         """The largest cut that it knows."""
 
     def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
-        """Of each question, [N]; a strength of 0 loses nothing."""
+        """Relative perplexity of each question, [N]; a strength of 0 loses nothing."""
 
 
 def channel_of(noise: Noise, strength: float) -> NoisyChannel:
@@ -125,7 +125,7 @@ class SurrogateQuality:
     def beside(
         measured: MeasuredQuality, surrogate: Surrogate, *, model: str, num_layers: int, noise: Noise
     ) -> SurrogateQuality:
-        """For the questions that a table answers."""
+        """A surrogate's quality over the same strengths and cuts as a measured table's."""
         return SurrogateQuality(
             surrogate=surrogate, model=model, num_layers=num_layers, noise=noise, strongest=measured.strongest,
             last_cut=measured.last_cut,

@@ -61,7 +61,7 @@ class SplitRecipe:
 
     @property
     def updates(self) -> int:
-        """Of the whole run."""
+        """Number of updates of the whole run."""
         return self.steps // self.rollout_steps
 
     def process(self, quality: Quality) -> SplitPoint:
@@ -72,5 +72,5 @@ class SplitRecipe:
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
-        """For a policy's card."""
+        """The recipe as plain values, for a policy's card."""
         return {**asdict(self), "errata": [flag.name for flag in self.errata]}

@@ -82,11 +82,11 @@ class SplitwisePPO(PPO):
 
     @classmethod
     def get_default_config(cls) -> PPOConfig:
-        """See RLlib."""
+        """RLlib's hook: the config that an instance without one starts from."""
         return PPOConfig(algo_class=cls)
 
     def setup(self, config: Any) -> None:
-        """Build what RLlib builds."""
+        """RLlib's hook: build its learner, then our collector of rollouts."""
         torch.set_num_threads(1)
         super().setup(config)
         self.recipe: Recipe = self.config.env_config["recipe"]
@@ -119,7 +119,7 @@ class SplitwisePPO(PPO):
         return {agent: module[agent].unwrapped() for agent in layouts(self.recipe.spec)}
 
     def training_step(self) -> None:
-        """One rollout and its update."""
+        """RLlib's hook: one iteration, a rollout and its update."""
         if not self.num_slots:
             self._begin()
         recipe, started = self.recipe, time.perf_counter()

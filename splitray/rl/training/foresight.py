@@ -85,7 +85,7 @@ def _regret(env: VectorEnv, recipe: Recipe) -> Floats32:
 
 
 def _chances(module: PlacementModule, rows: torch.Tensor) -> torch.Tensor:
-    """Of each candidate: the product of those of its weight of moves and its price, [B, candidates]."""
+    """Probability of each candidate: that of its weight of moves times that of its price, [B, candidates]."""
     logits, at, log_p = module.logits(rows), 0, {}
     for block in module.layout.blocks:
         width = block.count * block.size

@@ -31,10 +31,10 @@ class Score:
 
     latency_s: Floats
     energy_j: Floats
-    """Of a request, all devices."""
+    """Joule of a request, all devices together."""
     moves: Floats
     reward: Floats
-    """Mean of a slot, both parts."""
+    """Mean reward of a slot, both parts together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def program(stay: int = DEFAULT_KNOBS[1], v: int = DEFAULT_KNOBS[0], price: int 
 
 
 def learned(act: Act, spec: ActionSpec) -> Decide:
-    """Trained agents."""
+    """Trained agents as a policy that takes its likeliest choices."""
     both = layouts(spec)
 
     def decide(env: VectorEnv, rows: Ints) -> tuple[Ints, Ints | None]:

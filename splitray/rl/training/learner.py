@@ -26,7 +26,7 @@ class SplitwiseLearner(PPOTorchLearner):
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
     ) -> Tensor:
-        """See RLlib's `Learner`."""
+        """RLlib's hook: PPO's clipped loss and the two critics' loss of one agent, over the rows that count."""
         module = self.module[module_id].unwrapped()
         assert isinstance(module, PlacementModule), "the loss knows our two critics only"
         blocks = module.layout.blocks

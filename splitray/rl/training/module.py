@@ -39,7 +39,7 @@ class PlacementModule(TorchRLModule, ValueFunctionAPI):
     """One agent. `model_config` is made by `module_specs`."""
 
     def setup(self) -> None:
-        """Make the layers."""
+        """RLlib's hook: make the layers."""
         config = self.model_config
         assert isinstance(config, dict), "see module_specs"
         self.layout: Layout = config["layout"]
@@ -74,7 +74,7 @@ class PlacementModule(TorchRLModule, ValueFunctionAPI):
         return {Columns.ACTION_DIST_INPUTS: self.logits(batch[Columns.OBS])}
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Masked logits, [B, ..]."""
+        """Logits of all choices for rows [B, width], masked ones at -1e9 or below, [B, logits]."""
         layout = self.layout
         x, groups_BGL, mask = self._parts(rows)
         e = torch.tanh(self.whole(x))
@@ -152,7 +152,7 @@ def prior_divergence(blocks: tuple[Block, ...], logits: Tensor, prior: dict[str,
 
 
 def module_specs(recipe: Recipe) -> dict[str, RLModuleSpec]:
-    """Both agents' networks."""
+    """The networks of both agents, by agent, as RLlib builds them."""
     found = {}
     for agent, layout in layouts(recipe.spec).items():
         seen, done = spaces_of(layout)

@@ -75,16 +75,16 @@ class Recipe:
 
     @property
     def spec(self) -> ActionSpec:
-        """The shape of the actions."""
+        """The shape of both agents' actions under this recipe."""
         return ActionSpec(variant=self.variant, num_groups=self.num_groups, bits=self.bits)
 
     @property
     def batch_slots(self) -> int:
-        """Slots of one update."""
+        """Slots of all instances together that one update learns from."""
         return self.num_envs * self.num_instances * self.rollout_slots
 
     def as_json(self) -> dict[str, Any]:
-        """For a policy's card; an infinite budget is None."""
+        """The recipe as plain values, for a policy's card; an infinite budget is None."""
         document = asdict(self)
         for climate in document["climates"]:
             climate["power_w"] = None if climate["power_w"] == float("inf") else climate["power_w"]

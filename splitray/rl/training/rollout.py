@@ -58,7 +58,7 @@ class Scale:
     """The running standard deviation of discounted rewards, which rewards are divided by."""
 
     def __init__(self, gamma: float) -> None:
-        """Know nothing yet."""
+        """No value seen yet."""
         self.gamma, self.count, self.mean, self.squares = gamma, 1e-4, 0.0, 1e-4
 
     def update(self, returns: Floats) -> None:
@@ -71,7 +71,7 @@ class Scale:
 
     @property
     def deviation(self) -> float:
-        """Never 0."""
+        """Standard deviation of the values seen so far, never 0."""
         return max(1e-3, float(np.sqrt(self.squares / self.count)))
 
 

@@ -34,7 +34,7 @@ AUTO = EIGHTHS + 1  # of the second agent's choices: as the program says
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`count` independent choices among `size`."""
+    """A named part of an action: `count` independent choices among `size`."""
 
     name: str
     count: int
@@ -57,13 +57,13 @@ class ActionSpec:
 
     @property
     def high(self) -> tuple[Block, ...]:
-        """Of the layer agent."""
+        """The blocks of the layer agent's action."""
         knobs = Block("v", 1, len(V_FACTORS)), Block("stay", 1, len(MOVE_WEIGHTS)), Block("price", 1, len(PRICES))
         return Block("mode", self.num_groups, 1 + MODES), *knobs
 
     @property
     def low(self) -> tuple[Block, ...]:
-        """Of the head and FFN agent."""
+        """The blocks of the head and FFN agent's action."""
         heads = Block("bits", EIGHTHS * self.num_groups, 2) if self.bits else Block("heads", self.num_groups, AUTO + 1)
         return heads, Block("ffn", self.num_groups, AUTO + 1)
 
@@ -74,12 +74,12 @@ class ActionSpec:
 
 
 def num_logits(blocks: tuple[Block, ...]) -> int:
-    """Of all choices of all blocks."""
+    """Length of the logits of all blocks."""
     return sum(b.count * b.size for b in blocks)
 
 
 def num_choices(blocks: tuple[Block, ...]) -> int:
-    """Length of an action."""
+    """Length of an action: choices of all blocks."""
     return sum(b.count for b in blocks)
 
 

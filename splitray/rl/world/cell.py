@@ -32,12 +32,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """One line for a table."""
+        """Edge, model, pinned ends and link: the cell in one line."""
         return f"{self.edge} {self.model} {self.holds} {self.link}"
 
     @cached_property
     def arch(self) -> ModelArch:
-        """The decoder's counts."""
+        """The decoder's counts, by the model's name in the catalogue."""
         return architecture(self.model)
 
     @cached_property
@@ -64,13 +64,13 @@ class Whole:
     token_j: float
     kv_bytes_per_token: float
     device_token_s: float
-    """Of a token, on the device itself."""
+    """Seconds that a token keeps the device itself busy."""
     device_prompt_s: float
     weight_share: float
-    """Of the device's memory; above 1 it does not fit."""
+    """Share of the device's memory that the weights take; above 1 they do not fit."""
 
     def service_s(self, request: RequestShape) -> float:
-        """Seconds of one request alone."""
+        """Seconds that one request takes where nobody else is served."""
         return self.prompt_s + (request.output_tokens - 1) * self.token_s
 
     def device_s(self, request: RequestShape) -> float:
@@ -88,7 +88,7 @@ class References:
 
     @property
     def service_s(self) -> float:
-        """Of one request under cloud_only on an idle cloud: the unit of latency."""
+        """Seconds of one request under cloud_only on an idle cloud: the unit of latency."""
         return self.cloud.service_s(self.request)
 
     @property

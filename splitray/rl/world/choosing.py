@@ -27,7 +27,7 @@ def sample(blocks: tuple[Block, ...], logits: Floats32, noise: Floats32) -> tupl
 
 
 def greedy(blocks: tuple[Block, ...], logits: Floats32) -> Ints:
-    """The likeliest action, [N, choices]."""
+    """The likeliest choice of every block, [N, choices]."""
     found, at = [], 0
     for block in blocks:
         width = block.count * block.size
@@ -37,7 +37,7 @@ def greedy(blocks: tuple[Block, ...], logits: Floats32) -> Ints:
 
 
 def log_probability(blocks: tuple[Block, ...], logits: Floats32, actions: Ints) -> Floats32:
-    """Of an action, [N]."""
+    """Log-probability of an action, summed over its choices, [N]."""
     total = np.zeros(len(logits), np.float32)
     at = first = 0
     for block in blocks:

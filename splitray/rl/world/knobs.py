@@ -40,7 +40,7 @@ class Moment:
     current: Choice | None
 
     def take(self, rows: Ints) -> Moment:
-        """Some instances."""
+        """A copy of the instances `rows`."""
         arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in _WHOLE}
         current = None if self.current is None else self.current.take(rows)
         return replace(self, **arrays, rates=self.rates.take(rows), current=current)

@@ -100,7 +100,7 @@ class Static:
     group_layers: NDArray[np.int64]  # [G]
     num_kv_heads: int
     hidden_bytes: float
-    """Of one position's residual, which is what crosses."""
+    """Bytes of one position's residual, which is what crosses."""
     memory_bytes: Floats  # [2]
     pinned_embedding: bool
     pinned_head: bool
@@ -126,7 +126,7 @@ class Seen:
     choice: Choice
 
     def take(self, rows: NDArray[np.int64]) -> Seen:
-        """Some instances."""
+        """A copy of the instances `rows`."""
         arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "choice"}
         return Seen(**arrays, choice=self.choice.take(rows))
 
@@ -135,7 +135,7 @@ class History:
     """The last slots of four quantities, latest first, [N, 4, H]; zeros before the first."""
 
     def __init__(self, num_instances: int) -> None:
-        """Remember nothing yet."""
+        """A history of N instances without a slot in it."""
         self.values = np.zeros((num_instances, 4, HISTORY))
 
     def push(self, seen: Seen, static: Static, rows: NDArray[np.int64] | None = None) -> None:

@@ -84,13 +84,13 @@ class Policy:
 
     @cached_property
     def spec(self) -> ActionSpec:
-        """Of the actions that it was trained to take."""
+        """The shape of the actions that it was trained to take."""
         card = self.card
         return ActionSpec(variant=card["variant"], num_groups=card["num_groups"], bits=card["bits"])
 
     @cached_property
     def weights(self) -> Weights:
-        """Of the reward that it was trained on."""
+        """Weights of the reward that it was trained on."""
         return Weights(**self.card["recipe"]["weights"])
 
     def knobs(self, whole: Floats32, groups: Floats32) -> Ints:

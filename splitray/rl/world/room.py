@@ -25,7 +25,7 @@ class Room:
     edge_bytes: Floats  # [N]
 
     def take(self, rows: NDArray[np.int64]) -> Room:
-        """Some instances."""
+        """A copy of the instances `rows`."""
         return Room(
             attention_bytes=self.attention_bytes[rows], ffn_bytes=self.ffn_bytes, edge_bytes=self.edge_bytes[rows]
         )

@@ -30,27 +30,27 @@ class Layout:
 
     @property
     def mask_at(self) -> int:
-        """First column of the mask."""
+        """Index of the first column of the mask in a row."""
         return self.num_global + self.num_groups * self.group_width
 
     @property
     def num_logits(self) -> int:
-        """Length of the mask."""
+        """Length of the mask, which is that of the logits."""
         return num_logits(self.blocks)
 
     @property
     def num_choices(self) -> int:
-        """Length of an action."""
+        """Length of an action: choices of all blocks."""
         return num_choices(self.blocks)
 
     @property
     def width(self) -> int:
-        """Length of a row."""
+        """Length of a row: features, then the mask."""
         return self.mask_at + self.num_logits
 
 
 def layouts(spec: ActionSpec) -> dict[str, Layout]:
-    """Both agents'."""
+    """The layouts of both agents' rows, by agent."""
     return {
         LAYER_AGENT: Layout(spec.num_groups, NUM_GROUP, spec.high),
         HEAD_FFN_AGENT: Layout(spec.num_groups, NUM_GROUP + 1 + MODES, spec.low),
@@ -66,7 +66,7 @@ class Rows:
     """Puts features together, without those that an ablation leaves out."""
 
     def __init__(self, spec: ActionSpec, leave_out: frozenset[str] = frozenset()) -> None:
-        """Remember which features stay."""
+        """Rows of this shape; `leave_out` names the groups of features that are set to 0."""
         self.spec, self.layouts = spec, layouts(spec)
         self._global, self._group = kept(leave_out), kept(leave_out, GROUP_FEATURES)
 

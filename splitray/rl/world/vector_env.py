@@ -66,7 +66,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """See `VectorEnv.state`."""
+    """Everything of an environment that changes from slot to slot, to go back to."""
 
     slot: int
     mine: dict[str, Any]
@@ -159,7 +159,7 @@ class VectorEnv:
     # What the policy sees
 
     def seen(self) -> Seen:
-        """This moment, in SI units."""
+        """What is observed of the instances `rows` at this moment, in SI units."""
         simulator, t = self.simulator, self._t
         held = self.grid.memory_bytes(self.choice, simulator.next_tokens)
         return Seen(
@@ -180,7 +180,7 @@ class VectorEnv:
         return [np.flatnonzero(place == turn) for turn in range(TURNS) if (place == turn).any()]
 
     def features(self, rows: Ints) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Of the whole [n, F] and of each group [n, G, L]."""
+        """Features of the whole [n, F] and of each group [n, G, L], for the network."""
         return observe(self.seen().take(rows), self._history.values[rows], self.static)
 
     def high_rows(self, rows: Ints | None = None) -> NDArray[np.float32]:
@@ -215,7 +215,7 @@ class VectorEnv:
         return decided
 
     def serve(self) -> StepResult:
-        """What comes of it, and on to the next slot."""
+        """Serve the slot under the placements decided, and go on to the next; gives what it brought."""
         start, share = self.simulator.now_s, self._crowd.share
         slot = self.simulator.step(self._load, slowed(self._alone, share), share=share)
         there = np.minimum(slot.busy_s / SLOT_S, 1.0) * _SHARED
@@ -359,7 +359,7 @@ class VectorEnv:
         self._since_move[at] = 0.0
 
     def _look(self, rows: Ints) -> None:
-        """What the crowd at the cloud is after these have chosen."""
+        """Reckon anew who shares the cloud after the lines `rows` have chosen."""
         self._crowd.look(self.simulator, self._load, self._alone, rows)
         self._rates = slowed(self._alone, self._crowd.share)
 
@@ -370,7 +370,7 @@ class VectorEnv:
         return min(self.slot, self.weather.num_slots - 1)
 
     def _rates_now(self) -> Rates:
-        """Of this slot, with the cloud to oneself."""
+        """Rates of this slot, with the cloud to oneself."""
         t, n, base = self._t, self.num_instances, self._base
         crossing = ~np.eye(2, dtype=bool)
         return replace(

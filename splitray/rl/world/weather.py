@@ -74,12 +74,12 @@ class Weather:
 
     @property
     def num_instances(self) -> int:
-        """N."""
+        """N, the number of instances."""
         return len(self.link_bytes_per_s)
 
     @property
     def num_slots(self) -> int:
-        """T."""
+        """T, the number of slots."""
         return self.link_bytes_per_s.shape[1]
 
 
