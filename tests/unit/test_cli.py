@@ -395,7 +395,7 @@ def test_a_reader_who_is_gone_ends_the_program_quietly(arguments: list[str], bot
     os.close(read)
     program = subprocess.run(
         [sys.executable, "-m", "splitray.commands.cli", *(where if a == "TOPOLOGY" else a for a in arguments)],
-        stdout=write, stderr=write if both else subprocess.PIPE, text=True, timeout=60, check=False,
+        stdout=write, stderr=write if both else subprocess.PIPE, text=True, timeout=300, check=False,
     )  # fmt: skip
     os.close(write)
     assert (program.returncode, program.stderr or "") == (141, "")
@@ -406,7 +406,7 @@ def test_head_gets_its_line_and_nobody_complains(output: str, tmp_path: Path) ->
     where = _file(tmp_path, "t.yaml", _topology())
     command = " ".join([sys.executable, "-m splitray.commands.cli", *PLAN]).replace("TOPOLOGY", where)
     shell = subprocess.run(
-        ["bash", "-c", f"{command} {output}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=60,
+        ["bash", "-c", f"{command} {output}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert shell.stderr == ""
@@ -419,7 +419,7 @@ def test_messages_that_nobody_reads_cost_no_result(tmp_path: Path) -> None:
     os.close(read)
     program = subprocess.run(
         [sys.executable, "-m", "splitray.commands.cli", *PLAN, "--json"], stdout=subprocess.PIPE,
-        stderr=write, text=True, timeout=60, check=False,
+        stderr=write, text=True, timeout=300, check=False,
     )  # fmt: skip
     os.close(write)
     assert program.returncode == 2
