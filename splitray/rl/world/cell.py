@@ -67,7 +67,7 @@ class Whole:
     """Seconds that a token keeps the device itself busy."""
     device_prompt_s: float
     weight_share: float
-    """Share of the device's memory that the weights take; above 1 they do not fit."""
+    """Share of the device's memory that weights and KV take; above 1 they do not fit."""
 
     def service_s(self, request: RequestShape) -> float:
         """Seconds that one request takes where nobody else is served."""
