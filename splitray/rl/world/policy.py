@@ -173,7 +173,7 @@ class Policy:
         return kept(left_out), kept(left_out, GROUP_FEATURES)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `export.py` writes for this spec."""
+        """What `training/export.py` writes for this spec."""
         hidden: int = self.card["hidden"]
         found: dict[str, tuple[int, ...]] = {}
         for agent, layout in self._agents.items():
