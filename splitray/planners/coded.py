@@ -32,9 +32,11 @@ def best_codec(
     planner = chosen.planner
     if not isinstance(planner, DriftPlusPenalty) or planner.v <= 0:
         raise InputError(
-            "codec auto", expected="the planner drift_plus_penalty:V with V above 0, which prices perplexity",
-            actual=chosen.spec, remedy="name a codec, or use for example drift_plus_penalty:10",
-        )  # fmt: skip
+            "codec auto",
+            expected="the planner drift_plus_penalty:V with V above 0, which prices perplexity",
+            actual=chosen.spec,
+            remedy="name a codec, or use for example drift_plus_penalty:10",
+        )
     found = []
     for codec in CODECS:
         coded = replace(state, codec=codec, accuracy=accuracy_of(codec))

@@ -81,7 +81,7 @@ def solve(
         PlacementError: no placement found that fits; says what is needed and available.
     """
     started = time.perf_counter()
-    search = _Search(Space(state, space, blocks=blocks))
+    search = _SpaceSearch(Space(state, space, blocks=blocks))
     search.offer(known)
     bound = search.enumerate() if space == "one_device" or _is_small(search.space) else search.run()
     if search.best is None:
@@ -103,7 +103,7 @@ def _is_small(space: Space) -> bool:
     return sum(ways) <= _MOST_WAYS
 
 
-class _Search:
+class _SpaceSearch:
     """Collects placements of one space and keeps the quickest that fits."""
 
     def __init__(self, space: Space) -> None:

@@ -58,9 +58,12 @@ def work_alone_s(state: ClusterState, where: Topology) -> Floats:
     alone = replace(where, devices=where.devices[:1], links=(), origin=first)  # what a link costs is not asked here
     load = load_of(layers_on([first], first, first, replace(state, arch=arch), pinned=False), arch, alone)
     each = replace(
-        rates, flops_per_s=rates.flops_per_s.T, bytes_per_s=rates.bytes_per_s.T, launch_s=rates.launch_s.T,
+        rates,
+        flops_per_s=rates.flops_per_s.T,
+        bytes_per_s=rates.bytes_per_s.T,
+        launch_s=rates.launch_s.T,
         contention_s_per_byte=np.zeros((len(where.ids), 1, 1)),
-    )  # fmt: skip
+    )
     work: Floats = work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
     return work
 

@@ -53,9 +53,13 @@ def _times(state: ClusterState) -> _Times:
         busy = arch.hidden_dim * arch.dtype_bytes / rates.link_bytes_per_s[0] + rates.exchange_s[0]
     np.fill_diagonal(busy, 0.0)
     return _Times(
-        group_s=attention / arch.num_kv_heads, ffn_s=ffn, head_s=seconds[:, -2], launch_s=launch,
-        busy_s=busy, latency_s=rates.latency_s[0],
-    )  # fmt: skip
+        group_s=attention / arch.num_kv_heads,
+        ffn_s=ffn,
+        head_s=seconds[:, -2],
+        launch_s=launch,
+        busy_s=busy,
+        latency_s=rates.latency_s[0],
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,9 @@ class Scored:
         pay; under FREE_MIGRATION there is only now. What NO_WEIGHTS believes to fit need not.
         """
         if KafetzisErrata.FREE_MIGRATION in self.errata:
-            return _Search(self, state, state).placement()
+            return _BlockSearch(self, state, state).placement()
         end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)
-        return keep_or_move(_Search(self, state, end).placement(), state, end, staged=self.staged)
+        return keep_or_move(_BlockSearch(self, state, end).placement(), state, end, staged=self.staged)
 
 
 VARIANTS: Mapping[str, Scored] = {
@@ -73,7 +73,7 @@ VARIANTS: Mapping[str, Scored] = {
 }
 
 
-class _Search:
+class _BlockSearch:
     """One run over the blocks, layer by layer; those of a layer in falling order of their demand.
 
     Blocks are numbered through all layers, `device` has -1 for one that is not placed.

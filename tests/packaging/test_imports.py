@@ -63,6 +63,18 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("engine",),
         ("controller",),
     ),
+    "splitray.planners": (
+        ("protocol",),
+        ("memory",),
+        ("optimum", "checked", "pay_back", "whole", "random"),
+        ("layer_times", "outside", "ucb"),
+        ("cut", "dealt", "layer_dp", "myopic", "shares"),
+        ("exact", "scored"),
+        ("drift_plus_penalty",),
+        ("coded",),
+        ("make_planner",),  # of __init__.py, the table of names: no planner knows it
+        ("priced",),
+    ),
     "splitray.rl": (
         ("grid",),
         ("world",),
@@ -252,6 +264,8 @@ REFUSED = {
     "a sibling on one floor": (upward, "splitray.planners.x", "from splitray.model import source"),
     "a unit without a floor": (upward, "splitray.utils", "from splitray import errors"),
     "an import upward inside the runtime": (upward, "splitray.runtime.device.x", "import splitray.runtime.hf"),
+    "a planner on the table of planners": (upward, "splitray.planners.x", "from splitray.planners import make_planner"),
+    "exact inside the optimum": (upward, "splitray.planners.optimum.x", "from splitray.planners.exact import solve"),
     "an import upward inside the learner": (upward, "splitray.rl.grid.x", "from splitray.rl.world import cell"),
     "an import upward by its name": (
         upward,

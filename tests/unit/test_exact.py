@@ -9,6 +9,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+from optimum_by_force import by_force
+from optimum_by_milp import by_milp
 
 from splitray.arch import ModelArch
 from splitray.catalog import architecture
@@ -18,8 +20,7 @@ from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import ClusterState
 from splitray.planners.exact import _Search, solve
 from splitray.planners.memory import check, model_bytes
-from splitray.planners.optimum.enumerate import by_counts, by_force
-from splitray.planners.optimum.milp import by_milp
+from splitray.planners.optimum.enumerate import by_counts
 from splitray.planners.optimum.space import Space
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 

@@ -105,8 +105,10 @@ class Potentials:
             value[row] = np.where(self._starts_at(e), entered + price[e] * space.table_bytes, _FORBIDDEN)
         first = space.kinds[0]
         work = {k: self._work(k, price, rows) for k in set(space.kinds)}
-        transfer = {k: np.where(self._allowed, self._transfer(k)[np.ix_(self._base, self._base)], _FORBIDDEN)
-                    for k in set(space.kinds)}  # fmt: skip
+        transfer = {
+            k: np.where(self._allowed, self._transfer(k)[np.ix_(self._base, self._base)], _FORBIDDEN)
+            for k in set(space.kinds)
+        }
         value = self._mixed(value + work[first])
         history = [value]
         onward = {k: [transfer[k][slot] for slot in self._slots] for k in transfer}  # [states, N] each
@@ -180,8 +182,11 @@ class Potentials:
         leads = np.array([[after[a, s] == b for b, s in states] for a in range(free + 1)])
         self._allowed = leads[label][:, self._state]
         self._index = index
-        alone = {(k, int(w.argmax())): n for n, (k, w) in enumerate(zip(self._state, self._weight, strict=True))
-                 if w.max() == 1.0}  # fmt: skip
+        alone = {
+            (k, int(w.argmax())): n
+            for n, (k, w) in enumerate(zip(self._state, self._weight, strict=True))
+            if w.max() == 1.0
+        }
         self._mean = np.zeros((len(nodes), len(nodes)))
         for n, (k, w) in enumerate(zip(self._state, self._weight, strict=True)):
             for d in np.flatnonzero(w):

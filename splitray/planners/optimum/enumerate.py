@@ -1,7 +1,6 @@
-"""The optimum of small instances, twice: by every assignment, and by every count. milp.py does it a third time.
+"""The optimum of small instances, by every way to share each sub-block by counts. Memory is a hard limit.
 
-The three share the tables of `Space`, and tests hold them against each other and against `CostModel`. Memory is a hard
-limit in all of them.
+Tests hold it against every assignment, a mixed-integer program and `CostModel`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from numpy.typing import NDArray
 
-from splitray.planners.optimum.patterns import Holding
+from splitray.planners.optimum.patterns import BlockHolding
 from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Kind, Space
 
 Step = tuple[int, tuple[Counts, ...]]
@@ -50,11 +48,12 @@ def options(space: Space, kind: Kind, *, embedding: int = -1) -> list[Option]:
         else:
             per_part = [list(_compositions(p.count, holding.devices, space.num_devices)) for p in pieces]
             choices = [c for c in product(*per_part) if _uses_all(c, holding)]
-        found += [_priced(space, kind, index, c, embedding) for c in choices]
+        found += [priced(space, kind, index, c, embedding) for c in choices]
     return found
 
 
-def _priced(space: Space, kind: Kind, holding: int, counts: tuple[Counts, ...], embedding: int) -> Option:
+def priced(space: Space, kind: Kind, holding: int, counts: tuple[Counts, ...], embedding: int) -> Option:
+    """One way to do a sub-block with its seconds and bytes."""
     used = np.zeros(space.num_devices)
     used[list(space.holdings[holding].devices)] = 1
     free = space.free_rows(kind, embedding)
@@ -87,7 +86,7 @@ def _compositions(total: int, devices: tuple[int, ...], num_devices: int) -> Ite
         yield _on(num_devices, devices, counts)
 
 
-def _uses_all(counts: tuple[Counts, ...], holding: Holding) -> bool:
+def _uses_all(counts: tuple[Counts, ...], holding: BlockHolding) -> bool:
     return all(any(c[d] for c in counts) for d in holding.devices)
 
 
@@ -132,51 +131,3 @@ def _undominated(
         if not kept or not (keys[kept] <= keys[i] + 1e-15).all(1).any():
             kept.append(int(i))
     return [labels[i] for i in kept]
-
-
-def by_force(space: Space) -> Found | None:
-    """Every head group and every block on every device, and every copy: all combinations, priced side by side."""
-    best: Found | None = None
-    for embedding in space.embeddings:
-        known = {k: list(_assignments(space, k, embedding)) for k in set(space.kinds)}
-        sizes = [len(known[k]) for k in space.kinds]
-        index = np.indices(sizes).reshape(len(sizes), -1)
-        clock: Floats = np.zeros((index.shape[1], space.num_devices))
-        held = np.zeros_like(clock)
-        held[:, embedding] = space.table_bytes
-        before: NDArray[np.int64] | None = None
-        for stage, kind in enumerate(space.kinds):
-            chosen = known[kind]
-            work = np.array([o.work_s for o in chosen])[index[stage]]
-            held += np.array([o.held_bytes for o in chosen])[index[stage]]
-            at = np.array([o.holding for o in chosen])[index[stage]]
-            if before is None:
-                came = space.entry_s[embedding, at]
-            else:
-                came = np.max(clock[:, :, None] + space.crossing_s(kind)[before, at], axis=1)
-            clock, before = came + work, at
-        seconds = np.max(clock + space.exit_s[before, :, embedding], axis=1)
-        seconds = np.where((held <= space.memory_bytes).all(1), seconds, np.inf)
-        row = int(seconds.argmin())
-        if seconds[row] < MISSING_S / 2 and (best is None or seconds[row] < best.tpot_s):
-            steps = [known[k][index[s, row]] for s, k in enumerate(space.kinds)]
-            path = tuple((o.holding, o.counts) for o in steps)
-            best = Found(tpot_s=float(seconds[row]), path=path, embedding=embedding)
-    return best
-
-
-def _assignments(space: Space, kind: Kind, embedding: int) -> Iterator[Option]:
-    """Every map of single pieces to devices, equal ones included, and every full copy."""
-    allowed = space.allowed(kind)
-    index = {h: i for i, h in enumerate(space.holdings)}
-    pieces = space.pieces(kind)
-    for h, i in index.items():
-        if h.replicated and allowed[i]:
-            counts = tuple(_on(space.num_devices, h.devices, [p.count] * len(h.devices)) for p in pieces)
-            yield _priced(space, kind, i, counts, embedding)
-    for maps in product(*(product(range(space.num_devices), repeat=p.count) for p in pieces)):
-        devices = tuple(sorted({d for each in maps for d in each}))
-        holding = index.get(Holding(devices))
-        if holding is not None and allowed[holding]:
-            counts = tuple(tuple(each.count(d) for d in range(space.num_devices)) for each in maps)
-            yield _priced(space, kind, holding, counts, embedding)

@@ -14,7 +14,7 @@ Messages = Sequence[tuple[int, int, int]]  # source, target, bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class BlockHolding:
     """Who does a sub-block: device indices in order, and whether each of several does all of it."""
 
     devices: tuple[int, ...]
@@ -30,7 +30,7 @@ _known_patterns: dict[Hashable, dict[str, list[Messages]]] = {}
 
 
 def patterns(
-    arch: ModelArch, where: Topology, holdings: tuple[Holding, ...], codec: Codec
+    arch: ModelArch, where: Topology, holdings: tuple[BlockHolding, ...], codec: Codec
 ) -> dict[str, list[Messages]]:
     """Who sends how much to whom at every boundary; remembered, as it hardly changes while rates do.
 
@@ -48,23 +48,23 @@ def patterns(
 
 
 def _make_patterns(
-    arch: ModelArch, where: Topology, holdings: tuple[Holding, ...], codec: Codec
+    arch: ModelArch, where: Topology, holdings: tuple[BlockHolding, ...], codec: Codec
 ) -> dict[str, list[Messages]]:
     ids = where.ids
     index = {d: i for i, d in enumerate(ids)}
 
-    def block(h: Holding) -> SubBlock:
+    def block(h: BlockHolding) -> SubBlock:
         mode: Mode = "partitioned" if h.partitioned else "replicated" if h.replicated else "whole"
         return SubBlock(0, "ffn", 0, tuple(ids[d] for d in h.devices), mode)
 
-    def between(here: Holding, there: Holding) -> Messages:
+    def between(here: BlockHolding, there: BlockHolding) -> Messages:
         found = crossing(block(here), block(there), arch, where, codec)
         return [(index[m.source], index[m.target], message_bytes(m, arch, codec=codec)) for m in found]
 
     every, origin = range(len(ids)), index[where.origin]
     return {
         "crossing": [between(a, b) for a in holdings for b in holdings],
-        "entry": [between(Holding((e,)), b) for e in every for b in holdings],
+        "entry": [between(BlockHolding((e,)), b) for e in every for b in holdings],
         "inner": [
             [(a, b, NORM_SUMS_BYTES) for a in h.devices for b in h.devices if a != b] if h.partitioned else []
             for h in holdings

@@ -1,6 +1,6 @@
 """What a decode step costs, sub-block by sub-block, as tables: the ground that exact and drift_plus_penalty stand on.
 
-A sub-block is done by a `Holding`: one device, several that share it by count, or several that each do all of it. Its
+A sub-block is done by a `BlockHolding`: one device, several that share it by count, or several that each do all. Its
 work is affine in the counts, and a boundary maps the times at which its senders have finished to the times at which
 its receivers may begin by maxima of sums: arrival_j = max_i(finish_i + crossing[i, j]). Both come from cost.py, so a
 path through the tables takes exactly the time that `CostModel.tpot_s` gives its placement. One thing is left out, as it
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes
-from splitray.planners.optimum.patterns import Holding, Messages, patterns
+from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
 from splitray.topology import DeviceId
 
@@ -83,15 +83,21 @@ class Space:
         self.positions = positions
         arch, context = self.arch, max(1, state.context_tokens) if positions == 1 else positions
         self._attention = self._pieces(
-            "attention", arch.num_kv_heads, arch.num_kv_heads,
+            "attention",
+            arch.num_kv_heads,
+            arch.num_kv_heads,
             positions * (2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * context),
             arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context,
             group_bytes(arch, state.context_tokens),
-        )  # fmt: skip
+        )
         self._ffn = self._weights(
-            "ffn", min(arch.ffn_dim, blocks or arch.ffn_dim), arch.ffn_dim, arch.ffn_unit_params, ffn_unit_bytes(arch),
+            "ffn",
+            min(arch.ffn_dim, blocks or arch.ffn_dim),
+            arch.ffn_dim,
+            arch.ffn_unit_params,
+            ffn_unit_bytes(arch),
             positions,
-        )  # fmt: skip
+        )
         row = arch.weight_bytes(arch.vocab_row_params)
         self.table_bytes = float(arch.vocab * row)
         whole_head = freedom != "all" or state.pinned_head is not None
@@ -117,8 +123,8 @@ class Space:
         flops, read_bytes = 2 * params * each * positions, self.arch.weight_bytes(params) * each
         return self._pieces(part, count, total, flops, read_bytes, unit_bytes * each)
 
-    def _holdings(self, most_shared: int) -> tuple[Holding, ...]:
-        single = [Holding((d,)) for d in range(self.num_devices)]
+    def _holdings(self, most_shared: int) -> tuple[BlockHolding, ...]:
+        single = [BlockHolding((d,)) for d in range(self.num_devices)]
         fast = np.argsort(-self.rates.bytes_per_s[0], kind="stable")[:most_shared]
         self.shared = few = sorted(map(int, fast))
         if self.freedom in ("one_device", "layers"):
@@ -126,8 +132,8 @@ class Space:
         sets = [c for n in range(2, len(few) + 1) for c in combinations(few, n)]
         ids = self.topology.ids
         linked = [c for c in sets if all(self.linked(ids[a], ids[b]) for a, b in combinations(c, 2))]
-        shared = [Holding(c) for c in linked]
-        copies = [Holding(c, True) for c in linked] if self.freedom == "all" else []
+        shared = [BlockHolding(c) for c in linked]
+        copies = [BlockHolding(c, True) for c in linked] if self.freedom == "all" else []
         return tuple(single + shared + copies)
 
     def linked(self, a: DeviceId, b: DeviceId) -> bool:

@@ -1,4 +1,4 @@
-"""The optimum of small instances as a mixed-integer program, by HiGHS; enumerate.py finds it in two other ways.
+"""The optimum of small instances as a mixed-integer program, by HiGHS: an oracle for the searches of planners/optimum.
 
 For each sub-block one binary variable an option (holding and counts), for each pair of neighbours one a pair of
 holdings, and for each sub-block and device the time at which it begins. What a boundary demands, begin_j >= finish_i +
