@@ -264,7 +264,7 @@ REFUSED = {
     "a sibling on one floor": (upward, "splitray.planners.x", "from splitray.model import source"),
     "a unit without a floor": (upward, "splitray.utils", "from splitray import errors"),
     "an import upward inside the runtime": (upward, "splitray.runtime.device.x", "import splitray.runtime.hf"),
-    "a planner on the table of planners": (upward, "splitray.planners.x", "from splitray.planners import make_planner"),
+    "a planner on the table": (upward, "splitray.planners.cut", "from splitray.planners import make_planner"),
     "exact inside the optimum": (upward, "splitray.planners.optimum.x", "from splitray.planners.exact import solve"),
     "an import upward inside the learner": (upward, "splitray.rl.grid.x", "from splitray.rl.world import cell"),
     "an import upward by its name": (

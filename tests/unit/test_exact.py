@@ -18,7 +18,7 @@ from splitray.cost import CostModel
 from splitray.errors import InputError, PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import ClusterState
-from splitray.planners.exact import _Search, solve
+from splitray.planners.exact import _SpaceSearch, solve
 from splitray.planners.memory import check, model_bytes
 from splitray.planners.optimum.enumerate import by_counts
 from splitray.planners.optimum.space import Space
@@ -131,7 +131,7 @@ def test_no_bound_exceeds_the_optimum_and_proven_means_optimal() -> None:
             with pytest.raises(PlacementError, match="memory"):
                 solve(one.state, blocks=one.blocks)
             continue
-        search = _Search(Space(one.state, blocks=one.blocks))
+        search = _SpaceSearch(Space(one.state, blocks=one.blocks))
         bound = search.run()  # without the enumeration that `solve` does where it can
         assert bound <= optimum * (1 + 1e-9), f"instance {seed}"
         slack.append(1 - bound / optimum)

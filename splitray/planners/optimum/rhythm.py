@@ -16,7 +16,7 @@ from splitray.planners.optimum.space import MISSING_S, Floats, Space
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rhythm:
-    """Of the attention's holding and the FFN's, in this order.
+    """How a layer beats in its steady state, where its two sub-blocks keep their holdings (attention, FFN).
 
     `period_s` of a layer; `slack_s`: how much later than the first of them each device of the holding finishes;
     `weights`: what each device's clock counts, [D], 0 outside the holding and 1 in total.
