@@ -116,7 +116,7 @@ def gaps_to_optimum() -> Table:
 
 
 def many_devices() -> Table:
-    """25 random devices and 32 heads at 1,000 tokens, as the paper's larger experiments."""
+    """25 random devices and 32 heads at 1,000 tokens, the size that readers of arXiv 2505.02533 report."""
     arch = architecture("llama-7b")
     names = ("myopic", "layer_dp", "tensor_parallel", "greedy", "round_robin", "best_device")
     seconds: dict[str, list[float]] = {n: [] for n in names}

@@ -84,7 +84,7 @@ def layer_blocks(
 ) -> LayerBlocks:
     """What the blocks of one layer need in one decode step (corrected: section 1 of docs/equations.md).
 
-    A head is a KV group; of multi-head attention, as in the paper, that is one head. For a plain MLP of 4 D every
+    A head is a KV group; of multi-head attention, as in that code, that is one head. For a plain MLP of 4 D every
     as-coded number is the code's; a layer of other widths keeps its own with the same error in it.
 
     Args:
@@ -168,7 +168,7 @@ def inference_s(
     each FFN does so for the next layer, and the last one returns its output (INFERRED).
 
     Args:
-        layers: one assignment a layer; the paper has a single one.
+        layers: one assignment a layer; the released code has a single one.
         blocks: what a layer needs; all are alike.
         topology: FLOP/s of devices, and links.
         mode: how transfers of one phase add up; `max` needs links that share no medium.

@@ -2,10 +2,10 @@
 
 Head groups go one by one to the device on which they are done first, given the load and the memory already placed there
 (the remaining-capacity score of docs/equations.md E4.R in seconds); the FFN with the output projection's sum stays
-whole, as in the paper. A layer that finds no place backtracks into the layer before. The released code scores total
+whole, as in the released code. A layer that finds no place backtracks into the layer before. That code scores total
 capacity, never backtracks and never charges migration (K6, K8); those three are corrected here. Ours beyond the paper:
 for each holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides. The
-paper's own scores are in scored.py.
+released scores are in scored.py.
 
 Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
 """

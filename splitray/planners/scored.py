@@ -6,9 +6,9 @@ heads do not know where their FFN will be; the clocks of `myopic` do. With all e
 heuristic of the author's released simulator (CODE): whole capacities, the source banned, the first block without a
 place ends it, moves free.
 
-The paper has one layer: here a block's load meets that of its own layer (layers run one after the other), its memory
+That code has one layer: here a block's load meets that of its own layer (layers run one after the other), its memory
 that of all. FFNs stay whole. The projection goes with its heads in our engine; `as_coded` places it as a block of its
-own, for the sake of the scores, and drops it. Embedding and head, which the paper leaves out, are as in `myopic`.
+own, for the sake of the scores, and drops it. Embedding and head, which it leaves out, are as in `myopic`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SLOT_S = 1.0  # of E4.9: the code compares FLOPs with FLOP/s
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A placement for the next interval by the paper's score.
+    """A placement for the next interval by a released score.
 
     Args:
         rule: `max` of the three ratios, or their weighted sum.

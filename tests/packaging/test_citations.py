@@ -23,6 +23,7 @@ PACKAGES = ("splitray", "actors", "serve_apps", "rllib_configs")
 
 # What a user, a run or another project makes or has: named in examples, not ours to have.
 NOT_OURS = {
+    "__init__.py",
     "placement.yaml", "topology.yaml", "devices.yaml", "here.yaml", "mine.py", "report.md", "MODEL_CARD.md",
 }  # fmt: skip
 # Decisions and the changelog tell of files as they were on their day.
