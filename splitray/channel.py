@@ -21,9 +21,8 @@ Written as text, `KIND:VALUES` and options behind commas:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,12 +144,6 @@ class NoisyChannel:
         if self.fill != "zero":
             parts.append(f"fill={self.fill}")
         return ",".join([*parts, *(name for name in ("rescale", "equalise") if getattr(self, name))])
-
-    @staticmethod
-    def from_plain(plain: Mapping[str, Any]) -> NoisyChannel:
-        """The inverse of `dataclasses.asdict`."""
-        fading = plain["fading"]
-        return NoisyChannel(**{**plain, "fading": None if fading is None else Nakagami(**fading)})
 
 
 class Receiver:

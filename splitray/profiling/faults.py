@@ -20,9 +20,12 @@ from splitray.errors import DeviceLost
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
+from splitray.runtime.device.shard_host import ShardHost
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire.answers import Answer
+from splitray.runtime.wire.messages import SwitchOrder
 
 Moment = Literal["before_send", "after_send", "staging", "before_switch", "after_switch"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
@@ -144,12 +147,13 @@ def _armed(fleet: ThreadFleet, device: str, moment: Moment, message: int) -> Ite
             strike()
 
     changed: Any = host
-    switch, copy = host._switch, host.copy
+    epochs: Any = host.epochs
+    switch, copy = host.TAKES[SwitchOrder], epochs.copy
 
-    def switched(order: dict[str, Any]) -> dict[str, Any]:
+    def switched(self: ShardHost, order: SwitchOrder) -> Answer | None:
         if moment == "before_switch":
             strike()
-        answer = switch(order)
+        answer = switch(self, order)
         if moment == "after_switch":
             strike()
         return answer
@@ -157,15 +161,15 @@ def _armed(fleet: ThreadFleet, device: str, moment: Moment, message: int) -> Ite
     def copied(*args: Any) -> int:
         if moment == "staging":
             strike()
-        return copy(*args)
+        copied_bytes: int = copy(*args)
+        return copied_bytes
 
-    wire.put, changed._switch, changed.copy = counted, switched, copied
+    wire.put, changed.TAKES, epochs.copy = counted, {**host.TAKES, SwitchOrder: switched}, copied
     try:
         yield struck
     finally:
-        for thing, names in ((wire, ("put",)), (changed, ("_switch", "copy"))):
-            for name in names:
-                thing.__dict__.pop(name, None)
+        for thing, name in ((wire, "put"), (changed, "TAKES"), (epochs, "copy")):
+            thing.__dict__.pop(name, None)
 
 
 def _open_files() -> int:

@@ -11,7 +11,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import fsspec
 from safetensors import SafetensorError
@@ -36,11 +36,6 @@ class Saved:
     stop: int
     pieces: tuple[tuple[int, int, int], ...]
     """Layer and range of groups of each."""
-
-    @staticmethod
-    def from_plain(plain: dict[str, Any]) -> Saved:
-        """From a manifest."""
-        return Saved(**{**plain, "pieces": tuple(tuple(p) for p in plain["pieces"])})
 
 
 class HoldsKv(Protocol):

@@ -9,12 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from families import family_model
 from splits import greedy, slow_devices, split
 
+from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError, ModelError
+from splitray.model.kv_cache import KvPiece
 from splitray.model.reading import StateDictSource
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
@@ -137,14 +140,14 @@ def test_who_stands_by_reads_nothing_when_a_device_is_lost(monkeypatch):
     recovery = Recovery(restarts=0, replan=replan(model, "edge_only"), stand_by=("cloud0",))
     with split(model, devices=2, planner="even", recovery=recovery) as engine:
         held = engine.fleet.hosts["edge0"]
-        assert engine.stats()["edge0"]["weight_bytes"] > held.current.shard.weight_bytes, "it counts"
-        ready, tokens = held.ready.shard, []
+        assert engine.stats()["edge0"]["weight_bytes"] > held.epochs.current.shard.weight_bytes, "it counts"
+        ready, tokens = held.epochs.ready.shard, []
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 5:
                 engine.fleet.kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
-        assert held.current.shard is ready
+        assert held.epochs.current.shard is ready
 
 
 def test_the_origin_may_be_lost_too():
@@ -227,7 +230,7 @@ def test_a_damaged_checkpoint_is_found_and_what_is_older_is_used(tmp_path, damag
         reached = engine.faults[0].replayed
         assert reached >= 15 + len(PROMPT) - older > 0, "from the older one, and not from the damaged one"
         assert reached < 15 + len(PROMPT) + 4, "not from the beginning"
-    files = [Saved.from_plain(f) for f in json.loads(next(tmp_path.rglob("manifest.json")).read_text())["files"]]
+    files = [msgspec.convert(f, Saved) for f in json.loads(next(tmp_path.rglob("manifest.json")).read_text())["files"]]
     for device in ("edge0", "cloud0"):
         held = sorted((f.start, f.stop) for f in files if f"/{device}-" in f.path)
         assert [0, *(stop for _, stop in held)][:-1] == [start for start, _ in held], "without a gap"
@@ -378,14 +381,17 @@ def test_kv_comes_from_itself_then_from_the_first_living_holder_then_from_nowher
     def placement(*layers):
         return Placement(tuple(layers), ("a",), Shares.whole(9, "a"))
 
+    def piece(layer, start, stop):
+        return (KvPiece(layer, Range(start, stop)),)
+
     now = placement(layer({"a": [(0, 2)], "b": [(2, 4)]}), layer({"a": [(0, 4)], "b": [(0, 4)]}))
     then = placement(layer({"a": [(0, 3)], "b": [(3, 4)]}), layer({"c": [(0, 4)]}))
-    assert kv_sources(now, then, "a", frozenset()) == {"a": [[0, 0, 2]], "b": [[0, 2, 3]]}
-    assert kv_sources(now, then, "b", frozenset()) == {"b": [[0, 3, 4]]}
-    assert kv_sources(now, then, "c", frozenset()) == {"a": [[1, 0, 4]]}
-    assert kv_sources(now, then, "c", frozenset({"a"})) == {"b": [[1, 0, 4]]}
-    assert kv_sources(now, then, "a", frozenset({"b"})) == {"a": [[0, 0, 2]], None: [[0, 2, 3]]}
-    assert kv_sources(now, now, "b", frozenset({"b"})) == {None: [[0, 2, 4]], "a": [[1, 0, 4]]}
+    assert kv_sources(now, then, "a", frozenset()) == {"a": piece(0, 0, 2), "b": piece(0, 2, 3)}
+    assert kv_sources(now, then, "b", frozenset()) == {"b": piece(0, 3, 4)}
+    assert kv_sources(now, then, "c", frozenset()) == {"a": piece(1, 0, 4)}
+    assert kv_sources(now, then, "c", frozenset({"a"})) == {"b": piece(1, 0, 4)}
+    assert kv_sources(now, then, "a", frozenset({"b"})) == {"a": piece(0, 0, 2), None: piece(0, 2, 3)}
+    assert kv_sources(now, now, "b", frozenset({"b"})) == {None: piece(0, 2, 4), "a": piece(1, 0, 4)}
 
 
 def test_youngs_period():
@@ -412,7 +418,7 @@ def test_a_manifest_names_what_is_there(tmp_path, monkeypatch):
         assert len(list(engine.stream(PROMPT, GREEDY))) == NEW_TOKENS
     (manifest,) = tmp_path.rglob("manifest.json")
     document = json.loads(manifest.read_text())
-    files = [Saved.from_plain(f) for f in document["files"]]
+    files = [msgspec.convert(f, Saved) for f in document["files"]]
     assert len(document["ids"][0]) > len(PROMPT) and {Path(f.path).exists() for f in files} == {True}
     assert all(Store(str(tmp_path)).read(f) for f in files)
 

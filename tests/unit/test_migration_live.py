@@ -12,7 +12,7 @@ from splits import SOON_S, another, greedy, moved_while_generating, slow_devices
 
 from splitray.errors import DeviceLost
 from splitray.migration import diff
-from splitray.runtime.device.shard_host import ShardHost
+from splitray.runtime.device.epochs import Epochs
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.sampling import Sampling
@@ -89,17 +89,17 @@ def test_a_migration_without_a_run_happens_at_once_and_keeps_sessions_of_hf_gene
 @pytest.mark.parametrize("change", ["reordered", "cropped", "more_beams"])
 def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, monkeypatch):
     """Beams change rows, prompt lookup takes positions back."""
-    model, copy, copied, go_on = family_model("llama"), ShardHost.copy, [], threading.Event()
+    model, copy, copied, go_on = family_model("llama"), Epochs.copy, [], threading.Event()
     rows = torch.tensor([PROMPT, PROMPT[::-1]])
     order, length = torch.tensor([1, 0, 1] if change == "more_beams" else [1, 0]), len(PROMPT)
 
-    def late(host, staged, session):
-        num_bytes = copy(host, staged, session)
-        copied.append(host.device)
+    def late(epochs, staged, session):
+        num_bytes = copy(epochs, staged, session)
+        copied.append(epochs.device)
         assert go_on.wait(SOON_S)
         return num_bytes
 
-    monkeypatch.setattr(ShardHost, "copy", late)
+    monkeypatch.setattr(Epochs, "copy", late)
     with split(model, devices=3, seed=1, recovery=Recovery()) as engine, torch.no_grad():
         engine.step(Forward(session=1, ids=rows, position=0, keep=1, capacity=length))
         placement = another(engine, 2)
@@ -127,7 +127,7 @@ def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
         engine.step(Forward(session=1, ids=torch.tensor([PROMPT]), position=0, keep=1, capacity=40))
-        held = engine.fleet.hosts["edge0"].current
+        held = engine.fleet.hosts["edge0"].epochs.current
         piece, soon = KvPiece(0, Range(*held.groups(0)[0])), threading.Timer(0.1, lambda: setattr(cache, "written", 9))
         cache = held.caches[1]
         cache.written = 8
@@ -141,11 +141,11 @@ def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
 def test_what_both_placements_hold_is_shared_and_not_read_again():
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
-        before = {d: h.current.shard for d, h in engine.fleet.hosts.items()}
+        before = {d: h.epochs.current.shard for d, h in engine.fleet.hosts.items()}
         move = engine.migrate(engine.placement)
         assert move.done.wait(SOON_S) and move.error is None
         for device, host in engine.fleet.hosts.items():
-            assert host.current.shard is before[device]
+            assert host.epochs.current.shard is before[device]
         layers = list(engine.placement.layers)
         turned = type(engine.placement)(
             (*layers[:-1], type(layers[0])(layers[-1].attention, layers[-1].ffn.whole(engine.arch.ffn_dim, "edge0"))),
@@ -154,7 +154,7 @@ def test_what_both_placements_hold_is_shared_and_not_read_again():
         move = engine.migrate(turned)
         assert move.done.wait(SOON_S) and move.error is None
         for device, host in engine.fleet.hosts.items():
-            new, old = host.current.shard, before[device]
+            new, old = host.epochs.current.shard, before[device]
             assert new.layers[0].attention is old.layers[0].attention
             assert new.layers[-1].ffn is not old.layers[-1].ffn
             assert new.lean is not None and new.lean.attention[0] is old.lean.attention[0]

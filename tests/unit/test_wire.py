@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from splitray.errors import DeviceLost
-from splitray.runtime.wire import Channel, Endpoint, Key, Kind, StopRun, Wire, new_token
+from splitray.runtime.wire import Channel, Endpoint, Key, Kind, StopRun, Wire, header, new_token
 from splitray.runtime.wire.listener import Listener, dial
 
 
@@ -26,7 +26,7 @@ def _pair(deadline_s: float = 5.0) -> tuple[Wire, Wire]:
 
 
 def _header(attempt=1, position=0, boundary=0, kind=Kind.TENSOR, epoch=0, shape=(3,)):
-    return (int(kind), 7, epoch, boundary, position, attempt, "uint8", shape)
+    return header(kind, 7, epoch, boundary, position, attempt, "uint8", shape)
 
 
 def test_a_frame_arrives_with_its_header_and_bytes():
@@ -47,7 +47,7 @@ def test_headers_cost_less_than_five_percent_of_a_small_boundary():
 def test_stale_and_repeated_frames_are_dropped_and_early_ones_kept():
     left, right = _pair()
     right.begin(2)
-    for header, payload in [
+    for fields, payload in [
         (_header(attempt=1, position=9), b"old"),
         (_header(attempt=2, position=1), b"one"),
         (_header(attempt=2, position=1), b"one"),
@@ -55,7 +55,7 @@ def test_stale_and_repeated_frames_are_dropped_and_early_ones_kept():
         (_header(attempt=2, position=2, epoch=5), b"bad"),
         (_header(attempt=2, position=2), b"two"),
     ]:
-        left.send("right", header, payload)
+        left.send("right", fields, payload)
     got = [bytes(right.receive("left", Key(2, p, 0)).payload) for p in (1, 2, 3)]
     assert got == [b"one", b"two", b"tri"]
     assert right.dropped == 3
@@ -151,23 +151,20 @@ def test_nobody_listening_is_a_clear_error():
 MANY_DESCRIPTORS = 1100  # select.select ends at 1024
 UNDER_MANY_DESCRIPTORS = f"""
 import os, resource
-import msgpack
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, ({MANY_DESCRIPTORS} + 900, hard))
 held = [os.open("/dev/null", os.O_RDONLY) for _ in range({MANY_DESCRIPTORS})]
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
-from splitray.runtime.wire import Kind
+from splitray.runtime.wire.calls import call
 from splitray.runtime.wire.listener import dial
+from splitray.runtime.wire.messages import BounceOrder
 with launch_engine(model="tiny", devices=2, planner="even", runtime="local") as engine:
     print(len(list(engine.stream([5, 6, 7], Sampling(max_new_tokens=5)))))
     device, endpoint = next(iter(engine.members.endpoints.items()))
     channel = dial(endpoint, me="side/engine", peer=device, token=engine.fleet.token, deadline_s=20)
-    order = msgpack.packb(dict(op="bounce", bytes=1, filling=bytes(3_000_000)))
-    channel.send((int(Kind.CALL), 0, 0, 0, 0, 0, "", ()), order)
-    print(channel.sock.fileno() > 1024, len(channel.backlog) > 0)
-    channel.drain_fully()
-    print(len(channel.read().payload))
+    call(channel, BounceOrder(num_bytes=1, filling=bytes(3_000_000)))
+    print(channel.sock.fileno() > 1024, len(channel.read().payload))
     channel.close()
 """
 
@@ -178,4 +175,4 @@ with launch_engine(model="tiny", devices=2, planner="even", runtime="local") as 
 def test_devices_start_and_take_large_orders_where_more_than_1024_descriptors_are_open():
     script = [sys.executable, "-c", UNDER_MANY_DESCRIPTORS]
     done = subprocess.run(script, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("5\nTrue True\n1\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("5\nTrue 1\n", 0), done.stderr

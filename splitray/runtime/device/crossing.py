@@ -15,7 +15,7 @@ from torch import Tensor
 from splitray.arch import ModelArch
 from splitray.model.split_layer import Array
 from splitray.route import Route
-from splitray.runtime.wire import Frame, Key, Kind, Wire, frame_start
+from splitray.runtime.wire import Frame, Header, Key, Kind, Wire, frame_start, header
 from splitray.runtime.wire.tensors import DTYPE_NAMES, payload_of, tensor_of
 
 
@@ -214,8 +214,7 @@ class Crossing:
         return np.frombuffer(payload, np.float32)
 
     def _row_start(self, index: int, hidden: int) -> bytes:
-        header = self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, hidden))
-        return frame_start(header, 4 * hidden)
+        return frame_start(self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, hidden)), 4 * hidden)
 
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
         """Sum a small tensor over the holders of a partitioned sub-block, in device order on every one."""
@@ -247,9 +246,9 @@ class Crossing:
             self.wire.tell(peer, self._header(Kind.STOP, 0, "", ()))
         self.wire.flush()
 
-    def _header(self, kind: Kind, boundary: int, dtype: str, shape: tuple[int, ...]) -> tuple[object, ...]:
+    def _header(self, kind: Kind, boundary: int, dtype: str, shape: tuple[int, ...]) -> Header:
         step = self.step
-        return (int(kind), step.session, step.epoch, boundary, step.position, step.attempt, dtype, shape)
+        return header(kind, step.session, step.epoch, boundary, step.position, step.attempt, dtype, shape)
 
     def _send(
         self, peer: str, index: int, tensor: Tensor | None, *, inner: bool = False, kind: Kind = Kind.TENSOR

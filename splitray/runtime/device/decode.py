@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch import Tensor
 from splitray.model.kv_cache import KvCache
 from splitray.model.surgery import Shard
 from splitray.runtime.device.crossing import Crossing, Step
-from splitray.runtime.sampling import Chooser, Sampling
-from splitray.runtime.wire import Channel, Kind, StopRun
+from splitray.runtime.sampling import Chooser
+from splitray.runtime.wire import Channel, Kind, StopRun, header
+from splitray.runtime.wire.answers import Counts
 from splitray.runtime.wire.messages import DecodeOrder
 from splitray.runtime.wire.tensors import payload_of
 
@@ -40,7 +40,7 @@ class DecodeLoop:
         """`head_rows` gives the vocabulary ids of each head holder's rows."""
         self.me, self.shard, self.crossing, self.caller = device, shard, crossing, caller
         self.cache, self.order, self.head_rows = cache, order, head_rows
-        self.sampling = Sampling(**{**order.sampling, "stop_ids": tuple(order.sampling["stop_ids"])})
+        self.sampling = order.sampling
         self.prompt_BT = torch.tensor(order.prompt, dtype=torch.int64)
         route = crossing.route
         self.head = route.sub_blocks[-1]
@@ -58,11 +58,11 @@ class DecodeLoop:
             self.chooser.catch_up(self.prompt_BT[:, before:], shard.arch.vocab)
 
     @torch.inference_mode()
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Counts:
         """Run to the last token; the origin sends each one to the caller.
 
         Returns:
-            Counts of the decode steps alone (prefill left out): messages, bytes, seconds, CPU seconds.
+            What this device counted in the decode steps alone.
         """
         batch, prompt_tokens = self.prompt_BT.shape
         position, most = self.order.start, self.sampling.max_new_tokens - self.order.done
@@ -88,15 +88,15 @@ class DecodeLoop:
                 ids_B, last = self._next(logits, position, left=most - 1 - steps)
         except StopRun:
             self.crossing.stop()
-        return {
-            "steps": steps,
-            "messages": traffic.messages - before[0],
-            "payload_bytes": traffic.payload_bytes - before[1],
-            "wire_bytes": traffic.wire_bytes - before[2],
-            "decode_s": time.perf_counter() - start,
-            "decode_cpu_s": time.process_time() - cpu,
-            "kv_bytes": self.cache.num_bytes,
-        }
+        return Counts(
+            steps=steps,
+            messages=traffic.messages - before[0],
+            payload_bytes=traffic.payload_bytes - before[1],
+            wire_bytes=traffic.wire_bytes - before[2],
+            decode_s=time.perf_counter() - start,
+            decode_cpu_s=time.process_time() - cpu,
+            kv_bytes=self.cache.num_bytes,
+        )
 
     def _advance(self, tokens_BT: Tensor | None, position: int) -> Tensor | None:
         batch = self.prompt_BT.shape[0]
@@ -185,17 +185,9 @@ class DecodeLoop:
     def _emit(self, ids_B: Tensor) -> None:
         ids, payload = payload_of(ids_B.to(torch.int32))
         step = self.crossing.step
-        header = (
-            int(Kind.TOKEN),
-            step.session,
-            step.epoch,
-            0,
-            step.position,
-            step.attempt,
-            "int32",
-            tuple(ids.shape),
-        )
-        self.caller.send(header, payload)
+        shape = tuple(ids.shape)
+        head = header(Kind.TOKEN, step.session, step.epoch, 0, step.position, step.attempt, "int32", shape)
+        self.caller.send(head, payload)
 
     def _cancelled(self) -> bool:
         self.caller.take_in()

@@ -7,7 +7,7 @@ Decides nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,19 +21,19 @@ from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
 from splitray.model.surgery import Shard
 from splitray.runtime.device.crossing import Crossing, Junction
-from splitray.runtime.device.lending import Lender, Lent
+from splitray.runtime.device.lending import Lent
 from splitray.runtime.device.noisy import crossing_of
 from splitray.runtime.wire import Wire
-from splitray.runtime.wire.messages import LoadOrder
+from splitray.runtime.wire.messages import Assignment, Lender
 
 _BEHIND_S = 1.0  # that a device may be behind the sampler
 
 
 @dataclass(slots=True)
 class Holding:
-    """See above. `caches` are by session."""
+    """See above. `caches` are by session, `windows` say which layers attend to a window only."""
 
-    order: LoadOrder
+    assignment: Assignment
     source: Source
     shard: Shard | None
     crossing: Crossing
@@ -43,13 +43,13 @@ class Holding:
 
     @property
     def epoch(self) -> int:
-        """Whose placement this is."""
-        return self.order.epoch
+        """The number of the placement that this is part of."""
+        return self.assignment.epoch
 
     @property
     def num_layers(self) -> int:
-        """Of the whole model."""
-        return self.order.arch.num_layers
+        """Layers of the whole model, held here or not."""
+        return self.assignment.arch.num_layers
 
     def cache(self, session: int, capacity: int) -> KvCache:
         """A session's cache, made if there is none."""
@@ -60,7 +60,7 @@ class Holding:
 
     def groups(self, layer: int) -> tuple[Range, ...]:
         """The KV head groups that are held of a layer."""
-        return self.order.spec.layers[layer].groups if self.order.spec is not None else ()
+        return self.assignment.spec.layers[layer].groups if self.assignment.spec is not None else ()
 
     def adopt(self, other: Holding, session: int) -> None:
         """Share the KV of layers of which both hold the same groups."""
@@ -95,7 +95,7 @@ class Holding:
 
 
 def build(
-    order: LoadOrder,
+    assignment: Assignment,
     *,
     device: str,
     wire: Wire,
@@ -109,7 +109,7 @@ def build(
     """Read what a device is to hold and does not hold yet.
 
     Args:
-        order: what to hold.
+        assignment: what to hold.
         device: this one.
         wire: of this device.
         junction: that its shards exchange through.
@@ -124,25 +124,26 @@ def build(
     """
     from splitray.model.source import Checkpoint
 
-    if old is not None and old.order.model_path != order.model_path:
+    if old is not None and old.assignment.model_path != assignment.model_path:
         old = None
     source: Source
     if old is not None:
         source = old.source
         if isinstance(source, Lent):
             source.renew(lenders)
-    elif memory is not None or (Path(order.model_path) / "config.json").is_file() or not lenders:
-        source = memory or Checkpoint(order.model_path)
+    elif memory is not None or (Path(assignment.model_path) / "config.json").is_file() or not lenders:
+        source = memory or Checkpoint(assignment.model_path)
     else:
-        source = Lent(lenders, token=token, model_path=order.model_path)
-    crossing = crossing_of(device, order.route, order.arch, wire)
-    crossing.torch_device = torch.device(order.torch_device)
-    head_rows = {d: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for d, rows in order.head_rows.items()}
+        source = Lent(lenders, token=token, model_path=assignment.model_path)
+    crossing = crossing_of(device, assignment.route, assignment.arch, wire)
+    crossing.torch_device = torch.device(assignment.torch_device)
+    rows_of = assignment.head_rows.items()
+    head_rows = {d: torch.cat([torch.arange(r.start, r.stop) for r in rows]) for d, rows in rows_of}
     shard: Shard | None = None
     windows: tuple[bool, ...] = ()
-    if order.spec is not None:
-        config = source.config if isinstance(source, StateDictSource | Lent) else read_config(order.model_path)
-        if order.torch_device.startswith("cuda") and not torch.cuda.is_available():
+    if assignment.spec is not None:
+        config = source.config if isinstance(source, StateDictSource | Lent) else read_config(assignment.model_path)
+        if assignment.torch_device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(
                 f"torch_device of {device}",
                 expected="a CUDA device on that node",
@@ -150,30 +151,24 @@ def build(
                 remedy="set torch_device: cpu",
             )
         before = None if old is None else old.shard
-        windows = sliding_windows(config, order.arch.num_layers)
-        same = (x.shard for x in (old, ready) if x is not None and x.shard is not None and x.shard.spec == order.spec)
-        if (known := next(same, None)) is not None:
+        windows = sliding_windows(config, assignment.arch.num_layers)
+        held = (x.shard for x in (old, ready) if x is not None and x.shard is not None)
+        if (known := next((s for s in held if s.spec == assignment.spec), None)) is not None:
             shard = known
         else:
             shard = Shard(
                 config=config,
-                arch=order.arch,
-                layout=order.layout,
-                spec=order.spec,
+                arch=assignment.arch,
+                layout=assignment.layout,
+                spec=assignment.spec,
                 source=source,
                 exchange=junction,
-                torch_device=order.torch_device,
+                torch_device=assignment.torch_device,
                 reuse=before,
             )
-            if order.lean:
+            if assignment.lean:
                 shard.make_lean(None if before is None else before.lean)
-    return Holding(order, source, shard, crossing, head_rows, windows)
-
-
-def pieces(plain: Sequence[Sequence[int]]) -> Iterator[KvPiece]:
-    """From lists of layer, start, stop."""
-    for layer, start, stop in plain:
-        yield KvPiece(layer, Range(start, stop))
+    return Holding(assignment, source, shard, crossing, head_rows, windows)
 
 
 def _place(held: Sequence[Range], wanted: Range) -> int:

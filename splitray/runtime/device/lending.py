@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgpack
 from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import DeviceLost, ModelError
 from splitray.model.reading import read_config
 from splitray.model.source import Checkpoint
-from splitray.runtime.wire import Channel, Endpoint, Kind
+from splitray.runtime.wire import Channel
+from splitray.runtime.wire.answers import Answer, CheckpointKey, ConfigText, Done, Fingerprint
+from splitray.runtime.wire.calls import ask
 from splitray.runtime.wire.listener import dial
-from splitray.runtime.wire.messages import error_from_plain
-from splitray.runtime.wire.tensors import tensor_of
+from splitray.runtime.wire.messages import (
+    ConfigOrder,
+    ExpertsOrder,
+    FingerprintOrder,
+    KeyOrder,
+    Lender,
+    Order,
+    SliceOrder,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+A = TypeVar("A")
+LendOrder = ConfigOrder | KeyOrder | SliceOrder | ExpertsOrder | FingerprintOrder
 _SILENT_S = 20.0  # after which a lender counts as gone
-Lender = tuple[str, Sequence[Any], str]
-"""A device, where it listens, and where the model lies on its disk."""
 
 
 class Lent:
@@ -42,7 +50,7 @@ class Lent:
         self._channel: Channel | None = None
         self._lock = threading.Lock()
         with TemporaryDirectory(prefix="splitray-config-") as folder:
-            (Path(folder) / "config.json").write_bytes(self._ask("config")[0]["text"].encode())
+            (Path(folder) / "config.json").write_bytes(self._ask(ConfigOrder)[0].text.encode())
             self.config: PretrainedConfig = read_config(folder)
 
     def renew(self, lenders: Sequence[Lender]) -> None:
@@ -54,65 +62,50 @@ class Lent:
         with self._lock:
             self._leave()
             self._lenders = list(lenders)
-        self._ask("config")
+        self._ask(ConfigOrder)
 
     def key(self, name: str) -> str | None:
         """The checkpoint's key for a parameter, or None."""
-        key: str | None = self._ask("key", name=name)[0]["key"]
-        return key
+        return self._ask(KeyOrder, name=name)[0].key
 
     def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
         """A tensor or joined ranges of it."""
-        plain = None if ranges is None else [list(r) for r in ranges]
-        return self._ask("read", name=name, axis=axis, ranges=plain)[1][0]
+        return self._ask(SliceOrder, name=name, axis=axis, ranges=None if ranges is None else tuple(ranges))[1][0]
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused gate_up and down weights of some experts."""
-        gate_up, down = self._ask("experts", name=module, experts=list(experts))[1]
+        gate_up, down = self._ask(ExpertsOrder, name=module, experts=tuple(experts))[1]
         return gate_up, down
 
     def fingerprint(self) -> str:
-        """The lender's."""
-        print_: str = self._ask("fingerprint")[0]["fingerprint"]
-        return print_
+        """The lender's checkpoint, told from others."""
+        return self._ask(FingerprintOrder)[0].fingerprint
 
-    def _ask(self, what: str, **details: Any) -> tuple[dict[str, Any], list[Tensor]]:
+    def _ask(self, order: Callable[..., Order[A]], **details: Any) -> tuple[A, list[Tensor]]:
+        """Of the first lender that is there and has the model."""
         with self._lock:
             while True:
                 channel, path = self._lender()
+                tensors: list[Tensor] = []
                 try:
-                    order = {"op": "weights", "what": what, "path": path, **details}
-                    channel.send((int(Kind.CALL), 0, 0, 0, 0, 0, "", ()), msgpack.packb(order))
-                    channel.drain_fully()
-                    return self._answer(channel)
+                    answer = ask(channel, order(path=path, **details), tensors.append)
                 except DeviceLost:
                     self._next()
                 except ModelError:  # it has no model either
-                    if what != "config":
+                    if order is not ConfigOrder:
                         raise
                     self._next()
-
-    def _answer(self, channel: Channel) -> tuple[dict[str, Any], list[Tensor]]:
-        tensors: list[Tensor] = []
-        while True:
-            frame = channel.read()
-            assert frame is not None, "a blocking read returns a frame"
-            if frame.kind == Kind.TENSOR:
-                self.bytes_read += len(frame.payload)
-                tensors.append(tensor_of(frame).clone())
-                continue
-            values = msgpack.unpackb(bytes(frame.payload))
-            if "error" in values:
-                raise error_from_plain(values["error"], channel.peer)
-            return values, tensors
+                else:
+                    self.bytes_read += sum(t.nbytes for t in tensors)
+                    return answer, [t.clone() for t in tensors]
 
     def _lender(self) -> tuple[Channel, str]:
         while self._lenders:
-            device, endpoint, path = self._lenders[0]
+            lender = self._lenders[0]
             if self._channel is not None:
-                return self._channel, path
+                return self._channel, lender.model_path
             try:
-                self._channel = dial(Endpoint(*endpoint), me="side/weights", peer=device, token=self._token,
+                self._channel = dial(lender.endpoint, me="side/weights", peer=lender.device, token=self._token,
                                      deadline_s=_SILENT_S)  # fmt: skip
             except DeviceLost:
                 self._next()
@@ -129,25 +122,23 @@ class Lent:
         self._channel = None
 
 
-def lend(order: dict[str, Any], opened: dict[str, Checkpoint]) -> tuple[dict[str, Any], list[Tensor]]:
-    """What a lender answers: values, and tensors that go before them.
+def lend(order: LendOrder, opened: dict[str, Checkpoint]) -> tuple[Answer, list[Tensor]]:
+    """What a lender answers, and tensors that go before it. `opened` keeps checkpoints for the next order.
 
     Raises:
         ModelError: it has no model there, or no such tensor.
     """
-    path = order["path"]
-    if path not in opened:
-        opened[path] = Checkpoint(path)
-    source = opened[path]
-    match order["what"]:
-        case "config":
-            return {"text": (source.folder / "config.json").read_text(encoding="utf-8")}, []
-        case "key":
-            return {"key": source.key(order["name"])}, []
-        case "read":
-            ranges = None if order["ranges"] is None else [Range(*r) for r in order["ranges"]]
-            return {}, [source.read(order["name"], axis=order["axis"], ranges=ranges)]
-        case "experts":
-            return {}, list(source.read_experts(order["name"], order["experts"]))
-        case _:
-            return {"fingerprint": source.fingerprint()}, []
+    if order.path not in opened:
+        opened[order.path] = Checkpoint(order.path)
+    source = opened[order.path]
+    match order:
+        case ConfigOrder():
+            return ConfigText(text=(source.folder / "config.json").read_text(encoding="utf-8")), []
+        case KeyOrder():
+            return CheckpointKey(key=source.key(order.name)), []
+        case SliceOrder():
+            return Done(), [source.read(order.name, axis=order.axis, ranges=order.ranges)]
+        case ExpertsOrder():
+            return Done(), list(source.read_experts(order.name, order.experts))
+        case FingerprintOrder():
+            return Fingerprint(fingerprint=source.fingerprint()), []

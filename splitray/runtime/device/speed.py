@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from splitray.model.split_layer import Array
+from splitray.runtime.wire.answers import Speeds
 
 _HIDDEN, _COLUMNS, _ROWS = 768, 2048, 512  # of the bench's llama, and a chunk of a prompt
 _COPIED_BYTES = 1 << 26
 SECONDS = 0.3
 
 
-def speeds(*, cold_bytes: int, seconds: float = SECONDS) -> dict[str, float]:
+def speeds(*, cold_bytes: int, seconds: float = SECONDS) -> Speeds:
     """Rates of one core, each measured for `seconds`.
 
     Args:
@@ -29,11 +30,11 @@ def speeds(*, cold_bytes: int, seconds: float = SECONDS) -> dict[str, float]:
     gemv, gemv_bytes = cold_ffn(cold_bytes)
     prompt, weight = _matrix(_ROWS, _HIDDEN), _matrix(_HIDDEN, 2 * _COLUMNS)
     source, target = (_matrix(1, _COPIED_BYTES // 4) for _ in range(2))
-    return {
-        "gemv_bytes_per_s": gemv_bytes / _median_s(gemv, seconds),
-        "gemm_flops_per_s": 2 * _ROWS * weight.size / _median_s(lambda: prompt @ weight, seconds),
-        "copy_bytes_per_s": _COPIED_BYTES / _median_s(lambda: np.copyto(target, source), seconds),
-    }
+    return Speeds(
+        gemv_bytes_per_s=gemv_bytes / _median_s(gemv, seconds),
+        gemm_flops_per_s=2 * _ROWS * weight.size / _median_s(lambda: prompt @ weight, seconds),
+        copy_bytes_per_s=_COPIED_BYTES / _median_s(lambda: np.copyto(target, source), seconds),
+    )
 
 
 def cold_ffn(cold_bytes: int) -> tuple[Callable[[], None], int]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import msgpack
+from typing import TypeVar
 
 from splitray.errors import DeviceLost
-from splitray.runtime.wire import Channel, Endpoint, Kind
+from splitray.runtime.wire import Channel, Endpoint
+from splitray.runtime.wire.answers import answer_of
+from splitray.runtime.wire.calls import call
 from splitray.runtime.wire.listener import SIDE_OF_ENGINE, dial
-from splitray.runtime.wire.messages import error_from_plain
+from splitray.runtime.wire.messages import Order
 
-Orders = Mapping[str, tuple[str, Mapping[str, Any]]]
-"""Device -> operation and what it needs."""
+A = TypeVar("A")
 
 
 class Unanswered(DeviceLost):
@@ -25,8 +24,8 @@ class Unanswered(DeviceLost):
 
 
 def ask(
-    orders: Orders, endpoints: Mapping[str, Endpoint], token: bytes, *, within_s: float
-) -> dict[str, dict[str, Any]]:
+    orders: Mapping[str, Order[A]], endpoints: Mapping[str, Endpoint], token: bytes, *, within_s: float
+) -> dict[str, A]:
     """Ask all at once and wait for all of their answers.
 
     Args:
@@ -41,15 +40,13 @@ def ask(
     """
     channels: dict[str, Channel] = {}
     silent: dict[str, str] = {}
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, A] = {}
     try:
-        for device, (op, order) in orders.items():
+        for device, order in orders.items():
             try:
-                channel = dial(endpoints[device], me=SIDE_OF_ENGINE, peer=device, token=token, deadline_s=within_s,
-                               within_s=min(within_s, 10.0))  # fmt: skip
-                channels[device] = channel
-                channel.send((int(Kind.CALL), 0, 0, 0, 0, 0, "", ()), msgpack.packb({"op": op, **order}))
-                channel.drain_fully()
+                channels[device] = dial(endpoints[device], me=SIDE_OF_ENGINE, peer=device, token=token,
+                                        deadline_s=within_s, within_s=min(within_s, 10.0))  # fmt: skip
+                call(channels[device], order)
             except DeviceLost as error:
                 silent[device] = str(error)
         for device, channel in channels.items():
@@ -57,18 +54,10 @@ def ask(
                 continue
             try:
                 frame = channel.read()
+                assert frame is not None, "a blocking read returns a frame"
+                answers[device] = answer_of(frame.payload, device)
             except DeviceLost as error:
                 silent[device] = str(error)
-                continue
-            assert frame is not None, "a blocking read returns a frame"
-            values = msgpack.unpackb(bytes(frame.payload), strict_map_key=False)
-            if "error" in values:
-                reported = error_from_plain(values["error"], device)
-                if not isinstance(reported, DeviceLost):
-                    raise reported
-                silent[device] = str(reported)
-            else:
-                answers[device] = values
     finally:
         for channel in channels.values():
             channel.close()

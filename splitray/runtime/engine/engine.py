@@ -34,6 +34,8 @@ from splitray.runtime.engine.succession import Succession
 from splitray.runtime.engine.upkeep import Upkeep
 from splitray.runtime.fleet import Fleet
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire.messages import EndOrder, PaceOrder, StatsOrder
+from splitray.runtime.wire.packing import to_plain
 from splitray.topology import Topology
 
 
@@ -208,7 +210,7 @@ class Engine:
         if self.lost is None:
             for device in self.members.connected:
                 with contextlib.suppress(DeviceLost):
-                    self.members.order(device, "end", {"session": session})
+                    self.members.order(device, EndOrder(session=session))
 
     def step(self, forward: Forward) -> Tensor:
         """One forward for a caller that samples itself (runtime/hf.py).
@@ -252,14 +254,14 @@ class Engine:
     def stats(self) -> dict[str, dict[str, Any]]:
         """Memory, bytes and CPU seconds of every device."""
         with self.alone():
-            return self.members.all_say("stats")
+            return {d: to_plain(s) for d, s in self.members.all_say(StatsOrder()).items()}
 
     def slow_links(self, bytes_per_s: float) -> None:
         """Let devices send to each other as slowly as a link of that rate would take it, 0: as fast as it goes.
 
         An emulation, for demonstrations and tests: the sender waits, the network is as it was.
         """
-        self.members.ask(dict.fromkeys(self.members.endpoints, ("pace", {"bytes_per_s": bytes_per_s})))
+        self.members.ask(dict.fromkeys(self.members.endpoints, PaceOrder(bytes_per_s=bytes_per_s)))
 
     def close(self) -> None:
         """Stop every device. Idempotent."""

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from splitray.arch import ModelArch
+from splitray.arch import ModelArch, Range
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import ModelError
+from splitray.model.kv_cache import KvPiece
 from splitray.model.layout import LayerLayout
 from splitray.placement import Placement
 from splitray.route import Route, compile_route
 from splitray.runtime.checkpoint import Saved
+from splitray.runtime.engine.shard_spec import shard_spec
 from splitray.runtime.wire import Endpoint
-from splitray.runtime.wire.messages import LoadOrder, shard_spec
+from splitray.runtime.wire.answers import Staged
+from splitray.runtime.wire.messages import Assignment, KvSource, Lender, StageOrder, Succeeding, SwitchOrder
 from splitray.topology import DeviceId, Topology
 
 LOAD_S = 600.0  # of silence from a device that reads its slices
@@ -62,11 +65,11 @@ class Epoch:
         route = compile_route(placement, self.arch, topology, codec=self.codec, channel=self.channel)
         return replace(self, number=number, placement=placement, topology=topology, route=route)
 
-    def load_order(self, device: str) -> LoadOrder:
+    def assignment(self, device: str) -> Assignment:
         """What a device is to hold."""
         at = self.topology.device(DeviceId(device))
         cores = self.cores
-        return LoadOrder(
+        return Assignment(
             model_path=at.model_path or self.model_path,
             arch=self.arch,
             layout=self.layout,
@@ -79,10 +82,13 @@ class Epoch:
             epoch=self.number,
         )
 
-    def lenders(self, device: str, endpoints: Mapping[str, Endpoint]) -> list[tuple[str, tuple[str, str, int], str]]:
+    def lenders(self, device: str, endpoints: Mapping[str, Endpoint]) -> tuple[Lender, ...]:
         """The other devices that may have the model on their disks: see runtime/device/lending.py."""
         paths = {str(d.id): d.model_path or self.model_path for d in self.topology.devices}
-        return [(d, astuple(e), paths[d]) for d, e in endpoints.items() if d != device and d in paths]
+        return tuple(
+            Lender(device=d, endpoint=e, model_path=paths[d])
+            for d, e in endpoints.items() if d != device and d in paths
+        )  # fmt: skip
 
     def dials(self) -> list[tuple[str, str]]:
         """(who opens, to whom) for every pair that exchanges: the edge side opens, it may sit behind NAT."""
@@ -136,45 +142,47 @@ class Next:
 def stage_orders(
     epoch: Epoch, now: Epoch, sessions: Sequence[Kept], endpoints: Mapping[str, Endpoint],
     void: frozenset[str] = frozenset(),
-) -> dict[str, tuple[str, dict[str, Any]]]:  # fmt: skip
+) -> dict[str, StageOrder]:  # fmt: skip
     """For each device of an epoch. Devices in `void` hold nothing of the epoch that runs now."""
     return {
-        d: ("stage", {
-            "load": epoch.load_order(d).to_plain(),
-            "lenders": epoch.lenders(d, endpoints),
-            "sessions": [_session(s, epoch, now, d, endpoints, void) for s in sessions],
-        })
+        str(d): StageOrder(
+            assignment=epoch.assignment(d),
+            lenders=epoch.lenders(d, endpoints),
+            sessions=tuple(_succeeding(s, epoch, now, d, endpoints, void) for s in sessions),
+        )
         for d in epoch.route.devices
-    }  # fmt: skip
+    }
 
 
 def switch_orders(
     epoch: Epoch, before: Epoch | None, sessions: Sequence[Kept], endpoints: Mapping[str, Endpoint], *, spin_s: float,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, SwitchOrder]:  # fmt: skip
     """For each device; connections that the epoch before has are kept."""
     known = set(before.dials()) if before is not None else set()
     dials = [d for d in epoch.dials() if d not in known]
-    orders = {}
-    for device in epoch.route.devices:
-        orders[str(device)] = {
-            "epoch": epoch.number,
-            "dial": {b: astuple(endpoints[b]) for a, b in dials if a == device},
-            "await": [a for a, b in dials if b == device],
-            "spin_s": spin_s,
-            "sessions": [
-                _session(s, epoch, before, device, endpoints, frozenset()) for s in sessions if before is not None
-            ],
-        }
-    return orders
+    return {
+        str(device): SwitchOrder(
+            epoch=epoch.number,
+            dial={b: endpoints[b] for a, b in dials if a == device},
+            expect=tuple(a for a, b in dials if b == device),
+            spin_s=spin_s,
+            sessions=tuple(
+                _succeeding(s, epoch, before, device, endpoints, frozenset()) for s in sessions if before is not None
+            ),
+        )
+        for device in epoch.route.devices
+    }
 
 
-def kv_sources(now: Placement, then: Placement, target: str, void: frozenset[str]) -> dict[str | None, list[list[int]]]:
-    """Where a device gets the KV of groups that it is to hold, as [layer, start, stop] by source.
+def kv_sources(
+    now: Placement, then: Placement, target: str, void: frozenset[str]
+) -> dict[str | None, tuple[KvPiece, ...]]:
+    """Where a device gets the KV of groups that it is to hold: pieces by source.
 
     The source may be itself, where only the layout changes, or None, where all who had it are gone. Layers whose groups
     stay as they are need nothing.
     """
-    found: dict[str | None, list[list[int]]] = {}
+    found: dict[str | None, list[KvPiece]] = {}
     for layer, (before, after) in enumerate(zip(now.layers, then.layers, strict=True)):
         device = DeviceId(target)
         wanted = after.attention.ranges(device)
@@ -186,29 +194,29 @@ def kv_sources(now: Placement, then: Placement, target: str, void: frozenset[str
             ]
             living = sorted((d for d in holders if d not in void), key=lambda d: d != target)
             pieces = found.setdefault(living[0] if living else None, [])
-            if pieces and pieces[-1][0] == layer and pieces[-1][2] == group:
-                pieces[-1][2] = group + 1
-            else:
-                pieces.append([layer, group, group + 1])
-    return found
+            start = group
+            if pieces and pieces[-1].layer == layer and pieces[-1].groups.stop == group:
+                start = pieces.pop().groups.start
+            pieces.append(KvPiece(layer, Range(start, group + 1)))
+    return {source: tuple(pieces) for source, pieces in found.items()}
 
 
-def _session(
+def _succeeding(
     session: Kept, epoch: Epoch, now: Epoch, device: str, endpoints: Mapping[str, Endpoint], void: frozenset[str]
-) -> dict[str, Any]:
+) -> Succeeding:
     sources = kv_sources(now.placement, epoch.placement, device, void)
-    lost = sources.pop(None, [])
-    return {
-        "id": session.number, "capacity": session.capacity, "start": session.start, "stop": session.stop,
-        "sources": [
-            {"device": d, "endpoint": astuple(endpoints[d]), "epoch": now.number, "pieces": p}
-            for d, p in sources.items() if d is not None
-        ],
-        "lost": lost, "files": [asdict(f) for f in session.files] if lost else [], "store": session.store,
-    }  # fmt: skip
+    lost = sources.pop(None, ())
+    return Succeeding(
+        id=session.number, capacity=session.capacity, start=session.start, stop=session.stop,
+        sources=tuple(
+            KvSource(device=d, endpoint=endpoints[d], epoch=now.number, pieces=pieces)
+            for d, pieces in sources.items() if d is not None
+        ),
+        lost=lost, files=session.files if lost else (), store=session.store,
+    )  # fmt: skip
 
 
-def the_same_weights(answers: Mapping[str, Mapping[str, Any]], before: str | None) -> str:
+def the_same_weights(answers: Mapping[str, Staged], before: str | None) -> str:
     """Refuse devices that read different checkpoints, or another one than was read `before`.
 
     Returns:
@@ -217,7 +225,7 @@ def the_same_weights(answers: Mapping[str, Mapping[str, Any]], before: str | Non
     Raises:
         ModelError: says who has which.
     """
-    prints = {d: a["fingerprint"] for d, a in answers.items()} | ({} if before is None else {"before": before})
+    prints = {d: a.fingerprint for d, a in answers.items()} | ({} if before is None else {"before": before})
     if len(set(prints.values())) > 1:
         raise ModelError(
             "weights of the devices",
@@ -226,8 +234,3 @@ def the_same_weights(answers: Mapping[str, Mapping[str, Any]], before: str | Non
             remedy="copy one checkpoint to every model_path",
         )
     return str(next(iter(prints.values())))
-
-
-def astuple(endpoint: Endpoint) -> tuple[str, str, int]:
-    """For the wire."""
-    return endpoint.unix, endpoint.host, endpoint.port

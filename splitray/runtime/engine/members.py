@@ -9,24 +9,23 @@ import contextlib
 import secrets
 import select
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-import msgpack
-
-from splitray.errors import DeviceLost, InputError
-from splitray.runtime.engine.asking import Orders, ask
-from splitray.runtime.engine.epoch import astuple
+from splitray.errors import DeviceLost
+from splitray.runtime.engine.asking import ask
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet
-from splitray.runtime.wire import Channel, Endpoint, Frame, Kind
+from splitray.runtime.wire import Channel, Endpoint, Frame, Header, Kind
+from splitray.runtime.wire.answers import answer_of
+from splitray.runtime.wire.calls import call
 from splitray.runtime.wire.listener import CALLER, DEADLINE_S, dial
-from splitray.runtime.wire.messages import error_from_plain
+from splitray.runtime.wire.messages import HelloOrder, LeaveOrder, Order, PingOrder, ReachOrder
 from splitray.topology import Device
 
 _TICK_S = 0.1  # how often a waiting caller looks whether a device has died
 _ANSWER_S = 1.0  # a busy device has one thread for its work and another one for us
-_CALL = (int(Kind.CALL), 0, 0, 0, 0, 0, "", ())
+A = TypeVar("A")
 
 
 class Members:
@@ -100,7 +99,7 @@ class Members:
         channel = self._channels[device] = dial(
             self.endpoints[device], me=self._name, peer=device, token=self.fleet.token, deadline_s=DEADLINE_S
         )
-        self.order(device, "hello", {})
+        self.order(device, HelloOrder())
         channel.read()  # from now on nothing that is staged there is taken for an engine's before
 
     def reach(self, device: str) -> None:
@@ -115,7 +114,7 @@ class Members:
             channel.close()
         self.endpoints.pop(device, None)
 
-    def ask(self, orders: Orders, *, within_s: float = _ANSWER_S) -> dict[str, dict[str, Any]]:
+    def ask(self, orders: Mapping[str, Order[A]], *, within_s: float = _ANSWER_S) -> dict[str, A]:
         """Questions beside a run, see asking.py."""
         return ask(orders, self.endpoints, self.fleet.token, within_s=within_s)
 
@@ -129,24 +128,24 @@ class Members:
         if self.lost is not None:
             raise DeviceLost(f"this engine cannot run any more: {self.lost}")
 
-    def order(self, device: str, op: str, order: dict[str, Any]) -> None:
+    def order(self, device: str, order: Order[Any]) -> None:
         """Let a device do something."""
-        self.send(device, _CALL, msgpack.packb({"op": op, **order}))
+        call(self._channels[device], order)
 
-    def send(self, device: str, header: tuple[Any, ...], payload: bytes = b"") -> None:
-        """A frame to a device."""
+    def send(self, device: str, fields: Header) -> None:
+        """A frame without payload to a device."""
         channel = self._channels[device]
-        channel.send(header, payload)
+        channel.send(fields)
         channel.drain_fully()
 
-    def all_say(self, op: str) -> dict[str, dict[str, Any]]:
+    def all_say(self, order: Order[A]) -> dict[str, A]:
         """What each one answers."""
         devices = set(self.connected)  # one may come back while these answer
         for device in devices:
-            self.order(device, op, {})
+            self.order(device, order)
         return self.replies(devices)
 
-    def replies(self, devices: set[str]) -> dict[str, dict[str, Any]]:
+    def replies(self, devices: set[str]) -> dict[str, Any]:
         """An answer of each of some devices that have an order.
 
         Raises:
@@ -171,15 +170,14 @@ class Members:
                     self.reply(device, frame)
                 devices.discard(device)
 
-    def reply(self, device: str, frame: Frame) -> dict[str, Any]:
-        """The values of an answer; raises the error that it reports."""
-        values: dict[str, Any] = msgpack.unpackb(bytes(frame.payload), strict_map_key=False)
-        if "error" in values:
-            error = error_from_plain(values["error"], device)
-            if not isinstance(error, InputError) and (self.recovery is None or not isinstance(error, DeviceLost)):
+    def reply(self, device: str, frame: Frame) -> Any:
+        """The answer in a frame; raises the error that it reports."""
+        try:
+            return answer_of(frame.payload, device)
+        except RuntimeError as error:  # the device's; bad input leaves it as it was
+            if self.recovery is None or not isinstance(error, DeviceLost):
                 self.lost = str(error)
-            raise error
-        return values
+            raise
 
     def next_frame(self, devices: set[str]) -> tuple[str, Frame]:
         """The next frame of any of the devices; looks for dead and silent ones while it waits."""
@@ -214,20 +212,20 @@ class Members:
         Raises:
             DeviceLost: one does not.
         """
-        self.ask(dict.fromkeys(devices, ("ping", {})))
+        self.ask(dict.fromkeys(devices, PingOrder()))
         for device in devices:
-            peers = {b: astuple(self.endpoints[b]) for a, b in self.ways if a == device}
-            order = {"peers": peers, "within_s": _ANSWER_S}
-            answers = self.ask({device: ("reach", order)}, within_s=_ANSWER_S * (2 + len(peers)))
-            if answers[device]["unreached"]:
-                raise DeviceLost(f"{device} does not reach {', '.join(answers[device]['unreached'])}")
+            peers = {b: self.endpoints[b] for a, b in self.ways if a == device}
+            order = ReachOrder(peers=peers, within_s=_ANSWER_S)
+            unreached = self.ask({device: order}, within_s=_ANSWER_S * (2 + len(peers)))[device].peers
+            if unreached:
+                raise DeviceLost(f"{device} does not reach {', '.join(unreached)}")
 
     def close(self) -> None:
         """Stop every device. Idempotent."""
         self.lost = self.lost or "the engine is closed"
         for device, channel in self._channels.items():
             with contextlib.suppress(DeviceLost):
-                self.order(device, "leave", {})
+                self.order(device, LeaveOrder())
             channel.close()
         self._channels.clear()
         self.fleet.close()

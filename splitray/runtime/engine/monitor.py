@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from splitray.cost import memory_bytes
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.engine.epoch import Epoch, astuple
+from splitray.runtime.engine.epoch import Epoch
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.session import Session
+from splitray.runtime.wire.answers import LinkRates, MachineLoad
+from splitray.runtime.wire.messages import BusyOrder, ProbeOrder
 from splitray.topology import Device, Link, Topology
 
 logger = logging.getLogger(__name__)
@@ -106,17 +108,17 @@ class Estimates:
             memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s * found.share,
         )
 
-    def met(self, loads: Mapping[str, Mapping[str, Any]], now_s: float) -> None:
+    def met(self, loads: Mapping[str, MachineLoad], now_s: float) -> None:
         """Take in what devices say of their machines (runtime/device/busy.py), which several may share."""
         for device, load in loads.items():
-            ours = sum(x["own_cores"] for x in loads.values() if x["machine"] == load["machine"])
-            others = max(0.0, load["busy_cores"] - ours) / load["cores"]
+            ours = sum(x.own_cores for x in loads.values() if x.machine == load.machine)
+            others = max(0.0, load.busy_cores - ours) / load.cores
             before = self.devices.get(device)
             share = max(_LEAST_SHARE, 1.0 - others)
             if before is not None:
                 share = before.share * (1 - self.weight) + self.weight * share
-            beside = sum(x["machine"] == load["machine"] for x in loads.values())
-            self.devices[device] = Condition(load["free_bytes"] / beside, share, now_s)
+            beside = sum(x.machine == load.machine for x in loads.values())
+            self.devices[device] = Condition(load.free_bytes / beside, share, now_s)
 
 
 class Watched(Protocol):
@@ -170,16 +172,16 @@ class Monitor:
         members = self.engine.members
         for a, b in pairs:
             size = self.probe_bytes(a, b)
-            order = {"peer": b, "endpoint": astuple(members.endpoints[b]), "bytes": size, "within_s": _WITHIN_S}
+            order = ProbeOrder(peer=b, endpoint=members.endpoints[b], num_bytes=size, within_s=_WITHIN_S)
             try:
-                answer = members.ask({a: ("probe", order)}, within_s=3 * _WITHIN_S)[a]
+                answer = members.ask({a: order}, within_s=3 * _WITHIN_S)[a]
                 self._size[a, b] = size
             except DeviceLost:  # gone, or too slow for so many bytes by now: the next probe is small
                 most = size / _WITHIN_S if size > _LEAST_BYTES else 0.0
-                answer = {"there_bytes_per_s": most, "back_bytes_per_s": most, "rtt_s": 0.0}
+                answer = LinkRates(there_bytes_per_s=most, back_bytes_per_s=most, rtt_s=0.0)
                 self._size.pop((a, b), None)
-            self.estimates.take((a, b), answer["there_bytes_per_s"], answer["rtt_s"], time.monotonic())
-            self.estimates.take((b, a), answer["back_bytes_per_s"], answer["rtt_s"], time.monotonic())
+            self.estimates.take((a, b), answer.there_bytes_per_s, answer.rtt_s, time.monotonic())
+            self.estimates.take((b, a), answer.back_bytes_per_s, answer.rtt_s, time.monotonic())
 
     def probe_bytes(self, a: str, b: str) -> int:
         """A hundredth of what the link carries in a period; less at first, as the link may carry less than was said."""
@@ -195,7 +197,7 @@ class Monitor:
     def look_at_devices(self) -> None:
         """Ask them how busy their machines are and how much memory is free."""
         engine = self.engine
-        loads = engine.members.ask({d: ("load", {}) for d in list(engine.members.endpoints)}, within_s=_WITHIN_S)
+        loads = engine.members.ask(dict.fromkeys(engine.members.endpoints, BusyOrder()), within_s=_WITHIN_S)
         self.estimates.held_bytes = {
             str(d): float(b) for d, b in memory_bytes(engine.now.placement, engine.now.arch, 0).items()
         }

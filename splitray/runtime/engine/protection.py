@@ -8,10 +8,11 @@ import threading
 import time
 
 from splitray.errors import DeviceLost, InputError
-from splitray.runtime.checkpoint import Saved, Store, StoreError, best_period_tokens
+from splitray.runtime.checkpoint import Store, StoreError, best_period_tokens
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.session import Session
 from splitray.runtime.engine.succession import Succession
+from splitray.runtime.wire.messages import CheckpointOrder
 
 logger = logging.getLogger(__name__)
 _FIRST_TOKENS = 16
@@ -72,11 +73,10 @@ class Protection:
 
     def _save(self, start: int, stop: int) -> None:
         session, now = self.session, self._succession.now
-        order = {"session": session.number, "epoch": now.number, "start": start, "stop": stop, "store": self.url}
+        order = CheckpointOrder(session=session.number, epoch=now.number, start=start, stop=stop, store=self.url)
         try:
-            orders = dict.fromkeys(map(str, now.route.devices), ("checkpoint", order))
-            answers = self._members.ask(orders, within_s=_WRITE_S)
-            files = [Saved.from_plain(a["file"]) for a in answers.values() if a["file"]]
+            answers = self._members.ask(dict.fromkeys(map(str, now.route.devices), order), within_s=_WRITE_S)
+            files = [a.file for a in answers.values() if a.file is not None]
             self._store.write_manifest(session.number, [*session.saved, *files], session.ids)
         except (DeviceLost, InputError, RuntimeError, *StoreError) as error:
             if self._succession.now is not now or self._members.disturbed:
@@ -90,7 +90,7 @@ class Protection:
         session.saved.extend(files)
         self.problem = None
         self.count += 1
-        self.cost_s += sum(a["cpu_s"] for a in answers.values())
+        self.cost_s += sum(a.cpu_s for a in answers.values())
 
     def end(self) -> None:
         """The session is over: delete its checkpoints, unless the store gives no answer."""

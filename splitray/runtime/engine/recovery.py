@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from splitray.errors import DeviceLost, InputError
 from splitray.runtime.engine.asking import Unanswered
-from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept, astuple
+from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.policy import without
 from splitray.runtime.engine.session import Session
 from splitray.runtime.engine.succession import Succession
+from splitray.runtime.wire.answers import Stopped
+from splitray.runtime.wire.messages import AbortOrder, Order, PingOrder, ReachOrder, ReadyOrder
 
+A = TypeVar("A")
 _PROBE_S = 0.25
 _STOP_S = 30.0  # a weak device may have seconds of a prompt to finish
 
@@ -104,29 +107,28 @@ def _roll_call(members: Members, now: Epoch, session: int | None) -> RollCall:
     """Stop what still runs, and see who is left."""
     gone = tuple(d for d in members.fleet.dead() if d in members.endpoints)
     silent: dict[str, str] = {}
-    answers: dict[str, dict[str, Any]] = {}
 
-    def asked(device: str, op: str, order: dict[str, Any], within_s: float) -> None:
+    def asked(device: str, order: Order[A], within_s: float) -> dict[str, A]:
         try:
-            answers.update(members.ask({device: (op, order)}, within_s=within_s))
+            return members.ask({device: order}, within_s=within_s)
         except Unanswered as error:
-            answers.pop(device, None)
             silent.update(error.silent)
+            return {}
 
-    for device in [d for d in members.endpoints if d not in gone]:
-        asked(device, "ping", {}, _PROBE_S)
-    for device in list(answers):
-        asked(device, "abort", {"epoch": now.number}, _STOP_S)
-    pairs = [(a, b) for a, b in now.dials() if a in answers and b in answers]
-    stopped = dict(answers)
+    stopped: dict[str, Stopped] = {}
+    living = [d for d in members.endpoints if d not in gone and asked(d, PingOrder(), _PROBE_S)]
+    for device in living:
+        stopped |= asked(device, AbortOrder(epoch=now.number), _STOP_S)
+    pairs = [(a, b) for a, b in now.dials() if a in stopped and b in stopped]
     for device in stopped:
-        peers = {b: astuple(members.endpoints[b]) for a, b in pairs if a == device}
+        peers = {b: members.endpoints[b] for a, b in pairs if a == device}
         if peers:
-            asked(device, "reach", {"peers": peers, "within_s": _PROBE_S}, _PROBE_S * (len(peers) + 2))
-            for peer in answers.get(device, {}).get("unreached", ()):  # the origin stays: the tokens go there
-                silent[device if peer == now.topology.origin else peer] = "its link is down"
-    blank = tuple(d for d, a in stopped.items() if a["epoch"] != now.number)
-    reached = [a["positions"][session] for d, a in stopped.items() if d not in blank and session in a["positions"]]
+            order = ReachOrder(peers=peers, within_s=_PROBE_S)
+            for answer in asked(device, order, _PROBE_S * (len(peers) + 2)).values():
+                for peer in answer.peers:  # the origin stays: the tokens go there
+                    silent[device if peer == now.topology.origin else peer] = "its link is down"
+    blank = tuple(d for d, a in stopped.items() if a.epoch != now.number)
+    reached = [a.positions[session] for d, a in stopped.items() if d not in blank and session in a.positions]
     return RollCall(gone=gone, silent=tuple(silent), blank=blank, reached=min(reached, default=None))
 
 
@@ -159,7 +161,7 @@ def _rebuild(members: Members, succession: Succession, session: Session | None, 
     for lost in needed:
         members.leave(lost)
     if session is not None:
-        session.valid = min((a["valid"].get(session.number, 0) for a in answers.values()), default=0) if kept else 0
+        session.valid = min((a.valid.get(session.number, 0) for a in answers.values()), default=0) if kept else 0
         session.saved = [f for f in session.saved if f.stop <= session.valid]  # what is damaged is saved again
         fault.replayed += max(0, session.positions - session.valid)
 
@@ -175,8 +177,5 @@ def make_ready(members: Members, succession: Succession) -> None:
             then = now.moved(recovery.placement(now.arch, left, now.arch.context_tokens), left, -1)
             succession.ensure(then)
             lenders = {d: then.lenders(d, members.endpoints) for d in then.route.devices}
-            orders = {
-                str(d): ("ready", {"load": then.load_order(d).to_plain(), "lenders": lenders[d]})
-                for d in then.route.devices
-            }
+            orders = {str(d): ReadyOrder(assignment=then.assignment(d), lenders=lenders[d]) for d in then.route.devices}
             members.ask(orders, within_s=LOAD_S)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from splitray.runtime.wire.answers import Counts
 
 _SUMMED = ("messages", "payload_bytes", "wire_bytes", "decode_cpu_s")
 
@@ -35,12 +36,12 @@ class Meter:
     steps: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, replies: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add one segment: the reply of each device, by its name."""
-        self.steps += max((r["steps"] for r in replies.values()), default=0)
+    def add(self, counts: Mapping[str, Counts]) -> None:
+        """Add one segment: what each device counted, by its name."""
+        self.steps += max((c.steps for c in counts.values()), default=0)
         for key in _SUMMED:
-            self.sums[key] += sum(r[key] for r in replies.values())
-        self.kv_bytes = {d: r["kv_bytes"] for d, r in replies.items()}
+            self.sums[key] += sum(getattr(c, key) for c in counts.values())
+        self.kv_bytes = {d: c.kv_bytes for d, c in counts.items()}
 
     def report(self, batch: int) -> RunReport:
         """What the run cost, of `batch` sequences."""

@@ -6,14 +6,14 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Generator
-from typing import Any
 
 from splitray.errors import DeviceLost
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.run_report import Meter
 from splitray.runtime.engine.session import Session
 from splitray.runtime.engine.succession import Succession
-from splitray.runtime.wire import Kind
+from splitray.runtime.wire import Kind, header
+from splitray.runtime.wire.answers import Counts
 from splitray.runtime.wire.tensors import tensor_of
 
 
@@ -34,12 +34,12 @@ def segment(
     order = session.order(attempt, now.number)
     waiting = {str(d) for d in now.route.devices}
     for member in now.route.devices:
-        members.order(member, "decode", order)
-    replies: dict[str, dict[str, Any]] = {}
+        members.order(member, order)
+    replies: dict[str, Counts] = {}
     paused = finished = False
 
     def pause() -> None:
-        members.send(now.route.sampler, (int(Kind.CANCEL), 0, now.number, 0, 0, attempt, "", ()))
+        members.send(now.route.sampler, header(Kind.CANCEL, epoch=now.number, attempt=attempt))
 
     try:
         while waiting:

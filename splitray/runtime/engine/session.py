@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from splitray.arch import ModelArch
 from splitray.errors import InputError
@@ -58,16 +57,14 @@ class Session:
         stops = set(self.sampling.stop_ids)
         return bool(stops) and all(any(i in stops for i in row) for row in zip(*self.steps, strict=True))
 
-    def order(self, attempt: int, epoch: int) -> dict[str, Any]:
+    def order(self, attempt: int, epoch: int) -> DecodeOrder:
         """The order by which devices go on from here."""
         mask = self.attention_mask
         if mask is not None:
             mask = [row + [1] * len(self.steps) for row in mask]
-        return asdict(
-            DecodeOrder(
-                session=self.number, attempt=attempt, epoch=epoch, prompt=self.ids, attention_mask=mask,
-                sampling=asdict(self.sampling), capacity=self.capacity, start=self.valid, done=len(self.steps),
-            )
+        return DecodeOrder(
+            session=self.number, attempt=attempt, epoch=epoch, prompt=self.ids, attention_mask=mask,
+            sampling=self.sampling, capacity=self.capacity, start=self.valid, done=len(self.steps),
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ It remembers what each caller has let the devices read: after a fault they read 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -112,9 +112,8 @@ class Steps:
             position_ids=None if places_BT is None else _bytes(places_BT.expand(batch, -1)),
             reorder=None if reorder is None else reorder.tolist(),
         )  # fmt: skip
-        plain = asdict(order)
         for device in epoch.route.devices:
-            self._members.order(device, "step", plain)
+            self._members.order(device, order)
         logits = self._logits(epoch)
         reading.held = position + new_tokens
         return logits

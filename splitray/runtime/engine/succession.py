@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from splitray.errors import InputError
 from splitray.placement import Placement, validate
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
 from splitray.runtime.engine.members import Members
+from splitray.runtime.wire.answers import Staged, Switched
 from splitray.topology import Topology
 
 Sessions = Callable[[Next], list[Kept]]
@@ -45,9 +45,7 @@ class Succession:
         """Start the devices of an epoch that were not needed so far."""
         self._members.ensure(epoch.topology.device(d) for d in epoch.route.devices)
 
-    def stage(
-        self, epoch: Epoch, sessions: Sequence[Kept], *, void: frozenset[str] = frozenset()
-    ) -> dict[str, dict[str, Any]]:
+    def stage(self, epoch: Epoch, sessions: Sequence[Kept], *, void: frozenset[str] = frozenset()) -> dict[str, Staged]:
         """Let every device of an epoch read what it lacks and copy the KV of sessions; what runs goes on.
 
         Devices in `void` hold nothing of the epoch that runs now.
@@ -61,7 +59,7 @@ class Succession:
         self._weights = the_same_weights(answers, self._weights)
         return answers
 
-    def switch(self, epoch: Epoch, sessions: Sequence[Kept], *, anew: bool = False) -> dict[str, dict[str, Any]]:
+    def switch(self, epoch: Epoch, sessions: Sequence[Kept], *, anew: bool = False) -> dict[str, Switched]:
         """Let a staged epoch run from now on. Only between segments.
 
         `anew` opens all connections between devices again.
@@ -69,7 +67,7 @@ class Succession:
         before = None if anew or epoch is self.now else self.now
         orders = switch_orders(epoch, before, sessions, self._members.endpoints, spin_s=self._spin_s)
         for device, order in orders.items():
-            self._members.order(device, "switch", order)
+            self._members.order(device, order)
         answers = self._members.replies(set(orders))
         self.now, self._members.ways = epoch, epoch.dials()
         return answers
@@ -96,8 +94,8 @@ class Succession:
             with self._naming:
                 coming.sessions = sessions(coming)
             answers = self.stage(coming.epoch, coming.sessions)
-            coming.staged_bytes = sum(a["copied_bytes"] for a in answers.values())
-            coming.copy_s = max(a["copy_s"] for a in answers.values())
+            coming.staged_bytes = sum(a.copied_bytes for a in answers.values())
+            coming.copy_s = max(a.copy_s for a in answers.values())
             coming.stage_s = time.perf_counter() - started
             coming.staged.set()
         except Exception as error:  # a boundary: whoever waits for it must learn it
@@ -135,7 +133,7 @@ class Succession:
             coming.fail(error)
             raise
         self.whole = coming.epoch
-        coming.tail_bytes = sum(a["copied_bytes"] for a in answers.values())
+        coming.tail_bytes = sum(a.copied_bytes for a in answers.values())
         coming.pause_s = time.perf_counter() - started
         coming.done.set()
 

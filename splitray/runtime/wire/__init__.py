@@ -1,29 +1,23 @@
-"""What travels between processes: frames and channels (`wire`), who may connect (`listener`), orders (`messages`)."""
+"""What travels between processes: frames, connections and the wire of a device, who may connect, orders and answers."""
 
-from splitray.runtime.wire.wire import (
-    Channel,
-    Endpoint,
-    Frame,
-    Key,
-    Kind,
-    Pace,
-    StopRun,
-    Wire,
-    frame_start,
-    new_token,
-    receive_timeout,
-)
+from splitray.runtime.wire.connection import Channel, Pace, receive_timeout
+from splitray.runtime.wire.endpoint import Endpoint, new_token
+from splitray.runtime.wire.frames import Frame, Header, Key, Kind, Payload, frame_start, header
+from splitray.runtime.wire.wire import StopRun, Wire
 
 __all__ = [
     "Channel",
     "Endpoint",
     "Frame",
+    "Header",
     "Key",
     "Kind",
     "Pace",
+    "Payload",
     "StopRun",
     "Wire",
     "frame_start",
+    "header",
     "new_token",
     "receive_timeout",
 ]

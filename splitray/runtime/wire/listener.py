@@ -14,7 +14,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge  # type: ignore[attr-defined]
 
 from splitray.errors import DeviceLost
-from splitray.runtime.wire import Channel, Endpoint, Kind, receive_timeout
+from splitray.runtime.wire.connection import Channel, receive_timeout
+from splitray.runtime.wire.endpoint import Endpoint
+from splitray.runtime.wire.frames import Kind, header
 
 CALLER, SIDE = "caller", "side"
 """Names under which an engine dials: for runs, and for what must be heard while a run goes on."""
@@ -101,7 +103,7 @@ def dial(
         sock.close()
         raise DeviceLost(f"{peer} refused the connection (another cluster's token?): {error!r}") from error
     channel = Channel(sock, peer, deadline_s)
-    channel.send((int(Kind.HELLO), 0, 0, 0, 0, 0, "", ()), me.encode())
+    channel.send(header(Kind.HELLO), me.encode())
     if channel.read() is None:
         raise DeviceLost(f"{peer} did not answer")
     return channel
@@ -115,7 +117,7 @@ def _answer(sock: socket.socket, token: bytes, deadline_s: float) -> Channel:
     if hello is None or hello.kind != Kind.HELLO:
         raise ValueError("no hello")
     channel.peer = hello.payload.decode()
-    channel.send((int(Kind.HELLO), 0, 0, 0, 0, 0, "", ()))
+    channel.send(header(Kind.HELLO))
     return channel
 
 

@@ -1,65 +1,101 @@
-"""Everything the caller and the devices say to each other besides frames: small frozen orders, plain on the wire."""
+"""Every order that a device takes, packed and checked here; what it answers stands in `answers`.
+
+Each order is frozen, its name on the wire is its class's in small letters without `Order`, and the class in its
+brackets is the answer. Knows no sockets: `calls` sends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from splitray.arch import ModelArch, Range
-from splitray.channel import NoisyChannel
-from splitray.errors import DeviceLost, InputError, ModelError, PlacementError, TopologyError
+from splitray.model.kv_cache import KvPiece
 from splitray.model.layout import LayerLayout
-from splitray.model.surgery import LayerShare, ShardSpec
-from splitray.placement import Placement, Shares
-from splitray.route import Boundary, Message, Route, SubBlock
-from splitray.topology import DeviceId
+from splitray.model.surgery import ShardSpec
+from splitray.route import Route
+from splitray.runtime.checkpoint import Saved
+from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire import answers
+from splitray.runtime.wire.endpoint import Endpoint
+from splitray.runtime.wire.packing import Message, Vocabulary
 
-_ERRORS = {e.__name__: e for e in (InputError, ModelError, PlacementError, TopologyError)}
+A_co = TypeVar("A_co", covariant=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOrder:
-    """What a device needs to become a shard: the model, its wiring, what it holds, and the route."""
+class Order(Message, Generic[A_co], tag_field="order", tag=lambda name: name.removesuffix("Order").lower()):
+    """What an engine, or another device, wants of a device."""
+
+
+class Assignment(Message):
+    """All that a device needs to become a shard: the model, its wiring, what it holds of it, and the route."""
 
     model_path: str
     arch: ModelArch
     layout: LayerLayout
     spec: ShardSpec | None
+    """None for an origin that only gets tokens."""
     route: Route
     head_rows: dict[str, tuple[Range, ...]]
+    """Vocabulary rows of each holder of the head."""
     torch_device: str = "cpu"
     lean: bool = True
     core: int | None = None
     epoch: int = 0
 
-    def to_plain(self) -> dict[str, Any]:
-        """Lists, dicts and scalars only."""
-        return asdict(self)
 
-    @staticmethod
-    def from_plain(plain: Mapping[str, Any]) -> LoadOrder:
-        """The inverse of to_plain."""
-        layout = dict(plain["layout"])
-        layout["ffn"] = tuple(layout["ffn"])
-        layout["attention_arguments"] = tuple(tuple(p) for p in layout["attention_arguments"])
-        spec = plain["spec"]
-        return LoadOrder(
-            model_path=plain["model_path"],
-            arch=ModelArch(**plain["arch"]),
-            layout=LayerLayout(**layout),
-            spec=None if spec is None else _spec(spec),
-            route=_route(plain["route"]),
-            head_rows={d: _ranges(r) for d, r in plain["head_rows"].items()},
-            torch_device=plain["torch_device"],
-            lean=plain["lean"],
-            core=plain["core"],
-            epoch=plain["epoch"],
-        )
+class Lender(Message):
+    """A device that may have the model on its disk."""
+
+    device: str
+    endpoint: Endpoint
+    model_path: str
+    """There."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeOrder:
+class KvSource(Message):
+    """A device that has KV which another one is to get."""
+
+    device: str
+    endpoint: Endpoint
+    epoch: int
+    """The one in which it holds them."""
+    pieces: tuple[KvPiece, ...]
+
+
+class Succeeding(Message):
+    """A session whose KV, of the positions [start, stop), is to be there in the next epoch too."""
+
+    id: int
+    capacity: int
+    start: int
+    stop: int
+    sources: tuple[KvSource, ...] = ()
+    lost: tuple[KvPiece, ...] = ()
+    """Pieces that no living device holds: they come from `files` in `store`, or not at all."""
+    files: tuple[Saved, ...] = ()
+    store: str | None = None
+
+
+# Orders of a run, over the caller's one connection, one after another.
+
+
+class HelloOrder(Order[answers.Done]):
+    """Forget what an engine before has left behind."""
+
+
+class SwitchOrder(Order[answers.Switched]):
+    """Let the staged epoch run, between two tokens; copy first what was written since it was staged."""
+
+    epoch: int
+    dial: dict[str, Endpoint]
+    """Peers to connect to."""
+    expect: tuple[str, ...]
+    """Peers that connect to this device."""
+    spin_s: float
+    sessions: tuple[Succeeding, ...]
+
+
+class DecodeOrder(Order[answers.Counts]):
     """Generate up to `max_new_tokens` for a batch, the devices among themselves.
 
     A run may go on after a pause: then the prompt ends with the `done` tokens of each sequence that are generated
@@ -71,15 +107,14 @@ class DecodeOrder:
     epoch: int
     prompt: list[list[int]]
     attention_mask: list[list[int]] | None
-    sampling: dict[str, Any]
+    sampling: Sampling
     capacity: int
     start: int = 0
     done: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOrder:
-    """One forward for a caller that samples itself; logits of the last `keep` positions come back."""
+class StepOrder(Order[None]):
+    """One forward for a caller that samples itself; logits of the last `keep` positions come back as a tensor."""
 
     session: int
     attempt: int
@@ -90,91 +125,165 @@ class StepOrder:
     keep: int
     capacity: int
     ids: bytes
+    """Int64 [batch, new_tokens], as the next two."""
     attention_mask: bytes | None
     position_ids: bytes | None
     reorder: list[int] | None
 
 
-def shard_spec(
-    placement: Placement, arch: ModelArch, route: Route, order: Sequence[DeviceId], device: str
-) -> ShardSpec | None:
-    """What a device holds (`order`: the topology's devices); None for an origin that only gets tokens."""
-    blocks = {(b.kind, b.layer): b for b in route.sub_blocks}
-    following = {b.index: nxt for b, nxt in zip(route.sub_blocks, route.sub_blocks[1:], strict=False)}
+class EndOrder(Order[None]):
+    """Free a session's KV; nobody waits for an answer."""
 
-    def first(shares: Shares, total: int) -> bool:
-        holders = shares.devices
-        if shares.is_replicated(total):
-            return device in holders
-        return device == next(d for d in order if d in holders)
-
-    def settles(block: SubBlock) -> bool:
-        who = following[block.index].devices if block.mode == "partitioned" else block.devices
-        return arch.post_norm and device in who
-
-    layers = []
-    for i, layer in enumerate(placement.layers):
-        posts = (False, False)
-        if not arch.parallel_block:
-            posts = (settles(blocks["attention", i]), settles(blocks["ffn", i]))
-        layers.append(
-            LayerShare(
-                groups=layer.attention.ranges(device),
-                columns=layer.ffn.ranges(device),
-                attention_bias=first(layer.attention, arch.num_kv_heads),
-                ffn_bias=first(layer.ffn, arch.ffn_dim),
-                attention_post=posts[0],
-                ffn_post=posts[1],
-            )
-        )
-    if device not in placement.devices:
-        return None
-    return ShardSpec(
-        layers=tuple(layers),
-        embedding=device in placement.embedding,
-        vocab_rows=placement.head.ranges(device),
-    )
+    session: int
 
 
-def error_to_plain(error: BaseException) -> dict[str, str]:
-    """An error as a reply; the caller raises the same type."""
-    plain = {"type": type(error).__name__, "message": str(error)}
-    if isinstance(error, InputError):
-        plain |= {
-            "what": error.what,
-            "expected": error.expected,
-            "actual": error.actual,
-            "remedy": error.remedy,
-        }
-    return plain
+class StatsOrder(Order[answers.Stats]):
+    """Tell memory, bytes and CPU seconds."""
 
 
-def error_from_plain(plain: Mapping[str, str], device: str) -> Exception:
-    """The error that a device reported."""
-    kind = _ERRORS.get(plain["type"])
-    if kind is not None:
-        fields = {k: plain[k] for k in ("expected", "actual", "remedy")}
-        return kind(f"{device}: {plain['what']}", **fields)
-    if plain["type"] == "DeviceLost":
-        return DeviceLost(f"{device}: {plain['message']}")
-    return RuntimeError(f"{device} failed: {plain['type']}: {plain['message']}")
+class EchoOrder(Order[answers.RoundTrips]):
+    """Send frames of `size` bytes to and fro with a peer, as decoding does: what the bench calls an exchange.
+
+    With `cold_bytes` each side reads weights before it sends, so that the other one falls asleep, as it decodes.
+    """
+
+    peer: str
+    attempt: int
+    size: int
+    rounds: int
+    first: bool
+    """Whether this device begins."""
+    cold_bytes: int
 
 
-def _ranges(values: Any) -> tuple[Range, ...]:
-    return tuple(Range(*v) for v in values)
+class SpeedsOrder(Order[answers.Speeds]):
+    """Measure how fast one core multiplies and copies; see `probes.speeds`."""
+
+    cold_bytes: int
 
 
-def _spec(plain: Mapping[str, Any]) -> ShardSpec:
-    layers = tuple(
-        LayerShare(**{**x, "groups": _ranges(x["groups"]), "columns": _ranges(x["columns"])}) for x in plain["layers"]
-    )
-    return ShardSpec(layers=layers, embedding=plain["embedding"], vocab_rows=_ranges(plain["vocab_rows"]))
+class LeaveOrder(Order[None]):
+    """Forget everything; the caller goes."""
 
 
-def _route(plain: Mapping[str, Any]) -> Route:
-    blocks = tuple(SubBlock(**{**b, "devices": tuple(b["devices"])}) for b in plain["sub_blocks"])
-    boundaries = tuple(
-        Boundary(b["after"], tuple(Message(**m) for m in b["messages"]), b["inner"]) for b in plain["boundaries"]
-    )
-    channel = None if plain["channel"] is None else NoisyChannel.from_plain(plain["channel"])
-    return Route(blocks, boundaries, plain["origin"], plain["greedy"], plain["codec"], channel)
+# Orders beside a run, each connection in a thread of its own.
+
+
+class PingOrder(Order[answers.Alive]):
+    """Give a sign of life."""
+
+
+class PaceOrder(Order[answers.Done]):
+    """Send to peers as slowly as a link of that rate would take it; 0: as fast as it goes."""
+
+    bytes_per_s: float
+
+
+class BusyOrder(Order[answers.MachineLoad]):
+    """Tell how busy the machine is."""
+
+
+class ReachOrder(Order[answers.Unreached]):
+    """Dial peers anew: do they answer?"""
+
+    peers: dict[str, Endpoint]
+    within_s: float
+
+
+class ProbeOrder(Order[answers.LinkRates]):
+    """Time a round trip to a peer, and `num_bytes` each way."""
+
+    peer: str
+    endpoint: Endpoint
+    num_bytes: int
+    within_s: float
+
+
+class BounceOrder(Order[answers.Done]):
+    """Send `num_bytes` back as a tensor; of a probe."""
+
+    num_bytes: int
+    filling: bytes
+
+
+class AbortOrder(Order[answers.Stopped]):
+    """Stop whatever runs, and take back a switch to an epoch after `epoch`, which others have not made."""
+
+    epoch: int
+
+
+class StageOrder(Order[answers.Staged]):
+    """Read what the next placement gives this device, and copy KV; what runs goes on."""
+
+    assignment: Assignment
+    lenders: tuple[Lender, ...]
+    sessions: tuple[Succeeding, ...]
+
+
+class ReadyOrder(Order[answers.Done]):
+    """Hold slices in case another device is lost."""
+
+    assignment: Assignment
+    lenders: tuple[Lender, ...]
+
+
+class KvOrder(Order[answers.Done]):
+    """Send keys and values of a session's positions [start, stop): two tensors a piece."""
+
+    session: int
+    epoch: int
+    pieces: tuple[KvPiece, ...]
+    start: int
+    stop: int
+
+
+class CheckpointOrder(Order[answers.Written]):
+    """Write the KV of a session's positions [start, stop) to a store."""
+
+    session: int
+    epoch: int
+    start: int
+    stop: int
+    store: str
+
+
+# Orders of a device without the model to one that has it on its disk, at `path`.
+
+
+class ConfigOrder(Order[answers.ConfigText]):
+    """Tell the model's config.json."""
+
+    path: str
+
+
+class KeyOrder(Order[answers.CheckpointKey]):
+    """Tell under which key the checkpoint has a parameter."""
+
+    path: str
+    name: str
+
+
+class SliceOrder(Order[answers.Done]):
+    """Send ranges of a tensor, joined along `axis`; None: all of it."""
+
+    path: str
+    name: str
+    axis: int
+    ranges: tuple[Range, ...] | None
+
+
+class ExpertsOrder(Order[answers.Done]):
+    """Send the fused gate_up and down weights of some experts of a module."""
+
+    path: str
+    name: str
+    experts: tuple[int, ...]
+
+
+class FingerprintOrder(Order[answers.Fingerprint]):
+    """Tell which checkpoint it is."""
+
+    path: str
+
+
+ORDERS: Vocabulary[Order[Any]] = Vocabulary(Order)

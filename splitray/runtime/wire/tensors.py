@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitray.runtime.wire import Frame
+from splitray.runtime.wire.frames import Frame
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
                 "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
