@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test install lint type format hooks bench
+WORKERS ?= 3
+TOGETHER := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "not alone"
+ALONE := $(BIN)/python -m pytest -m alone
+
+.PHONY: help demo test test-all test-rest install lint type format hooks bench
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 install: $(STAMP)  ## make .venv and install everything, as pinned in constraints.txt
 $(STAMP): pyproject.toml constraints.txt
@@ -19,8 +23,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## split the shipped model over an edge and a cloud actor and chat with it
 	@$(BIN)/splitray demo
 
-test: install lint type  ## lint, types and all tests
-	@$(BIN)/python -m pytest
+test: install lint type  ## lint, types and the tests, the great sets thinned (ten minutes on two cores)
+	@$(TOGETHER) --part quick
+	@$(ALONE) --part quick
+
+test-all: install lint type  ## lint, types and every test (half an hour on two cores)
+	@$(TOGETHER)
+	@$(ALONE)
+
+test-rest: install  ## what `make test` leaves out of `make test-all`
+	@$(TOGETHER) --part rest
+	@$(ALONE) --part rest
 
 lint: install  ## ruff
 	@$(BIN)/ruff check .

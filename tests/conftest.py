@@ -1,11 +1,146 @@
-"""What all tests share: the folder of small models on the path, and no network."""
+"""What all tests share: no network, which part of the tests runs, which of them stay together, and one Ray cluster.
+
+`--part quick` (`make test`) leaves out what is marked `full` and, of a set marked `thin(k)`, all but one row in k;
+`--part rest` runs exactly what that leaves out; without the option everything runs. Each run says how many tests it
+left out. With pytest-xdist, tests that share a fixture of their module, or the Ray cluster, stay on one worker.
+"""
+
+from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import pytest
+
+if TYPE_CHECKING:
+    from api_server import Served
+    from ray_nodes import RayNodes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-sys.path.insert(0, str(Path(__file__).parent / "unit"))
+
+PARTS = ("all", "quick", "rest")
+# First, so that no worker is left with one of them when the others have ended.
+LONG_FIRST = (
+    "tests/ray/",
+    "tests/netlab/",
+    "tests/serve/test_serve.py",
+    "tests/serve/test_demo.py",
+    "tests/packaging/",
+)
+AUTOUSE = ("one_thread",)  # sets a number and makes nothing: no reason to stay together
+LEFT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=PARTS, default="all", help="quick: make test; rest: what quick leaves out")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the names of the tests
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part != "all":
+        left = left_to_rest(items)
+        out = [item for item in items if (item in left) == (part == "quick")]
+        items[:] = [item for item in items if (item in left) == (part == "rest")]
+        config.hook.pytest_deselected(items=out)
+        config.stash[LEFT] = len(out)
+    for item in items:
+        if (group := group_of(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: next((i for i, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), 99))
+
+
+def left_to_rest(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """What `quick` leaves out. The rows of a set are drawn by a checksum of their names: the same on every machine."""
+    left = {item for item in items if item.get_closest_marker("full")}
+    sets: dict[tuple[str, str], dict[str, list[pytest.Item]]] = {}
+    shares: dict[tuple[str, str], int] = {}
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        if mark is None or item in left:
+            continue
+        values = {k: str(v) for k, v in getattr(item, "callspec").params.items()}  # noqa: B009
+        kept_each = values[mark.kwargs["each"]] if "each" in mark.kwargs else ""
+        row = values[mark.kwargs["whole"]] if "whole" in mark.kwargs else item.nodeid
+        scope = item.nodeid.partition("[")[0] if "whole" not in mark.kwargs else item.nodeid.rpartition("::")[0]
+        shares[scope, kept_each] = mark.args[0]
+        sets.setdefault((scope, kept_each), {}).setdefault(row, []).append(item)
+    for key, rows in sets.items():
+        drawn = sorted(rows, key=lambda row: crc32(row.encode()))
+        for row in drawn[-(-len(drawn) // shares[key]) :]:
+            left.update(rows[row])
+    return left
+
+
+def group_of(item: pytest.Item) -> str | None:
+    """Tests of one group run on one worker, one after the other, so that what they share is made once."""
+    if item.get_closest_marker("ray") or item.get_closest_marker("serve"):
+        return "ray"
+    names: Sequence[str] = getattr(item, "fixturenames", ())
+    manager: Any = item.session._fixturemanager
+    shared = (d for name in names for d in manager.getfixturedefs(name, item) or () if name not in AUTOUSE)
+    if any(d.scope in ("class", "module", "package") for d in shared):
+        return item.nodeid.partition("::")[0]
+    return None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return {
+        "all": "all tests",
+        "quick": "the part of make test; the rest: make test-rest, all: make test-all",
+        "rest": "the rest of make test-all, behind make test",
+    }[config.getoption("--part")]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist tells how many tests it left out; all tell the same."""
+    node.config.stash[LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash.get(LEFT, 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    part, left = config.getoption("--part"), config.stash.get(LEFT, 0)
+    if part != "all":
+        other = "make test-rest" if part == "quick" else "make test"
+        terminalreporter.write_line(f"{left} tests are not of this part: {other} runs them")
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[RayNodes]:
+    """Three node processes: clouds, edges, and one that only edge1 may use. This process is in their cluster."""
+    from ray_nodes import RayNodes
+
+    from actors.cluster import Membership
+
+    nodes = RayNodes(
+        [{"cloud": 4}, {"edge": 2}, {"edge1": 1}]
+    )  # a resource with a device's id: only that one sits there
+    try:
+        membership = Membership(address=nodes.address)
+        yield nodes
+        membership.leave()
+    finally:
+        nodes.close()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    """A server whose engine the test scripts; a fresh one each."""
+    from api_server import serving
+    from fake_engine import FakeEngine
+
+    engine = FakeEngine()
+    with serving(engine) as served:
+        yield served
+    assert engine.closed, "the end of the server closes the engine"
+    assert len(engine.threads) <= 1, "one thread has the engine"

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "ray"))
-
 from conformance import FEW, Conformance, Lab, ProcessLab, ThreadLab
 
 
