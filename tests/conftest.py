@@ -62,9 +62,10 @@ def left_to_rest(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     shares: dict[tuple[str, str], int] = {}
     for item in items:
         mark = item.get_closest_marker("thin")
-        if mark is None or item in left:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if mark is None or item in left or mark.kwargs.get("whole", "") not in {"", *params}:
             continue
-        values = {k: str(v) for k, v in getattr(item, "callspec").params.items()}  # noqa: B009
+        values = {k: str(v) for k, v in params.items()}
         kept_each = values[mark.kwargs["each"]] if "each" in mark.kwargs else ""
         row = values[mark.kwargs["whole"]] if "whole" in mark.kwargs else item.nodeid
         scope = item.nodeid.partition("[")[0] if "whole" not in mark.kwargs else item.nodeid.rpartition("::")[0]

@@ -15,7 +15,7 @@ from lab import NetLab, why_no_relay, why_not
 from splitray.sim.traces import read_trace
 
 _REASON, _NO_RELAY = why_not(), why_no_relay()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 relayed = pytest.mark.skipif(_NO_RELAY is not None, reason=str(_NO_RELAY))
 TRACE = "# time [s], throughput [Mbit/s]\n0 40\n1.5 0\n2.5 8\n"
 STEPS = [((0.5, 1.5), 40), ((1.6, 2.4), 0), ((3.5, 5.0), 8)]  # after a cut TCP takes a while to send again

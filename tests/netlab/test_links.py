@@ -98,6 +98,8 @@ def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(
         time.sleep(0.1)
 
 
+@pytest.mark.alone
+@pytest.mark.full
 def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_path) -> None:
     """Half of all heads move, one way; and all of them, both ways at once, where the copies are in each other's way.
 

@@ -18,7 +18,12 @@ from ray_hosts import Driver, RayHosts
 from splitray.sim.traces import read_trace
 
 _REASON, _NO_RELAY = why_not(), why_no_relay()
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.full,
+    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
+]
 SAMPLING = {"max_new_tokens": 300, "temperature": 0.9, "seed": 3}
 STRUCK = 50  # tokens before a fault
 CUT_S = 2.0

@@ -42,7 +42,7 @@ def rows_of(text: str) -> list[tuple[str, str]]:
     """The rows of the list in a README: name and sentence; nothing where there is no list."""
     table = TABLE.search(text)
     rows = table.group(1).splitlines() if table else []
-    return [(NAME.match(row).group(1), row.split("|", 2)[2].rstrip(" |").strip()) for row in rows if NAME.match(row)]
+    return [(named.group(1), row.split("|", 2)[2].rstrip(" |").strip()) for row in rows if (named := NAME.match(row))]
 
 
 def rewritten(text: str, entries: dict[str, str]) -> str:

@@ -43,6 +43,14 @@ class RayNodes:
             self.close()
             raise
 
+    def add(self, resources: Mapping[str, float]) -> int:
+        """Start one more node on an address of its own; returns the process id of its `ray start`."""
+        index = len(self._nodes)
+        self.hosts.append(f"{self.hosts[-1].rpartition('.')[0]}.{int(self.hosts[-1].rpartition('.')[2]) + 1}")
+        self._start(index, [f"--address={self.address}"], resources)
+        self._wait(index)
+        return self._nodes[index].pid
+
     def _start(self, index: int, arguments: list[str], resources: Mapping[str, float]) -> None:
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {

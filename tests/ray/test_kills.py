@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from conformance import PROMPT, eventually, expected, small_model
 from ray_nodes import RayNodes
 
@@ -23,7 +24,6 @@ from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 
 NEW_TOKENS = 400
-KILLS = 30
 
 
 def killed(fleet: Any, model, folder, tmp_path, *, kills: int, recovery: Recovery) -> list[Any]:
@@ -58,17 +58,23 @@ def test_processes_killed_by_sigkill_come_back_and_no_token_changes(tmp_path) ->
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_thirty_actors_killed_by_sigkill_change_no_token(nodes: RayNodes, tmp_path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(28, marks=pytest.mark.full)])
+def test_thirty_actors_killed_by_sigkill_change_no_token(nodes: RayNodes, tmp_path, kills: int) -> None:
     folder = tmp_path / "model"
     model = small_model(folder)
     fleet: Fleet = RayFleet()
     started = time.monotonic()
     recovery = Recovery(store=str(tmp_path / "kv"), every_tokens=32, restarts=99)
-    faults = killed(fleet, model, folder, tmp_path, kills=KILLS, recovery=recovery)
-    assert len(faults) >= KILLS * 0.8 > 15, "the others died behind the last token"
+    faults = killed(fleet, model, folder, tmp_path, kills=kills, recovery=recovery)
+    assert len(faults) >= (0.8 * kills if kills > 5 else 1), "the others died behind the last token"
     beyond = sorted(f.recovery_s - f.restart_s for f in faults)
-    print(f"{len(faults)} faults, {time.monotonic() - started:.0f} s; beyond an actor's start {beyond[15]:.2f} s")
+    took_s, middle_s = time.monotonic() - started, beyond[len(beyond) // 2]
+    print(f"{len(faults)} faults, {took_s:.0f} s; beyond an actor's start {middle_s:.2f} s")
     assert eventually(lambda: not fleet.dead())
+
+
+def living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 NODE_DIES = """
@@ -99,13 +105,12 @@ with launch_engine(model="tiny", devices=2, fleet=RayFleet(address=address), rec
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_raylet_leaves_its_device_out_within_ten_seconds() -> None:
-    cluster = RayNodes([{"cloud": 1}, {"edge": 1}], first_host=61)
-    try:
-        command = [sys.executable, "-W", "ignore", "-c", NODE_DIES, cluster.address, str(cluster._nodes[1].pid)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    finally:
-        cluster.close()
+def test_a_killed_raylet_leaves_its_device_out_within_ten_seconds(nodes: RayNodes) -> None:
+    before = living_nodes()
+    node = nodes.add({"edge0": 1})  # a device whose own id is a resource sits nowhere else
+    command = [sys.executable, "-W", "ignore", "-c", NODE_DIES, nodes.address, str(node)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert eventually(lambda: living_nodes() == before, within_s=60), "no test behind this one sees the dead node"
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))  # Ray prints beside it
     print(f"the longest wait for a token: {told['gap_s']:.2f} s")

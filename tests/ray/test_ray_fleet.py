@@ -36,6 +36,7 @@ class RayLab(ProcessLab):
         return list(fleet.seats)
 
 
+@pytest.mark.thin(3, whole="engine")
 class TestActors(Conformance):
     placements = FEW
 

@@ -60,6 +60,7 @@ def finished(folder: Path, iterations: int) -> dict:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_job_trains_on_a_cluster_and_leaves_its_policy_in_the_shared_folder(two_nodes, tmp_path) -> None:
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     submit += [f"--address=http://{two_nodes.hosts[0]}:{two_nodes.port}", "--working-dir", str(ROOT), "--"]
@@ -80,6 +81,7 @@ def test_a_job_trains_on_a_cluster_and_leaves_its_policy_in_the_shared_folder(tw
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_command_prints_one_document_and_leaves_no_process(tmp_path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
     process = subprocess.Popen(

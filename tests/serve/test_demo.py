@@ -84,6 +84,7 @@ def test_it_ends_with_identical_tokens_and_leaves_its_results(
     assert (tmp_path / "out" / "placement.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num_processes", [3, 12], ids=["while Ray starts", "while the devices load"])
 def test_ctrl_c_in_the_middle_leaves_nothing(start: Callable[..., subprocess.Popen[str]], num_processes: int) -> None:
     program = start("demo")

@@ -46,7 +46,7 @@ def url() -> Iterator[str]:
     assert not left
 
 
-@pytest.fixture(scope="module", params=["process", "ray"])
+@pytest.fixture(scope="module", params=["process", pytest.param("ray", marks=pytest.mark.full)])
 def client(request: pytest.FixtureRequest, url: str) -> Iterator[openai.OpenAI]:
     """The shipped model over two devices."""
     from ray import serve

@@ -76,6 +76,7 @@ def _both(pair, ids, mask, **options):
     return outs
 
 
+@pytest.mark.thin(4, each="pair")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_gives_the_tokens_of_transformers(pair, case, padded):

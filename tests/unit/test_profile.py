@@ -158,6 +158,7 @@ def test_a_profile_is_refused_before_anything_is_measured(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_predictions_of_a_real_profile_are_near_what_devices_take(tmp_path: Path):
     """The machinery, not the accuracy, which `splitray bench --suite predicted` tells on a quiet machine."""
     from splitray.profiling.predicted import predicted
