@@ -106,7 +106,7 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
     else:
         tuner = Tuner(
             SplitwisePPO,
-            param_space=config_of(recipe),
+            param_space=config_of(recipe),  # type: ignore[arg-type]  # Ray takes its own configs as well
             run_config=RunConfig(
                 name=recipe.name,
                 storage_path=str(out),
@@ -118,7 +118,7 @@ def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], N
                 callbacks=[Told()],
             ),
         )
-    (result,) = tuner.fit()
+    result = tuner.fit()[0]
     if result.error is not None or result.checkpoint is None:
         print(f"error: training failed: {result.error}", file=sys.stderr)
         raise typer.Exit(1)
@@ -175,8 +175,8 @@ def _tidied(trial: Path, folder: Path) -> None:
         table = csv.DictWriter(file, names)
         table.writeheader()
         table.writerows(rows[i] for i in sorted(rows))
-    for file in trial.glob("events.out.tfevents*"):
-        shutil.copy(file, folder / file.name)
+    for events in trial.glob("events.out.tfevents*"):
+        shutil.copy(events, folder / events.name)
 
 
 def _flat(document: dict[str, Any], above: str = "") -> dict[str, Any]:

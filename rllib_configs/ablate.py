@@ -53,7 +53,7 @@ def main(
 def compared(out: Path, names: list[str], seeds: int) -> Table:
     """A row a recipe: its latency over the exact program's, geometric mean over cells and climates, by cell and all."""
     cells: list[str] = []
-    rows = []
+    rows: list[tuple[str | Number, ...]] = []
     for name in names:
         by_cell: dict[str, list[list[float]]] = {}
         for seed in range(seeds):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from splitray.planners.protocol import RequestShape
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.world.cell import Cell
@@ -9,7 +11,7 @@ from splitray.rl.world.weather import Climate
 
 EDGES = ("jetson-orin-nx-16gb", "jetson-orin-nx-8gb", "galaxy-s23", "raspberry-pi-5")
 MODELS = ("gpt2-xl", "llama-7b", "llama-13b")
-HOLDS = ("none", "embedding_and_head")
+HOLDS: tuple[Literal["none", "embedding_and_head"], ...] = ("none", "embedding_and_head")
 LINKS = ("lte", "5g", "wifi5")
 CELLS = tuple(Cell(edge, model, holds, link) for model in MODELS for edge in EDGES for holds in HOLDS for link in LINKS)
 LONG, SHORT = RequestShape(512.0, 128.0), RequestShape(64.0, 32.0)

@@ -51,6 +51,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
+@pytest.mark.full
 def test_it_ends_with_identical_tokens_and_leaves_its_results(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

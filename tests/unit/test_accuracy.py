@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import splitray
 from splitray.errors import InputError
 from splitray.profiling import codec_loss
 from splitray.profiling.perplexity import PerplexityRequest, run
 from splitray.quality.accuracy import AccuracyRow, AccuracyTable
 
-SHIPPED = Path(codec_loss.__file__).parent / "model" / "shipped" / "accuracy.json"
+SHIPPED = Path(splitray.__file__).parent / "model" / "shipped" / "accuracy.json"
 
 
 def row(codec, cut, perplexity) -> AccuracyRow:

@@ -51,6 +51,7 @@ def _lengths() -> tuple[list[int], list[int]]:
     return line.prompt_tokens.tolist(), line.output_tokens.tolist()
 
 
+@pytest.mark.full
 def test_the_backlog_does_not_drift_below_capacity_and_does_above() -> None:
     """`drift_plus_penalty` at 50, 80 and 95 % of capacity, 6 seeds each; at 130 % it shows that the test can fail."""
     where, slots, seeds = pair(), 6000, 5

@@ -270,6 +270,7 @@ def random_cluster(seed: int) -> ClusterState:
     return ClusterState(arch=arch, topology=where, context_tokens=200)
 
 
+@pytest.mark.full
 def test_ours_are_never_slower_than_one_device_or_one_cut_on_64_topologies() -> None:
     compared, gains = 0, []
     for seed in range(64):

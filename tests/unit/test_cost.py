@@ -87,6 +87,7 @@ def clocks(placement: Placement, arch: ModelArch, where: Topology, context: int)
     return {str(d): t for d, t in clock.items()}
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("seed", range(60))
 def test_clocks_equal_a_scalar_simulation(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -51,6 +51,7 @@ def replan(model, planner="even"):
     return lambda topology, _: make_planner(planner).propose(ClusterState(arch=arch, topology=topology))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("kept", [False, True], ids=["no_store", "store"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -21,6 +21,7 @@ def held(shares: Shares, device: str) -> set[int]:
     return {i for r in shares.ranges(device) for i in range(r.start, r.stop)}
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("seed", range(40))
 def test_moves_are_exactly_what_each_device_lacked(seed: int) -> None:
     where = Topology.uniform(1 + seed % 4)
