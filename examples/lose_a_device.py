@@ -6,7 +6,7 @@ Run: python examples/lose_a_device.py
 import os
 import signal
 
-from splitray.runtime.engine.recovery import Recovery
+from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import ProcessFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
