@@ -8,6 +8,7 @@ left out. With pytest-xdist, tests that share a fixture of their module, or the 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -22,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: programs that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARTS = ("all", "quick", "rest")
 # First, so that no worker is left with one of them when the others have ended.
