@@ -35,6 +35,8 @@ LONG_FIRST = (
     "tests/serve/test_demo.py",
     "tests/packaging/",
 )
+# Ray gives a node 30 s to start, and links are shaped in real time: neither bears a neighbour on two cores.
+BY_THEMSELVES = ("tests/ray/", "tests/netlab/")
 AUTOUSE = ("one_thread",)  # sets a number and makes nothing: no reason to stay together
 LEFT = pytest.StashKey[int]()
 
@@ -53,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
         config.stash[LEFT] = len(out)
     for item in items:
+        if item.nodeid.startswith(BY_THEMSELVES) or item.get_closest_marker("ray") or item.get_closest_marker("serve"):
+            item.add_marker(pytest.mark.alone)
         if (group := group_of(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: next((i for i, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), 99))
