@@ -133,7 +133,7 @@ def layer_blocks(
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
+class BlockAssignment:
     """The binary assignment of one layer's blocks at one interval (2ND, CODE): a device for each head, and two more."""
 
     heads: tuple[DeviceId, ...]
@@ -155,7 +155,7 @@ def transfer_s(
 
 
 def inference_s(
-    layers: Sequence[Assignment],
+    layers: Sequence[BlockAssignment],
     blocks: LayerBlocks,
     topology: Topology,
     *,
@@ -201,8 +201,8 @@ def _seconds(topology: Topology, device: DeviceId, block: LayerBlock) -> float:
 
 
 def migration_s(
-    before: Assignment,
-    after: Assignment,
+    before: BlockAssignment,
+    after: BlockAssignment,
     blocks: LayerBlocks,
     topology: Topology,
     *,

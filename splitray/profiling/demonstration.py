@@ -30,7 +30,7 @@ from splitray.profiling.link_drop import LinkDrop, link_drop
 from splitray.profiling.named_placements import uneven_placement
 from splitray.profiling.planner_trial import PlannerTrial, choose
 from splitray.profiling.reference import Reference, ask_transformers, difference
-from splitray.profiling.served_answer import Answer, ask, stats
+from splitray.profiling.served_answer import ServedAnswer, ask, stats
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import placement_picture
 from splitray.report.progress import progress
@@ -212,7 +212,7 @@ def _actors(url: str, topology: Topology) -> str:
     return " and ".join(f"{d.tier.capitalize()}Actor {d.id} (pid {pids[d.id]})" for d in topology.devices)
 
 
-def _ask(console: Console, url: str, strike: Callable[[], None] | None = None) -> Answer:
+def _ask(console: Console, url: str, strike: Callable[[], None] | None = None) -> ServedAnswer:
     """Ask and show the answer as it comes; `strike` is called in the middle of it."""
     console.print(Text(PROMPT, "bold"), end="")
     shown = 0

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from splitray.profiling.served_answer import Answer
+from splitray.profiling.served_answer import ServedAnswer
 from splitray.text import Detokenizer, end_ids
 
 
@@ -42,7 +42,7 @@ def ask_transformers(folder: str, tokenizer: Any, prompt: str, *, new_tokens: in
     return Reference(token_ids=tuple(ids.tolist()), pieces=texts, long_ids=tuple(long_ids.tolist()))
 
 
-def difference(answer: Answer, reference: Reference) -> str | None:
+def difference(answer: ServedAnswer, reference: Reference) -> str | None:
     """What differs first, or None.
 
     The API answers in text, one event a token, so tokens are compared by their number and their texts one by one:

@@ -17,7 +17,7 @@ _ANSWER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ServedAnswer:
     """What a client of the API saw: the text token by token, and when."""
 
     pieces: tuple[str, ...]
@@ -27,7 +27,7 @@ class Answer:
     longest_gap_s: float
 
 
-def ask(url: str, body: dict[str, Any], *, tell: Callable[[str], None]) -> Answer:
+def ask(url: str, body: dict[str, Any], *, tell: Callable[[str], None]) -> ServedAnswer:
     """Ask for a completion, streamed; `tell` gets each piece of text as it comes.
 
     Raises:
@@ -44,7 +44,7 @@ def ask(url: str, body: dict[str, Any], *, tell: Callable[[str], None]) -> Answe
             tell(pieces[-1])
         num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
     spread = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else None
-    return Answer(
+    return ServedAnswer(
         pieces=tuple(pieces),
         num_tokens=num_tokens,
         ttft_s=arrivals[0] - started if arrivals else time.perf_counter() - started,

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from splitray.commands.cli import app
 from splitray.profiling.reference import Reference, difference
-from splitray.profiling.served_answer import Answer
+from splitray.profiling.served_answer import ServedAnswer
 from splitray.runtime.engine.engine import Engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -476,7 +476,7 @@ REFERENCE = Reference(token_ids=(4, 5, 0), pieces=(" a", " cat"))
 )
 def test_the_demo_names_the_first_difference(pieces: tuple[str, ...], num_tokens: int, words: str | None) -> None:
     found = difference(
-        Answer(pieces=pieces, num_tokens=num_tokens, ttft_s=0.1, tpot_s=None, longest_gap_s=0.0), REFERENCE
+        ServedAnswer(pieces=pieces, num_tokens=num_tokens, ttft_s=0.1, tpot_s=None, longest_gap_s=0.0), REFERENCE
     )
     assert found is None if words is None else words in str(found)
 

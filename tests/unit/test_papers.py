@@ -15,7 +15,7 @@ from splitray.papers import chen, kafetzis
 from splitray.papers.kafetzis import (
     AS_CODED,
     CORRECTED,
-    Assignment,
+    BlockAssignment,
     KafetzisErrata,
     inference_s,
     layer_blocks,
@@ -119,7 +119,7 @@ def test_e5_a_token_costs_the_square_of_the_context_without_the_cache() -> None:
 
 def test_e6_a_move_of_a_head_costs_nothing_in_the_code() -> None:
     blocks = layer_blocks(SMALL, context_tokens=100)
-    before, after = (Assignment((d,) * 8, A, A) for d in (A, B))
+    before, after = (BlockAssignment((d,) * 8, A, A) for d in (A, B))
     where = cluster(A, B, rate=1e6)
     one = (4 * 3 * 512 * 64 + 4 * 3 * 64 + 4 * 2 * 100 * 64) / 1e6  # weights, activations, K and V
     assert migration_s(before, after, blocks, where) == pytest.approx(8 * one) == pytest.approx(3.561_472)
@@ -145,9 +145,9 @@ def test_the_weighted_sum_of_values_is_missing_in_the_code() -> None:
     assert (operations(CORRECTED), operations(KafetzisErrata.NO_WEIGHTED_SUM)) == (4 * 1000 * 64, 2 * 1000 * 64)
 
 
-def spread() -> Assignment:
+def spread() -> BlockAssignment:
     """Four heads on A, three on B, one on C; projection on B, FFN on C."""
-    return Assignment((A, A, A, A, B, B, B, C), B, C)
+    return BlockAssignment((A, A, A, A, B, B, B, C), B, C)
 
 
 def test_the_code_leaves_out_the_broadcast_to_the_heads_and_the_way_back() -> None:
@@ -180,14 +180,14 @@ def test_the_code_knows_no_latency() -> None:
 def test_layers_in_a_row_start_where_the_last_ffn_ended() -> None:
     blocks = layer_blocks(SMALL, context_tokens=16)
     where = cluster(A, B, rtt_s=0.02)
-    on_b = Assignment((B,) * 8, B, B)
+    on_b = BlockAssignment((B,) * 8, B, B)
     once, twice = (inference_s([on_b] * n, blocks, where) for n in (1, 2))
     assert once == pytest.approx(twice / 2 + 0.01 + 2048 / 1e6)  # there and back once, however many layers
 
 
 def test_migration_is_serial_or_parallel_by_link() -> None:
     blocks, where = layer_blocks(SMALL, context_tokens=100), cluster(A, B, C)
-    before, after = Assignment((A,) * 8, A, A), Assignment((A,) * 5 + (B, B, C), A, A)
+    before, after = BlockAssignment((A,) * 8, A, A), BlockAssignment((A,) * 5 + (B, B, C), A, A)
     serial, parallel = (migration_s(before, after, blocks, where, order=o) for o in ("serial", "parallel"))
     assert serial / parallel == pytest.approx(3 / 2)
     errata = KafetzisErrata.GIGABITS | KafetzisErrata.NO_LATENCY
@@ -218,7 +218,7 @@ def test_corrected_blocks_of_a_layer_are_what_the_cost_model_counts(arch: ModelA
     )
     assert sum(p.memory_bytes - p.activation_bytes for p in pieces) == memory_bytes(placement, one, 300)[A] - tables
     work = work_s(load_of(placement, one, where), CostModel(one, where).rates, context_tokens=300, time_model="flops")
-    alone = Assignment((A,) * one.num_kv_heads, A, A)
+    alone = BlockAssignment((A,) * one.num_kv_heads, A, A)
     assert inference_s([alone], blocks, where) == pytest.approx(work[0, 1:3, 0].sum())
 
 

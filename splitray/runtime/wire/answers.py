@@ -6,12 +6,12 @@ from typing import Any
 
 from splitray.errors import DeviceLost, InputError, ModelError, PlacementError, TopologyError
 from splitray.runtime.checkpoint import Saved
-from splitray.runtime.wire.packing import Message, Packed, Vocabulary
+from splitray.runtime.wire.packing import Packable, Packed, Vocabulary
 
 _ERRORS = {e.__name__: e for e in (InputError, ModelError, PlacementError, TopologyError)}
 
 
-class Answer(Message, tag_field="answer", tag=str.lower):
+class Answer(Packable, tag_field="answer", tag=str.lower):
     """What a device says to an order; tensors, where an order asks for them, come before it."""
 
 

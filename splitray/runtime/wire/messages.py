@@ -17,16 +17,16 @@ from splitray.runtime.checkpoint import Saved
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.wire import answers
 from splitray.runtime.wire.endpoint import Endpoint
-from splitray.runtime.wire.packing import Message, Vocabulary
+from splitray.runtime.wire.packing import Packable, Vocabulary
 
 A_co = TypeVar("A_co", covariant=True)
 
 
-class Order(Message, Generic[A_co], tag_field="order", tag=lambda name: name.removesuffix("Order").lower()):
+class Order(Packable, Generic[A_co], tag_field="order", tag=lambda name: name.removesuffix("Order").lower()):
     """What an engine, or another device, wants of a device."""
 
 
-class Assignment(Message):
+class Assignment(Packable):
     """All that a device needs to become a shard: the model, its wiring, what it holds of it, and the route."""
 
     model_path: str
@@ -43,7 +43,7 @@ class Assignment(Message):
     epoch: int = 0
 
 
-class Lender(Message):
+class Lender(Packable):
     """A device that may have the model on its disk."""
 
     device: str
@@ -52,7 +52,7 @@ class Lender(Message):
     """There."""
 
 
-class KvSource(Message):
+class KvSource(Packable):
     """A device that has KV which another one is to get."""
 
     device: str
@@ -62,7 +62,7 @@ class KvSource(Message):
     pieces: tuple[KvPiece, ...]
 
 
-class Succeeding(Message):
+class Succeeding(Packable):
     """A session whose KV, of the positions [start, stop), is to be there in the next epoch too."""
 
     id: int

@@ -11,13 +11,13 @@ from splitray.errors import InputError, did_you_mean
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Packable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen dataclass that refuses fields which it does not know."""
 
 
 _REMEDY = "run the same version of splitray on every device"
 Packed = bytes | bytearray | memoryview
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=Packable)
 
 
 def _plain(value: object) -> object:
