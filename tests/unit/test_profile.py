@@ -157,6 +157,7 @@ def test_a_profile_is_refused_before_anything_is_measured(tmp_path: Path):
             measure(out=wrong)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.alone
 def test_predictions_of_a_real_profile_are_near_what_devices_take(tmp_path: Path):
