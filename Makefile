@@ -23,11 +23,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## split the shipped model over an edge and a cloud actor and chat with it
 	@$(BIN)/splitray demo
 
-test: install lint type  ## lint, types and the tests, the great sets thinned (ten minutes on two cores)
+test: install lint type  ## lint, types and the tests, the great sets thinned
 	@$(TOGETHER) --part quick
 	@$(ALONE) --part quick
 
-test-all: install lint type  ## lint, types and every test (half an hour on two cores)
+test-all: install lint type  ## lint, types and every test
 	@$(TOGETHER)
 	@$(ALONE)
 
