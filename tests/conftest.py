@@ -27,16 +27,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: program
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARTS = ("all", "quick", "rest")
-# First, so that no worker is left with one of them when the others have ended.
-LONG_FIRST = (
-    "tests/ray/",
-    "tests/netlab/",
-    "tests/serve/test_serve.py",
-    "tests/serve/test_demo.py",
-    "tests/packaging/",
-)
 # Ray gives a node 30 s to start, and links are shaped in real time: neither bears a neighbour on two cores.
 BY_THEMSELVES = ("tests/ray/", "tests/netlab/")
+LONG_FIRST = (*BY_THEMSELVES, "tests/packaging/")  # so that no worker is left with them when the others have ended
 AUTOUSE = ("one_thread",)  # sets a number and makes nothing: no reason to stay together
 LEFT = pytest.StashKey[int]()
 
