@@ -55,7 +55,7 @@ class LinkSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Equal device processes of one machine, each on a core of its own while there are enough.
+    """Equal device processes of one machine.
 
     `read_bytes_per_s` is of weights, by one device alone, `shared_bytes_per_s` while one other reads too (None for a
     single device); `hop_s` is all that a message of 3 KB between two sub-blocks costs. `cores` and `links` are

@@ -94,10 +94,10 @@ class Model:
         self.arch, self.layout, self.lean = read_model(self.path)
 
     def start(self, placement: Placement) -> Engine:
-        """An engine with a core for each device."""
+        """An engine of this placement."""
         return Engine(
             fleet=self.fleet, model_path=self.path, arch=self.arch, layout=self.layout, topology=self.topology,
-            placement=placement, lean=self.lean, pin=True,
+            placement=placement, lean=self.lean,
         )  # fmt: skip
 
     def token_s(self, placement: Placement, *, new_tokens: int = _NEW_TOKENS) -> float:

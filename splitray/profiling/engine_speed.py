@@ -67,7 +67,7 @@ def _measure(model: RandomLlama, path: Path, result: dict[str, Any], say: Callab
         say(f"{model.name}: loading {name}")
         return stack.enter_context(
             Engine(fleet=fleet, model_path=path, arch=arch, layout=layout, topology=topology, placement=placement,
-                   lean=lean, pin=True)
+                   lean=lean)
         )  # fmt: skip
 
     with contextlib.ExitStack() as stack:

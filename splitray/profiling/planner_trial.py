@@ -81,7 +81,7 @@ def choose(
             progress(f"running the placement of {name}")
             with Engine(
                 fleet=fleet, model_path=model, arch=arch, layout=layout, topology=where, placement=placement,
-                lean=lean, pin=True,
+                lean=lean,
             ) as engine:  # fmt: skip
                 times = [token_s(engine, _NEW_TOKENS) for _ in range(_RUNS)]
             predicted_s = cost.tpot_s(placement, context_tokens=len(PROMPT) + _NEW_TOKENS / 2)

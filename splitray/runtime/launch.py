@@ -136,7 +136,6 @@ def launch_engine(
     dtype: Dtype = "float32",
     fleet: Fleet | None = None,
     spin_s: float = 0.0,
-    pin: bool = False,
     codec: str = "none",
     channel: str | NoisyChannel | None = None,
     recovery: Recovery | None = None,
@@ -156,7 +155,6 @@ def launch_engine(
         dtype: of weights and activations; token identity is promised in float32.
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
-        pin: bind each device to a core of its own (likewise).
         codec: how partials and states travel between devices; `none` is exact, `auto` as a planner with V finds best.
         channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.
@@ -189,7 +187,6 @@ def launch_engine(
         tokenizer=read_tokenizer(model),
         lean=lean,
         spin_s=spin_s,
-        pin=pin,
         codec=coded,
         channel=way,
         recovery=recovery,

@@ -6,7 +6,6 @@ It awaits one value a token; between tokens the devices talk to each other. It d
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -60,18 +59,16 @@ class Engine:
         tokenizer: Any = None,
         lean: bool = True,
         spin_s: float = 0.0,
-        pin: bool = False,
         codec: Codec = "none",
         channel: NoisyChannel | None = None,
         recovery: Recovery | None = None,
     ) -> None:
         """Start the fleet and load the shards.
 
-        `spin_s` is how long a receive polls before it sleeps; `pin` gives each device a core of its own. Both are
-        for devices on one machine with at least as many cores, where the scheduler may put two on one core. `codec` is
-        how partials and states travel (codecs.py): exactly unless it says otherwise; `channel` is what happens to
-        them on the way (channel.py): nothing by default. With `recovery` a run survives the loss of devices; without,
-        it ends with `DeviceLost`.
+        `spin_s` is how long a receive polls before it sleeps, for devices on one machine with at least as many cores.
+        `codec` is how partials and states travel (codecs.py): exactly unless it says otherwise; `channel` is what
+        happens to them on the way (channel.py): nothing by default. With `recovery` a run survives the loss of
+        devices; without, it ends with `DeviceLost`.
 
         Raises:
             InputError: the placement, the topology or the model cannot be used as asked.
@@ -82,10 +79,9 @@ class Engine:
         self.report: RunReport | None = None
         self.tokens = 0
         """Decode steps of all runs so far."""
-        cores = tuple(sorted(os.sched_getaffinity(0))) if pin else ()
         first = Epoch.of(
-            0, placement, topology, arch=arch, layout=layout, model_path=self.model_path, codec=codec, lean=lean,
-            cores=cores, channel=channel,
+            0, placement, topology, arch=arch, layout=layout, model_path=self.model_path, codec=codec, channel=channel,
+            lean=lean,
         )  # fmt: skip
         self.members = Members(fleet, recovery)
         self.succession = Succession(self.members, first, spin_s=spin_s)

@@ -42,7 +42,6 @@ class Epoch:
     codec: Codec
     channel: NoisyChannel | None = None
     lean: bool
-    cores: tuple[int, ...] = ()
 
     @staticmethod
     def of(
@@ -68,7 +67,6 @@ class Epoch:
     def assignment(self, device: str) -> Assignment:
         """What a device is to hold."""
         at = self.topology.device(DeviceId(device))
-        cores = self.cores
         return Assignment(
             model_path=at.model_path or self.model_path,
             arch=self.arch,
@@ -78,7 +76,6 @@ class Epoch:
             head_rows={str(d): ranges for d, ranges in self.placement.head.by_device},
             torch_device=at.torch_device,
             lean=self.lean,
-            core=cores[self.route.devices.index(at.id) % len(cores)] if cores else None,
             epoch=self.number,
         )
 

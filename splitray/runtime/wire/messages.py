@@ -39,7 +39,6 @@ class Assignment(Packable):
     """Vocabulary rows of each holder of the head."""
     torch_device: str = "cpu"
     lean: bool = True
-    core: int | None = None
     epoch: int = 0
 
 
