@@ -23,18 +23,18 @@ class Args(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("tiny", description="path of a checkpoint, or `tiny`, the shipped model")
-    topology: str | None = Field(None, description="topology file")
-    devices: int | None = Field(None, ge=1, description="N equal devices instead of a topology; default 2")
-    planner: str | None = Field(None, description="NAME[:ARG] or module:Class[:ARG], decides where what runs")
-    placement: str | None = Field(None, description="placement file instead of a planner")
-    runtime: Literal["local", "process", "ray"] = Field("ray", description="devices as threads, ... or actors")
-    model_name: str | None = Field(None, description="the name clients ask for, else the path's last part")
+    model: str = Field(default="tiny", description="path of a checkpoint, or `tiny`, the shipped model")
+    topology: str | None = Field(default=None, description="topology file")
+    devices: int | None = Field(default=None, ge=1, description="N equal devices instead of a topology; default 2")
+    planner: str | None = Field(default=None, description="NAME[:ARG] or module:Class[:ARG], decides where what runs")
+    placement: str | None = Field(default=None, description="placement file instead of a planner")
+    runtime: Literal["local", "process", "ray"] = Field(default="ray", description="devices as threads, ... or actors")
+    model_name: str | None = Field(default=None, description="the name clients ask for, else the path's last part")
     checkpoints: str | None = Field(
-        None, description="folder or URL that all devices reach, for KV of running requests"
+        default=None, description="folder or URL that all devices reach, for KV of running requests"
     )
-    replan: str | None = Field(None, description="planner, likewise, that moves the placement as links change")
-    seed: int = Field(0, description="seeds the planner, and sampling where a request names no seed")
+    replan: str | None = Field(default=None, description="planner, likewise, that moves the placement as links change")
+    seed: int = Field(default=0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")
     def _one_of_each_pair(self) -> "Args":

@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,16 +109,17 @@ def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_
     """
     MODEL.write(tmp_path)
     errors: dict[str, list[float]] = {"half, waiting": [], "half, generating": [], "all, waiting": []}
-    options = {"planner": "even", "fleet": NetFleet(lab), "recovery": Recovery()}
+    options: dict[str, Any] = {"planner": "even", "fleet": NetFleet(lab), "recovery": Recovery()}
     prompt = [5 + i % 300 for i in range(512)]
     with launch_engine(model=tmp_path, devices=2, **options) as engine:
         even, whole, turned = engine.placement, _gathered(engine), _turned(engine)
 
         def error_of(after: Placement, stream: Generator[int, None, None] | None = None) -> float:
             before, move = engine.placement, engine.migrate(after)
-            for _ in stream or ():
-                if move.done.is_set():
-                    stream.close()
+            if stream is not None:
+                for _ in stream:
+                    if move.done.is_set():
+                        stream.close()
             assert move.done.wait(30) and move.error is None
             return _predicted_s(engine, before, after, move) / move.copy_s - 1
 
@@ -127,7 +129,7 @@ def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_
             errors["all, waiting"] = [error_of(after) for after in (turned, even)]
         engine.forget(1 << 20)
         for after in (whole, even, whole):
-            stream = engine.stream(prompt, Sampling(max_new_tokens=400))
+            stream = cast("Generator[int, None, None]", engine.stream(prompt, Sampling(max_new_tokens=400)))
             for _ in range(3):
                 next(stream)
             with _shaped(lab):

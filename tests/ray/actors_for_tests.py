@@ -39,7 +39,7 @@ class Owner:
         """Start one idle device; returns its process id."""
         import actors.fleet  # brings torch, which idle devices do without
 
-        actors.fleet.EdgeActor = Idle
+        actors.fleet.EdgeActor = Idle  # type: ignore[attr-defined,assignment]  # in the place of the real one
         topology = Topology.uniform(1)
         self.fleet = actors.fleet.RayFleet()
         self.fleet.start(topology.devices)

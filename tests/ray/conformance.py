@@ -189,7 +189,7 @@ class Conformance:
             assert (route.exchanges_per_token, *counted) == by_hand
 
     def test_a_seed_gives_the_samples_of_transformers(self, model, engine):
-        choice = {"temperature": 1.3, "top_k": 50, "top_p": 0.95}
+        choice: dict[str, Any] = {"temperature": 1.3, "top_k": 50, "top_p": 0.95}
         torch.manual_seed(11)
         wanted = expected(model[0], do_sample=True, **choice)
         sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=11, **choice)

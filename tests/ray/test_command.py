@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from actors.__main__ import Interrupt, _stay, main
 from actors.cluster import Membership
 from actors.roster import pieces
+from splitray.runtime.fleet import ThreadFleet
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = {"memory_bytes": 1e9, "compute_flops": 1e10, "memory_bandwidth_bytes_per_s": 1e10}
@@ -85,10 +87,14 @@ def test_it_generates_over_three_nodes_and_each_device_sits_where_its_resource_i
     for device, values in document["devices"].items():
         assert values["weight_bytes"] > 0 and any(p.startswith("layers [0, ") for p in values["pieces"])
         assert f"{device}: node {values['node_ip']}" in err and f"process {values['pid']}" in err
-        assert eventually(lambda pid=values["pid"]: not psutil.pid_exists(pid))
+        assert eventually(partial(_ended, values["pid"]))
 
 
-class DyingFleet:
+def _ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid)
+
+
+class DyingFleet(ThreadFleet):
     """Says at its second look that a device has died."""
 
     looks = 0

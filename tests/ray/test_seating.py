@@ -8,7 +8,7 @@ import pytest
 
 from actors.seating import demand, find_seats, no_room
 from splitray.errors import InputError
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 EDGE0, EDGE1, CLOUD0 = Topology.uniform(3, num_edges=2).devices
 SEATED = {
@@ -41,14 +41,14 @@ SEATED = {
 def test_devices_sit_where_the_nodes_offer(nodes: dict[str, dict[str, float]], seats: dict[str, str] | None) -> None:
     free = {node: {"CPU": 2.0} | amounts for node, amounts in nodes.items()}
     offered = {name: sum(f.get(name, 0) for f in free.values()) for f in free.values() for name in f}
-    demands = {d.id: demand(d, offered, num_cpus=0.01) for d in (EDGE0, EDGE1, CLOUD0)}
+    demands = {str(d.id): demand(d, offered, num_cpus=0.01) for d in (EDGE0, EDGE1, CLOUD0)}
     assert find_seats(demands, free) == seats
 
 
 def test_a_device_on_cuda_sits_where_a_gpu_is_and_chooses_first() -> None:
     free = {"n1": {"CPU": 2, "edge": 1, "GPU": 1}, "n2": {"CPU": 2, "edge": 1}}
     devices = (EDGE0, replace(EDGE1, torch_device="cuda"))
-    demands = {d.id: demand(d, {"edge": 2, "GPU": 1}, num_cpus=0.01) for d in devices}
+    demands = {str(d.id): demand(d, {"edge": 2, "GPU": 1}, num_cpus=0.01) for d in devices}
     assert find_seats(demands, free) == {"edge0": "n2", "edge1": "n1"}
 
 
@@ -59,7 +59,7 @@ def test_a_numbered_gpu_is_refused_because_ray_numbers_them_itself() -> None:
 
 
 def test_a_device_named_as_a_resource_of_rays_own_does_not_claim_it() -> None:
-    assert demand(replace(EDGE0, id="GPU"), {"GPU": 4, "CPU": 8}, num_cpus=0.01) == {"CPU": 0.01}
+    assert demand(replace(EDGE0, id=DeviceId("GPU")), {"GPU": 4, "CPU": 8}, num_cpus=0.01) == {"CPU": 0.01}
 
 
 def test_the_refusal_says_who_wants_what_and_what_there_is() -> None:

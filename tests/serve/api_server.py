@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -32,12 +33,13 @@ class Served:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=HTTP)
+        http: Any = HTTP  # openai takes a client of httpx too; its types name only the one of httpx2
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http)
 
-    def post(self, path: str, **options: object) -> httpx.Response:
+    def post(self, path: str, **options: Any) -> httpx.Response:
         return HTTP.post(f"{self.url}{path}", **options)
 
-    def events(self, path: str, body: dict[str, object]) -> list[str]:
+    def events(self, path: str, body: dict[str, Any]) -> list[str]:
         """The data of each event of a streamed answer."""
         with HTTP.stream("POST", f"{self.url}{path}", json=body) as answer:
             assert answer.status_code == 200

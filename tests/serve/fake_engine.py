@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from splitray.runtime.sampling import Sampling
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -53,7 +56,7 @@ class Run:
     """What one generation was asked and how it ended."""
 
     prompt_ids: list[int]
-    sampling: object
+    sampling: Sampling
     num_out: int = 0
     ended: bool = False
     closed_early: bool = False
@@ -61,7 +64,7 @@ class Run:
 
 @dataclass
 class FakeEngine:
-    """`reply` is the text answered to a prompt; `say` may give the ids directly."""
+    """`reply` is the text answered to a prompt; `say` may give the ids directly. `tokenizer` may be None."""
 
     reply: Callable[[str], str] = lambda prompt: prompt.upper()
     say: Callable[[list[int]], list[int]] | None = None
@@ -69,7 +72,7 @@ class FakeEngine:
     delay_s: float = 0.0
     error_before: Exception | None = None
     error_after: tuple[int, Exception] | None = None
-    tokenizer: PreTrainedTokenizerFast | None = field(default_factory=byte_tokenizer)
+    tokenizer: Any = field(default_factory=byte_tokenizer)
     runs: list[Run] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     closed: bool = False
@@ -86,7 +89,7 @@ class FakeEngine:
         ids = self.tokenizer(self.reply(self.tokenizer.decode(prompt_ids)))["input_ids"]
         return [*ids, self.tokenizer.eos_token_id] if self.ends else ids * 100
 
-    def stream(self, prompt_ids: list[int], sampling: object) -> Iterator[int]:
+    def stream(self, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
         self.threads.add(threading.get_ident())
         run = Run(prompt_ids, sampling)
         self.runs.append(run)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_server import HTTP, Served, serving, wait_for
 from fake_engine import CONTEXT_TOKENS, FakeEngine
 
-CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION = {"model": "fake", "prompt": "hi", "max_tokens": 30}
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "fake", "prompt": "hi", "max_tokens": 30}
 
 
 def test_a_completion_has_the_shape_the_client_parses(served: Served) -> None:
@@ -18,6 +19,7 @@ def test_a_completion_has_the_shape_the_client_parses(served: Served) -> None:
         {"finish_reason": "stop", "index": 0, "logprobs": None, "text": "THE CAT"}
     ]
     run = served.engine.runs[0]
+    assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(run.prompt_ids)
     assert answer.usage.completion_tokens == run.num_out
     assert answer.usage.total_tokens == len(run.prompt_ids) + run.num_out
@@ -37,15 +39,13 @@ def test_a_chat_answer_has_the_shape_the_client_parses(served: Served) -> None:
 
 
 def test_the_dialogue_goes_through_the_models_chat_template(served: Served) -> None:
-    served.client.chat.completions.create(
-        model="fake",
-        messages=[
-            {"role": "developer", "content": "be brief"},
-            {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
-            {"role": "assistant", "content": "three", "refusal": None, "tool_calls": None},
-            {"role": "user", "content": "four", "name": "ann"},
-        ],
-    )
+    messages: Any = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "three", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "four", "name": "ann"},
+    ]
+    served.client.chat.completions.create(model="fake", messages=messages)
     assert served.engine.tokenizer.decode(served.engine.runs[0].prompt_ids) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none two<|im_end|>\n"
         "<|im_start|>assistant\nthree<|im_end|>\n<|im_start|>user\nfour<|im_end|>\n<|im_start|>assistant\n"
@@ -54,11 +54,11 @@ def test_the_dialogue_goes_through_the_models_chat_template(served: Served) -> N
 
 def test_a_streamed_chat_has_role_text_end_usage_and_done_under_one_id(served: Served) -> None:
     served.engine.reply = lambda prompt: "né 🎉"
-    *chunks, done = served.events(
+    *events, done = served.events(
         "/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
     )
     assert done == "[DONE]"
-    chunks = [json.loads(c) for c in chunks]
+    chunks = [json.loads(e) for e in events]
     assert {(c["id"], c["object"], c["created"], c["model"]) for c in chunks} == {
         (chunks[0]["id"], "chat.completion.chunk", chunks[0]["created"], "fake")
     }
@@ -100,7 +100,7 @@ def test_streamed_and_whole_answers_say_the_same(served: Served) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["the cat", ["the cat"], "IDS", ["IDS"]], ids=str)
-def test_the_four_shapes_of_a_prompt_mean_the_same(served: Served, prompt: object) -> None:
+def test_the_four_shapes_of_a_prompt_mean_the_same(served: Served, prompt: Any) -> None:
     ids = served.engine.tokenizer("the cat")["input_ids"]
     prompt = {"IDS": ids, "['IDS']": [ids]}.get(str(prompt), prompt)
     answer = served.client.completions.create(model="fake", prompt=prompt, max_tokens=30)
@@ -112,7 +112,7 @@ def test_several_prompts_are_several_choices_streamed_too(served: Served) -> Non
     prompts = ["one", "two", "three"]
     answer = served.client.completions.create(model="fake", prompt=prompts, max_tokens=30)
     assert [(c.index, c.text) for c in answer.choices] == [(0, "ONE"), (1, "TWO"), (2, "THREE")]
-    assert answer.usage.completion_tokens == sum(r.num_out for r in served.engine.runs)
+    assert answer.usage is not None and answer.usage.completion_tokens == sum(r.num_out for r in served.engine.runs)
     texts = ["", "", ""]
     for chunk in served.client.completions.create(model="fake", prompt=prompts, max_tokens=30, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
@@ -156,6 +156,7 @@ def test_the_checkpoint_may_name_other_ends_than_the_tokenizer(tmp_path: Path, c
 def test_the_limit_ends_with_length_and_the_end_of_sequence_with_stop(served: Served) -> None:
     served.engine.ends = False
     answer = served.client.completions.create(model="fake", prompt="the cat", max_tokens=4)
+    assert answer.usage is not None
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 4)
     chunks = list(served.client.completions.create(model="fake", prompt="the cat", max_tokens=4, stream=True))
     assert chunks[-1].choices[0].finish_reason == "length"

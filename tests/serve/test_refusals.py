@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -12,19 +14,19 @@ from serve_apps.engine_queue import EngineQueue
 from serve_apps.service import TextService
 from splitray.errors import DeviceLost, InputError
 
-CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION = {"model": "fake", "prompt": "hi"}
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "fake", "prompt": "hi"}
 
 
 @pytest.fixture(scope="module")
-def refusing() -> object:
+def refusing() -> Iterator[Served]:
     """One server for the whole table: nothing here reaches the engine."""
     with serving(FakeEngine()) as served:
         yield served
         assert served.engine.runs == []
 
 
-def error_of(answer: httpx.Response, status: int) -> dict[str, object]:
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"error"}
     error = answer.json()["error"]
@@ -139,7 +141,7 @@ def test_a_bad_chat_request_is_a_400_that_names_the_parameter(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_past_the_context_says_so_to_the_client(refusing: Served, stream: bool) -> None:
-    messages = [{"role": "user", "content": "x" * 500}]
+    messages: Any = [{"role": "user", "content": "x" * 500}]
     with pytest.raises(openai.BadRequestError, match=f"context is {CONTEXT_TOKENS} tokens") as refused:
         refusing.client.chat.completions.create(model="fake", messages=messages, stream=stream)
     assert refused.value.code == "context_length_exceeded"

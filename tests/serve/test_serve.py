@@ -8,6 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -75,7 +76,7 @@ def greedy() -> str:
 
 
 def test_the_client_gets_transformers_greedy_text_whole_and_streamed(client: openai.OpenAI, greedy: str) -> None:
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": NUM_NEW, "temperature": 0}
+    body: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": NUM_NEW, "temperature": 0}
     answer = client.completions.create(**body)
     assert answer.choices[0].text == greedy
     chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
@@ -87,7 +88,7 @@ def test_the_client_gets_transformers_greedy_text_whole_and_streamed(client: ope
 def test_chat_models_health_and_refusals_pass_through_serve(client: openai.OpenAI, url: str) -> None:
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-    messages = [{"role": "user", "content": "hello"}]
+    messages: Any = [{"role": "user", "content": "hello"}]
     stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, stream=True)
     assert [c.choices[0].delta.role for c in stream][0] == "assistant"
     with pytest.raises(openai.BadRequestError) as refused:
@@ -111,6 +112,7 @@ def test_a_client_that_leaves_does_not_block_the_next(client: openai.OpenAI, gre
 def test_stats_tell_what_the_last_run_cost_and_who_holds_what(client: openai.OpenAI, url: str) -> None:
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NUM_NEW, temperature=0)
     stats = httpx.get(f"{url}/v1/stats").json()
+    assert answer.usage is not None
     assert stats["run"]["new_tokens"] == answer.usage.completion_tokens
     assert stats["run"]["bytes_per_token"] > 0
     assert stats["exchanges_per_token"] == 26  # 12 layers partitioned on two devices, and the head
@@ -119,7 +121,7 @@ def test_stats_tell_what_the_last_run_cost_and_who_holds_what(client: openai.Ope
 
 
 def test_a_request_whose_device_dies_goes_on_and_its_text_is_unchanged(client: openai.OpenAI, url: str) -> None:
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 300, "temperature": 0.8, "seed": 5}
+    body: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 300, "temperature": 0.8, "seed": 5}
     wanted = client.completions.create(**body).choices[0].text
     for device in ("cloud0", "edge0"):
         pid = _all_there(url)[device]["pid"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-GQA = {
+GQA: dict[str, object] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 40,
@@ -19,10 +19,10 @@ GQA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-HEAD_DIM = {**GQA, "head_dim": 10}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-MHA = {k: v for k, v in GQA.items() if k != "num_key_value_heads"}
-GPT2 = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128, **IDS}
+HEAD_DIM: dict[str, object] = {**GQA, "head_dim": 10}
+IDS: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MHA: dict[str, object] = {k: v for k, v in GQA.items() if k != "num_key_value_heads"}
+GPT2: dict[str, object] = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128, **IDS}
 
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {**GQA, "tie_word_embeddings": True},

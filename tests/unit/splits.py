@@ -20,6 +20,7 @@ from splitray.runtime.device.decode import DecodeLoop
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
+from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
@@ -73,6 +74,18 @@ def split(
         yield engine
 
 
+def report_of(engine: Engine) -> RunReport:
+    """What the last run of an engine cost."""
+    assert engine.report is not None, "it has run"
+    return engine.report
+
+
+def threads_of(engine: Engine) -> ThreadFleet:
+    """The fleet of an engine whose devices are threads."""
+    assert isinstance(engine.fleet, ThreadFleet)
+    return engine.fleet
+
+
 def another(engine: Engine, seed: int) -> Placement:
     """A random placement on the engine's devices."""
     state = ClusterState(arch=engine.arch, topology=engine.topology)
@@ -83,7 +96,9 @@ def moved_while_generating(
     engine: Engine, prompt: list[int], sampling: Sampling, seeds: Iterable[int]
 ) -> tuple[list[int], list[Next]]:
     """Tokens of a run in which placement after placement takes over, and the migrations: every other one with KV."""
-    tokens, done, seeds = [], [], list(seeds)
+    tokens: list[int] = []
+    done: list[Next] = []
+    seeds = list(seeds)
     for token in engine.stream(prompt, sampling):
         tokens.append(token)
         if seeds and (not done or done[-1].done.is_set()):
