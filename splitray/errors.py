@@ -18,6 +18,11 @@ class InputError(ValueError):
         return (_rebuild, (type(self), self.what, self.expected, self.actual, self.remedy))
 
 
+def unwritable(what: str, error: OSError, *, expected: str = "a folder that can be written") -> InputError:
+    """The error for a folder (or what else is expected) that a user names and that cannot be written."""
+    return InputError(what, expected=expected, actual=error, remedy="give another one")
+
+
 def _rebuild(cls: type[InputError], what: str, expected: str, actual: str, remedy: str) -> InputError:
     return cls(what, expected=expected, actual=actual, remedy=remedy)
 
@@ -42,6 +47,12 @@ class TopologyError(InputError):
 
 class ModelError(InputError):
     """A checkpoint or an architecture that cannot be run exactly."""
+
+
+def unsplittable(what: str, expected: str, actual: object) -> ModelError:
+    """The error for an architecture that cannot be split exactly."""
+    remedy = "this architecture cannot be split; use another model"
+    return ModelError(what, expected=expected, actual=actual, remedy=remedy)
 
 
 class DeviceLost(RuntimeError):  # noqa: N818 - a noun: a state of the world, not a slip of the user

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NewType
@@ -13,6 +13,16 @@ from splitray.catalog import DEVICES, LINKS, device_values, link_values
 from splitray.errors import TopologyError, did_you_mean
 
 DeviceId = NewType("DeviceId", str)
+_RATES = ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
+_COSTS = ("idle_w", "active_w", "radio_w", "price_per_s", "launch_s")
+_CORRECT = "correct it, or run `splitray profile`"
+_LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str, str], ...] = (
+    (("tier",), lambda v: v in ("edge", "cloud"), "edge or cloud", "set tier to edge or cloud"),
+    (_RATES, lambda v: v > 0, "a number above 0", "give the device's {}"),
+    (("compute_efficiency", "memory_efficiency"), lambda v: 0 < v <= 1, "a share of the peak: above 0 to 1", _CORRECT),
+    (_COSTS, lambda v: v >= 0, "0 or more", "give the device's {}"),
+)
+"""What the fields of a device must be: their names, the check, what is expected and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,37 +51,11 @@ class Device:
     model_path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tier not in ("edge", "cloud"):
-            raise TopologyError(
-                f"device {self.id}: tier",
-                expected="edge or cloud",
-                actual=self.tier,
-                remedy="set tier to edge or cloud",
-            )
-        for name in ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s"):
-            if not getattr(self, name) > 0:
-                raise TopologyError(
-                    f"device {self.id}: {name}",
-                    expected="a number above 0",
-                    actual=getattr(self, name),
-                    remedy=f"give the device's {name}",
-                )
-        for name in ("compute_efficiency", "memory_efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise TopologyError(
-                    f"device {self.id}: {name}",
-                    expected="a fraction of the peak rate, above 0 and at most 1",
-                    actual=getattr(self, name),
-                    remedy="correct it, or run `splitray profile`",
-                )
-        for name in ("idle_w", "active_w", "radio_w", "price_per_s", "launch_s"):
-            if not getattr(self, name) >= 0:
-                raise TopologyError(
-                    f"device {self.id}: {name}",
-                    expected="0 or more",
-                    actual=getattr(self, name),
-                    remedy=f"give the device's {name}",
-                )
+        for names, fits, expected, remedy in _LIMITS:
+            for name in names:
+                if not fits(value := getattr(self, name)):
+                    what = f"device {self.id}: {name}"
+                    raise TopologyError(what, expected=expected, actual=value, remedy=remedy.format(name))
         self._check_sharing()
 
     def _check_sharing(self) -> None:
@@ -88,7 +72,7 @@ class Device:
                 f"device {self.id}: shared_bandwidth_bytes_per_s",
                 expected=f"above 0 and at most what it reads alone ({own:g})",
                 actual=shared,
-                remedy="correct it, or run `splitray profile`",
+                remedy=_CORRECT,
             )
 
 
@@ -243,6 +227,13 @@ class Topology:
         return Topology(devices=devices, links=links, origin=devices[0].id)
 
     @staticmethod
+    def pair(edge: str, cloud: str = "a100-80gb", *, link: str = "lte", origin_holds: str = "none") -> Topology:
+        """One edge device and one cloud device of the catalogue, `edge` and `cloud`, over one of its links."""
+        devices = [{"id": "edge", "tier": "edge", "catalog": edge}, {"id": "cloud", "tier": "cloud", "catalog": cloud}]
+        links = [{"between": ["edge", "cloud"], "catalog": link}]
+        return parse_topology({"origin_holds": origin_holds, "devices": devices, "links": links})
+
+    @staticmethod
     def load(path: str | Path) -> Topology:
         """Read a topology file (YAML or JSON).
 
@@ -298,9 +289,7 @@ def _device(entry: Any, where: str) -> Device:
     name = values.pop("catalog", None)
     if name is not None:
         values = {**device_values(_known_name(name, DEVICES, where)), **values}
-    missing = [
-        k for k in ("id", "tier", "memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s") if k not in values
-    ]
+    missing = [k for k in ("id", "tier", *_RATES) if k not in values]
     if missing:
         raise TopologyError(
             where,
@@ -378,11 +367,11 @@ def _list(document: dict[str, Any], key: str) -> list[Any]:
 
 
 def _number(value: Any, where: str) -> float:
+    remedy = "write a number in SI units, such as 1.5e9"
+    wrong = TopologyError(where, expected="a number", actual=repr(value), remedy=remedy)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TopologyError(where, expected="a number", actual=repr(value), remedy="write a number in SI units")
+        raise wrong
     try:
         return float(value)
     except ValueError as error:
-        raise TopologyError(
-            where, expected="a number", actual=repr(value), remedy="write a number in SI units, such as 1.5e9"
-        ) from error
+        raise wrong from error

@@ -85,7 +85,9 @@ def bench(
     if as_json:
         print_json(document)
     else:
-        table(Console(width=max(110, Console().width), highlight=False), document)
+        console = Console(width=max(110, Console().width), highlight=False)
+        table(console, document)
+        console.print(f"load before the run      {document['machine']['load_before']:.2f}")
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -55,11 +55,12 @@ def perplexity(
 
     codecs, channels, placements = codec or ["none"], channel or ["none"], placement or []
     console = Console(highlight=False)
+    scoring: dict[str, Any] = {
+        "model": model, "text": text, "dtype": dtype, "seed": seed, "window": window, "stride": stride,
+        "tokens": tokens, "masks": masks,
+    }  # fmt: skip
     if out is not None:
-        wanted = SweepRequest(
-            model=model, text=text, out=out, cuts=cut, placements=placements, channels=channels, codecs=codecs,
-            dtype=dtype, seed=seed, window=window, stride=stride, tokens=tokens, masks=masks,
-        )  # fmt: skip
+        wanted = SweepRequest(**scoring, out=out, cuts=cut, placements=placements, channels=channels, codecs=codecs)
         with stdout_kept(as_json), bar(Console(stderr=True), "Measuring") as tell:
             measured = sweep(wanted, tell=tell)
         if as_json:
@@ -69,9 +70,8 @@ def perplexity(
             console.print(table)
         return
     request = PerplexityRequest(
-        model=model, text=text, cut=single_cut(cut), placement=single("placement", placements),
-        codec=single("codec", codecs) or "none", channel=single("channel", channels) or "none", dtype=dtype, seed=seed,
-        window=window, stride=stride, tokens=tokens, masks=masks,
+        **scoring, cut=single_cut(cut), placement=single("placement", placements),
+        codec=single("codec", codecs) or "none", channel=single("channel", channels) or "none",
     )  # fmt: skip
     with stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin:
         document = run(request, progress=spin)

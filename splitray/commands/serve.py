@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.text import Text
 
 from splitray.commands import options
-from splitray.errors import InputError
 from splitray.local_ray import StartFailed, free_port, private_ray, served
 from splitray.report.progress import progress
 
@@ -41,20 +40,14 @@ def serve(
     with progress(watcher, "Reading the model"):
         from splitray.planners import make_planner
         from splitray.report.picture import placement_picture
-        from splitray.runtime.launch import decide, read_model, read_tokenizer, read_topology
+        from splitray.runtime.launch import decide, needed_tokenizer, read_model, read_topology
 
         where = read_topology(topology, devices)
         arch, _, _ = read_model(model)
         if replan is not None:
             make_planner(replan)  # a wrong name is refused before anything starts
         chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed)
-        if read_tokenizer(model) is None:
-            raise InputError(
-                "--model",
-                expected="a model with a tokenizer",
-                actual=f"none in {model}",
-                remedy="put the tokenizer's files beside the weights",
-            )
+        needed_tokenizer(model)
     console.print(placement_picture(chosen, arch, where))
     arguments: dict[str, Any] = {
         "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,

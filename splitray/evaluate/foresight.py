@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import numpy as np
 
-from splitray.evaluate.options import Tell
+from splitray.evaluate.options import Tell, shared_out
 from splitray.report.document import Cell as Entry
 from splitray.report.document import Number, Table
 from splitray.rl.policy_planner import SHIPPED
@@ -33,7 +29,7 @@ def clairvoyance(tell: Tell, workers: int) -> Table:
     rows: list[tuple[Entry, ...]] = []
     logs: list[float] = []
     tell("a planner that knows the future")
-    for (cell, load), (usual, ours, best) in zip(jobs, _mapped(_one, jobs, workers), strict=True):
+    for (cell, load), (usual, ours, best) in zip(jobs, shared_out(_one, jobs, workers), strict=True):
         logs.append(float(np.log(ours / best)))
         numbers = [Number(x, "s", "simulated") for x in (usual, ours, best)]
         rows.append((f"{cell.name} {load:.0%}", *numbers, Number(ours / best, "ratio", "simulated")))
@@ -47,15 +43,6 @@ def clairvoyance(tell: Tell, workers: int) -> Table:
         "and requests that will come, all edges of a cloud alike, and goes on with the best one: no bound, but what "
         "foresight and agreement are worth.",
     )
-
-
-def _mapped(
-    one: Callable[[tuple[Cell, float]], tuple[float, float, float]], jobs: list[tuple[Cell, float]], workers: int
-) -> list[tuple[float, float, float]]:
-    if workers == 1:
-        return [one(job) for job in jobs]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(one, jobs))
 
 
 def _one(job: tuple[Cell, float]) -> tuple[float, float, float]:

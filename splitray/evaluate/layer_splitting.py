@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -36,11 +35,9 @@ from splitray.model.reading import read_config
 from splitray.quality.surrogate import shipped_surrogate
 from splitray.quality.table import shipped_quality
 from splitray.report.document import Cell, Number, Report, Table
+from splitray.rl.split_point.quality import Noise
+from splitray.rl.split_point.recipe import SplitRecipe
 from splitray.runtime.launch import model_path
-
-if TYPE_CHECKING:
-    from splitray.rl.split_point.quality import Noise
-    from splitray.rl.split_point.recipe import SplitRecipe
 
 SEEDS, STEPS, TIMED = 5, 24_000, 200
 PAPER_REWARD, PAPER_SURROGATE_REWARD = 2.9736, 2.9663
@@ -74,9 +71,6 @@ def run(
     Raises:
         InputError: the shipped table cannot be used.
     """
-    from splitray.rl.split_point.quality import Noise
-    from splitray.rl.split_point.recipe import SplitRecipe
-
     started = time.perf_counter()
     table, surrogate = shipped_quality(), shipped_surrogate()
     both = table, shipped_quality("tiny-neox")
@@ -90,17 +84,14 @@ def run(
     reward = timed_reward(table, timed)
     plots = {"figure_3": figure_3(both)}
     tables = [*map(strengths, both), monotone(both), *(programs(runs, base) for base in bases.values())]
-    plots["figure_5"], found = figure_5(runs, sigma)
-    tables.append(found)
+    plots["figure_5"], learned = figure_5(runs, sigma)
     plots["figure_6"], compared = figure_6(runs, bases)
-    tables += compared
     plots["figure_7"], correlated, rho = figure_7(runs, bases)
-    tables.append(correlated)
+    tables += [learned, *compared, correlated]
     if swept:
-        plots["figure_8"], found = figure_8(runs, sigma)
-        tables.append(found)
-        plots["figure_9"], found = figure_9(runs, sigma)
-        tables.append(found)
+        for name, figure in (("figure_8", figure_8), ("figure_9", figure_9)):
+            plots[name], found = figure(runs, sigma)
+            tables.append(found)
     tables.append(_table_3(runs, bases, reward, peak))
     tables.insert(0, _targets(runs, bases, reward, peak, rho))
     tables.append(Table("Where we deviate from the paper", ("",), tuple((d,) for d in DEVIATIONS)))
@@ -144,15 +135,13 @@ def _table_3(runs: Runs, bases: dict[Noise, SplitRecipe], reward: TimedReward, p
         with_it, without = runs.of(base), replace(base, rewards="measured")
         learning = float(np.mean([r.seconds for r in with_it]))
         slow = learning + base.steps * reward.seconds
-        rows.append(
-            (f"{noise}, without surrogate", spread([j.returns.mean() for j in runs.learned(without)]),
-             Number(slow, "s", "predicted", f"{slow / 86400:.1f} days, extrapolated"),
-             Number(reward.peak_bytes, "B", "measured"))
-        )  # fmt: skip
-        rows.append(
-            (f"{noise}, with surrogate", spread([j.returns.mean() for j in runs.learned(base)]),
-             Number(learning, "s", "measured"), Number(peak_bytes, "B", "measured"))
-        )  # fmt: skip
+        told = Number(slow, "s", "predicted", f"{slow / 86400:.1f} days, extrapolated")
+        for name, recipe, seconds, peak in (
+            ("without", without, told, reward.peak_bytes),
+            ("with", base, Number(learning, "s", "measured"), peak_bytes),
+        ):
+            mean = spread([j.returns.mean() for j in runs.learned(recipe)])
+            rows.append((f"{noise}, {name} surrogate", mean, seconds, Number(peak, "B", "measured")))
     return Table(
         "With and without surrogate (Table 3)",
         ("", "mean sum of rewards", "training", "memory"),
@@ -169,10 +158,10 @@ def _targets(
 ) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for noise, base in bases.items():
-        found = {name: _mean([j.returns.mean() for j in js]) for name, js in policies(runs, base).items()}
+        found = {name: float(np.mean([j.returns.mean() for j in js])) for name, js in policies(runs, base).items()}
         ours, share = found["PPO, surrogate"], found["PPO, surrogate"] / found["optimal"]
         apart = abs(ours / found["PPO, measured"] - 1)
-        learning_s = _mean([r.seconds for r in runs.of(base)])
+        learning_s = float(np.mean([r.seconds for r in runs.of(base)]))
         faster = (learning_s + base.steps * reward.seconds) / learning_s
         rows += [
             (f"{noise}: PPO with the surrogate over the optimum", "97.5 %", _share(share), _met(share, 0.975)),
@@ -210,10 +199,6 @@ def _targets(
 
 def _peak_bytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
 
 
 def _plain(value: float) -> Number:

@@ -12,6 +12,7 @@ import numpy as np
 
 from splitray.channel import NoisyChannel
 from splitray.profiling.codec_loss import held_out
+from splitray.profiling.perplexity import Scoring
 from splitray.profiling.sweep import PerplexityMeter
 from splitray.quality.table import QualityTable
 from splitray.report.quantities import seconds_text
@@ -35,9 +36,15 @@ def timed_reward(table: QualityTable, count: int) -> TimedReward:
         text = Path(folder) / "text.txt"
         text.write_text(held_out(), encoding="utf-8")
         meter = PerplexityMeter(
-            model=table.model, text=str(text), window=table.window, stride=table.stride, tokens=tokens + 1,
-            masks=REWARD_MASKS,
-        )  # fmt: skip
+            Scoring(
+                model=table.model,
+                text=str(text),
+                window=table.window,
+                stride=table.stride,
+                tokens=tokens + 1,
+                masks=REWARD_MASKS,
+            )
+        )
         scored = len(meter.exact_T) * REWARD_MASKS
         seconds = []
         for i in range(count):

@@ -19,7 +19,6 @@ from splitray.catalog import architecture
 from splitray.errors import InputError
 from splitray.evaluate.options import Options, Tell
 from splitray.evaluate.stream import Copying, Stream, StreamPrices, TracedLink, at_rate
-from splitray.evaluate.traces import edge_and_cloud
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
@@ -27,6 +26,7 @@ from splitray.report.document import Cell, Number, Report, Table
 from splitray.runtime.engine.controller import Action, Allowance, Gate, next_action, weighed
 from splitray.runtime.engine.monitor import CHANGE, SOONEST_S, probe_period_s
 from splitray.sim.traces import Trace, read_trace
+from splitray.topology import Topology
 
 EDGE, MODEL, HOLDS, LINK = "jetson-orin-nx-16gb", "gpt2-xl", "embedding_and_head", "wan"
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 128
@@ -246,7 +246,7 @@ def run(options: Options, tell: Tell) -> Report:
         InputError: no traces, or one that cannot be used.
     """
     started = time.perf_counter()
-    arch, topology = architecture(MODEL), edge_and_cloud(EDGE, HOLDS, link=LINK)
+    arch, topology = architecture(MODEL), Topology.pair(EDGE, link=LINK, origin_holds=HOLDS)
     prices = StreamPrices(arch, topology)
     traces = {spec.rpartition("/")[2]: read_trace(spec) for spec in options.traces}
     varied = {n: t for n, t in traces.items() if variation(t) > VARIES}

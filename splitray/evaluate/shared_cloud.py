@@ -8,17 +8,15 @@ decide one after the other, and each sees how many others are there (`sim/crowd.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from splitray.evaluate.options import Options, Tell
+from splitray.evaluate.options import Options, Tell, shared_out
 from splitray.evaluate.traces import EDGES, HOLDS, MODELS
 from splitray.planners.protocol import RequestShape
 from splitray.rl.world.cell import USUAL, Cell, references
@@ -27,7 +25,7 @@ from splitray.sim.arena import Case, run
 from splitray.sim.network import varied
 from splitray.sim.outcome import Outcome, drift_p
 from splitray.sim.scenario import Scenario, edge_cloud_links
-from splitray.sim.workload import Requests, dealt, read_requests
+from splitray.sim.workload import dealt, read_requests
 
 Floats = NDArray[np.float64]
 What = Literal["mean", "p95", "edge_j", "energy_j"]
@@ -147,15 +145,10 @@ def load_cells(
         for edge in edges for model in models for pins in holds for load in loads
     ]  # fmt: skip
     one = partial(load_cell, options=options, planners=planners, seeds=seeds)
-    if options.workers == 1:
-        for i, (cell, load) in enumerate(jobs):
-            tell(f"cell {i + 1} of {len(jobs)}, {cell.name}, the cloud loaded by {load:.0%}")
-            yield one((cell, load))
-        return
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        for i, found in enumerate(pool.map(one, jobs)):
-            tell(f"{i + 1} of {len(jobs)} cells")
-            yield found
+    tell(f"the first of {len(jobs)} cells")
+    for i, found in enumerate(shared_out(one, jobs, options.workers)):
+        tell(f"{i + 1} of {len(jobs)} cells are done, the last one {found.name}")
+        yield found
 
 
 def load_cell(job: tuple[Cell, float], *, options: Options, planners: Sequence[str], seeds: int) -> LoadCell:
@@ -200,7 +193,9 @@ def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[S
     random, from a point of the seed's own, as much closer or further apart as the load takes.
     """
     rng = np.random.default_rng([options.seed, seed, round(load * 100)])
-    recorded = None if options.arrivals is None else _cut(read_requests(options.arrivals), cell.arch.context_tokens)
+    recorded = None
+    if options.arrivals is not None:  # cut as scenarios cut them, so that the load is reckoned with what is served
+        recorded = read_requests(options.arrivals).within(cell.arch.context_tokens)
     shape = USUAL
     if recorded is not None:
         shape = RequestShape(float(recorded.prompt_tokens.mean()), float(recorded.output_tokens.mean()))
@@ -229,9 +224,3 @@ def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[S
             )
         )  # fmt: skip
     return found
-
-
-def _cut(line: Requests, window: int) -> Requests:
-    """As scenarios cut them, so that the load is reckoned with what is served."""
-    prompt = np.minimum(line.prompt_tokens, max(1, window - 1))
-    return Requests(line.arrival_s, prompt, np.minimum(line.output_tokens, np.maximum(1, window - prompt)))

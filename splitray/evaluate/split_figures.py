@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from splitray.evaluate.split_runs import STARTS, Reals, Runs, simulated, spread
 from splitray.quality.table import QualityTable
 from splitray.report.document import Cell, Number, Table
 from splitray.report.split_plots import Curve, curves_plot, decisions_plot, violins_plot
-
-if TYPE_CHECKING:
-    from splitray.rl.split_point.policies import Judged, Policy
-    from splitray.rl.split_point.process import Case
-    from splitray.rl.split_point.quality import Noise
-    from splitray.rl.split_point.recipe import SplitRecipe
+from splitray.rl.split_point.learning import untrained
+from splitray.rl.split_point.policies import Judged, Policy, greedy, optimal, stay, uniform
+from splitray.rl.split_point.process import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, Case, SplitErrata
+from splitray.rl.split_point.quality import Noise
+from splitray.rl.split_point.recipe import SplitRecipe
 
 DECISIONS = 500
 _NOISES = ("loss", "sigma", "awgn")
@@ -107,9 +107,6 @@ def monotone(tables: Sequence[QualityTable]) -> Table:
 
 def programs(runs: Runs, base: SplitRecipe) -> Table:
     """The exact program and simple policies in every variant of the process."""
-    from splitray.rl.split_point.policies import greedy, optimal, stay, uniform
-    from splitray.rl.split_point.process import AS_CODED, AS_CODED_MEASURED, AS_PRINTED, SplitErrata
-
     variants: dict[str, SplitRecipe] = {f"A, u = {u}": replace(base, reach=u) for u in (1, 2, 3, 4)}
     variants |= {"L, u = 1": replace(base, case="L"), "H, u = 1": replace(base, case="H")}
     variants |= {f"{c}, u = 1, channel of its own": replace(base, case=c, channel="exogenous") for c in _CASES}
@@ -138,8 +135,6 @@ def programs(runs: Runs, base: SplitRecipe) -> Table:
 
 def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
     """Fig. 5: PPO, A2C and DQN in the cases L, H and A, beside the optimum."""
-    from splitray.rl.split_point.policies import optimal
-
     rows: list[tuple[Cell, ...]] = []
     panels, levels = {}, {}
     for case in _CASES:
@@ -162,9 +157,6 @@ def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
 
 def policies(runs: Runs, base: SplitRecipe) -> dict[str, list[Judged]]:
     """What each policy got in case A, for every seed where seeds matter."""
-    from splitray.rl.split_point.learning import untrained
-    from splitray.rl.split_point.policies import greedy, optimal, stay, uniform
-
     truth = runs.truth(base)
     one = partial(runs.judged, base)
 
@@ -204,8 +196,6 @@ def figure_6(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, li
 
 def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Table, dict[Noise, float]]:
     """Decisions against the channel; also Spearman's rho of PPO by channel."""
-    from splitray.rl.split_point.policies import optimal
-
     panels: dict[str, tuple[str, Reals, Reals]] = {}
     rows: list[tuple[Cell, ...]] = []
     rho: dict[Noise, float] = {}
@@ -221,7 +211,8 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
             x, p = (a.T.ravel()[:DECISIONS].astype(float) for a in (found.noise, found.cut))  # whole episodes
             told, chance = _spearman(x, p)
             last, _ = _spearman(found.noise[-1], found.cut[-1])
-            number = Number(told, "", "simulated", f"{told:.2f}, p {_chance(chance)}")
+            p_value = "< 0.001" if chance < 0.001 else f"{chance:.3f}"
+            number = Number(told, "", "simulated", f"{told:.2f}, p {p_value}")
             rows.append((noise, name, number, simulated(last)))
             if name.startswith("PPO"):
                 rho[noise] = told
@@ -238,8 +229,6 @@ def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Ta
 
 def figure_8(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
     """Fig. 8: actions that move the cut by at most u = 1, 2 or 3 layers."""
-    from splitray.rl.split_point.policies import optimal
-
     recipes = {f"u = {u}": replace(base, reach=u) for u in (1, 2, 3)}
     rows: list[tuple[Cell, ...]] = []
     levels = {}
@@ -272,13 +261,7 @@ def figure_9(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
 
 def _spearman(x: Reals, p: Reals) -> tuple[float, float]:
     """Correlation of ranks, and the chance of more by accident; 0 where all cuts are one."""
-    from scipy.stats import spearmanr
-
     if np.ptp(p) == 0:
         return 0.0, 1.0
     told = spearmanr(x, p)
     return float(told.statistic), float(told.pvalue)
-
-
-def _chance(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,12 @@ from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import QualityTable
 from splitray.report.document import Number
 from splitray.report.split_plots import Curve
-
-if TYPE_CHECKING:
-    from splitray.rl.split_point.network import SplitNetwork
-    from splitray.rl.split_point.policies import Judged, Policy
-    from splitray.rl.split_point.process import SplitPoint, States
-    from splitray.rl.split_point.quality import MeasuredQuality, Noise
-    from splitray.rl.split_point.recipe import SplitRecipe
+from splitray.rl.split_point.learning import train
+from splitray.rl.split_point.network import SplitNetwork
+from splitray.rl.split_point.policies import Judged, Policy, judge
+from splitray.rl.split_point.process import SplitPoint, States
+from splitray.rl.split_point.quality import MeasuredQuality, Noise, learned_from
+from splitray.rl.split_point.recipe import SplitRecipe
 
 Reals = NDArray[np.float64]
 STARTS, _STARTS_SEED = 500, 1
@@ -51,8 +49,6 @@ class Runs:
 
     def measured(self, noise: Noise) -> MeasuredQuality:
         """The quality that the measured table states for this kind of noise."""
-        from splitray.rl.split_point.quality import MeasuredQuality
-
         if noise not in self._measured:
             self._measured[noise] = MeasuredQuality.of_table(self.table, noise)
         return self._measured[noise]
@@ -67,8 +63,6 @@ class Runs:
 
     def judged(self, recipe: SplitRecipe, policy: Policy) -> Judged:
         """What a policy gets on the shared starts, judged on the measured table."""
-        from splitray.rl.split_point.policies import judge
-
         return judge(self.truth(recipe), policy, self.starts(recipe))
 
     def of(self, recipe: SplitRecipe) -> list[Run]:
@@ -87,10 +81,6 @@ class Runs:
         return Curve(list(runs[0].steps), [m for m, _ in both], [h for _, h in both])
 
     def _run(self, recipe: SplitRecipe) -> Run:
-        from splitray.rl.split_point.learning import train
-        from splitray.rl.split_point.policies import judge
-        from splitray.rl.split_point.quality import learned_from
-
         key = replace(recipe, name="")
         if key not in self._done:
             self.tell(f"{recipe.name}, seed {recipe.seed}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from splitray.evaluate.foresight import clairvoyance
 from splitray.evaluate.options import Options, Tell
-from splitray.evaluate.shared_cloud import ALONE, LOADS, SEEDS, SIGMA, LoadCell, load_cells, mean_and_interval
+from splitray.evaluate.shared_cloud import ALONE, LOADS, SEEDS, SIGMA, LoadCell, What, load_cells, mean_and_interval
 from splitray.evaluate.trade import trade_of_v
 from splitray.report.document import Cell, Number, Report, Table
 from splitray.report.plots import ratio_plot
@@ -22,6 +22,11 @@ PLANNERS = (
     "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "greedy", "static_cut", "layer_dp", "ucb", *ONLINE,
     OURS, ALONE,
 )  # fmt: skip
+_FIGURES: dict[What, str] = {
+    "mean": "Mean latency of a request, s",
+    "p95": "95th percentile of the latency, s",
+    "edge_j": "Energy of the edge for a request, J",
+}
 _CLEAR = 0.05  # chance below which a difference counts as significant
 _SAME = 1e-3  # relative: as low as
 _FEW = 54  # cells of the whole suite
@@ -59,9 +64,7 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
         },
         tables=(
             targets(cells, ours, others),
-            latencies(cells, planners),
-            tails(cells, planners),
-            energies(cells, planners),
+            *(_table(title, cells, planners, what) for what, title in _FIGURES.items()),
             clairvoyance(tell, options.workers),
             trade,
         ),
@@ -80,8 +83,8 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
         reached = Number(sum(known) / len(known) if known else None, "share", "simulated")
         rows.append((what, wanted, reached, Number(len(known), "count", "simulated")))
 
-    def against(c: LoadCell, other: str, most: float, what: str = "mean") -> bool | None:
-        ratio = c.paired(ours, other, what).ratio  # type: ignore[arg-type]
+    def against(c: LoadCell, other: str, most: float, what: What = "mean") -> bool | None:
+        ratio = c.paired(ours, other, what).ratio
         return None if np.isnan(ratio) else ratio <= most
 
     online = [p for p in ONLINE if p in others]
@@ -125,27 +128,13 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
     )
 
 
-def latencies(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:
-    """Mean latency and its confidence interval, a row a cell; cells where we lose stand among the others."""
-    return _table("Mean latency of a request, s", cells, planners, "mean")
-
-
-def tails(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:
-    """The 95th percentile of the latency."""
-    return _table("95th percentile of the latency, s", cells, planners, "p95")
-
-
-def energies(cells: Sequence[LoadCell], planners: Sequence[str]) -> Table:
-    """Energy of the edge for a request."""
-    return _table("Energy of the edge for a request, J", cells, planners, "edge_j")
-
-
-def _table(title: str, cells: Sequence[LoadCell], planners: Sequence[str], what: str) -> Table:
+def _table(title: str, cells: Sequence[LoadCell], planners: Sequence[str], what: What) -> Table:
+    """Means and their confidence intervals, a row a cell; cells where we lose stand among the others."""
     rows = []
     for c in cells:
         row: list[Cell] = [c.name]
         for p in planners:
-            mean, half = mean_and_interval(c.values(p, what))  # type: ignore[arg-type]
+            mean, half = mean_and_interval(c.values(p, what))
             text = "" if np.isnan(mean) else f"{mean:.3g} ± {half:.2g}"
             row.append(Number(None if np.isnan(mean) else mean, "", "simulated", text))
         rows.append(tuple(row))

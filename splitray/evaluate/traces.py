@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from splitray.catalog import architecture, device_values
+from splitray.catalog import architecture
 from splitray.evaluate.options import Options, Tell
 from splitray.report.document import Cell, Number, Table, Unit
 from splitray.sim.arena import Case
@@ -16,7 +16,7 @@ from splitray.sim.network import arrivals, links_varied
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.service import service_s
-from splitray.topology import Topology, parse_topology
+from splitray.topology import Topology
 
 EDGES = ("jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5")
 MODELS = ("gpt2-xl", "llama-7b", "llama-13b")
@@ -57,20 +57,6 @@ class TraceCell:
         return [(a, b) for a, b in both if _placed(a) and _placed(b)]
 
 
-def edge_and_cloud(edge: str, holds: str, *, link: str = "lte") -> Topology:
-    """One catalogue edge device and an A100 over a catalogue link."""
-    return parse_topology(
-        {
-            "origin_holds": holds,
-            "devices": [
-                {"id": "edge", "tier": "edge", **device_values(edge)},
-                {"id": "cloud", "tier": "cloud", **device_values("a100-80gb")},
-            ],
-            "links": [{"between": ["edge", "cloud"], "catalog": link}],
-        }
-    )
-
-
 def trace_cells(options: Options, tell: Tell) -> Iterator[TraceCell]:
     """Every device by model by privacy setting, simulated one after the other.
 
@@ -83,7 +69,7 @@ def trace_cells(options: Options, tell: Tell) -> Iterator[TraceCell]:
         for edge in EDGES:
             for holds in HOLDS:
                 tell(f"{model} on {edge}, origin holds {holds.replace('_', ' ')}")
-                where = edge_and_cloud(edge, holds)
+                where = Topology.pair(edge, origin_holds=holds)
                 line_rng = np.random.default_rng([options.seed, 1])
                 rate = LOAD / service_s(arch, where, "static_cut")
                 slot_s = max(1.0, REQUESTS / (rate * options.slots)) if options.arrivals is None else 1.0
@@ -131,21 +117,13 @@ def summary(cells: Sequence[TraceCell], holds: str) -> Table:
         p95 = np.array([np.percentile(a.latency_s, 95) / np.percentile(b.latency_s, 95) for a, b in pairs])
         edge = [a.edge_energy_j_per_request for a, _ in pairs]
         decisions = np.concatenate([a.decisions_s for a, _ in pairs])
-        rows.append(
-            (
-                planner,
-                simulated(float(np.exp(np.log(latency).mean())), "ratio"),
-                simulated(latency.min(), "ratio"),
-                simulated(latency.max(), "ratio"),
-                simulated(float(np.exp(np.log(p95).mean())), "ratio"),
-                Number(
-                    None, "", "simulated", f"{(latency > 1 + 1e-9).sum()} of {len(pairs)}, {runs - len(pairs)} unfit"
-                ),
-                simulated(float(np.mean([a.energy_j_per_request for a, _ in pairs])), "J"),
-                simulated(float(np.mean(edge)), "J"),
-                Number(float(decisions.mean()), "s", "measured"),
-            )
-        )
+        slower = f"{(latency > 1 + 1e-9).sum()} of {len(pairs)}, {runs - len(pairs)} unfit"
+        ratios = (np.exp(np.log(latency).mean()), latency.min(), latency.max(), np.exp(np.log(p95).mean()))
+        joules = (np.mean([a.energy_j_per_request for a, _ in pairs]), np.mean(edge))
+        rows.append((
+            planner, *(simulated(r, "ratio") for r in ratios), Number(None, "", "simulated", slower),
+            *(simulated(float(j), "J") for j in joules), Number(float(decisions.mean()), "s", "measured"),
+        ))  # fmt: skip
     return Table(
         f"Against cloud_only, origin holds {holds.replace('_', ' ')}",
         ("planner", "latency", "best", "worst", "p95", "slower than cloud_only", "energy", "edge energy", "decision"),
@@ -183,15 +161,10 @@ def pairwise(cells: Sequence[TraceCell]) -> Table:
         ratio = np.array([mean_of(a, "latency_s") / mean_of(b, "latency_s") for a, b in pairs])
         if not len(ratio):
             continue
-        rows.append(
-            (
-                other,
-                Number(float((ratio > 1 + 1e-6).mean()), "share", "simulated"),
-                simulated(float(np.exp(np.log(ratio).mean())), "ratio"),
-                simulated(ratio.max(), "ratio"),
-                Number(len(ratio), "count", "simulated"),
-            )
-        )
+        share, count = float((ratio > 1 + 1e-6).mean()), len(ratio)
+        ratios = (float(np.exp(np.log(ratio).mean())), ratio.max())
+        told = (simulated(share, "share"), *(simulated(r, "ratio") for r in ratios), simulated(count, "count"))
+        rows.append((other, *told))
     return Table(
         "drift_plus_penalty against each", ("planner", "loses in", "latency ratio", "worst", "runs"), tuple(rows)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from splitray.catalog import architecture, device_values
+from splitray.catalog import architecture
 from splitray.evaluate.traces import mean_of, simulated
 from splitray.report.document import Table
 from splitray.report.plots import trade_plot
@@ -14,7 +14,7 @@ from splitray.sim.arena import run as simulate
 from splitray.sim.network import arrivals
 from splitray.sim.scenario import Scenario
 from splitray.sim.service import service_s
-from splitray.topology import parse_topology
+from splitray.topology import Topology
 
 SWEEP = (1.0, 10.0, 100.0, 1000.0)
 SLOTS = 1200
@@ -23,15 +23,7 @@ SLOTS = 1200
 def trade_of_v(seed: int) -> tuple[Table, Figure]:
     """V over three decades: a frugal phone that the load exceeds, and a hungrier board that is quicker."""
     slots, arch = SLOTS, architecture("gpt2-xl")
-    where = parse_topology(
-        {
-            "devices": [
-                {"id": "edge", "tier": "edge", **device_values("galaxy-s23")},
-                {"id": "cloud", "tier": "cloud", **device_values("jetson-orin-nx-8gb")},
-            ],
-            "links": [{"between": ["edge", "cloud"], "catalog": "wifi6"}],
-        }
-    )
+    where = Topology.pair("galaxy-s23", "jetson-orin-nx-8gb", link="wifi6")
     rate = 0.9 / service_s(arch, where)
     line = arrivals(None, slots, rate, np.random.default_rng(seed))
     scenario = Scenario(name="trade", arch=arch, topology=where, requests=line, num_slots=slots)

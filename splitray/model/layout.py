@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitray.errors import ModelError
+from splitray.errors import unsplittable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +78,13 @@ def observe_layer(layer: nn.Module, run: Callable[[], object], *, family: str) -
     calls = [c for c in calls if not isinstance(c.module, nn.Dropout)]
     norms = [c for c in calls if is_norm(c.module)]
     bodies = [c for c in calls if not is_norm(c.module)]
-    attention = _only([c for c in bodies if "att" in c.name], "one attention", family)
+    what, found = f"the decoder layer of {family}", [c for c in bodies if "att" in c.name]
+    if len(found) != 1:
+        raise unsplittable(what, "one attention", f"{len(found)} ({[c.name for c in found]})")
+    attention = found[0]
     ffn = [c for c in bodies if c is not attention]
     if not ffn:
-        raise _no_layout(family, "an FFN after the attention", "none")
+        raise unsplittable(what, "an FFN after the attention", "none")
     x, z = outer.x, outer.output
 
     def made(value: Tensor) -> _Call | None:
@@ -92,7 +95,7 @@ def observe_layer(layer: nn.Module, run: Callable[[], object], *, family: str) -
 
     attention_norm = None if _same(attention.x, x) else made(attention.x)
     if attention_norm is None and not _same(attention.x, x):
-        raise _no_layout(family, "attention that reads the layer's input or its norm", "another input")
+        raise unsplittable(what, "attention that reads the layer's input or its norm", "another input")
     ffn_norm = made(ffn[0].x)
     u = (ffn_norm.x if ffn_norm else ffn[0].x).reshape(x.shape)
     parallel = _same(u, x)
@@ -107,7 +110,7 @@ def observe_layer(layer: nn.Module, run: Callable[[], object], *, family: str) -
     scale = float(((reached - x) * first).sum() / (first * first).sum())
     rest = x + scale * (a + f) if parallel else u + scale * f
     if not _close(reached, x + scale * first) or not _close(z, rest):
-        raise _no_layout(family, "x + s * attention and x + s * ffn as the layer's output", "another sum")
+        raise unsplittable(what, "x + s * attention and x + s * ffn as the layer's output", "another sum")
     return LayerLayout(
         attention=attention.name,
         attention_norm=attention_norm.name if attention_norm else None,
@@ -173,18 +176,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
-
-
-def _only(calls: list[_Call], what: str, family: str) -> _Call:
-    if len(calls) != 1:
-        raise _no_layout(family, what, f"{len(calls)} ({[c.name for c in calls]})")
-    return calls[0]
-
-
-def _no_layout(family: str, expected: str, actual: str) -> ModelError:
-    return ModelError(
-        f"the decoder layer of {family}",
-        expected=expected,
-        actual=actual,
-        remedy="this architecture cannot be split; use another model",
-    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import ModelError
+from splitray.errors import ModelError, unsplittable
 from splitray.model.layout import LayerLayout, observe_layer
 from splitray.model.slicing import PLANS, features
 from splitray.model.surgery import decoder_of, meta_model
@@ -71,11 +71,8 @@ def read_config(folder: str | Path) -> PretrainedConfig:
             remedy="give the path of a saved model",
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(
-            f"architecture {config.model_type}",
-            expected="a decoder with a causal language model",
-            actual=type(config).__name__,
-            remedy="use a causal language model",
+        raise unsplittable(
+            f"architecture {config.model_type}", "a decoder with a causal language model", type(config).__name__
         )
     return config
 
@@ -114,12 +111,7 @@ def probe_model(config: PretrainedConfig) -> PreTrainedModel:
             except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
                 failure = error
         if model is None:
-            raise ModelError(
-                f"architecture {config.model_type}",
-                expected="a two-layer model of the same config",
-                actual=failure,
-                remedy="this architecture cannot be split; use another model",
-            )
+            raise unsplittable(f"architecture {config.model_type}", "a two-layer model of the same config", failure)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "norm" in name.rsplit(".", 2)[-2]:
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -175,11 +167,9 @@ def _ffn_counts(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]:
     paths = {p: m for p, m in layer.named_modules() if p in plan and "att" not in p.split(".")[0]}
     rows = [m for p, m in paths.items() if plan[p].startswith("rowwise")]
     if len(rows) != 1:
-        raise ModelError(
-            f"architecture {config.model_type}",
-            expected="a tensor-parallel plan with one row-parallel linear in the FFN",
-            actual=f"{len(rows)} of them in {sorted(plan) or 'no plan'}",
-            remedy="this architecture cannot be split; use another model",
+        expected = "a tensor-parallel plan with one row-parallel linear in the FFN"
+        raise unsplittable(
+            f"architecture {config.model_type}", expected, f"{len(rows)} of them in {sorted(plan) or 'no plan'}"
         )
     columns = features(rows[0], "in")
     wide = sum(features(m, "out") for p, m in paths.items() if not plan[p].startswith("rowwise"))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import ModelError
+from splitray.errors import unsplittable
 
 _LLAMA_ATTENTION = {
     "self_attn.q_proj": "colwise",
@@ -95,12 +95,7 @@ def read_cuts(layer: nn.Module, config: PretrainedConfig, arch: ModelArch) -> di
         key.split(".*.", 1)[1]: style for key, style in (config.base_model_tp_plan or {}).items() if ".*." in key
     }
     if not plan:
-        raise ModelError(
-            f"architecture {family}",
-            expected="a base_model_tp_plan or an entry in slicing.PLANS",
-            actual="neither",
-            remedy="use another model, or add its entry",
-        )
+        raise unsplittable(f"architecture {family}", "a base_model_tp_plan or an entry in slicing.PLANS", "neither")
     modules = dict(layer.named_modules())
     cuts = {}
     for path, style in plan.items():
@@ -108,12 +103,8 @@ def read_cuts(layer: nn.Module, config: PretrainedConfig, arch: ModelArch) -> di
         if module is None or style in _EXPERT_STYLES or style in _WHOLE or "experts" in path.split("."):
             continue
         if style not in _COLWISE | _ROWWISE or not isinstance(module, nn.Linear | Conv1D):
-            raise ModelError(
-                f"architecture {family}",
-                expected="column- and row-parallel linears in its plan",
-                actual=f"{path}: {style} ({type(module).__name__})",
-                remedy="this architecture cannot be split; use another model",
-            )
+            found = f"{path}: {style} ({type(module).__name__})"
+            raise unsplittable(f"architecture {family}", "column- and row-parallel linears in its plan", found)
         by: Literal["heads", "columns"] = "heads" if "att" in path.split(".")[0] else "columns"
         side: Literal["out", "in"] = "out" if style in _COLWISE else "in"
         cuts[path] = Cut(by, side, _sections(path, module, side, arch, family))
@@ -143,12 +134,7 @@ def _sections(
         parts = (size,)
     units = arch.num_kv_heads if "att" in path.split(".")[0] else arch.ffn_dim
     if sum(parts) != size or any(p % units for p in parts):
-        raise ModelError(
-            f"architecture {family}: {path}",
-            expected=f"features in {units} equal units",
-            actual=f"{size} features",
-            remedy="this architecture cannot be split; use another model",
-        )
+        raise unsplittable(f"architecture {family}: {path}", f"features in {units} equal units", f"{size} features")
     return parts
 
 
@@ -156,9 +142,4 @@ def _complete(layer: nn.Module, cuts: dict[str, Cut], family: str) -> None:
     for path, module in layer.named_modules():
         inside_experts = "experts" in path.split(".")
         if isinstance(module, nn.Linear | Conv1D) and path not in cuts and not inside_experts:
-            raise ModelError(
-                f"architecture {family}",
-                expected="every linear of a layer in its plan",
-                actual=f"{path} is not",
-                remedy="this architecture cannot be split; use another model",
-            )
+            raise unsplittable(f"architecture {family}", "every linear of a layer in its plan", f"{path} is not")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import ModelError
+from splitray.errors import unsplittable
 from splitray.model.layout import LayerLayout, is_norm, layer_arguments
 from splitray.model.lean import LeanLoop, can_be_lean
 from splitray.model.qk_norm import share_norm_sums
@@ -90,12 +90,7 @@ def decoder_of(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == num_layers:
                 return module, name
-    raise ModelError(
-        f"architecture {model.config.model_type}",
-        expected=f"a list of {num_layers} layers",
-        actual="none",
-        remedy="this architecture cannot be split; use another model",
-    )
+    raise unsplittable(f"architecture {model.config.model_type}", f"a list of {num_layers} layers", "none")
 
 
 class Shard:
@@ -240,12 +235,8 @@ class Shard:
                 else:
                     setattr(decoder, name, Zeros(hidden, self.dtype))
             else:
-                raise ModelError(
-                    f"architecture {self.arch.name}",
-                    expected="embeddings, layers and a final norm",
-                    actual=f"{name} ({type(child).__name__})",
-                    remedy="this architecture cannot be split; use another model",
-                )
+                child_name = f"{name} ({type(child).__name__})"
+                raise unsplittable(f"architecture {self.arch.name}", "embeddings, layers and a final norm", child_name)
         self._head()
 
     def _head(self) -> None:
@@ -366,11 +357,8 @@ class Shard:
             for path, module in getattr(layer, name).named_modules(prefix=name):
                 cut = self.cuts.get(path)
                 if cut is not None and arch.num_experts:
-                    raise ModelError(
-                        f"architecture {arch.name}",
-                        expected="experts in every layer",
-                        actual=f"dense columns in layer {i}",
-                        remedy="use another model",
+                    raise unsplittable(
+                        f"architecture {arch.name}", "experts in every layer", f"dense columns in layer {i}"
                     )
                 if cut is not None:
                     self.reader.read_cut(module, cut, share.columns, arch.ffn_dim, share.ffn_bias)

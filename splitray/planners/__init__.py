@@ -45,25 +45,20 @@ class _Entry:
         return "none" if ":" not in self.usage else "optional" if "[" in self.usage else "needed"
 
 
+def _refused(name: str, expected: str, given: str, remedy: str) -> PlacementError:
+    return PlacementError(f"planner {name}".strip(), expected=expected, actual=repr(given), remedy=remedy)
+
+
 def _fixed_cut(argument: str, _: int) -> Planner:
     if not argument.isdecimal():
-        raise PlacementError(
-            "planner fixed_cut:P",
-            expected="P, the number of layers on the edge, as a whole number of 0 or more",
-            actual=repr(argument),
-            remedy="write for example fixed_cut:6",
-        )
+        expected = "P, the number of layers on the edge, as a whole number of 0 or more"
+        raise _refused("fixed_cut:P", expected, argument, "write for example fixed_cut:6")
     return FixedCut(int(argument))
 
 
 def _layer_dp(argument: str, _: int) -> Planner:
     if argument not in ("", "throughput"):
-        raise PlacementError(
-            "planner layer_dp",
-            expected="layer_dp, or layer_dp:throughput",
-            actual=repr(argument),
-            remedy="write one of the two",
-        )
+        raise _refused("layer_dp", "layer_dp, or layer_dp:throughput", argument, "write one of the two")
     return LayerDp(throughput=bool(argument))
 
 
@@ -73,12 +68,8 @@ def _drift_plus_penalty(argument: str, _: int) -> Planner:
     except ValueError:
         v = float("nan")
     if not 0 <= v < float("inf"):
-        raise PlacementError(
-            "planner drift_plus_penalty",
-            expected="drift_plus_penalty, or drift_plus_penalty:V with V a number of 0 or more",
-            actual=repr(argument),
-            remedy="write for example drift_plus_penalty:10",
-        )
+        expected = "drift_plus_penalty, or drift_plus_penalty:V with V a number of 0 or more"
+        raise _refused("drift_plus_penalty", expected, argument, "write for example drift_plus_penalty:10")
     return DriftPlusPenalty(v)
 
 
@@ -87,12 +78,8 @@ def _myopic(argument: str, _: int) -> Planner:
         return Myopic()
     if argument in VARIANTS:
         return VARIANTS[argument]
-    raise PlacementError(
-        "planner myopic",
-        expected=f"myopic, or myopic:VARIANT with one of {', '.join(VARIANTS)}",
-        actual=repr(argument),
-        remedy=f"write one of them{did_you_mean(argument, VARIANTS)}",
-    )
+    expected = f"myopic, or myopic:VARIANT with one of {', '.join(VARIANTS)}"
+    raise _refused("myopic", expected, argument, f"write one of them{did_you_mean(argument, VARIANTS)}")
 
 
 def _splitwise(argument: str, _: int) -> Planner:
@@ -147,23 +134,12 @@ def make_planner(planner: str | Planner | None, *, seed: int = 0) -> CheckedPlan
         meant = did_you_mean(name, _PLANNERS)
         if colon:
             return imported(planner, meant)
-        raise PlacementError(
-            "planner",
-            expected=f"one of {', '.join(PLANNER_USAGES)}, or {USAGE}",
-            actual=repr(planner),
-            remedy=f"correct the name{meant}",
-        )
-    wrong = (
-        bool(colon) != bool(argument) or {"none": bool(colon), "needed": not colon, "optional": False}[entry.argument]
-    )
-    if wrong:
+        raise _refused("", f"one of {', '.join(PLANNER_USAGES)}, or {USAGE}", planner, f"correct the name{meant}")
+    missing_or_unwanted = {"none": bool(colon), "needed": not colon, "optional": False}[entry.argument]
+    if bool(colon) != bool(argument) or missing_or_unwanted:
         hidden = f", or rename {name}.py, as known names come first" if Path(f"{name}.py").is_file() else ""
-        raise PlacementError(
-            f"planner {name}",
-            expected=entry.usage + (" without an argument" if entry.argument == "none" else ""),
-            actual=repr(planner),
-            remedy=f"write {entry.usage}{hidden}",
-        )
+        expected = entry.usage + (" without an argument" if entry.argument == "none" else "")
+        raise _refused(name, expected, planner, f"write {entry.usage}{hidden}")
     return CheckedPlanner(
         planner, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues, entry.charges_moves
     )

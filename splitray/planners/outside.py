@@ -40,23 +40,15 @@ def imported(spec: str, meant: str = "") -> CheckedPlanner:
     module_name, _, rest = spec.partition(":")
     name, colon, argument = rest.partition(":")
     if not name or not all(module_name.split(".")) or bool(colon) != bool(argument) or "/" in module_name:
-        raise PlacementError(
-            "planner",
-            expected=f"{USAGE}, a dotted module and a class in it",
-            actual=repr(spec),
-            remedy=f"write for example mine:Mine for the class Mine in mine.py of the working directory{meant}",
-        )
+        remedy = f"write for example mine:Mine for the class Mine in mine.py of the working directory{meant}"
+        raise _unusable("", f"{USAGE}, a dotted module and a class in it", repr(spec), remedy)
     found = _attribute(_module(spec, module_name, meant), name, spec)
     if isinstance(found, type):
         if callable(getattr(found, "propose", None)):  # one without is refused below, not built
             found = _built(found, argument, spec)
     elif colon:
-        raise PlacementError(
-            f"planner {spec}",
-            expected=f"{module_name}:{name} without an argument, for only a class takes one",
-            actual=repr(argument),
-            remedy=f"write {module_name}:{name}, or make it a class",
-        )
+        expected = f"{module_name}:{name} without an argument, for only a class takes one"
+        raise _unusable(spec, expected, repr(argument), f"write {module_name}:{name}, or make it a class")
     return given(found, spec)
 
 
@@ -78,12 +70,8 @@ def given(planner: object, spec: str = "") -> CheckedPlanner:
     if is_class or not (proposes or callable(planner)):
         own = spec or of_class.__name__
         remedy = f"write {own}() for an object of it" if proposes else f"give {of_class.__name__} a propose(state)"
-        raise PlacementError(
-            f"planner {own}",
-            expected="an object with propose(ClusterState) -> Placement",
-            actual=f"the class {own}" if is_class else f"{planner!r:.80}",
-            remedy=remedy,
-        )
+        actual = f"the class {own}" if is_class else f"{planner!r:.80}"
+        raise _unusable(own, "an object with propose(ClusterState) -> Placement", actual, remedy)
     names = (spec, getattr(planner, "spec", ""), getattr(planner, "name", ""), getattr(planner, "__name__", ""))
     own = next((n for n in names if n and isinstance(n, str)), of_class.__name__)
     says: dict[str, Any] = {flag: getattr(planner, flag, False) for flag in _FLAGS}
@@ -91,12 +79,8 @@ def given(planner: object, spec: str = "") -> CheckedPlanner:
     allowed: dict[str, tuple[object, ...]] = dict.fromkeys(_FLAGS, (True, False)) | {"space": get_args(Freedom)}
     for key, value in {**says, "space": space}.items():
         if not any(value is one or (isinstance(one, str) and value == one) for one in allowed[key]):
-            raise PlacementError(
-                f"planner {own}",
-                expected=f"{key} to be one of {', '.join(map(str, allowed[key]))}",
-                actual=repr(value),
-                remedy=f"correct the attribute {key}, or leave it out",
-            )
+            expected = f"{key} to be one of {', '.join(map(str, allowed[key]))}"
+            raise _unusable(own, expected, repr(value), f"correct the attribute {key}, or leave it out")
     made: Planner = planner if proposes else _Function(planner)  # type: ignore[assignment, arg-type]
     return CheckedPlanner(own, made, space, **says, outside=True)
 
@@ -115,20 +99,14 @@ def _module(spec: str, name: str, meant: str) -> ModuleType:
     try:
         return import_module(name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
-        absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
-        remedy = "correct the module"
-        if absent:
-            remedy = f"correct the name{meant}, or run where the module is"
-            if name.endswith(".py"):
-                remedy = f"name the module and not its file: {spec.replace('.py:', ':', 1)}"
-        raise PlacementError(
-            f"planner {spec}",
-            expected=f"a known planner, or a module {name} in {here} or installed"
-            if absent
-            else f"that the module {name} can be imported",
-            actual="neither" if absent else f"{type(error).__name__}: {error}{raised_at(error)}",
-            remedy=remedy,
-        ) from error
+        if not (isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")):
+            expected = f"that the module {name} can be imported"
+            raise _unusable(spec, expected, _told(error), "correct the module") from error
+        remedy = f"correct the name{meant}, or run where the module is"
+        if name.endswith(".py"):
+            remedy = f"name the module and not its file: {spec.replace('.py:', ':', 1)}"
+        expected = f"a known planner, or a module {name} in {here} or installed"
+        raise _unusable(spec, expected, "neither", remedy) from error
     finally:
         with suppress(ValueError):  # a user's module may have changed the path itself
             sys.path.remove(here)
@@ -141,12 +119,9 @@ def _attribute(module: ModuleType, name: str, spec: str) -> object:
     if found is not None:
         return found
     usable = [n for n, x in vars(module).items() if isinstance(x, type) and callable(getattr(x, "propose", None))]
-    raise PlacementError(
-        f"planner {spec}",
-        expected=f"a class {name} in {getattr(module, '__file__', None) or module.__name__}",
-        actual=f"planners there: {', '.join(usable) or 'none'}",
-        remedy="name one of its classes with propose(state)",
-    )
+    expected = f"a class {name} in {getattr(module, '__file__', None) or module.__name__}"
+    there = f"planners there: {', '.join(usable) or 'none'}"
+    raise _unusable(spec, expected, there, "name one of its classes with propose(state)")
 
 
 def _built(planner: type, argument: str, spec: str) -> object:
@@ -155,11 +130,14 @@ def _built(planner: type, argument: str, spec: str) -> object:
     except InputError:
         raise  # says itself what is wrong
     except (Exception, SystemExit) as error:
-        raise PlacementError(
-            f"planner {spec}",
-            expected=f"that {planner.__name__}({argument!r}) makes a planner"
-            if argument
-            else f"that {planner.__name__}() makes a planner",
-            actual=f"{type(error).__name__}: {error}{raised_at(error)}",
-            remedy="give the argument that it takes after a second colon, or correct the class",
-        ) from error
+        expected = f"that {planner.__name__}({repr(argument) if argument else ''}) makes a planner"
+        remedy = "give the argument that it takes after a second colon, or correct the class"
+        raise _unusable(spec, expected, _told(error), remedy) from error
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}{raised_at(error)}"
+
+
+def _unusable(spec: str, expected: str, actual: str, remedy: str) -> PlacementError:
+    return PlacementError(f"planner {spec}".strip(), expected=expected, actual=actual, remedy=remedy)

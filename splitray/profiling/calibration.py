@@ -28,7 +28,6 @@ import psutil
 from splitray.arch import ModelArch
 from splitray.cost import load_of
 from splitray.errors import InputError
-from splitray.model.layout import LayerLayout
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.profile import CoreSpeed, LinkSpeed, Profile
 from splitray.profiling.machine import cache_bytes, machine
@@ -83,20 +82,19 @@ def calibrate(
 
 
 class Model:
-    """A checkpoint that was written and read, ready for engines of a fleet."""
+    """A checkpoint that was read, ready for engines of a fleet."""
 
-    def __init__(self, recipe: RandomLlama, folder: Path, fleet: Fleet, topology: Topology) -> None:
-        """Write a random model of this shape into the folder."""
-        self.path, self.fleet, self.topology = folder / recipe.name, fleet, topology
-        recipe.write(self.path)
-        self.arch: ModelArch
-        self.layout: LayerLayout
-        self.arch, self.layout, self.lean = read_model(self.path)
+    def __init__(self, path: Path, topology: Topology, fleet: Fleet | None = None) -> None:
+        """Read and test the folder of a model; without a fleet, `start` is given one each time."""
+        self.path, self.fleet, self.topology = path, fleet, topology
+        self.arch, self.layout, self.lean = read_model(path)
 
-    def start(self, placement: Placement) -> Engine:
+    def start(self, placement: Placement, fleet: Fleet | None = None) -> Engine:
         """An engine of this placement."""
+        used = fleet or self.fleet
+        assert used is not None, "a fleet is given here or there"
         return Engine(
-            fleet=self.fleet, model_path=self.path, arch=self.arch, layout=self.layout, topology=self.topology,
+            fleet=used, model_path=self.path, arch=self.arch, layout=self.layout, topology=self.topology,
             placement=placement, lean=self.lean,
         )  # fmt: skip
 
@@ -136,7 +134,7 @@ class Calibration:
             )  # fmt: skip
             narrow = replace(wide, name="narrow", layers=2 * like.num_layers, heads=like.heads_per_group, kv_heads=1,
                              ffn=max(1, like.ffn_dim // 8), vocab=max(64, like.vocab // 8))  # fmt: skip
-        self.wide, self.narrow = (Model(m, folder, fleet, topology) for m in (wide, narrow))
+        self.wide, self.narrow = (Model(m.write(folder), topology, fleet) for m in (wide, narrow))
         self.rounds: list[dict[str, float]] = []
         self.cores: list[CoreSpeed] = []
         self.links: dict[tuple[int, int], LinkSpeed] = {}

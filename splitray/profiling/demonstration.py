@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from splitray.errors import InputError
+from splitray.errors import unwritable
 from splitray.local_ray import private_ray, served
 from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement
@@ -37,7 +37,7 @@ from splitray.report.progress import progress
 from splitray.report.quantities import bytes_text, seconds_text
 from splitray.report.run import run_table
 from splitray.runtime.generation import run_document
-from splitray.runtime.launch import model_path, read_model, read_tokenizer
+from splitray.runtime.launch import model_path, needed_tokenizer, read_model
 from splitray.topology import Topology
 
 PROMPT = "Return the"
@@ -75,14 +75,7 @@ def demonstrate(
             stack.enter_context(private_ray(topology))
             tell("Reading the model and testing its architecture")
             arch, _, _ = read_model(model)
-            tokenizer = read_tokenizer(model)
-        if tokenizer is None:
-            raise InputError(
-                "model",
-                expected="a checkpoint with a tokenizer",
-                actual="none beside the weights",
-                remedy="use another model, or `splitray generate --prompt-ids`",
-            )
+            tokenizer = needed_tokenizer(model)
         folder = str(model_path(model).resolve())
         placement = uneven_placement(arch, topology)
         picture = placement_picture(placement, arch, topology)
@@ -190,16 +183,13 @@ def _dropped(
     """A run whose link becomes slow; a planner moves it while it goes on."""
     with progress(console, "Generating while the link becomes slow"):
         drop = link_drop(folder, placement, measured, prompt_ids)
-    before, slow, after = drop.phases
-    rate = f"{bytes_text(drop.link_bytes_per_s)}/s"
+    rate, later = f"{bytes_text(drop.link_bytes_per_s)}/s", seconds_text(drop.reaction_s)
     _say(console, f"While the first placement generates, the link between the two falls to {rate} (emulated). The")
-    _say(
-        console, f"controller measures it, asks {DROP_PLANNER}, and {seconds_text(drop.reaction_s)} later this runs:\n"
-    )
+    _say(console, f"controller measures it, asks {DROP_PLANNER}, and {later} later this runs:\n")
     arch, _ = read_arch(read_config(folder))
-    console.print(placement_picture(after.placement, arch, measured))
+    console.print(placement_picture(drop.phases[-1].placement, arch, measured))
     table = _table("tokens", "predicted", "measured")
-    for p in (before, slow, after):
+    for p in drop.phases:
         found = "-" if p.measured_s is None else seconds_text(p.measured_s)
         table.add_row(p.name, str(p.tokens), seconds_text(p.predicted_s), found)
     console.print(table)
@@ -252,9 +242,7 @@ def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            "--out", expected="a folder that can be written", actual=error, remedy="give another folder"
-        ) from error
+        raise unwritable("--out", error) from error
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

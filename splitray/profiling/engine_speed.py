@@ -10,7 +10,9 @@ import contextlib
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitray.placement import Placement, weight_bytes
+from splitray.profiling.calibration import Model
 from splitray.profiling.machine import machine
 from splitray.profiling.named_placements import placements
 from splitray.profiling.random_llama import BENCH_110M, BENCH_190M, RandomLlama
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ProcessFleet
-from splitray.runtime.launch import ray_fleet, read_model
+from splitray.runtime.launch import ray_fleet
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
 from splitray.topology import Topology
@@ -41,34 +44,26 @@ def engine_speed(*, say: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
         for model in MODELS:
             say(f"{model.name}: writing random weights")
-            path = Path(folder) / model.name
-            model.write(path)
-            _measure(model, path, result, say)
+            _measure(model, model.write(Path(folder)), result, say)
     return result
 
 
 def _measure(model: RandomLlama, path: Path, result: dict[str, Any], say: Callable[[str], None]) -> None:
     first = model is MODELS[0]
-    arch, layout, lean = read_model(path)
-    topology = Topology.uniform(2)
-    chosen = placements(arch, topology)
+    split = Model(path, Topology.uniform(2))
+    chosen = placements(split.arch, split.topology)
     if not first:
         chosen = {k: chosen[k] for k in ("split_half", "one_device")}
     whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompt = [5 + i % 90 for i in range(_PROMPT_TOKENS)]
     long_prompt = [5 + i % 300 for i in range(_PREFILL_TOKENS)]
     reference = _transformers_tokens(whole, prompt, _NEW_TOKENS)
-    times: dict[str, list[float]] = {}
-    prefill: dict[str, list[float]] = {}
-    cpu_s: dict[str, list[float]] = {}
+    times, prefill, cpu_s = (defaultdict[str, list[float]](list) for _ in range(3))
     reports: dict[str, RunReport] = {}
 
     def start(name: str, stack: contextlib.ExitStack, fleet: Any, placement: Placement) -> Engine:
         say(f"{model.name}: loading {name}")
-        return stack.enter_context(
-            Engine(fleet=fleet, model_path=path, arch=arch, layout=layout, topology=topology, placement=placement,
-                   lean=lean)
-        )  # fmt: skip
+        return stack.enter_context(split.start(placement, fleet))
 
     with contextlib.ExitStack() as stack:
         engines = {n: start(n, stack, ProcessFleet(), p) for n, p in chosen.items()}
@@ -78,7 +73,7 @@ def _measure(model: RandomLlama, path: Path, result: dict[str, Any], say: Callab
         idle = _idle_fraction(engines)
         for i in range(_ROUNDS):
             say(f"{model.name}: round {i + 1} of {_ROUNDS}")
-            times.setdefault("transformers", []).append(_transformers_tpot(whole, prompt))
+            times["transformers"].append(_transformers_tpot(whole, prompt))
             for name, engine in engines.items():
                 ids = list(engine.stream(prompt, Sampling(max_new_tokens=_NEW_TOKENS)))
                 if ids != reference:
@@ -86,21 +81,16 @@ def _measure(model: RandomLlama, path: Path, result: dict[str, Any], say: Callab
                 report = engine.report
                 assert report is not None and report.tpot_s is not None, "a run of several tokens was made"
                 reports[name] = report
-                times.setdefault(name, []).append(report.tpot_s)
-                cpu_s.setdefault(name, []).append(report.decode_cpu_s / (_NEW_TOKENS - 1))
+                times[name].append(report.tpot_s)
+                cpu_s[name].append(report.decode_cpu_s / (_NEW_TOKENS - 1))
             if first:
-                prefill.setdefault("transformers", []).append(
-                    _timed(lambda: _transformers_tokens(whole, long_prompt, 1))
-                )
-                engine = engines["split_half"]
-                prefill.setdefault("split_half", []).append(
-                    _timed(lambda e=engine: list(e.stream(long_prompt, Sampling(max_new_tokens=1))))  # type: ignore[misc]
-                )
+                half, once = engines["split_half"], Sampling(max_new_tokens=1)
+                prefill["transformers"].append(_timed(lambda: _transformers_tokens(whole, long_prompt, 1)))
+                prefill["split_half"].append(_timed(partial(lambda e, s: list(e.stream(long_prompt, s)), half, once)))
         if first:
-            a, b = topology.ids
-            trips = sorted(
-                t / 2 for t in echo(engines["split_half"], a, b, size=4 * arch.hidden_dim, rounds=_ECHO_ROUNDS)
-            )
+            size = 4 * split.arch.hidden_dim
+            there_and_back = echo(engines["split_half"], *split.topology.ids, size=size, rounds=_ECHO_ROUNDS)
+            trips = sorted(t / 2 for t in there_and_back)
             result["exchange_us"] = {"median": trips[len(trips) // 2] * 1e6, "p95": trips[int(len(trips) * 0.95)] * 1e6}
         bandwidth = _read_bandwidth_bytes_per_s()
         base = statistics.median(times["transformers"])

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from splitray.profiling.random_llama import RandomLlama
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import ProcessFleet, ThreadFleet
-from splitray.runtime.launch import launch_engine
+from splitray.runtime.launch import launch_engine, read_model
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
 from splitray.topology import Topology
@@ -46,8 +47,7 @@ def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS) -> dict[str, A
         result["killed_processes"] = _killed("tiny", Path(folder) / "store")
         say("killed processes, others standing by")
         result["standing_by"] = _standing_by("tiny")
-        path = Path(folder) / model.name
-        model.write(path)
+        path = model.write(Path(folder))
         say("half of all heads move")
         result["migration"] = _migration(path)
         say("checkpoints")
@@ -103,8 +103,6 @@ def _standing_by(model: str) -> dict[str, Any]:
     for _ in range(_KILLS // 2):
         fleet, topology = ProcessFleet(), Topology.uniform(2)
         a, b = topology.ids
-        from splitray.runtime.launch import read_model
-
         arch, _, _ = read_model(model)
         half = arch.ffn_dim // 2
         layer = LayerPlacement(
@@ -173,15 +171,13 @@ def _migration(path: Path) -> dict[str, Any]:
             gaps = [y - x for x, y in zip(times[1:], times[2:], strict=False)]
             usual = statistics.median(gaps)
             around = gaps[max(0, stop - 4) : stop + 2]
-            tail_tokens = move.tail_bytes
-            moved = diff(before, after, arch, 1)
-            each = moved_bytes(moved, staged=True)
+            each = moved_bytes(diff(before, after, arch, 1), staged=True)
             total = move.staged_bytes + move.tail_bytes
-            links = _at_rate(topology, rate)
+            free = tuple(replace(x, bandwidth_bytes_per_s=rate, rtt_s=0.0) for x in topology.links)
             positions = total // each if each else 0
-            predicted = delay_s(diff(before, after, arch, positions), links, staged=True)
+            predicted = delay_s(diff(before, after, arch, positions), replace(topology, links=free), staged=True)
             rows.append({
-                "extra_steps": max(around) / usual - 1, "bytes": total, "tail_bytes": tail_tokens,
+                "extra_steps": max(around) / usual - 1, "bytes": total, "tail_bytes": move.tail_bytes,
                 "bytes_error": total - each * positions if each else total, "stage_s": move.stage_s,
                 "copy_s": move.copy_s, "pause_s": move.pause_s, "predicted_copy_s": predicted,
                 "delay_error": abs(predicted / move.copy_s - 1) if move.copy_s else None,
@@ -198,18 +194,8 @@ def _migration(path: Path) -> dict[str, Any]:
 
 def _gathered(placement: Placement, groups: int, device: str) -> Placement:
     """The same with the attention of every layer on one device."""
-    from dataclasses import replace
-
     held = Shares.of({device: [(0, groups)]})
     return replace(placement, layers=tuple(replace(x, attention=held) for x in placement.layers))
-
-
-def _at_rate(topology: Topology, bytes_per_s: float) -> Topology:
-    from dataclasses import replace
-
-    return replace(
-        topology, links=tuple(replace(x, bandwidth_bytes_per_s=bytes_per_s, rtt_s=0.0) for x in topology.links)
-    )
 
 
 def _checkpoint_cost(path: Path, store: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import psutil
 
 from splitray.errors import DeviceLost
-from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.device.shard_host import ShardHost
@@ -107,7 +106,8 @@ def _trial(
             for n, token in enumerate(engine.stream(prompt, sampling)):
                 tokens.append(token)
                 if moves and n == 1:
-                    move = engine.migrate(_another(engine, seed))
+                    state = ClusterState(arch=engine.arch, topology=engine.topology)
+                    move = engine.migrate(make_planner("random", seed=seed).propose(state))
                     while not (move.staged.is_set() or move.done.is_set()):
                         time.sleep(0.001)
         except DeviceLost as lost:
@@ -117,10 +117,6 @@ def _trial(
         device=device, moment=moment, message=message, struck=struck.is_set(), identical=tokens == wanted,
         recovery_s=sum(f.recovery_s for f in found), replayed=sum(f.replayed for f in found), error=error,
     ), time.monotonic() - began  # fmt: skip
-
-
-def _another(engine: Engine, seed: int) -> Placement:
-    return make_planner("random", seed=seed).propose(ClusterState(arch=engine.arch, topology=engine.topology))
 
 
 @contextmanager

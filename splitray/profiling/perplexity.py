@@ -26,7 +26,7 @@ from splitray.errors import InputError, ModelError
 from splitray.model.reading import read_config
 from splitray.placement import Placement
 from splitray.runtime.hf import SplitModel
-from splitray.runtime.launch import model_path, read_tokenizer
+from splitray.runtime.launch import model_path, needed_tokenizer
 from splitray.topology import Link, Topology
 
 WINDOW_TOKENS, STRIDE_TOKENS = 2048, 512
@@ -37,8 +37,8 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PerplexityRequest:
-    """What was asked for on the command line. At most one of `cut` and `placement`; neither is one device.
+class Scoring:
+    """Which text is scored with which model, and how.
 
     `window` is at most the model's context (default: that, or 2048), `stride` less than it (512, or half the window).
     `tokens` takes the beginning of the text only; `masks` is how often it is read under a channel.
@@ -46,16 +46,22 @@ class PerplexityRequest:
 
     model: str
     text: str
-    cut: int | None = None
-    placement: str | Path | Placement | None = None
-    codec: str = "none"
-    channel: str = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     window: int | None = None
     stride: int | None = None
     tokens: int | None = None
     masks: int = MASKS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexityRequest(Scoring):
+    """One measurement, as the command line asks for it. At most one of `cut` and `placement`; neither is one device."""
+
+    cut: int | None = None
+    placement: str | Path | Placement | None = None
+    codec: str = "none"
+    channel: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +214,7 @@ def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None)
     """
     if most is not None:
         at_least("tokens", most, 2)
-    tokenizer = read_tokenizer(model)
-    if tokenizer is None:
-        remedy = "put the tokenizer's files beside the weights"
-        raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"][:most]
+    ids: list[int] = needed_tokenizer(model)(text, verbose=False)["input_ids"][:most]
     if len(ids) < 2:
         raise InputError("text", expected="at least two tokens", actual=len(ids), remedy="give a longer text")
     if len(ids) < window:
@@ -236,7 +238,7 @@ def within_layers(cut: int, num_layers: int, model: str) -> None:
 
 
 def window_and_stride(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
-    """What was asked for, or the defaults of `PerplexityRequest`, within the model's context."""
+    """What was asked for, or the defaults of `Scoring`, within the model's context."""
     context = getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS
     size = min(WINDOW_TOKENS, context) if window is None else window
     if not 2 <= size <= context:

@@ -11,10 +11,8 @@ from tempfile import TemporaryDirectory
 from splitray.cost import CostModel
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
-from splitray.profiling.calibration import PROMPT, Calibration, token_s
-from splitray.runtime.engine.engine import Engine
+from splitray.profiling.calibration import PROMPT, Calibration, Model, token_s
 from splitray.runtime.kept_fleet import KeptFleet
-from splitray.runtime.launch import read_model
 from splitray.topology import Topology
 
 _NEW_TOKENS, _RUNS = 48, 3
@@ -61,17 +59,16 @@ def choose(
         DeviceLost: a device did not come up or died.
     """
     where = Topology.uniform(num_devices)
-    arch, layout, lean = read_model(model)
     with TemporaryDirectory(prefix="splitray-choice-") as folder, KeptFleet(where.devices) as fleet:
         progress("measuring this machine")
-        calibration = Calibration(fleet, where, Path(folder), like=arch)
+        split = Model(model, where, fleet)
+        calibration = Calibration(fleet, where, Path(folder), like=split.arch)
         for _ in range(rounds):
             calibration.round()
         measured = calibration.profile().topology()
-        context = len(PROMPT) + _NEW_TOKENS
-        state = ClusterState(arch=arch, topology=measured, context_tokens=context)
+        state = ClusterState(arch=split.arch, topology=measured, context_tokens=len(PROMPT) + _NEW_TOKENS)
         chosen = {name: make_planner(name).propose(state) for name in planners}
-        cost = CostModel(arch, measured)
+        cost = CostModel(split.arch, measured)
         found: list[PlannerTrial] = []
         for name, placement in {**chosen, **others}.items():
             alike = next((c for c in found if c.placement == placement), None)
@@ -79,15 +76,8 @@ def choose(
                 found.append(replace(alike, name=name))
                 continue
             progress(f"running the placement of {name}")
-            with Engine(
-                fleet=fleet, model_path=model, arch=arch, layout=layout, topology=where, placement=placement,
-                lean=lean,
-            ) as engine:  # fmt: skip
-                times = [token_s(engine, _NEW_TOKENS) for _ in range(_RUNS)]
+            with split.start(placement) as engine:
+                measured_s = statistics.median(token_s(engine, _NEW_TOKENS) for _ in range(_RUNS))
             predicted_s = cost.tpot_s(placement, context_tokens=len(PROMPT) + _NEW_TOKENS / 2)
-            found.append(
-                PlannerTrial(
-                    name=name, placement=placement, predicted_s=predicted_s, measured_s=statistics.median(times)
-                )
-            )
+            found.append(PlannerTrial(name=name, placement=placement, predicted_s=predicted_s, measured_s=measured_s))
     return found, measured

@@ -51,7 +51,7 @@ def predicted(
         progress("writing random weights")
         before = machine()
         calibration = Calibration(fleet, topology, Path(folder))
-        model = Model(recipe, Path(folder), fleet, topology)
+        model = Model(recipe.write(Path(folder)), topology, fleet)
         chosen = {**placements(model.arch, topology), **random_placements(model.arch, topology, num_random, seed)}
         times: dict[str, list[float]] = {name: [] for name in chosen}
         rng, names = np.random.default_rng(seed), list(chosen)

@@ -20,8 +20,8 @@ class RandomLlama:
     tied: bool
     head_dim: int | None = None
 
-    def write(self, path: Path) -> None:
-        """Save its checkpoint, the same one every time."""
+    def write(self, folder: Path) -> Path:
+        """Save its checkpoint, the same one every time, under its name; returns where."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
         from transformers.utils import logging
@@ -34,7 +34,8 @@ class RandomLlama:
             tie_word_embeddings=self.tied, max_position_embeddings=2048,
             head_dim=self.head_dim or self.hidden // self.heads,
         )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(path)
+        LlamaForCausalLM(config).save_pretrained(folder / self.name)
+        return folder / self.name
 
 
 BENCH_110M = RandomLlama(

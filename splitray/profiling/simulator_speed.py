@@ -7,29 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from splitray.catalog import architecture, device_values
+from splitray.catalog import architecture
 from splitray.cost import CostModel, Load, Rates, load_of
 from splitray.planners import ClusterState, make_planner
 from splitray.sim.arena import Case, run
 from splitray.sim.scenario import Scenario, background_load, random_cluster
 from splitray.sim.simulator import Simulator
 from splitray.sim.workload import Requests, poisson
-from splitray.topology import parse_topology
+from splitray.topology import Topology
 
 _STEPS = 100
 
 
 def slots_per_s(num_instances: int, *, seed: int = 0) -> float:
     """Environment slots a second of LLaMA-7B's 32 layers on two devices, random placements given."""
-    where = parse_topology(
-        {
-            "devices": [
-                {"id": "edge", "tier": "edge", **device_values("jetson-orin-nx-16gb")},
-                {"id": "cloud", "tier": "cloud", **device_values("a100-80gb")},
-            ],
-            "links": [{"between": ["edge", "cloud"], "catalog": "gigabit-lan"}],
-        }
-    )
+    where = Topology.pair("jetson-orin-nx-16gb", link="gigabit-lan")
     arch, rng = architecture("llama-7b"), np.random.default_rng(seed)
     state = ClusterState(arch=arch, topology=where, context_tokens=512)
     planner = make_planner("random", seed=seed)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -23,8 +22,8 @@ from splitray.errors import InputError
 from splitray.model.reading import read_config
 from splitray.placement import Placement
 from splitray.profiling.perplexity import (
-    MASKS,
     PerplexityRequest,
+    Scoring,
     at_least,
     losses,
     of_split,
@@ -43,26 +42,18 @@ Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SweepRequest:
+class SweepRequest(Scoring):
     """What was asked for: every channel with every codec at every cut and placement, but not both exact.
 
     `cuts` are numbers with commas between them, or `all` (1 to L - 1); `channels` may name several values at once,
     as in `loss:0.1/0.2`.
     """
 
-    model: str
-    text: str
     out: str | Path
     cuts: str | None = None
     placements: Sequence[str] = ()
     channels: Sequence[str] = ("none",)
     codecs: Sequence[str] = ("none",)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    window: int | None = None
-    stride: int | None = None
-    tokens: int | None = None
-    masks: int = MASKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,29 +69,18 @@ class Measured:
 class PerplexityMeter:
     """Measures one model on one text, again and again."""
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        text: str,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        window: int | None = None,
-        stride: int | None = None,
-        tokens: int | None = None,
-        masks: int = MASKS,
-    ) -> None:
-        """Read both and score the exact model; the arguments are those of `SweepRequest`.
+    def __init__(self, asked: Scoring) -> None:
+        """Read both and score the exact model.
 
         Raises:
             InputError: they cannot be used as asked.
             ModelError: no such model, or it gave something that is not finite.
         """
-        self.config = read_config(model_path(model))
-        at_least("masks", masks)
-        self.window, self.stride = window_and_stride(self.config, window, stride)
-        self.ids_T = read_ids(model, read_text(text), window=self.window, most=tokens)
-        self.model, self.text, self.dtype, self.masks = model, text, dtype, masks
-        self.exact_T = losses(self.ids_T, whole(model, dtype), self.window, self.stride)
+        self.asked, self.config = asked, read_config(model_path(asked.model))
+        at_least("masks", asked.masks)
+        self.window, self.stride = window_and_stride(self.config, asked.window, asked.stride)
+        self.ids_T = read_ids(asked.model, read_text(asked.text), window=self.window, most=asked.tokens)
+        self.exact_T = losses(self.ids_T, whole(asked.model, asked.dtype), self.window, self.stride)
 
     @property
     def num_layers(self) -> int:
@@ -121,11 +101,12 @@ class PerplexityMeter:
             ModelError: something came out that is not finite.
         """
         cut, placement = (at, None) if isinstance(at, int) else (None, at)
+        asked = self.asked
         if cut is not None:
-            within_layers(cut, self.num_layers, self.model)
-        asked = PerplexityRequest(model=self.model, text=self.text, cut=cut, placement=placement, dtype=self.dtype)
-        with split(asked, cut, codec, channel) as parts:
-            masks = 1 if channel is None else self.masks
+            within_layers(cut, self.num_layers, asked.model)
+        one = PerplexityRequest(model=asked.model, text=asked.text, placement=placement, dtype=asked.dtype)
+        with split(one, cut, codec, channel) as parts:
+            masks = 1 if channel is None else asked.masks
             nll_T = np.mean(
                 [losses(self.ids_T, of_split(parts), self.window, self.stride) for _ in range(masks)], axis=0
             )
@@ -168,10 +149,7 @@ def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> Quali
         expected, remedy = "a channel or a codec", "write for example --channel loss:0.1/0.2"
         raise InputError("channel", expected=expected, actual="neither: nothing would be lost", remedy=remedy)
     before = QualityTable.load(request.out) if Path(request.out).exists() else None
-    meter = PerplexityMeter(
-        model=request.model, text=request.text, dtype=request.dtype, window=request.window, stride=request.stride,
-        tokens=request.tokens, masks=request.masks,
-    )  # fmt: skip
+    meter = PerplexityMeter(request)
     table = QualityTable(
         model=request.model, architecture=meter.config.model_type, num_layers=num_layers, text=Path(request.text).name,
         tokens=len(meter.exact_T), window=meter.window, stride=meter.stride, masks=request.masks, seed=request.seed,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
-from splitray.errors import InputError
+from splitray.errors import InputError, unwritable
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.json_table import exactly, read_json
 
@@ -96,9 +96,7 @@ class QualityTable:
             beside.write_text(text, encoding="utf-8")
             os.replace(beside, path)
         except OSError as error:
-            raise InputError(
-                f"quality table {path}", expected="a file that can be written", actual=error, remedy="give another path"
-            ) from error
+            raise unwritable(f"quality table {path}", error, expected="a file that can be written") from error
 
     @staticmethod
     def load(path: str | Path) -> QualityTable:

@@ -32,7 +32,6 @@ def engine_table(console: Console, result: dict[str, Any]) -> None:
         console.print(f"{name:24} {value:.3f}")
     exchange = result["exchange_us"]
     console.print(f"exchange                 {exchange['median']:.0f} us median, {exchange['p95']:.0f} us p95")
-    console.print(f"load before the run      {result['machine']['load_before']:.2f}")
 
 
 def predicted_table(console: Console, result: dict[str, Any]) -> None:
@@ -46,7 +45,6 @@ def predicted_table(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"median error             {result['median_error']:.1%}")
     console.print(f"worst error              {result['worst_error']:.1%}")
-    console.print(f"load before the run      {result['machine']['load_before']:.2f}")
 
 
 def faults_table(console: Console, result: dict[str, Any]) -> None:
@@ -73,7 +71,6 @@ def faults_table(console: Console, result: dict[str, Any]) -> None:
     )
     lost = result["checkpoint_cost"]["lost_share"]
     console.print("checkpoints cost " + ", ".join(f"{v:.1%} of tokens/s ({k})" for k, v in lost.items()))
-    console.print(f"load before the run {result['machine']['load_before']:.2f}")
 
 
 def simulator_table(console: Console, result: dict[str, Any]) -> None:
@@ -85,4 +82,3 @@ def simulator_table(console: Console, result: dict[str, Any]) -> None:
             f"{r['devices']} devices, {r['tokens']:,} tokens: {r['seconds']:.0f} s; {r['decisions']:,} decisions of "
             f"{r['decision_s'] * 1e3:.1f} ms, {r['decision_share_of_token']:.1%} of a token, {r['moves']:,} moves"
         )
-    console.print(f"load before the run {result['machine']['load_before']:.2f}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from splitray.errors import InputError
+from splitray.errors import unwritable
 from splitray.report.plots import save_plots
 from splitray.report.quantities import bytes_text, joule_text, seconds_text
 
@@ -161,9 +161,7 @@ class Report:
                 (folder / name).write_text(text, encoding="utf-8")
             return [*(folder / n for n in files), *save_plots(self.plots, folder)]
         except OSError as error:
-            raise InputError(
-                "--out", expected="a folder that can be written", actual=error, remedy="give another folder"
-            ) from error
+            raise unwritable("--out", error) from error
 
 
 def _cell(cell: Cell) -> Any:

@@ -5,21 +5,21 @@ The letters alone tell everything, so that it reads the same in a pipe. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from string import ascii_lowercase, ascii_uppercase
 from typing import Literal
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from splitray.arch import ModelArch, Range
 from splitray.placement import Placement, Shares, weight_bytes
 from splitray.report.quantities import bytes_text, share_text
+from splitray.report.tables import columns_table
 from splitray.topology import DeviceId, Topology
 
 BLOCK_CELLS = 32
@@ -106,7 +106,7 @@ class _Marks:
     def __init__(self, devices: Sequence[DeviceId], drawn: Sequence[Row]) -> None:
         self._index = {d: i for i, d in enumerate(devices)}
         sets = dict.fromkeys(c for row in drawn for c in (*row.left, *row.right) if len(c) > 1)
-        self.copies = dict(zip(sets, _repeat(_COPIES), strict=False))
+        self.copies = dict(zip(sets, cycle(_COPIES), strict=False))
 
     def sign(self, holders: Holders) -> str:
         """The character of a cell: who holds it."""
@@ -125,17 +125,10 @@ class _Marks:
         return block
 
 
-def _repeat(signs: str) -> Iterator[str]:
-    while True:
-        yield from signs
-
-
 def _legend(placement: Placement, arch: ModelArch, topology: Topology, marks: _Marks) -> RenderableType:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim", border_style="dim")
-    for name in ("", "device", "tier"):
-        table.add_column(name)
-    for name in ("heads", "experts" if arch.num_experts else "FFN", "vocabulary", "weights", "of model"):
-        table.add_column(name, justify="right")
+    ffn_name = "experts" if arch.num_experts else "FFN"
+    names = ("", "device", "tier", "heads", ffn_name, "vocabulary", "weights", "of model")
+    table = columns_table(names, named=3)
     weights = weight_bytes(placement, arch)
     for device in topology.ids:
         if device not in weights:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from splitray.errors import InputError
+from splitray.errors import unwritable
 from splitray.report.plots import backlog_plot, energy_plot, front_plot, latency_plot, placement_plot, save_plots
 from splitray.report.quantities import joule_text, seconds_text, share_text
 from splitray.sim.outcome import Outcome
@@ -121,5 +121,4 @@ def save_simulation(document: dict[str, Any], outcomes: list[Outcome], out: Path
         np.savez_compressed(out / "samples.npz", allow_pickle=False, **samples)
         return [out / "simulation.json", out / "samples.npz", *save_plots(plots_of(outcomes), out)]
     except OSError as error:
-        raise InputError("--out", expected="a folder that can be written", actual=error,
-                         remedy="give another folder") from error  # fmt: skip
+        raise unwritable("--out", error) from error

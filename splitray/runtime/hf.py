@@ -16,12 +16,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitray.errors import InputError
 from splitray.model.reading import read_config
-from splitray.placement import Placement
-from splitray.planners.protocol import Planner
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.stepping import Forward
-from splitray.runtime.launch import Dtype, launch_engine, model_path
-from splitray.topology import Topology
+from splitray.runtime.launch import launch_engine
 
 _sessions = itertools.count(1 << 20)  # apart from the sessions of the engine's own loop
 
@@ -97,23 +94,10 @@ class SplitModel(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        *,
-        topology: str | Path | Topology | None = None,
-        devices: int | None = None,
-        planner: str | Planner | None = None,
-        placement: str | Path | Placement | None = None,
-        runtime: str = "process",
-        seed: int = 0,
-        dtype: Dtype = "float32",
-        codec: str = "none",
         **options: Any,
     ) -> Self:
-        """Split a model folder (or `tiny`) over devices; the arguments are those of `launch_engine`."""
-        return cls(
-            launch_engine(model=model_path(pretrained_model_name_or_path), topology=topology, devices=devices,
-                          planner=planner, placement=placement, runtime=runtime, seed=seed, dtype=dtype, codec=codec,
-                          **options)
-        )  # fmt: skip
+        """Split a model folder (or `tiny`) over devices; the options are the arguments of `launch_engine`."""
+        return cls(launch_engine(model=pretrained_model_name_or_path, **options))
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

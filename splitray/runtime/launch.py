@@ -57,6 +57,19 @@ def read_tokenizer(model: str | Path) -> Any:
     return None
 
 
+def needed_tokenizer(model: str | Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: its folder has none.
+    """
+    tokenizer = read_tokenizer(model)
+    if tokenizer is None:
+        remedy = "put the tokenizer's files beside the weights, or use `splitray generate --prompt-ids`"
+        raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
+    return tokenizer
+
+
 def read_topology(topology: str | Path | Topology | None, devices: int | None) -> Topology:
     """A topology file, or `devices` equal ones on this machine (two by default)."""
     if isinstance(topology, Topology):

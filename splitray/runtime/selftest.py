@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import ModelError
+from splitray.errors import unsplittable
 from splitray.model.layout import LayerLayout
 from splitray.model.reading import StateDictSource, probe_model, read_arch
 from splitray.placement import LayerPlacement, Placement, Shares
@@ -38,11 +38,9 @@ def self_test(config: PretrainedConfig) -> bool:
         arch, layout = read_arch(probe.config)
         problem = _difference(probe, arch, layout, lean=False)
         if problem > _TOLERANCE:
-            raise ModelError(
-                f"architecture {config.model_type}",
-                expected=f"split logits within {_TOLERANCE:g} of the unsplit model's",
-                actual=f"a difference of {problem:.2g} in the self-test",
-                remedy="this architecture cannot be split; use another model",
+            expected = f"split logits within {_TOLERANCE:g} of the unsplit model's"
+            raise unsplittable(
+                f"architecture {config.model_type}", expected, f"a difference of {problem:.2g} in the self-test"
             )
         _passed[key] = _difference(probe, arch, layout, lean=True) <= _TOLERANCE
     return _passed[key]

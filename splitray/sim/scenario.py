@@ -85,12 +85,10 @@ class Scenario:
                 raise _wrong("lost", f"flags, {shape}", self.lost.shape)
             if self.lost[:, self.topology.ids.index(self.topology.origin)].any():
                 raise _wrong("lost", "devices other than the origin, where requests start and end", "the origin")
-        window = self.arch.context_tokens
-        prompt = np.minimum(self.requests.prompt_tokens, max(1, window - 1))
-        output = np.minimum(self.requests.output_tokens, np.maximum(1, window - prompt))
-        cut = (prompt < self.requests.prompt_tokens) | (output < self.requests.output_tokens)
+        asked, fitting = self.requests, self.requests.within(self.arch.context_tokens)
+        cut = (fitting.prompt_tokens < asked.prompt_tokens) | (fitting.output_tokens < asked.output_tokens)
         object.__setattr__(self, "num_cut", int(cut.sum()))
-        object.__setattr__(self, "requests", Requests(self.requests.arrival_s, prompt, output))
+        object.__setattr__(self, "requests", fitting)
 
     @property
     def longest_tokens(self) -> int:

@@ -33,6 +33,12 @@ class Requests:
         keep = self.arrival_s < end_s
         return Requests(self.arrival_s[keep], self.prompt_tokens[keep], self.output_tokens[keep])
 
+    def within(self, window_tokens: int) -> Requests:
+        """All of them, each cut to a model's window."""
+        prompt = np.minimum(self.prompt_tokens, max(1, window_tokens - 1))
+        output = np.minimum(self.output_tokens, np.maximum(1, window_tokens - prompt))
+        return Requests(self.arrival_s, prompt, output)
+
 
 def poisson(
     rate_per_s: float,

@@ -107,11 +107,11 @@ def test_the_predicted_delay_of_a_migration_over_a_shaped_link(lab: NetLab, tmp_
     While tokens come, theirs go over the same link, but few: each of their exchanges waits behind the copy. What they
     send at the pace before it says nothing, and the prediction leaves them out.
     """
-    MODEL.write(tmp_path)
+    path = MODEL.write(tmp_path)
     errors: dict[str, list[float]] = {"half, waiting": [], "half, generating": [], "all, waiting": []}
     options: dict[str, Any] = {"planner": "even", "fleet": NetFleet(lab), "recovery": Recovery()}
     prompt = [5 + i % 300 for i in range(512)]
-    with launch_engine(model=tmp_path, devices=2, **options) as engine:
+    with launch_engine(model=path, devices=2, **options) as engine:
         even, whole, turned = engine.placement, _gathered(engine), _turned(engine)
 
         def error_of(after: Placement, stream: Generator[int, None, None] | None = None) -> float:

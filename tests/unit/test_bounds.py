@@ -190,24 +190,15 @@ def test_copied_attention_wins_and_both_planners_take_it() -> None:
         assert seconds(state, placement) <= best.tpot_s * 1.02
 
 
-def edge_and_cloud(link: str, holds: str) -> Topology:
-    return parse_topology(
-        {
-            "devices": [
-                {"id": "edge", "tier": "edge", "catalog": "jetson-orin-nx-16gb"},
-                {"id": "cloud", "tier": "cloud", "catalog": "a100-80gb"},
-            ],
-            "links": [{"between": ["edge", "cloud"], "catalog": link}],
-            "origin_holds": holds,
-        }
-    )
-
-
 @pytest.mark.parametrize("holds", ["none", "embedding", "embedding_and_head"])
 @pytest.mark.parametrize("model", ["gpt2-xl", "llama-7b", "llama-13b"])
 @pytest.mark.parametrize("link", ["lte", "wan"])
 def test_far_from_the_cloud_the_best_placement_crosses_once_each_way(link: str, model: str, holds: str) -> None:
-    state = ClusterState(arch=architecture(model), topology=edge_and_cloud(link, holds), context_tokens=512)
+    state = ClusterState(
+        arch=architecture(model),
+        topology=Topology.pair("jetson-orin-nx-16gb", link=link, origin_holds=holds),
+        context_tokens=512,
+    )
     for name in ("exact", "drift_plus_penalty"):
         placement = make_planner(name).propose(state)
         assert compile_route(placement, state.arch, state.topology).exchanges_per_token <= 2

@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from splitray.catalog import architecture
-from splitray.evaluate.traces import edge_and_cloud
 from splitray.sim.arena import Case, run
 from splitray.sim.network import arrivals
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.service import service_s
+from splitray.topology import Topology
 
 SLOTS, NUM_TRACES, REQUESTS = 100, 8, 25
 EVERY = 2  # slots that a decision lasts
@@ -41,7 +41,7 @@ def outcomes() -> dict[tuple[str, str], list[tuple[Outcome, ...]]]:
     found = {}
     for edge in ("jetson-orin-nx-16gb", "galaxy-s23"):
         for holds in ("none", "embedding_and_head"):
-            arch, where = architecture("gpt2-xl"), edge_and_cloud(edge, holds)
+            arch, where = architecture("gpt2-xl"), Topology.pair(edge, origin_holds=holds)
             rate = 0.4 / service_s(arch, where, "static_cut")
             slot_s = max(1.0, REQUESTS / (rate * SLOTS))
             line = arrivals(None, SLOTS * slot_s, rate, np.random.default_rng(1))

@@ -11,14 +11,14 @@ from splitray.evaluate import replacement as suite
 from splitray.evaluate.options import Options
 from splitray.evaluate.stream import Copying, Stream, StreamPrices, TracedLink
 from splitray.evaluate.suites import run
-from splitray.evaluate.traces import edge_and_cloud
 from splitray.planners import make_planner
 from splitray.sim.traces import Trace
+from splitray.topology import Topology
 
 
 @pytest.fixture(scope="module")
 def prices() -> StreamPrices:
-    return StreamPrices(architecture(suite.MODEL), edge_and_cloud(suite.EDGE, suite.HOLDS, link=suite.LINK))
+    return StreamPrices(architecture(suite.MODEL), Topology.pair(suite.EDGE, link=suite.LINK, origin_holds=suite.HOLDS))
 
 
 def stream(prices: StreamPrices, trace: Trace) -> Stream:

@@ -20,7 +20,7 @@ from splitray.model.reading import read_arch
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
-from splitray.profiling.perplexity import run
+from splitray.profiling.perplexity import Scoring, run
 from splitray.profiling.sweep import PerplexityMeter, SweepRequest, alternatives, read_cuts, sweep
 from splitray.quality.features import (
     CHANNEL_FEATURES,
@@ -127,9 +127,8 @@ def test_bad_input_is_refused_before_anything_is_measured(options, what, folder,
 
 
 def test_a_meter_feeds_the_loop_that_learns_from_it(folder):  # noqa: F811
-    meter = PerplexityMeter(
-        model=str(folder), text=str(folder / "text.txt"), window=WINDOW, stride=STRIDE, tokens=90, masks=1
-    )
+    text = str(folder / "text.txt")
+    meter = PerplexityMeter(Scoring(model=str(folder), text=text, window=WINDOW, stride=STRIDE, tokens=90, masks=1))
 
     def measure(place, channel, codec):
         return meter.measure(round(place.state_depth * 3), channel, codec).relative_perplexity

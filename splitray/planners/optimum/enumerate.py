@@ -11,7 +11,6 @@ from itertools import product
 
 import numpy as np
 
-from splitray.planners.optimum.patterns import BlockHolding
 from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Kind, Space
 
 Step = tuple[int, tuple[Counts, ...]]
@@ -47,7 +46,7 @@ def options(space: Space, kind: Kind, *, embedding: int = -1) -> list[Option]:
             choices = [tuple(_on(space.num_devices, holding.devices, [p.count] * len(holding.devices)) for p in pieces)]
         else:
             per_part = [list(_compositions(p.count, holding.devices, space.num_devices)) for p in pieces]
-            choices = [c for c in product(*per_part) if _uses_all(c, holding)]
+            choices = [each for each in product(*per_part) if all(any(c[d] for c in each) for d in holding.devices)]
         found += [priced(space, kind, index, c, embedding) for c in choices]
     return found
 
@@ -84,10 +83,6 @@ def _compositions(total: int, devices: tuple[int, ...], num_devices: int) -> Ite
 
     for counts in spread(total, len(devices)):
         yield _on(num_devices, devices, counts)
-
-
-def _uses_all(counts: tuple[Counts, ...], holding: BlockHolding) -> bool:
-    return all(any(c[d] for c in counts) for d in holding.devices)
 
 
 def by_counts(space: Space) -> Found | None:

@@ -32,6 +32,9 @@ class _Labels:
     parent: Ints  # [K]
     counts: list[Ints]  # of each part, [K, D]
 
+    def take(self, rows: Ints) -> _Labels:
+        return _Labels(self.finish[rows], self.held[rows], self.parent[rows], [c[rows] for c in self.counts])
+
 
 def beam(
     space: Space,
@@ -94,7 +97,7 @@ def _from(
             score = labels.finish @ potentials[target] + labels.held @ price
             keep = np.argsort(score, kind="stable")
             keep = keep[_distinct(labels.finish[keep], labels.held[keep])][:width]
-            grown.append((int(target), _take(labels, keep)))
+            grown.append((int(target), labels.take(keep)))
         if not grown:
             return None
         history.append(grown)
@@ -131,10 +134,6 @@ def _distinct(finish: Floats, held: Floats) -> NDArray[np.bool_]:
     mask = np.zeros(len(keys), bool)
     mask[first] = True
     return mask
-
-
-def _take(labels: _Labels, rows: Ints) -> _Labels:
-    return _Labels(labels.finish[rows], labels.held[rows], labels.parent[rows], [c[rows] for c in labels.counts])
 
 
 def _shared(

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
-from splitray.catalog import architecture, device_values
+from splitray.catalog import architecture
 from splitray.cost import CostModel, Rates, load_of, prompt_s, step_cost
 from splitray.planners.protocol import ClusterState, RequestShape
 from splitray.planners.whole import whole_on
-from splitray.topology import DeviceId, Topology, parse_topology
+from splitray.topology import DeviceId, Topology
 
 Floats = NDArray[np.float64]
 EDGE_DEVICE, CLOUD_DEVICE = 0, 1  # in the topology's order
@@ -43,16 +43,7 @@ class Cell:
     @cached_property
     def topology(self) -> Topology:
         """One of the edge devices, and the A100 that they share."""
-        return parse_topology(
-            {
-                "origin_holds": self.holds,
-                "devices": [
-                    {"id": "edge", "tier": "edge", **device_values(self.edge)},
-                    {"id": "cloud", "tier": "cloud", **device_values("a100-80gb")},
-                ],
-                "links": [{"between": ["edge", "cloud"], "catalog": self.link}],
-            }
-        )
+        return Topology.pair(self.edge, link=self.link, origin_holds=self.holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

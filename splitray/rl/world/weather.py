@@ -122,13 +122,10 @@ def draw(
     per_s = climate.rate_per_s(known)
     process = poisson if climate.arrivals == "poisson" else bursty
     requests = tuple(
-        _cut(
-            process(
-                per_s, num_slots * slot_s, rng=rng,
-                prompt_tokens=round(climate.request.prompt_tokens), output_tokens=round(climate.request.output_tokens),
-            ),
-            window_tokens,
-        )
+        process(
+            per_s, num_slots * slot_s, rng=rng,
+            prompt_tokens=round(climate.request.prompt_tokens), output_tokens=round(climate.request.output_tokens),
+        ).within(window_tokens)
         for _ in range(num_instances)
     )  # fmt: skip
     pool = np.arange(num_instances) // (climate.users or users_of(known))
@@ -144,9 +141,3 @@ def copied(weather: Weather, copies: int) -> Weather:
         requests=weather.requests * copies,
         pool=np.concatenate([weather.pool + clouds * i for i in range(copies)]),
     )
-
-
-def _cut(line: Requests, window: int) -> Requests:
-    """Requests that fit the model's window, as `sim/scenario.py` cuts them."""
-    prompt = np.minimum(line.prompt_tokens, max(1, window - 1))
-    return Requests(line.arrival_s, prompt, np.minimum(line.output_tokens, np.maximum(1, window - prompt)))
