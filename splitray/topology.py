@@ -16,6 +16,7 @@ DeviceId = NewType("DeviceId", str)
 _RATES = ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
 _COSTS = ("idle_w", "active_w", "radio_w", "price_per_s", "launch_s")
 _CORRECT = "correct it, or run `splitray profile`"
+_ADD = "add the missing keys or a `catalog:` name"
 _LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str, str], ...] = (
     (("tier",), lambda v: v in ("edge", "cloud"), "edge or cloud", "set tier to edge or cloud"),
     (_RATES, lambda v: v > 0, "a number above 0", "give the device's {}"),
@@ -55,25 +56,18 @@ class Device:
             for name in names:
                 if not fits(value := getattr(self, name)):
                     what = f"device {self.id}: {name}"
-                    raise TopologyError(what, expected=expected, actual=value, remedy=remedy.format(name))
+                    raise _wrong(what, expected, value, remedy.format(name))
         self._check_sharing()
 
     def _check_sharing(self) -> None:
         shared, own = self.shared_bandwidth_bytes_per_s, self.memory_bandwidth_bytes_per_s * self.memory_efficiency
         if (self.memory_group is None) != (shared is None):
-            raise TopologyError(
-                f"device {self.id}: memory_group",
-                expected="memory_group and shared_bandwidth_bytes_per_s together",
-                actual="only one of them",
-                remedy="give both, or run `splitray profile`",
-            )
+            expected = "memory_group and shared_bandwidth_bytes_per_s together"
+            remedy = "give both, or run `splitray profile`"
+            raise _wrong(f"device {self.id}: memory_group", expected, "only one of them", remedy)
         if shared is not None and not 0 < shared <= own:
-            raise TopologyError(
-                f"device {self.id}: shared_bandwidth_bytes_per_s",
-                expected=f"above 0 and at most what it reads alone ({own:g})",
-                actual=shared,
-                remedy=_CORRECT,
-            )
+            expected = f"above 0 and at most what it reads alone ({own:g})"
+            raise _wrong(f"device {self.id}: shared_bandwidth_bytes_per_s", expected, shared, _CORRECT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,58 +102,33 @@ class Topology:
         ids = tuple(d.id for d in self.devices)
         object.__setattr__(self, "ids", ids)
         if not ids:
-            raise TopologyError(
-                "devices",
-                expected="at least one device",
-                actual="none",
-                remedy="list a device under `devices:`",
-            )
+            raise _wrong("devices", "at least one device", "none", "list a device under `devices:`")
         twice = sorted({i for i in ids if ids.count(i) > 1})
         if twice:
-            raise TopologyError(
-                "devices",
-                expected="distinct ids",
-                actual=f"{twice} more than once",
-                remedy="rename one of them",
-            )
+            raise _wrong("devices", "distinct ids", f"{twice} more than once", "rename one of them")
         self._known(self.origin, "origin")
         if self.origin_holds not in ("none", "embedding", "embedding_and_head"):
-            raise TopologyError(
-                "origin_holds",
-                expected="none, embedding or embedding_and_head",
-                actual=self.origin_holds,
-                remedy="use one of the three",
-            )
+            expected = "none, embedding or embedding_and_head"
+            raise _wrong("origin_holds", expected, self.origin_holds, "use one of the three")
         pairs: dict[tuple[DeviceId, DeviceId], Link] = {}
         for link in self.links:
             self._known(link.source, "link")
             self._known(link.target, "link")
             pair = (link.source, link.target)
             if pair[0] == pair[1] or pair in pairs:
-                raise TopologyError(
-                    "links",
-                    expected="one link between two different devices",
-                    actual=f"{pair[0]} -> {pair[1]} again" if pair in pairs else f"{pair[0]} to itself",
-                    remedy="remove it",
-                )
+                found = f"{pair[0]} -> {pair[1]} again" if pair in pairs else f"{pair[0]} to itself"
+                raise _wrong("links", "one link between two different devices", found, "remove it")
             if not link.bandwidth_bytes_per_s > 0 or not link.rtt_s >= 0 or not link.exchange_s >= 0:
-                raise TopologyError(
-                    f"link {pair[0]} -> {pair[1]}",
-                    expected="bandwidth above 0, rtt_s and exchange_s of 0 or more",
-                    actual=f"{link.bandwidth_bytes_per_s}, {link.rtt_s}, {link.exchange_s}",
-                    remedy="correct the link",
-                )
+                found = f"{link.bandwidth_bytes_per_s}, {link.rtt_s}, {link.exchange_s}"
+                expected = "bandwidth above 0, rtt_s and exchange_s of 0 or more"
+                raise _wrong(f"link {pair[0]} -> {pair[1]}", expected, found, "correct the link")
             pairs[pair] = link
         object.__setattr__(self, "_by_pair", pairs)
 
     def _known(self, device: DeviceId, where: str) -> None:
         if device not in self.ids:
-            raise TopologyError(
-                where,
-                expected=f"one of {list(self.ids)}",
-                actual=device,
-                remedy=f"correct the name{did_you_mean(device, self.ids)}",
-            )
+            remedy = f"correct the name{did_you_mean(device, self.ids)}"
+            raise _wrong(where, f"one of {list(self.ids)}", device, remedy)
 
     def device(self, device: DeviceId) -> Device:
         """The device with this id."""
@@ -185,12 +154,9 @@ class Topology:
         back = self._reached([(k.target, k.source) for k in self.links])
         apart = [str(i) for i in self.ids if i not in there or i not in back]
         if apart:
-            raise TopologyError(
-                "links",
-                expected=f"every device linked with the origin {self.origin}, through others if need be",
-                actual=f"no links that join it with {', '.join(apart)}",
-                remedy="add the missing links under `links:`, or remove the devices",
-            )
+            expected = f"every device linked with the origin {self.origin}, through others if need be"
+            remedy = "add the missing links under `links:`, or remove the devices"
+            raise _wrong("links", expected, f"no links that join it with {', '.join(apart)}", remedy)
 
     def _reached(self, pairs: list[tuple[DeviceId, DeviceId]]) -> set[DeviceId]:
         found, new = {self.origin}, {self.origin}
@@ -243,26 +209,14 @@ class Topology:
         try:
             document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise TopologyError(
-                f"topology {path}",
-                expected="a readable YAML file",
-                actual=error,
-                remedy="give the path of a topology file",
-            ) from error
+            remedy = "give the path of a topology file"
+            raise _wrong(f"topology {path}", "a readable YAML file", error, remedy) from error
         return parse_topology(document)
 
 
 _DEVICE_KEYS = tuple(f.name for f in fields(Device))
-_LINK_KEYS = (
-    "between",
-    "catalog",
-    "bandwidth_bytes_per_s",
-    "rtt_s",
-    "uplink_bytes_per_s",
-    "downlink_bytes_per_s",
-    "exchange_s",
-    "medium",
-)
+_LINK_NUMBERS = ("bandwidth_bytes_per_s", "rtt_s", "uplink_bytes_per_s", "downlink_bytes_per_s", "exchange_s")
+_LINK_KEYS = ("between", "catalog", *_LINK_NUMBERS, "medium")
 
 
 def parse_topology(document: Any) -> Topology:
@@ -270,7 +224,7 @@ def parse_topology(document: Any) -> Topology:
     _keys(document, ("origin", "origin_holds", "devices", "links", "profile"), "topology")
     if document.get("profile") is not None and not isinstance(document["profile"], dict):
         expected, actual = "a mapping: where the numbers come from", type(document["profile"]).__name__
-        raise TopologyError("topology.profile", expected=expected, actual=actual, remedy="remove it")
+        raise _wrong("topology.profile", expected, actual, "remove it")
     devices = tuple(_device(d, f"devices[{i}]") for i, d in enumerate(_list(document, "devices")))
     links = [link for i, d in enumerate(_list(document, "links")) for link in _links(d, f"links[{i}]")]
     edges = [d.id for d in devices if d.tier == "edge"]
@@ -291,12 +245,7 @@ def _device(entry: Any, where: str) -> Device:
         values = {**device_values(_known_name(name, DEVICES, where)), **values}
     missing = [k for k in ("id", "tier", *_RATES) if k not in values]
     if missing:
-        raise TopologyError(
-            where,
-            expected=f"{missing}",
-            actual=f"only {sorted(values)}",
-            remedy="add the missing keys or a `catalog:` name",
-        )
+        raise _wrong(where, f"{missing}", f"only {sorted(values)}", _ADD)
     values["id"] = DeviceId(str(values["id"]))  # YAML reads a bare 7 or yes as no string
     if values.get("memory_group") is not None:
         values["memory_group"] = str(values["memory_group"])
@@ -307,12 +256,8 @@ def _device(entry: Any, where: str) -> Device:
 
 def _known_name(name: Any, known: Mapping[str, Any], where: str) -> str:
     if str(name) not in known:
-        raise TopologyError(
-            f"{where}.catalog",
-            expected=f"one of {sorted(known)}",
-            actual=name,
-            remedy=f"use a catalogue name{did_you_mean(name, known)}, or give explicit values",
-        )
+        remedy = f"use a catalogue name{did_you_mean(name, known)}, or give explicit values"
+        raise _wrong(f"{where}.catalog", f"one of {sorted(known)}", name, remedy)
     return str(name)
 
 
@@ -320,8 +265,8 @@ def _links(entry: Any, where: str) -> list[Link]:
     _keys(entry, _LINK_KEYS, where)
     between = entry.get("between")
     if not isinstance(between, list) or len(between) != 2:
-        raise TopologyError(f"{where}.between", expected="two device ids", actual=between, remedy="write [a, b]")
-    numbers = {k: _number(entry[k], f"{where}.{k}") for k in _LINK_KEYS[2:7] if k in entry}
+        raise _wrong(f"{where}.between", "two device ids", between, "write [a, b]")
+    numbers = {k: _number(entry[k], f"{where}.{k}") for k in _LINK_NUMBERS if k in entry}
     if entry.get("catalog") is not None:
         listed = link_values(_known_name(entry["catalog"], LINKS, where))
         rates = ("uplink_bytes_per_s", "downlink_bytes_per_s") if "bandwidth_bytes_per_s" in numbers else ()
@@ -329,12 +274,8 @@ def _links(entry: Any, where: str) -> list[Link]:
     rate = numbers.get("bandwidth_bytes_per_s")
     up, down = numbers.get("uplink_bytes_per_s", rate), numbers.get("downlink_bytes_per_s", rate)
     if up is None or down is None or "rtt_s" not in numbers:
-        raise TopologyError(
-            where,
-            expected="rtt_s and bandwidth_bytes_per_s (or uplink and downlink)",
-            actual=f"only {sorted(entry)}",
-            remedy="add the missing keys or a `catalog:` name",
-        )
+        expected = "rtt_s and bandwidth_bytes_per_s (or uplink and downlink)"
+        raise _wrong(where, expected, f"only {sorted(entry)}", _ADD)
     a, b = (DeviceId(str(d)) for d in between)
     fixed = {"rtt_s": numbers["rtt_s"], "exchange_s": numbers.get("exchange_s", 0.0)}
     return [
@@ -345,33 +286,30 @@ def _links(entry: Any, where: str) -> list[Link]:
 
 def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
     if not isinstance(entry, dict):
-        raise TopologyError(
-            where, expected="a mapping", actual=type(entry).__name__, remedy="see clusters/ for examples"
-        )
+        raise _wrong(where, "a mapping", type(entry).__name__, "see clusters/ for examples")
     allowed = list(allowed)
     for key in entry:
         if key not in allowed:
-            raise TopologyError(
-                f"{where}.{key}",
-                expected=f"one of {allowed}",
-                actual=key,
-                remedy=f"remove the key{did_you_mean(str(key), allowed)}",
-            )
+            remedy = f"remove the key{did_you_mean(str(key), allowed)}"
+            raise _wrong(f"{where}.{key}", f"one of {allowed}", key, remedy)
 
 
 def _list(document: dict[str, Any], key: str) -> list[Any]:
     value = document.get(key) or []
     if not isinstance(value, list):
-        raise TopologyError(key, expected="a list", actual=type(value).__name__, remedy=f"write `{key}:` as a list")
+        raise _wrong(key, "a list", type(value).__name__, f"write `{key}:` as a list")
     return value
 
 
 def _number(value: Any, where: str) -> float:
-    remedy = "write a number in SI units, such as 1.5e9"
-    wrong = TopologyError(where, expected="a number", actual=repr(value), remedy=remedy)
+    wrong = _wrong(where, "a number", repr(value), "write a number in SI units, such as 1.5e9")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
     try:
         return float(value)
     except ValueError as error:
         raise wrong from error
+
+
+def _wrong(what: str, expected: str, actual: object, remedy: str) -> TopologyError:
+    return TopologyError(what, expected=expected, actual=actual, remedy=remedy)

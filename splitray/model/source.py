@@ -42,11 +42,9 @@ class Checkpoint:
         self.folder = Path(folder)
         self.bytes_read = 0
         if not (self.folder / "config.json").is_file():
+            remedy = "give the path of a saved transformers model"
             raise ModelError(
-                f"model {folder}",
-                expected="a folder with config.json",
-                actual="none there",
-                remedy="give the path of a saved transformers model",
+                f"model {folder}", expected="a folder with config.json", actual="none there", remedy=remedy
             )
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
@@ -55,12 +53,7 @@ class Checkpoint:
             try:
                 opened = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ModelError(
-                    f"weights {name}",
-                    expected="a complete safetensors file",
-                    actual=error,
-                    remedy="copy the checkpoint again",
-                ) from error
+                raise _damaged(f"weights {name}", "a complete safetensors file", error) from error
             self._files[name] = opened
             for key in opened.keys():  # noqa: SIM118 - safe_open is no dict
                 self._file_of[key] = name
@@ -71,21 +64,12 @@ class Checkpoint:
             try:
                 return sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
-                raise ModelError(
-                    f"weights {index.name}",
-                    expected="a JSON weight_map",
-                    actual=error,
-                    remedy="copy the checkpoint again",
-                ) from error
+                raise _damaged(f"weights {index.name}", "a JSON weight_map", error) from error
         if (self.folder / "model.safetensors").is_file():
             return ["model.safetensors"]
         found = sorted(p.name for p in self.folder.glob("*.bin")) or "none"
-        raise ModelError(
-            f"weights in {self.folder}",
-            expected="model.safetensors or its index",
-            actual=found,
-            remedy="save the model with save_pretrained (safetensors)",
-        )
+        expected, remedy = "model.safetensors or its index", "save the model with save_pretrained (safetensors)"
+        raise ModelError(f"weights in {self.folder}", expected=expected, actual=found, remedy=remedy)
 
     def key(self, name: str) -> str | None:
         """The checkpoint's key for a parameter of the model, or None."""
@@ -161,9 +145,8 @@ class Checkpoint:
         return key
 
     def _missing(self, name: str) -> ModelError:
-        return ModelError(
-            f"weights in {self.folder}",
-            expected=f"a tensor {name}",
-            actual=f"{len(self._file_of)} others",
-            remedy="copy the checkpoint again",
-        )
+        return _damaged(f"weights in {self.folder}", f"a tensor {name}", f"{len(self._file_of)} others")
+
+
+def _damaged(what: str, expected: str, actual: object) -> ModelError:
+    return ModelError(what, expected=expected, actual=actual, remedy="copy the checkpoint again")

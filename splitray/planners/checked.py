@@ -42,22 +42,15 @@ class CheckedPlanner:
         with self._named("propose"):
             placement = self.planner.propose(state)
         if not isinstance(placement, Placement):
-            raise PlannerError(
-                f"planner {self.spec}",
-                expected="a splitray.Placement from propose",
-                actual=f"{placement!r:.80} of type {type(placement).__name__}",
-                remedy="return a Placement",
-            )
+            actual = f"{placement!r:.80} of type {type(placement).__name__}"
+            raise self._fault("a splitray.Placement from propose", actual, "return a Placement")
         with self._named("the check of its placement"):
             try:
                 check(placement, state)
             except PlacementError as error:
-                raise PlacementError(
-                    f"planner {self.spec}: {error.what}",
-                    expected=error.expected,
-                    actual=error.actual,
-                    remedy=error.remedy,
-                ) from error
+                what = f"planner {self.spec}: {error.what}"
+                told = PlacementError(what, expected=error.expected, actual=error.actual, remedy=error.remedy)
+                raise told from error
         return placement
 
     @property
@@ -85,12 +78,12 @@ class CheckedPlanner:
         except Exception as error:  # a user's code may raise anything
             if not self.outside:
                 raise
-            raise PlannerError(
-                f"planner {self.spec}",
-                expected=f"{what} without an exception, or a PlacementError where there is no placement",
-                actual=f"{type(error).__name__}: {error}{raised_at(error)}",
-                remedy="correct the planner",
-            ) from error
+            expected = f"{what} without an exception, or a PlacementError where there is no placement"
+            actual = f"{type(error).__name__}: {error}{raised_at(error)}"
+            raise self._fault(expected, actual, "correct the planner") from error
+
+    def _fault(self, expected: str, actual: str, remedy: str) -> PlannerError:
+        return PlannerError(f"planner {self.spec}", expected=expected, actual=actual, remedy=remedy)
 
 
 def raised_at(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from splitray.errors import PlacementError
 from splitray.placement import Placement
 from splitray.planners.layer_times import layer_times
-from splitray.planners.memory import first_fit, shortfall
+from splitray.planners.memory import first_fit, no_room, shortfall
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import clouds, layers_on, own_edge
 from splitray.topology import DeviceId
@@ -27,12 +27,8 @@ class FixedCut:
         """See `Planner`; fails where the cut lies beyond the model, or a tier is missing or full."""
         num_layers = state.arch.num_layers
         if not 0 <= self.cut <= num_layers:
-            raise PlacementError(
-                "fixed_cut:P",
-                expected=f"0 <= P <= {num_layers}, the layers of {state.arch.name}",
-                actual=self.cut,
-                remedy="cut within the model",
-            )
+            expected = f"0 <= P <= {num_layers}, the layers of {state.arch.name}"
+            raise PlacementError("fixed_cut:P", expected=expected, actual=self.cut, remedy="cut within the model")
         edge = own_edge(state)
         return first_fit(
             clouds(state),
@@ -61,12 +57,9 @@ class BestCut:
             if not missing:
                 return placement
             short += missing
-        raise PlacementError(
-            "memory",
-            expected=f"room for {state.arch.name} on either side of one cut",
-            actual=f"a need of {'; '.join(dict.fromkeys(short[:4]))}",
-            remedy="split finer (planner proportional or exact), or shorten the context",
-        )
+        remedy = "split finer (planner proportional or exact), or shorten the context"
+        needs = f"a need of {'; '.join(dict.fromkeys(short[:4]))}"
+        raise no_room(f"room for {state.arch.name} on either side of one cut", needs, remedy)
 
     def _cuts(self, state: ClusterState) -> Iterator[tuple[float, list[DeviceId], tuple[DeviceId, DeviceId]]]:
         """Seconds a token, devices of the layers, and holders of embedding and head."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_bytes, table_bytes
-from splitray.planners.memory import ffn_unit_bytes, group_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, no_room
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import layers_on, served_first
 from splitray.topology import DeviceId
@@ -31,12 +30,9 @@ class _Room:
             if self.left[device] >= num_bytes:
                 self.left[device] -= num_bytes
                 return device
-        raise PlacementError(
-            "memory",
-            expected=f"room for {piece} of {self.state.arch.name}: {num_bytes:,.0f} bytes on one device",
-            actual=f"left are {', '.join(f'{b:,.0f} on {d}' for d, b in self.left.items())}",
-            remedy="add a device or memory, shorten the context, or use the planner proportional",
-        )
+        expected = f"room for {piece} of {self.state.arch.name}: {num_bytes:,.0f} bytes on one device"
+        left = f"left are {', '.join(f'{b:,.0f} on {d}' for d, b in self.left.items())}"
+        raise no_room(expected, left, "add a device or memory, shorten the context, or use the planner proportional")
 
     def head(self, first: DeviceId, embedding: DeviceId) -> DeviceId:
         """The head's device: pinned, or the first with room from `first` on; free beside a tied embedding."""

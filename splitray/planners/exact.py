@@ -21,7 +21,7 @@ from splitray.errors import InputError, PlacementError
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
-from splitray.planners.memory import check, model_bytes
+from splitray.planners.memory import check, model_bytes, no_room
 from splitray.planners.myopic import Myopic
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.bound import Potentials
@@ -262,9 +262,5 @@ def too_small(space: Space) -> PlacementError:
         short = f"which devices without a link cannot share ({', '.join(f'{a} and {b}' for a, b in apart)})"
     else:
         short = "no way found to deal its pieces out"
-    return PlacementError(
-        "memory",
-        expected=f"room for {state.arch.name} with {state.context_tokens} tokens on linked devices ({available})",
-        actual=f"a need of {needed:,} bytes, {short}",
-        remedy="add memory or a link, or shorten the context",
-    )
+    expected = f"room for {state.arch.name} with {state.context_tokens} tokens on linked devices ({available})"
+    return no_room(expected, f"a need of {needed:,} bytes, {short}", "add memory or a link, or shorten the context")

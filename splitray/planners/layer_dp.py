@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.errors import PlacementError
 from splitray.placement import Placement
 from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
-from splitray.planners.memory import fastest_first, model_bytes
+from splitray.planners.memory import fastest_first, model_bytes, no_room
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import layers_on
 
@@ -41,12 +40,9 @@ class LayerDp:
         used = [origin, *fastest[: MOST_DEVICES - 1]]
         chosen = best_shards(layer_times(state), state, [ids.index(d) for d in used], throughput=self.throughput)
         if chosen is None:
-            raise PlacementError(
-                "memory",
-                expected=f"contiguous shards of {state.arch.name} on some of {used}",
-                actual=f"a need of {model_bytes(state):,} bytes that no such shards meet",
-                remedy="add memory, shorten the context, or use the planner proportional",
-            )
+            needs = f"a need of {model_bytes(state):,} bytes that no such shards meet"
+            remedy = "add memory, shorten the context, or use the planner proportional"
+            raise no_room(f"contiguous shards of {state.arch.name} on some of {used}", needs, remedy)
         layers = [ids[d] for d in chosen]
         return layers_on(layers, origin, layers[-1], state)
 

@@ -11,6 +11,11 @@ from splitray.planners.protocol import ClusterState
 from splitray.topology import Device, DeviceId
 
 
+def no_room(expected: str, actual: str, remedy: str) -> PlacementError:
+    """The error of a planner that finds no placement which fits."""
+    return PlacementError("memory", expected=expected, actual=actual, remedy=remedy)
+
+
 def group_bytes(arch: ModelArch, context_tokens: int) -> int:
     """One head group of one layer: its weights and the KV of `context_tokens` tokens."""
     return arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context_tokens
@@ -61,12 +66,9 @@ def check(placement: Placement, state: ClusterState) -> None:
     validate(placement, state.arch, state.topology)
     missing = shortfall(placement, state)
     if missing:
-        raise PlacementError(
-            "memory",
-            expected=f"room for weights and the KV of {state.context_tokens} tokens",
-            actual=f"a need of {'; '.join(missing)}",
-            remedy="shorten the context, or place the pieces on other devices",
-        )
+        expected = f"room for weights and the KV of {state.context_tokens} tokens"
+        remedy = "shorten the context, or place the pieces on other devices"
+        raise no_room(expected, f"a need of {'; '.join(missing)}", remedy)
 
 
 def fastest_first(devices: Sequence[Device]) -> list[DeviceId]:
@@ -87,9 +89,6 @@ def first_fit(candidates: Sequence[DeviceId], build: Callable[[DeviceId], Placem
         if not short:
             return placement
         missing += short
-    raise PlacementError(
-        "memory",
-        expected=f"room for the pieces of {state.arch.name} on one of {list(candidates)}",
-        actual=f"a need of {'; '.join(dict.fromkeys(missing))}",
-        remedy="split the model over more devices (planner proportional), or shorten the context",
-    )
+    expected = f"room for the pieces of {state.arch.name} on one of {list(candidates)}"
+    remedy = "split the model over more devices (planner proportional), or shorten the context"
+    raise no_room(expected, f"a need of {'; '.join(dict.fromkeys(missing))}", remedy)

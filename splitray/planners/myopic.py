@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitray.cost import Rates
-from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import table_bytes, work_alone_s
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
 
@@ -79,16 +78,12 @@ class Myopic:
 
         Memory is checked at the end of the interval (E4.8). Fails where backtracking finds no place.
         """
-        arch = state.arch
         end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)
         fresh = self._place(end)
         if fresh is None:
-            raise PlacementError(
-                "memory",
-                expected=f"room for head groups and FFNs of {arch.name} at the end of the interval",
-                actual=f"a need of {model_bytes(end):,} bytes, no place within {self.backtrack_limit} steps back",
-                remedy="add memory or a device, or shorten the context",
-            )
+            expected = f"room for head groups and FFNs of {state.arch.name} at the end of the interval"
+            needs = f"a need of {model_bytes(end):,} bytes, no place within {self.backtrack_limit} steps back"
+            raise no_room(expected, needs, "add memory or a device, or shorten the context")
         return keep_or_move(fresh, state, end, staged=self.staged)
 
     def _place(self, state: ClusterState) -> Placement | None:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, vocab_row_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.topology import DeviceId
 
@@ -32,12 +31,9 @@ class RandomPlanner:
             if placement is not None:
                 return placement
         available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
-        raise PlacementError(
-            "memory",
-            expected=f"a random placement of {state.arch.name} within {available} bytes",
-            actual=f"a need of {model_bytes(state):,} bytes and none that fits in {_DRAWS} draws",
-            remedy="add memory or a device, shorten the context, or use the planner proportional",
-        )
+        needs = f"a need of {model_bytes(state):,} bytes and none that fits in {_DRAWS} draws"
+        remedy = "add memory or a device, shorten the context, or use the planner proportional"
+        raise no_room(f"a random placement of {state.arch.name} within {available} bytes", needs, remedy)
 
 
 class _Draw:

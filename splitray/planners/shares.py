@@ -10,7 +10,7 @@ from fractions import Fraction
 from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_times
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, vocab_row_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.topology import DeviceId
 
@@ -153,11 +153,10 @@ def _water_fill(weights: Sequence[float], caps: Sequence[float]) -> list[float] 
 
 
 def _too_small(state: ClusterState, needed: str) -> PlacementError:
-    available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
-    return PlacementError(
-        "memory",
-        expected=f"at most the {sum(d.memory_bytes for d in state.topology.devices):,.0f} bytes available "
-        f"({available})",
-        actual=f"a need of {needed} for {state.arch.name} with {state.context_tokens} tokens of context",
-        remedy="add a device or memory, or shorten the context",
+    devices = state.topology.devices
+    available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in devices)
+    return no_room(
+        f"at most the {sum(d.memory_bytes for d in devices):,.0f} bytes available ({available})",
+        f"a need of {needed} for {state.arch.name} with {state.context_tokens} tokens of context",
+        "add a device or memory, or shorten the context",
     )

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from splitray.errors import PlacementError
 from splitray.placement import Placement
-from splitray.planners.memory import shortfall
+from splitray.planners.memory import no_room, shortfall
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import whole_on
 from splitray.topology import DeviceId
@@ -35,12 +34,8 @@ class Ucb:
         """See `Planner`; fails where no single device has room."""
         arms = {d: p for d in state.topology.ids if not shortfall(p := whole_on(d, state), state)}
         if not arms:
-            raise PlacementError(
-                "memory",
-                expected=f"a device that holds all of {state.arch.name}",
-                actual="none with room for its weights and KV",
-                remedy="use a planner that splits (layer_dp, proportional)",
-            )
+            expected, remedy = f"a device that holds all of {state.arch.name}", "use a planner that splits, as layer_dp"
+            raise no_room(expected, "none with room for its weights and KV", remedy)
         untried = [d for d in arms if d not in self._costs]
         if untried:
             return arms[untried[0]]

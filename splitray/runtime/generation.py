@@ -39,12 +39,8 @@ def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
         ModelError: there is no such model.
     """
     if (text is None) == (ids is None):
-        raise InputError(
-            "prompt",
-            expected="either --prompt or --prompt-ids",
-            actual="neither" if text is None else "both",
-            remedy='give one of them, for example --prompt "The list of"',
-        )
+        expected, remedy = "either --prompt or --prompt-ids", 'give one of them, for example --prompt "The list of"'
+        raise InputError("prompt", expected=expected, actual="neither" if text is None else "both", remedy=remedy)
     read_config(model_path(model))  # a wrong path must not look like a missing tokenizer
     tokenizer = read_tokenizer(model)
     ends = end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None))
@@ -56,19 +52,11 @@ def _prompt_ids(model: str, tokenizer: Any, text: str | None, ids: str | None) -
         try:
             return [int(part) for part in ids.split(",") if part.strip()]
         except ValueError as error:
-            raise InputError(
-                "--prompt-ids",
-                expected="whole numbers with commas between them",
-                actual=repr(ids),
-                remedy="write for example --prompt-ids 1,2,3",
-            ) from error
+            expected, remedy = "whole numbers with commas between them", "write for example --prompt-ids 1,2,3"
+            raise InputError("--prompt-ids", expected=expected, actual=repr(ids), remedy=remedy) from error
     if tokenizer is None:
-        raise InputError(
-            "--prompt",
-            expected="a model with a tokenizer",
-            actual=f"none in {model}",
-            remedy="use --prompt-ids, or put the tokenizer's files beside the weights",
-        )
+        remedy = "use --prompt-ids, or put the tokenizer's files beside the weights"
+        raise InputError("--prompt", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
     # A tokenizer may add a first token of its own, which alone is no prompt.
     return list(tokenizer(text)["input_ids"]) if text else []
 
