@@ -119,7 +119,7 @@ def complaints(route: Route, placement: Placement, arch: ModelArch, topology: To
         messages = by_boundary.pop((index, False), ())
         found += [f"{index}: {m.source} knows nothing" for m in messages if m.source not in here.atoms]
         found += [f"{index}: {m.target} needs nothing" for m in messages if m.target not in there.atoms]
-        messages = [m for m in messages if m.source in here.atoms and m.target in there.atoms]
+        messages = tuple(m for m in messages if m.source in here.atoms and m.target in there.atoms)
         for receiver in there.atoms:
             mine = Counter(here.atoms.get(receiver, ()))
             can_alone = receiver in here.atoms and not here.partitioned
@@ -181,7 +181,9 @@ def wrong_sender(
     if here.partitioned or receiver in order:
         return []
     num_bytes = arch.hidden_dim * arch.dtype_bytes
-    prices = [topology.link(DeviceId(d), DeviceId(receiver)).transfer_s(num_bytes) for d in order]
+    links = [topology.link(DeviceId(d), DeviceId(receiver)) for d in order]
+    prices = [link.transfer_s(num_bytes) for link in links if link is not None]
+    assert len(prices) == len(order)
     cheapest = order[prices.index(min(prices))]
     return [f"{index}: {m.source} is not the cheapest" for m in inbox if m.source != cheapest]
 

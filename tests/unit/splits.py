@@ -24,7 +24,7 @@ from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Link, Topology
 
 SOON_S = 20.0
 
@@ -84,6 +84,13 @@ def threads_of(engine: Engine) -> ThreadFleet:
     """The fleet of an engine whose devices are threads."""
     assert isinstance(engine.fleet, ThreadFleet)
     return engine.fleet
+
+
+def link_of(topology: Topology, source: str, target: str) -> Link:
+    """The link between two devices that exchange."""
+    link = topology.link(DeviceId(source), DeviceId(target))
+    assert link is not None, f"{source} and {target} have no link"
+    return link
 
 
 def another(engine: Engine, seed: int) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_head_group_and_an_ffn_unit_have_the_weights_of_their_slices(
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
-def test_an_element_takes_the_bytes_of_its_dtype(dtype: str, num_bytes: int) -> None:
+def test_an_element_takes_the_bytes_of_its_dtype(dtype: Any, num_bytes: int) -> None:
     assert dataclasses.replace(LLAMA_7B, dtype=dtype).dtype_bytes == num_bytes
 
 
@@ -91,7 +92,7 @@ def test_an_element_takes_the_bytes_of_its_dtype(dtype: str, num_bytes: int) -> 
         ),
     ],
 )
-def test_a_broken_config_is_refused_with_what_to_do(field: str, value: int, texts: tuple[str, ...]) -> None:
+def test_a_broken_config_is_refused_with_what_to_do(field: str, value: Any, texts: tuple[str, ...]) -> None:
     with pytest.raises(ModelError) as error:
         dataclasses.replace(LLAMA_7B, **{field: value})
     for text in texts:

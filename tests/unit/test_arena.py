@@ -19,7 +19,7 @@ from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario, background_load, edge_cloud_links
 from splitray.sim.service import service_s
 from splitray.sim.workload import Requests, poisson
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 PROMPT, OUTPUT = 20, 16
 
@@ -147,10 +147,11 @@ def test_a_lost_device_is_left_and_taken_again_and_its_kv_is_made_anew() -> None
 
 
 def test_replicated_attention_keeps_the_kv_when_a_holder_goes() -> None:
-    both = Shares.whole(ARCH.num_kv_heads, "edge", "cloud")
+    edge = DeviceId("edge")
+    both = Shares.whole(ARCH.num_kv_heads, edge, "cloud")
     layer = LayerPlacement(both, Shares.of({"edge": [(0, 100)], "cloud": [(100, ARCH.ffn_dim)]}))
-    copies = Placement((layer,) * 3, ("edge",), Shares.whole(ARCH.vocab, "edge"))
-    here = {where for where in pair().ids if where == "edge"}
+    copies = Placement((layer,) * 3, (edge,), Shares.whole(ARCH.vocab, edge))
+    here = {where for where in pair().ids if where == edge}
     assert keeps_cache(copies, ARCH, here)
     split = replace(layer, attention=Shares.of({"edge": [(0, 2)], "cloud": [(2, 4)]}))
     assert not keeps_cache(replace(copies, layers=(layer, split, layer)), ARCH, here)
@@ -160,7 +161,7 @@ def test_growing_kv_overflows_a_fixed_placement_and_not_one_that_moves() -> None
     """The edge holds the model and little more, a long answer outgrows it."""
     where = pair(edge_rate=4.0)
     state = ClusterState(arch=ARCH, topology=where, context_tokens=100)
-    room = needed_bytes(make_planner("fixed_cut:3").propose(state), state)["edge"]
+    room = needed_bytes(make_planner("fixed_cut:3").propose(state), state)[DeviceId("edge")]
     small = replace(where, devices=(replace(where.devices[0], memory_bytes=float(room)), where.devices[1]))
     line = requests((0.0, 20, 200))
     given = scenario(small, line, 60, reserve=False, interval_tokens=16)

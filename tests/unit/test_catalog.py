@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -119,7 +119,7 @@ def test_a_phone_reads_prompts_within_its_measured_band() -> None:
 def test_four_boards_over_ethernet_are_faster_than_two_and_eight_slower_than_four() -> None:
     """README of b4rtaz/distributed-llama @ dddeb12: 1312.5, 793.69, 494.00, 588.19 ms a token on 1, 2, 4, 8 nodes."""
     arch = replace(architecture("llama-7b"), weight_bits=Q4_0)
-    board = {**device_values("raspberry-pi-4"), "memory_bytes": 1e12}
+    board: dict[str, Any] = {**device_values("raspberry-pi-4"), "memory_bytes": 1e12}
     wire = {k: v.value for k, v in LINKS["gigabit-lan"].items()}
     predicted = {}
     for nodes in (1, 2, 4, 8):

@@ -14,7 +14,7 @@ from families import family_model
 from scipy.integrate import quad
 from scipy.special import gammainc, gammaincinv
 from scipy.stats import kstest
-from splits import greedy, split
+from splits import greedy, report_of, split
 
 from splitray.channel import Nakagami, NoisyChannel, Receiver, as_channel
 from splitray.errors import InputError
@@ -40,10 +40,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def received(text: str, x: np.ndarray, *, seed: int = 0, **options) -> np.ndarray:
+def noisy(text: str, *, seed: int = 0) -> NoisyChannel:
+    """The channel of a text that means one."""
     channel = as_channel(text, seed=seed)
     assert channel is not None
-    return Receiver(channel, 1).receive(x, **options)
+    return channel
+
+
+def received(text: str, x: np.ndarray, *, seed: int = 0, **options) -> np.ndarray:
+    return Receiver(noisy(text, seed=seed), 1).receive(x, **options)
 
 
 def values(batch: int = 1, positions: int = 400, hidden: int = 128, seed: int = 0) -> np.ndarray:
@@ -141,7 +146,7 @@ def test_a_packet_holds_as_many_values_as_the_codec_packs_into_it():
 @pytest.mark.parametrize("burst", [1.0, 4.0, 20.0])
 @pytest.mark.parametrize("positions", [1, 500])
 def test_bursts_have_their_length_and_the_same_loss_also_over_many_messages(burst, positions):
-    receiver = Receiver(as_channel(f"loss:0.3,unit=token,burst={burst}"), 1)
+    receiver = Receiver(noisy(f"loss:0.3,unit=token,burst={burst}"), 1)
     x = np.ones((1, positions, 8), np.float32)
     lost = np.concatenate([receiver.receive(x, fresh=False)[0, :, 0] == 0 for _ in range(40_000 // positions)])
     runs = [len(list(run)) for bad, run in itertools.groupby(lost) if bad]
@@ -154,7 +159,7 @@ def test_the_same_seed_loses_the_same_and_more_loss_only_adds_to_it():
     few, again, many = received("loss:0.1", x), received("loss:0.1", x), received("loss:0.3", x)
     assert (few == again).all() and not (received("loss:0.1", x, seed=1) == few).all()
     assert ((few == 0) <= (many == 0)).all()
-    other = Receiver(as_channel("loss:0.1"), 2).receive(x)
+    other = Receiver(noisy("loss:0.1"), 2).receive(x)
     assert not (other == few).all()
 
 
@@ -173,7 +178,7 @@ def test_fills_by_hand():
 
 
 def test_the_last_value_is_kept_over_messages_of_one_boundary_and_one_session():
-    receiver = Receiver(as_channel("loss:0.6,fill=last", seed=2), 1)
+    receiver = Receiver(noisy("loss:0.6,fill=last", seed=2), 1)
     first, second = np.full((1, 1, 64), 3, np.float32), np.full((1, 1, 64), 5, np.float32)
     receiver.receive(first, boundary=7, fresh=True)
     assert 0 in receiver.receive(second, boundary=8, fresh=False)  # nothing came before at this boundary
@@ -274,7 +279,7 @@ def test_no_channel_is_the_engine_as_it_was_and_a_perfect_one_at_a_cut_has_the_s
         with split(model, devices=2, planner="fixed_cut:1", channel=as_channel(text)) as engine:
             seen.append(logits(engine))
             assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == greedy(model, PROMPT, 8)
-            assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
+            assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
     assert torch.equal(*seen)
 
 
@@ -287,7 +292,7 @@ def test_a_perfect_channel_changes_nothing_and_a_noisy_one_something(family, cod
         with split(model, devices=3, seed=13, codec=codec, channel=as_channel(text)) as engine:
             seen[text] = logits(engine)
             list(engine.stream(PROMPT, Sampling(max_new_tokens=3)))
-            assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
+            assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
     scale = seen["none"].abs().max()
     off = {text: float((seen[text] - seen["none"]).abs().max() / scale) for text in seen}
     assert off["loss:0"] < (1e-4 if codec == "none" else 0.05)
@@ -296,7 +301,7 @@ def test_a_perfect_channel_changes_nothing_and_a_noisy_one_something(family, cod
 
 def test_a_cut_s_state_is_hurt_on_the_way_only_and_as_the_receiver_says():
     model = family_model("llama")
-    channel = as_channel("loss:0.3", seed=6)
+    channel = noisy("loss:0.3", seed=6)
     with split(model, devices=2, planner="fixed_cut:2", channel=channel) as engine:
         got = logits(engine)
         a, b = engine.topology.ids

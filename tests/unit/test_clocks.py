@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from families import family_model
-from splits import greedy
+from splits import greedy, link_of
 
 from splitray.runtime.engine.monitor import Monitor
 from splitray.runtime.engine.policy import Recovery
@@ -52,10 +52,10 @@ def test_clocks_that_disagree_change_no_token_no_estimate_and_no_recovery(tmp_pa
         monitor.look_at_devices()
         seen = monitor.topology()
         for pair in (("edge0", "cloud0"), ("cloud0", "edge0")):
-            assert seen.link(*pair).bandwidth_bytes_per_s == pytest.approx(LINK_BYTES_PER_S, rel=0.5)
-            assert 0 < seen.link(*pair).rtt_s < 1.0
-        for device in engine.topology.devices:
-            assert 0.1 <= seen.device(device.id).compute_flops / device.compute_flops <= 1.0
+            assert link_of(seen, *pair).bandwidth_bytes_per_s == pytest.approx(LINK_BYTES_PER_S, rel=0.5)
+            assert 0 < link_of(seen, *pair).rtt_s < 1.0
+        for known in engine.topology.devices:
+            assert 0.1 <= seen.device(known.id).compute_flops / known.compute_flops <= 1.0
         tokens = []
         for token in engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)):
             tokens.append(token)

@@ -6,12 +6,13 @@ import math
 import struct
 from collections import defaultdict
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import family_model
-from splits import greedy, split
+from splits import greedy, report_of, split
 
 from splitray.arch import ModelArch
 from splitray.catalog import architecture
@@ -86,7 +87,8 @@ def test_exact_values_of_a_bf16_model_take_two_bytes():
 
 def test_bf16_is_torch_s_bfloat16_specials_included():
     ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
-    x = np.concatenate([rows(50, 64).ravel(), ties, np.float32([0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, np.nan])])
+    special = np.array([0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, np.nan], np.float32)
+    x = np.concatenate([rows(50, 64).ravel(), ties, special])
     expected = torch.from_numpy(x).bfloat16().float().numpy()
     np.testing.assert_array_equal(round_trip("bf16", x[None])[0], expected)
 
@@ -98,8 +100,8 @@ def test_int8_and_int4_equal_a_scalar_reference():
         assert [round(float(np.float32(v / scale))) * scale for v in row] == pytest.approx(list(eight), abs=0)
         for start in range(0, 70, 32):
             group = row[start : start + 32]
-            scale = torch.tensor(max(abs(group)) / np.float32(7)).bfloat16().float().item()
-            said = [max(-7, min(7, round(float(np.float32(v / np.float32(scale)))))) * scale for v in group]
+            coarse = torch.tensor(max(abs(group)) / np.float32(7)).bfloat16().float().item()
+            said = [max(-7, min(7, round(float(np.float32(v / np.float32(coarse)))))) * coarse for v in group]
             assert said == pytest.approx(list(four[start : start + 32]), rel=1e-6)
 
 
@@ -204,7 +206,7 @@ def recorded(monkeypatch):
         yield seen
 
 
-def coded(codec: str, x: torch.Tensor) -> torch.Tensor:
+def coded(codec: Codec, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(round_trip(codec, x.reshape(-1, x.shape[-1]).numpy())).view(x.shape)
 
 
@@ -218,12 +220,14 @@ def test_all_holders_have_the_bits_of_one_process_that_adds_the_same_coded_parti
             seen.clear()
             with split(model, devices=devices, seed=seed, codec=codec) as engine:
                 list(engine.stream(PROMPT, Sampling(max_new_tokens=4)))
-                assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
-                assert engine.report.messages_per_token == engine.route.messages_per_token
+                assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
+                assert report_of(engine).messages_per_token == engine.route.messages_per_token
                 blocks, route = engine.route.sub_blocks, engine.route
             for (position, index), by_device in seen.items():
                 here, there = blocks[index], blocks[index + 1]
                 keep = 1 if there.kind == "head" else len(PROMPT)
+                x: Any
+                y: Any
                 x, y = (None if t is None else t[:, -keep:] for t in by_device[here.lead][:2])
                 if here.mode == "partitioned":
                     total = sum(coded(codec, by_device[d][1][:, -keep:]) for d in here.devices)
@@ -253,7 +257,7 @@ def test_a_replicated_sub_block_that_hands_its_state_on_leaves_all_with_the_same
         split(model, topology=where, placement=placement, codec="int4") as engine,
     ):
         list(engine.stream(PROMPT, Sampling(max_new_tokens=3)))
-        assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
+        assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
     for index, holders in ((1, (b, c)), (3, (a, b, c))):  # attention replicated on a, b; c gets the state
         for (position, at), by_device in seen.items():
             if at == index:
@@ -284,14 +288,14 @@ def test_logits_equal_a_plain_model_whose_projections_add_the_same_coded_partial
     assert float((got - expected).abs().mean()) < 0.1 * noise
 
 
-def add_coded_parts(linear: torch.nn.Linear, cut: int, codec: str) -> None:
+def add_coded_parts(linear: torch.nn.Linear, cut: int, codec: Codec) -> None:
     def forward(h):
         parts = [h[..., :cut] @ linear.weight[:, :cut].T, h[..., cut:] @ linear.weight[:, cut:].T]
         if linear.bias is not None:
             parts[0] = parts[0] + linear.bias
         return sum(coded(codec, p) for p in parts)
 
-    linear.forward = forward
+    linear.forward = forward  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "cohere", "qwen3_moe"])
@@ -304,7 +308,7 @@ def test_every_wiring_runs_with_a_codec_and_sends_the_rule_s_bytes(family):
     for codec in ("bf16", "int8"):
         with split(model, devices=3, seed=13, codec=codec) as engine:
             list(engine.stream(PROMPT, Sampling(max_new_tokens=3)))
-            assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
+            assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
             logits = engine.step(Forward(session=1, ids=ids, position=0, keep=len(PROMPT), capacity=len(PROMPT)))
             errors.append(float((logits - whole).abs().max() / whole.abs().max()))
     assert 0 < max(errors) < 0.2, errors

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import family_model
-from splits import greedy, slow_devices, split
+from splits import greedy, link_of, slow_devices, split
 
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
@@ -28,11 +28,12 @@ from splitray.runtime.engine.monitor import Estimates, Monitor
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 NEAR, FAR = (
-    Placement((LayerPlacement(Shares.whole(2, d), Shares.whole(8, d)),), (d,), Shares.whole(9, d)) for d in ("a", "b")
+    Placement((LayerPlacement(Shares.whole(2, d), Shares.whole(8, d)),), (d,), Shares.whole(9, d))
+    for d in (DeviceId("a"), DeviceId("b"))
 )
 INFINITE = float("inf")
 
@@ -125,18 +126,18 @@ def test_the_monitor_measures_links_and_smooths_them():
         monitor.look(engine.now.dials())
         (a, b) = engine.topology.ids
         found = monitor.topology()
-        assert found.link(a, b).bandwidth_bytes_per_s != engine.topology.link(a, b).bandwidth_bytes_per_s
-        assert 0 < found.link(a, b).rtt_s < 1 and found.link(b, a).bandwidth_bytes_per_s > 1e5
+        assert link_of(found, a, b).bandwidth_bytes_per_s != link_of(engine.topology, a, b).bandwidth_bytes_per_s
+        assert 0 < link_of(found, a, b).rtt_s < 1 and link_of(found, b, a).bandwidth_bytes_per_s > 1e5
         pair, at = (a, b), time.monotonic()
-        found = Estimates()
+        smooth = Estimates()
         for rate in (1e6, 1.2e6, 1e7):
-            found.take(pair, rate, 0.01, at)
-        assert found.links[pair].bandwidth_bytes_per_s == 1e7, "a jump counts whole"
-        found.take(pair, 1.2e7, 0.01, at)
-        assert found.links[pair].bandwidth_bytes_per_s == pytest.approx(1.1e7)
-        found.take(pair, 0.0, 0.0, at)
-        assert found.seen(engine.topology, at).link(a, b) is None, "no answer, no link"
-        assert found.seen(engine.topology, at + 60).link(a, b) == engine.topology.link(a, b), "stale"
+            smooth.take(pair, rate, 0.01, at)
+        assert smooth.links[pair].bandwidth_bytes_per_s == 1e7, "a jump counts whole"
+        smooth.take(pair, 1.2e7, 0.01, at)
+        assert smooth.links[pair].bandwidth_bytes_per_s == pytest.approx(1.1e7)
+        smooth.take(pair, 0.0, 0.0, at)
+        assert smooth.seen(engine.topology, at).link(a, b) is None, "no answer, no link"
+        assert smooth.seen(engine.topology, at + 60).link(a, b) == engine.topology.link(a, b), "stale"
 
 
 def test_the_links_of_three_devices_are_timed_pair_by_pair():
@@ -144,7 +145,8 @@ def test_the_links_of_three_devices_are_timed_pair_by_pair():
         for a, b in (("edge0", "cloud0"), ("edge0", "cloud1"), ("cloud0", "cloud1")):
             assert len(echo(engine, a, b, size=64, rounds=3)) == 3
         engine.migrate(make_planner("random", seed=3).propose(ClusterState(arch=engine.arch, topology=engine.topology)))
-        assert engine.next.done.wait(20) and engine.next.error is None
+        next_epoch = engine.next
+        assert next_epoch is not None and next_epoch.done.wait(20) and next_epoch.error is None
         assert len(echo(engine, "edge0", "cloud1", size=64, rounds=3)) == 3
 
 
@@ -166,10 +168,10 @@ def test_a_link_that_slows_down_is_measured_and_left_and_taken_again_when_it_is_
         engine.slow_links(20e3)
         monitor.look(engine.now.dials())
         for pair in (("edge0", "cloud0"), ("cloud0", "edge0")):
-            assert monitor.topology().link(*pair).bandwidth_bytes_per_s == pytest.approx(20e3, rel=0.5)
+            assert link_of(monitor.topology(), *pair).bandwidth_bytes_per_s == pytest.approx(20e3, rel=0.5)
         engine.slow_links(0.0)
         monitor.look_at_devices()
-        seen = monitor.topology().device("edge0")
+        seen = monitor.topology().device(DeviceId("edge0"))
         assert 0 < seen.memory_bytes < 1e12 and 0 < seen.compute_flops <= devices[0].compute_flops
         with closing(attend(engine, "best_device")) as controller:
             tokens = list(engine.stream(PROMPT, Sampling(max_new_tokens=60)))

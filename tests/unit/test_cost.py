@@ -67,7 +67,9 @@ def clocks(placement: Placement, arch: ModelArch, where: Topology, context: int)
     for stage, block in enumerate([*route.sub_blocks, None]):
         for i, d in enumerate(ids):
             clock[d] += work[stage, i]
-        arrival, downlink, uplink, medium = dict(clock), defaultdict(float), {}, {}
+        arrival, downlink = dict(clock), defaultdict[str, float](float)
+        uplink: dict[str, float] = {}
+        medium: dict[str, float] = {}
         after = route.sub_blocks[-1].index + 1 if block is None else block.index
         messages = route.boundary(after).messages
         for m in sorted(messages, key=lambda m: (ids.index(m.source), ids.index(m.target))):

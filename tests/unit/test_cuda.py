@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
-from splits import greedy, moved_while_generating, slow_devices, split
+from splits import greedy, moved_while_generating, report_of, slow_devices, split, threads_of
 from transformers import AutoModelForCausalLM
 
 from splitray.profiling.faults import trials
@@ -34,7 +34,7 @@ def test_every_family_split_over_a_cpu_and_a_gpu_gives_the_unsplit_tokens(family
     for clouds, planner in ((1, "random"), (1, "even"), (2, "random"), (1, "cloud_only"), (1, "fixed_cut:1")):
         with split(model, topology=edge_and_gpus(clouds), planner=planner, seed=3) as engine:
             assert list(engine.stream(PROMPT, GREEDY)) == expected, engine.placement
-            assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
+            assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
 
 
 def test_kv_moves_between_cpu_and_gpu_while_tokens_come(monkeypatch):
@@ -49,7 +49,7 @@ def test_kv_moves_between_cpu_and_gpu_while_tokens_come(monkeypatch):
 def test_devices_that_die_change_no_token(tmp_path):
     recovery = Recovery(store=str(tmp_path), every_tokens=4)
     with split(family_model("llama"), topology=edge_and_gpus(2), seed=1, recovery=recovery) as engine:
-        run = trials(engine, engine.fleet, prompt=PROMPT, sampling=GREEDY, count=30, seed=4)
+        run = trials(engine, threads_of(engine), prompt=PROMPT, sampling=GREEDY, count=30, seed=4)
         assert run.hangs == 0 and run.leaks == 0 and [t for t in run.trials if not t.identical] == []
 
 
@@ -63,7 +63,7 @@ def test_a_codec_and_a_padded_batch_work_there():
     assert torch.tensor(steps).T.tolist() == expected.tolist()
     with split(model, topology=edge_and_gpus(1), seed=6, codec="int8") as engine:
         assert len(list(engine.stream(PROMPT, GREEDY))) == GREEDY.max_new_tokens
-        assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
+        assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
 
 
 def test_processes_of_a_cpu_and_a_gpu_give_the_tokens_of_the_shipped_model():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import closing
+from typing import cast
+
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
-from splits import greedy, split
+from splits import greedy, report_of, split
 
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.runtime.sampling import Sampling
@@ -28,8 +32,8 @@ def test_every_family_split_at_random_gives_the_unsplit_tokens_and_the_rules_byt
         with split(model, devices=devices, seed=devices + 10) as engine:
             tokens = list(engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)))
             assert tokens == expected, f"{devices} devices: {engine.placement}"
-            assert engine.report.bytes_per_token == engine.route.bytes_per_token(engine.arch)
-            assert engine.report.messages_per_token == engine.route.messages_per_token
+            assert report_of(engine).bytes_per_token == engine.route.bytes_per_token(engine.arch)
+            assert report_of(engine).messages_per_token == engine.route.messages_per_token
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
@@ -105,9 +109,8 @@ def test_a_stop_token_ends_the_run_on_every_device_and_the_next_run_works():
 def test_closing_a_stream_cancels_the_run_and_the_next_run_works():
     model = family_model("llama")
     with split(model, devices=3, seed=3) as engine:
-        stream = engine.stream(PROMPT, Sampling(max_new_tokens=100))
-        next(stream)
-        stream.close()
+        with closing(cast("Generator[int, None, None]", engine.stream(PROMPT, Sampling(max_new_tokens=100)))) as stream:
+            next(stream)
         assert list(engine.stream(PROMPT, Sampling(max_new_tokens=5))) == greedy(model, PROMPT, 5)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +129,7 @@ def test_memory_moves_and_the_way_back_equal_the_slow_functions(arch: ModelArch)
     assert [i for r in grid.layers for i in r] == list(range(arch.num_layers))
     assert np.ptp(grid.sizes) <= 1
     old, new = random_choice(grid, 30, 2), random_choice(grid, 30, 3)
-    context = np.random.default_rng(4).integers(0, 2000, 30)
+    context = np.random.default_rng(4).integers(0, 2000, 30).astype(float)
     held, moved = grid.memory_bytes(new, context), grid.move_bytes(old, new, context)
     for i in range(30):
         before, after = grid.placement(old, i), grid.placement(new, i)
@@ -159,8 +162,9 @@ def test_a_placement_outside_the_grid_becomes_the_nearest_one() -> None:
 
 def test_what_the_grid_does_not_describe_is_refused() -> None:
     for trait in ("parallel_block", "qk_norm_over_heads"):
+        changes: dict[str, Any] = {trait: True}
         with pytest.raises(ModelError, match=trait):
-            Grid(replace(TOY, **{trait: True}), catalogue())
+            Grid(replace(TOY, **changes), catalogue())
     with pytest.raises(TopologyError, match="two devices"):
         Grid(TOY, Topology.uniform(3))
     one_way = catalogue()
@@ -437,11 +441,11 @@ def test_it_is_about_as_quick_as_drift_plus_penalty() -> None:
 def test_a_batch_takes_a_few_milliseconds() -> None:
     """Printed, not asserted: 64 instances, one core."""
 
-    def best_ms(call: object) -> float:
+    def best_ms(call: Callable[[], object]) -> float:
         taken = []
         for _ in range(20):
             started = time.perf_counter()
-            call()  # type: ignore[operator]
+            call()
             taken.append(time.perf_counter() - started)
         return min(taken) * 1e3
 
@@ -450,14 +454,18 @@ def test_a_batch_takes_a_few_milliseconds() -> None:
     print(f"load of 64 at 48 layers: {best_ms(lambda: deep.load(choice)):.2f} ms")
     arch, where = architecture("llama-7b"), catalogue("jetson-orin-nx-16gb", "jetson-orin-nx-16gb", "gigabit-lan")
     grid, rates = Grid(arch, where), Rates.stack([Rates.of(where)] * 64)
-    kwargs = {"context_tokens": 500.0, "per_second": np.ones(64), "per_joule": np.ones(64),
-              "request": RequestShape(200, 100)}  # fmt: skip
+    kwargs: dict[str, Any] = {
+        "context_tokens": 500.0,
+        "per_second": np.ones(64),
+        "per_joule": np.ones(64),
+        "request": RequestShape(200, 100),
+    }
     roomy, tight = np.full((64, 2), 1e13), np.full((64, 2), 1e10)
     current = random_choice(grid, 64, 1)
-    staying = {"current": current, "move_s_per_byte": np.full((64, 2), 1e-8)}
+    staying: dict[str, Any] = {"current": current, "move_s_per_byte": np.full((64, 2), 1e-8)}
     for name, room, more in (
         ("plan", roomy, {}), ("plan, memory binds", tight, {}), ("plan, moves priced", roomy, staying),
         ("plan, memory binds, moves priced", tight, staying),
     ):  # fmt: skip
-        taken = best_ms(lambda room=room, more=more: grid.plan(rates, memory_bytes=room, **kwargs, **more))
+        taken = best_ms(partial(grid.plan, rates, memory_bytes=room, **kwargs, **more))
         print(f"{name} of 64 at 32 layers in 12 groups: {taken:.2f} ms")

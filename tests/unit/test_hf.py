@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import family_model
-from splits import split
+from splits import split, threads_of
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -15,7 +17,7 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.hf import CacheHandle, SplitModel
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
     "repetition_penalty": {"repetition_penalty": 1.3},
@@ -53,7 +55,7 @@ def test_a_device_that_dies_in_the_middle_of_generate_changes_no_token(case):
             def __call__(self, input_ids, scores, **_):
                 steps.append(input_ids)
                 if len(steps) in (3, 6):
-                    engine.fleet.kill("cloud0" if len(steps) == 3 else "edge0")
+                    threads_of(engine).kill("cloud0" if len(steps) == 3 else "edge0")
                 return torch.zeros(len(input_ids), dtype=torch.bool)
 
         (whole,) = _both((model,), ids, mask, **CASES[case])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import family_model
-from splits import greedy, slow_devices
+from splits import greedy, slow_devices, threads_of
 
 from splitray.errors import ModelError
 from splitray.planners import make_planner
@@ -81,5 +81,5 @@ def test_a_lender_that_dies_is_left_for_another(tmp_path, monkeypatch):
         for token in engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)):
             tokens.append(token)
             if len(tokens) == 5:
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS) and engine.faults

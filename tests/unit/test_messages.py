@@ -141,7 +141,7 @@ def test_numbers_out_of_numpy_are_numbers():
     raw = pack(PaceOrder(bytes_per_s=np.float64(2.5)))
     assert ORDERS.unpack(raw) == PaceOrder(bytes_per_s=2.5)
     with pytest.raises(TypeError, match="Tensor|object has no place"):
-        pack(PaceOrder(bytes_per_s=object()))
+        pack(PaceOrder(bytes_per_s=object()))  # type: ignore[arg-type]
 
 
 def test_devices_take_every_order_there_is_and_none_twice():
@@ -197,8 +197,10 @@ def test_a_malformed_order_is_answered_and_the_device_serves_on():
             channel = dial(endpoint, me=role, peer=device.id, token=fleet.token, deadline_s=20)
             for raw in [*MALFORMED.values(), pack({"order": "nonsense"}), pack({"order": "switch", "epoch": "x"})]:
                 channel.send(header(Kind.CALL), raw)
+                frame = channel.read()
+                assert frame is not None
                 with pytest.raises(InputError, match="order"):
-                    answer_of(channel.read().payload, device.id)
+                    answer_of(frame.payload, device.id)
             assert isinstance(ask(channel, next_order), said.Stats | said.Alive)
             other = PingOrder() if role == "caller/x" else StatsOrder()
             with pytest.raises(InputError, match="other connection"):

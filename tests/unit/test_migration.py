@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -45,7 +47,7 @@ def test_moves_are_exactly_what_each_device_lacked(seed: int) -> None:
 def test_links_work_side_by_side_and_one_link_in_turn() -> None:
     where = Topology.uniform(3)
     a, b, c = where.ids
-    ends = {"embedding": (a,), "head": Shares.whole(ARCH.vocab, a)}
+    ends: dict[str, Any] = {"embedding": (a,), "head": Shares.whole(ARCH.vocab, a)}
     whole = LayerPlacement(Shares.whole(4, a), Shares.whole(96, a))
     spread = LayerPlacement(Shares.of({b: [(0, 3)], c: [(3, 4)]}), Shares.whole(96, a))
     moves = diff(Placement((whole,) * 2, **ends), Placement((spread,) * 2, **ends), ARCH, 100)
@@ -62,7 +64,7 @@ def test_a_replicated_piece_has_its_copy_there_already() -> None:
     a, b = where.ids
     both = LayerPlacement(Shares.whole(4, a, b), Shares.whole(96, a))
     one = LayerPlacement(Shares.whole(4, b), Shares.whole(96, a))
-    ends = {"embedding": (a,), "head": Shares.whole(ARCH.vocab, a)}
+    ends: dict[str, Any] = {"embedding": (a,), "head": Shares.whole(ARCH.vocab, a)}
     assert diff(Placement((both,) * 2, **ends), Placement((one,) * 2, **ends), ARCH, 10) == ()
     assert np.isinf(
         delay_s(

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, MORE, family_model
-from splits import SOON_S, another, greedy, moved_while_generating, slow_devices, split
+from splits import SOON_S, another, greedy, moved_while_generating, slow_devices, split, threads_of
 
 from splitray.errors import DeviceLost
 from splitray.migration import diff
+from splitray.model.surgery import Shard
 from splitray.runtime.device.epochs import Epochs
+from splitray.runtime.device.holding import Holding
+from splitray.runtime.device.shard_host import ShardHost
+from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.sampling import Sampling
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 NEW_TOKENS = 60
+
+
+def held_by(host: ShardHost) -> Holding:
+    """What a device holds of the placement that runs."""
+    assert host.epochs.current is not None
+    return host.epochs.current
+
+
+def shard_of(host: ShardHost) -> Shard:
+    shard = held_by(host).shard
+    assert shard is not None
+    return shard
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +73,15 @@ def test_bytes_are_those_of_the_formula():
         for seed in range(2, 6):
             before = engine.placement
             positions = len(PROMPT)
-            moves = []
+            moves: list[Next] = []
+            told = False
             for n, _ in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=NEW_TOKENS)), start=1):
                 if not moves:
                     moves.append(engine.migrate(another(engine, seed)))
                     assert moves[0].staged.wait(SOON_S)
-                if moves[0].done.is_set() and len(moves) == 1:
+                if moves[0].done.is_set() and not told:
                     positions += n - 2  # the switch came before this token, which was read by the new placement
-                    moves.append(None)
+                    told = True
             wanted = sum(m.kv_bytes for m in diff(before, engine.placement, engine.arch, 1))
             got = moves[0].staged_bytes + moves[0].tail_bytes
             assert got % wanted == 0 if wanted else got == 0
@@ -107,7 +125,7 @@ def test_what_a_caller_changes_while_its_kv_is_copied_is_copied_again(change, mo
         move = engine.migrate(placement)
         while len(copied) < len(placement.devices):
             time.sleep(0.001)
-        options = {"session": 1, "keep": 1, "capacity": length}
+        options: dict[str, Any] = {"session": 1, "keep": 1, "capacity": length}
         if change == "cropped":
             rows = torch.cat([rows[:, :4], rows[:, :4].flip(0), rows], dim=1)
             engine.step(Forward(ids=rows[:, 4:], position=4, **options))
@@ -128,12 +146,14 @@ def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
         engine.step(Forward(session=1, ids=torch.tensor([PROMPT]), position=0, keep=1, capacity=40))
-        held = engine.fleet.hosts["edge0"].epochs.current
+        held = held_by(threads_of(engine).hosts["edge0"])
         piece, soon = KvPiece(0, Range(*held.groups(0)[0])), threading.Timer(0.1, lambda: setattr(cache, "written", 9))
         cache = held.caches[1]
         cache.written = 8
         soon.start()
-        keys, _ = held.read(1, piece, 0, 9)
+        rows = held.read(1, piece, 0, 9)
+        assert rows is not None
+        keys, _ = rows
         assert keys.shape[2] == 9 and cache.written == 9
         with pytest.raises(DeviceLost, match="not written yet"):
             held.read(1, piece, 0, 10)
@@ -142,11 +162,11 @@ def test_kv_that_a_device_has_not_written_yet_is_waited_for_and_never_made_up():
 def test_what_both_placements_hold_is_shared_and_not_read_again():
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
-        before = {d: h.epochs.current.shard for d, h in engine.fleet.hosts.items()}
+        before = {d: shard_of(h) for d, h in threads_of(engine).hosts.items()}
         move = engine.migrate(engine.placement)
         assert move.done.wait(SOON_S) and move.error is None
-        for device, host in engine.fleet.hosts.items():
-            assert host.epochs.current.shard is before[device]
+        for device, host in threads_of(engine).hosts.items():
+            assert shard_of(host) is before[device]
         layers = list(engine.placement.layers)
         turned = type(engine.placement)(
             (*layers[:-1], type(layers[0])(layers[-1].attention, layers[-1].ffn.whole(engine.arch.ffn_dim, "edge0"))),
@@ -154,9 +174,9 @@ def test_what_both_placements_hold_is_shared_and_not_read_again():
         )  # fmt: skip
         move = engine.migrate(turned)
         assert move.done.wait(SOON_S) and move.error is None
-        for device, host in engine.fleet.hosts.items():
-            new, old = host.epochs.current.shard, before[device]
+        for device, host in threads_of(engine).hosts.items():
+            new, old = shard_of(host), before[device]
             assert new.layers[0].attention is old.layers[0].attention
             assert new.layers[-1].ffn is not old.layers[-1].ffn
-            assert new.lean is not None and new.lean.attention[0] is old.lean.attention[0]
+            assert new.lean is not None and old.lean is not None and new.lean.attention[0] is old.lean.attention[0]
         assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == greedy(model, PROMPT, 8)

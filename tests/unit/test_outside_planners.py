@@ -21,9 +21,10 @@ from splitray.runtime.launch import decide
 from splitray.sim.arena import Case, run
 from splitray.sim.scenario import Scenario
 from splitray.sim.workload import poisson
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 WHERE = Topology.uniform(2)
+EDGE, CLOUD = WHERE.ids
 STATE = ClusterState(arch=ARCH, topology=WHERE)
 GOOD = """
 from splitray.planners.whole import whole_on
@@ -105,16 +106,16 @@ def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("spec", "device"),
     [
-        ("{}:Mine", "edge0"),
-        ("{}:Mine:cloud0", "cloud0"),
-        ("{}:propose", "cloud0"),
-        ("{}:READY", "cloud0"),
-        ("{}:Late", "cloud0"),
-        ("{}_package.inner:Mine", "edge0"),
-        ("{}_package.other:Mine:cloud0", "cloud0"),
+        ("{}:Mine", EDGE),
+        ("{}:Mine:cloud0", CLOUD),
+        ("{}:propose", CLOUD),
+        ("{}:READY", CLOUD),
+        ("{}:Late", CLOUD),
+        ("{}_package.inner:Mine", EDGE),
+        ("{}_package.other:Mine:cloud0", CLOUD),
     ],
 )
-def test_it_is_imported_from_the_working_directory(name: str, spec: str, device: str) -> None:
+def test_it_is_imported_from_the_working_directory(name: str, spec: str, device: DeviceId) -> None:
     before = list(sys.path)
     planner = make_planner(spec.format(name))
     assert sys.path == [*before, os.getcwd()], "last, so that no file here hides a library"
@@ -185,7 +186,7 @@ def test_its_own_mistakes_are_told_with_its_name_and_their_cause(name: str) -> N
     with pytest.raises(PlacementError, match=rf"planner {name}:Elsewhere: .*moon"):
         make_planner(f"{name}:Elsewhere").propose(STATE)
     with pytest.raises(PlannerError, match=f"planner {name}:Learns: expected observe"):
-        make_planner(f"{name}:Learns").observe(STATE, whole_on("edge0", STATE), tpot_s=1, energy_j_per_token=1)
+        make_planner(f"{name}:Learns").observe(STATE, whole_on(EDGE, STATE), tpot_s=1, energy_j_per_token=1)
 
 
 def test_an_error_of_ours_stays_as_it_is() -> None:
@@ -201,18 +202,19 @@ class Named:
     name = "ours"
 
     def propose(self, state: ClusterState) -> Placement:
-        return whole_on("cloud0", state)
+        return whole_on(CLOUD, state)
 
 
 def test_an_object_is_a_planner_and_has_a_name() -> None:
     def chosen(state: ClusterState) -> Placement:
-        return whole_on("cloud0", state)
+        return whole_on(CLOUD, state)
 
-    names = {make_planner(p).spec for p in (EdgeOnly(), Named(), chosen, None, "cloud_only")}
+    by_function: Any = chosen  # taken too, though the types ask for an object with `propose`
+    names = {make_planner(p).spec for p in (EdgeOnly(), Named(), by_function, None, "cloud_only")}
     assert names == {"EdgeOnly", "ours", "chosen", "even", "cloud_only"}
     checked = make_planner("even")
     assert make_planner(checked) is checked
-    assert make_planner(chosen).propose(STATE) == whole_on("cloud0", STATE)
+    assert make_planner(by_function).propose(STATE) == whole_on(CLOUD, STATE)
     for wrong, text in ((Named, r"write Named\(\)"), (3, "got 3"), (object(), "propose")):
         with pytest.raises(PlacementError, match=text):
             make_planner(wrong)  # type: ignore[arg-type]
@@ -221,7 +223,7 @@ def test_an_object_is_a_planner_and_has_a_name() -> None:
 def test_every_way_into_the_engine_takes_an_object() -> None:
     placement, _ = decide(ARCH, WHERE, planner=FixedCut(2), placement=None)
     assert placement == make_planner("fixed_cut:2").propose(STATE)
-    assert Recovery(replan=Named()).placement(ARCH, WHERE, 0) == whole_on("cloud0", STATE)
+    assert Recovery(replan=Named()).placement(ARCH, WHERE, 0) == whole_on(CLOUD, STATE)
     assert Recovery(replan=lambda *_: placement).placement(ARCH, WHERE, 0) == placement
     with pytest.raises(PlacementError, match="did you mean even"):
         Recovery(replan="evn")
@@ -268,4 +270,4 @@ def test_an_app_of_serve_takes_one(name: str, monkeypatch: pytest.MonkeyPatch) -
     from serve_apps import generate
 
     generate._launch(Args(planner=f"{name}:Mine:cloud0"))
-    assert make_planner(launched["planner"]).propose(STATE) == whole_on("cloud0", STATE)
+    assert make_planner(launched["planner"]).propose(STATE) == whole_on(CLOUD, STATE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -312,12 +313,13 @@ def test_corrected_flops_are_those_of_a_prompt_in_the_cost_model(arch: ModelArch
 
 def sides(rng: np.random.Generator | None = None, *, rtt_s: float = 0.03) -> Topology:
     rng = rng or np.random.default_rng(0)
+    tiers: tuple[tuple[DeviceId, Literal["edge", "cloud"]], ...] = ((EDGE, "edge"), (CLOUD, "cloud"))
     devices = tuple(
         Device(
             id=d, tier=tier, memory_bytes=1e12, compute_flops=rng.uniform(1e11, 1e13), launch_s=rng.uniform(0, 1e-4),
             memory_bandwidth_bytes_per_s=rng.uniform(1e10, 1e12), memory_efficiency=0.7,
         )
-        for d, tier in ((EDGE, "edge"), (CLOUD, "cloud"))
+        for d, tier in tiers
     )  # fmt: skip
     links = tuple(
         Link(source=a, target=b, bandwidth_bytes_per_s=rng.uniform(1e6, 1e8), rtt_s=rtt_s, exchange_s=1e-4)

@@ -122,7 +122,7 @@ def test_a_channel_is_averaged_over_masks_that_follow_from_the_seed(folder):
 
 def test_windows_score_every_token_once_with_something_before_it():
     for tokens, window, stride in ((150, 40, 13), (40, 40, 13), (41, 40, 13), (2, 40, 13), (7, 2, 1)):
-        seen = []
+        seen: list[int] = []
         for w in windows(tokens, window, stride):
             assert w.begin < w.first < w.stop <= w.begin + window
             seen += range(w.first, w.stop)

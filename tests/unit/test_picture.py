@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,8 +20,10 @@ EDGE, CLOUD = DeviceId("edge0"), DeviceId("cloud0")
 
 
 def arch(**changes: object) -> ModelArch:
-    small = {"name": "llama", "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "hidden_dim": 64,
-             "ffn_dim": 64, "vocab": 512, "context_tokens": 128}  # fmt: skip
+    small: dict[str, Any] = {
+        "name": "llama", "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "hidden_dim": 64,
+        "ffn_dim": 64, "vocab": 512, "context_tokens": 128,
+    }  # fmt: skip
     return ModelArch(**{**small, **changes})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,9 +110,14 @@ def test_it_decides_within_a_millisecond_or_so() -> None:
 def test_where_the_edge_cannot_relieve_the_cloud_the_program_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, cell: Cell, gains: bool
 ) -> None:
-    asked: list[int] = []
+    asked = []
     turned = Policy.knobs
-    monkeypatch.setattr(Policy, "knobs", lambda *args: asked.append(1) or turned(*args))
+
+    def knobs(*args: Any) -> Any:
+        asked.append(args)
+        return turned(*args)
+
+    monkeypatch.setattr(Policy, "knobs", knobs)
     make_planner("splitwise").propose(state(cell))
     assert bool(asked) == gains
 

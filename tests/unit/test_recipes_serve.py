@@ -26,11 +26,8 @@ from splitray.rl.world.weather import Climate
 
 CLIMATE = Climate(cloud_load=0.8, users=4, bandwidth_sigma=0.6, rtt_sigma=0.2)
 CELLS = [
-    Cell(edge=edge, model=model, holds=holds, link="lte")
-    for edge, model, holds in (
-        ("jetson-orin-nx-16gb", "gpt2-xl", "none"),
-        ("raspberry-pi-5", "llama-7b", "embedding_and_head"),
-    )
+    Cell(edge="jetson-orin-nx-16gb", model="gpt2-xl", holds="none", link="lte"),
+    Cell(edge="raspberry-pi-5", model="llama-7b", holds="embedding_and_head", link="lte"),
 ]
 SLOTS = 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import splitray.route as route_module
 from splitray.arch import ModelArch
 from splitray.errors import TopologyError
 from splitray.placement import LayerPlacement, Placement, Shares, validate
-from splitray.route import Boundary, Message, compile_route, message_bytes
+from splitray.route import Boundary, Content, Message, compile_route, message_bytes
 from splitray.topology import Device, DeviceId, Link, Topology
 
 A, B, C = DeviceId("A"), DeviceId("B"), DeviceId("C")
@@ -32,7 +33,7 @@ ARCH = ModelArch(
 )
 
 
-def device(name: str, tier: str = "edge") -> Device:
+def device(name: str, tier: Literal["edge", "cloud"] = "edge") -> Device:
     return Device(
         id=DeviceId(name),
         tier=tier,
@@ -122,7 +123,7 @@ KNOWN_COUNTS = {
 
 @pytest.mark.parametrize(("placement", "traits", "exchanges", "messages"), KNOWN_COUNTS.values(), ids=KNOWN_COUNTS)
 def test_twelve_layers_on_two_devices_have_the_known_counts(
-    placement: Placement, traits: dict[str, bool], exchanges: int, messages: int
+    placement: Placement, traits: dict[str, Any], exchanges: int, messages: int
 ) -> None:
     arch = dataclasses.replace(ARCH, **traits)
     validate(placement, arch, PAIR)
@@ -152,7 +153,7 @@ def test_bytes_per_token_add_up_over_boundaries() -> None:
         ("token", 4, 4),
     ],
 )
-def test_only_what_belongs_to_a_position_grows_with_a_prompt(content: str, decode: int, prefill: int) -> None:
+def test_only_what_belongs_to_a_position_grows_with_a_prompt(content: Content, decode: int, prefill: int) -> None:
     message = Message(A, B, content, rows=100)
     assert message_bytes(message, ARCH) == decode
     assert message_bytes(message, ARCH, positions=10) == prefill
@@ -190,7 +191,7 @@ def test_a_missing_link_is_named_with_its_remedy() -> None:
         assert text in str(error.value)
 
 
-TRAITS = {
+TRAITS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "parallel_block": {"parallel_block": True},
     "post_norm": {"post_norm": True},

@@ -193,7 +193,7 @@ def test_a_long_range_is_logarithmic_and_a_short_or_empty_one_linear() -> None:
     for samples, scale in (([], "linear"), ([0.0, 50.0], "linear"), ([1.0, 3.0], "linear"), ([0.1, 50.0], "log")):
         axes = latency_plot({"a": samples}).axes[0]
         assert axes.get_xscale() == scale
-        assert [list(line.get_ydata())[:1] for line in axes.lines] == [[0.0]] * bool(samples)
+        assert [np.asarray(line.get_ydata())[:1].tolist() for line in axes.lines] == [[0.0]] * bool(samples)
     assert front_plot({}, {}).axes[0].get_yscale() == "linear"
     assert front_plot({"a": 1.0, "b": 30.0}, {"a": 2.0, "b": 1.0}).axes[0].get_xscale() == "log"
     assert trade_plot([1, 10], [1, 2], [1, 100]).axes[1].get_yscale() == "linear"

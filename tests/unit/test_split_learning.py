@@ -19,6 +19,7 @@ from splitray.evaluate.measured_reward import TimedReward
 from splitray.evaluate.options import Options
 from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import shipped_quality
+from splitray.report.document import Number
 from splitray.report.split_plots import loess
 from splitray.rl.split_point.learning import _Run, advantages, train, untrained
 from splitray.rl.split_point.network import SplitNetwork
@@ -138,9 +139,9 @@ def test_the_suite_says_where_every_number_is_from(monkeypatch: pytest.MonkeyPat
     for figure in ("Fig. 3", "Fig. 5", "Fig. 6", "Fig. 7", "Table 3", "Targets", "deviate"):
         assert any(figure in title for title in titles), figure
     assert {f"figure_{n}.png" for n in (3, 5, 6, 7)} <= {f.name for f in tmp_path.iterdir()}
-    paper = [c for t in report.tables for r in t.rows for c in r if getattr(c, "provenance", "") == "paper"]
+    paper = [c for t in report.tables for r in t.rows for c in r if isinstance(c, Number) and c.provenance == "paper"]
     assert {n.shown for n in paper} == {"2.9736", "2.9663", "over 24 days", "462 s", "16.3 GB", "below 1 GB"}
-    targets = {r[0]: r for r in next(t for t in report.tables if t.title == "Targets").rows}
+    targets = {str(r[0]): r for r in next(t for t in report.tables if t.title == "Targets").rows}
     assert targets["sigma: training faster by"][3] == "yes"
     assert all(row[3] == "yes" for name, row in targets.items() if name.startswith(("surrogate", "int8")))
     assert len([t for t in titles if "tiny-neox" in t]) == 1 and "Monotone within noise (Fig. 3)" in titles

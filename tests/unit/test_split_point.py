@@ -24,7 +24,7 @@ from splitray.rl.split_point.process import (
     SplitPoint,
     States,
 )
-from splitray.rl.split_point.quality import MeasuredQuality, SurrogateQuality, learned_from
+from splitray.rl.split_point.quality import InLoopQuality, MeasuredQuality, SurrogateQuality, learned_from
 
 # Rises with the strength, falls with the cut: three strengths, cuts 1 to 11.
 TRADE = MeasuredQuality(
@@ -116,7 +116,7 @@ def test_the_program_gets_what_the_best_of_all_sequences_gets(reach, errata) -> 
 
 def test_over_a_channel_of_its_own_the_program_weighs_all_that_may_come() -> None:
     mdp = replace(MDP, channel="exogenous")
-    level_L, chances = np.arange(LEVELS), mdp.transitions
+    strength_L, chances = mdp.strength(np.arange(LEVELS)), mdp.transitions
     np.testing.assert_allclose(chances.sum(1), 1)
 
     def value(noise: float, cut: int, first: float, left: int) -> list[float]:
@@ -124,9 +124,10 @@ def test_over_a_channel_of_its_own_the_program_weighs_all_that_may_come() -> Non
         found = []
         for action in range(mdp.num_actions):
             after = int(mdp.target(np.array([cut]), np.array([action]))[0])
-            reward_L = mdp.reward(mdp.relative(mdp.strength(level_L), np.full(LEVELS, after)), np.array(after), first)
+            relative_L = mdp.relative(strength_L, np.full(LEVELS, after))
+            reward_L = mdp.reward(relative_L, np.array(after), np.array(first))
             if left > 1:
-                reward_L = reward_L + [max(value(mdp.strength(n), after, first, left - 1)) for n in level_L]
+                reward_L = reward_L + np.array([max(value(x, after, first, left - 1)) for x in strength_L])
             found.append(float(chances[mdp.level(np.array(noise))] @ reward_L))
         return found
 
@@ -176,7 +177,8 @@ def test_the_surrogates_qualities_are_its_predictions() -> None:
         expected = surrogate.predict("tiny", PlaceFeatures.of_cut(p, 12), as_channel(f"{noise}:{x}"))
         found = told.relative(np.array([x, 0.0]), np.array([p, p]))
         np.testing.assert_allclose(found, [expected, 1.0], rtol=1e-9)
-        grid, cuts = (a.ravel() for a in np.meshgrid(measured.levels[1:], np.arange(1, 12)))
+        strengths, cuts_at = np.meshgrid(measured.levels[1:], np.arange(1, 12))
+        grid, cuts = strengths.ravel(), cuts_at.ravel()
         assert np.abs(told.relative(grid, cuts) - np.minimum(measured.relative(grid, cuts), 4)).mean() < 0.06
 
 
@@ -195,6 +197,7 @@ def test_algorithm_1_measures_for_some_epochs_and_then_asks_its_surrogate() -> N
     told = learned_from(
         "in_loop", TRADE, shipped_surrogate(), model="tiny", num_layers=12, noise="loss", updates=2
     )  # fmt: skip
+    assert isinstance(told, InLoopQuality)
     told.loop.steps = 300
     rng = np.random.default_rng(0)
     for _ in range(2):
@@ -209,7 +212,7 @@ def test_algorithm_1_measures_for_some_epochs_and_then_asks_its_surrogate() -> N
 REFUSED = {
     "a reach of none": (lambda: replace(MDP, reach=0), "1 to 4 layers"),
     "a reach of five": (lambda: replace(MDP, reach=5), "1 to 4 layers"),
-    "no such case": (lambda: replace(MDP, case="X"), "one of L, H, A"),
+    "no such case": (lambda: replace(MDP, case="X"), "one of L, H, A"),  # type: ignore[arg-type]
     "a cut beyond what was measured": (lambda: replace(MDP, last_cut=12), "2 to 11"),
     "a cut beyond, one layer later": (lambda: replace(MDP, last_cut=11, errata=AS_CODED), "2 to 10"),
     "a table without the channel": (

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from report_cells import value_of
 
 from splitray.channel import as_channel
 from splitray.errors import InputError
@@ -49,6 +50,11 @@ def record(loss: float, cut: int, *, model: str = "m", noise: float = 0.0, facto
     )  # fmt: skip
 
 
+def loss_of(record: Record) -> float:
+    assert record.channel is not None
+    return record.channel.loss
+
+
 def grid(**options) -> list[Record]:
     return [record(k / 50, cut, **options) for k in range(1, 16, 2) for cut in range(1, LAYERS)]
 
@@ -83,12 +89,13 @@ def test_many_questions_at_once_are_the_single_ones(fitted):
 
 def test_metrics_by_hand():
     m = metrics_of(np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 2.0]))
-    assert (m.rows, m.mse, m.mae, m.r2) == (3, pytest.approx(5 / 3), 1.0, pytest.approx(1 - 5 / 2))
+    assert (m.rows, m.mae) == (3, 1.0)
+    assert (m.mse, m.r2) == pytest.approx((5 / 3, 1 - 5 / 2))
 
 
 def test_cross_validation_scores_rows_that_were_not_fitted_and_repeats_stay_together():
     rng = np.random.default_rng(0)
-    pure_noise = [record(r.channel.loss, 1, noise=float(rng.normal()) ** 2) for r in grid()]
+    pure_noise = [record(loss_of(r), 1, noise=float(rng.normal()) ** 2) for r in grid()]
     assert cross_validate(pure_noise, steps=300, hidden=32)["all"].r2 < 0.3  # it knows the noise of no held-out row
     once = cross_validate(grid()[:12], steps=200, hidden=8)["all"]
     twice = cross_validate(grid()[:12] * 2, steps=200, hidden=8)["all"]
@@ -195,7 +202,7 @@ def test_the_shipped_tables_say_what_was_found_on_two_architectures(model, losse
     for sigma in ("0.5", "1", "2", "3"):  # and falls with p where sigma is fixed
         by_cut = np.array([table.relative_perplexity(f"sigma:{sigma}", "none", f"cut:{p}") for p in cuts])
         assert by_cut[0] > by_cut[5] > by_cut[-1] - 0.002 and (np.diff(by_cut) < 0.01).all()
-    counts = {row[:2]: [n.value for n in row[2:]] for row in monotone([table]).rows}
+    counts = {row[:2]: [value_of(n) for n in row[2:]] for row in monotone([table]).rows}
     for way in (("sigma", "falls with p"), ("sigma", "rises with strength"), ("loss", "rises with strength"),
                 ("loss", "rises with p"), ("awgn", "falls with ratio")):  # fmt: skip
         steps, _, beyond = counts[f"{model}: {way[0]}", way[1]]
@@ -211,7 +218,7 @@ def test_a_step_the_other_way_is_counted_and_noise_is_told_from_more():
             for kind in ("loss", "sigma", "awgn") for k in (1, 2) for p, y in ((1, 1.5), (2, 1.3), (3, 1.31), (4, 1.4))
         ),
     )  # fmt: skip
-    counts = {row[:2]: [n.value for n in row[2:]] for row in monotone([table]).rows}
+    counts = {row[:2]: [value_of(n) for n in row[2:]] for row in monotone([table]).rows}
     assert counts["tiny: sigma", "falls with p"] == [6, 4, 2]
     assert counts["tiny: sigma", "rises with strength"] == [4, 0, 0]
 

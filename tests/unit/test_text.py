@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from fake_engine import byte_tokenizer
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ TEXTS = [
 ]
 
 
-def decode(ids: list[int]) -> str:
+def decode(ids: Sequence[int]) -> str:
     return TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -112,7 +112,8 @@ def test_two_devices_that_send_each_other_more_than_the_sockets_hold_do_not_lock
 
 @pytest.fixture
 def listener():
-    token, accepted = new_token(), []
+    token = new_token()
+    accepted: list[Channel] = []
     listener = Listener(token=token, host="127.0.0.1", deadline_s=5, accept=accepted.append)
     yield listener, token, accepted
     listener.close()
