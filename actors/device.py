@@ -3,8 +3,6 @@
 Ray carries orders about life and death only: where the device listens, whether it lives, that it should stop.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

@@ -1,7 +1,5 @@
 """The actor of an edge device. The name is what `ray list actors` shows; the work is DeviceHost's."""
 
-from __future__ import annotations
-
 from actors.device import DeviceHost
 
 

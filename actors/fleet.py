@@ -3,8 +3,6 @@
 Ray starts, places and watches; orders and tensors go over splitray's own sockets. It knows no models.
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import time

@@ -1,7 +1,5 @@
 """Who sits where and holds what, as lines to read. Knows no actor and no engine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

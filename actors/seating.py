@@ -1,7 +1,5 @@
 """Which device sits on which node: by what the nodes offer and what is free there. Knows no Ray."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """`python -m rllib_configs NAME --out DIR`: train a recipe through Tune, compare it, and write the policy."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

@@ -1,7 +1,5 @@
 """`python -m rllib_configs.ablate --out DIR`: train every ablation with some seeds, and say what each part is worth."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

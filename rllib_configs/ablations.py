@@ -1,7 +1,5 @@
 """What each part is worth: the shipped recipe with one thing changed, at a fifth of its budget."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from rllib_configs.splitwise import splitwise

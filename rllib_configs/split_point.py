@@ -1,7 +1,5 @@
 """Where to cut as the channel changes (arXiv 2406.02616): PPO with Table 4's settings, rewards from the surrogate."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable

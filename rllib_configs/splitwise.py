@@ -1,7 +1,5 @@
 """The policy that ships: one for all devices, models and loads of the catalogue, conditioned on their features."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from splitray.planners.protocol import RequestShape

@@ -1,7 +1,5 @@
 """The same training on one cell, over in a minute: whether everything is wired, not whether it learns."""
 
-from __future__ import annotations
-
 from rllib_configs.splitwise import CLIMATES
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.world.cell import Cell

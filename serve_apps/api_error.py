@@ -1,7 +1,5 @@
 """How the API says no: OpenAI's error shape and what becomes which status. Knows no routes."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The routes of the OpenAI API over a TextService. Runs under any ASGI server; knows no Ray."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine

@@ -1,7 +1,5 @@
 """What an OpenAI client may ask; knows no engine, no tokenizer and no Ray."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The two OpenAI answer shapes, whole and in chunks; knows nothing of how the text comes about."""
 
-from __future__ import annotations
-
 import json
 import time
 import uuid

@@ -1,7 +1,5 @@
 """splitray: one language model over weak edge devices and strong cloud workers, split finer than layers."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """What a decoder looks like to a planner: counts and sizes, no torch, no weights, no devices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

@@ -4,8 +4,6 @@ Marks: STATED read at the source, 2ND told by a third party, DERIVED computed fr
 knowledge (verify before relying on it), FITTED to public measurements, INFERRED our choice. None was measured by us.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 

@@ -14,8 +14,6 @@ Layouts of one token of D values, little-endian: `bf16` D x 2 bytes; `int8` a fl
 bfloat16 scale for each group of 32 values (the last may be shorter), then ceil(D / 2) bytes, the even value low.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The one way in which splitray refuses bad input; it knows nothing of models, devices or Ray."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -3,8 +3,6 @@
 Nothing of it is left afterwards, however the command ends. Knows no placement and prints nothing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

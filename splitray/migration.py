@@ -4,8 +4,6 @@ A head group moves together with its KV cache (arXiv 2505.02533, STATED). Weight
 staged on the target already (every device reads its own copy of the checkpoint).
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

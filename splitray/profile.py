@@ -3,8 +3,6 @@
 Nothing guessed is called measured: watts come from the catalogue and are marked so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Work is counted in output tokens, since requests differ in length. The equations
 Optimization (2010), chapters 3 and 4: Q(t+1) = max(Q(t) - served, 0) + arrived, and likewise for a mean with a budget.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -3,8 +3,6 @@
 It knows no HTTP and no engine; a tokenizer is whatever transformers loads.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

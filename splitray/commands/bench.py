@@ -1,7 +1,5 @@
 """`splitray bench`: suites that measure this machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

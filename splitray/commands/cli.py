@@ -5,8 +5,6 @@ are imported inside functions only, so that `splitray --help` is quick. Exit cod
 input, 130 Ctrl-C, 141 the reader of standard output left, 143 SIGTERM.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import traceback

@@ -1,7 +1,5 @@
 """`splitray demo`: the whole of it on this machine, from a checkpoint to a checked answer."""
 
-from __future__ import annotations
-
 import typer
 from rich.console import Console
 

@@ -1,7 +1,5 @@
 """`splitray doctor`: looks at a machine, or at the cluster it belongs to, and says what to do about each problem."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

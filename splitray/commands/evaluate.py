@@ -1,7 +1,5 @@
 """`splitray evaluate`: suites that compare planners, as a report in which every number says where it comes from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

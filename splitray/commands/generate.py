@@ -1,7 +1,5 @@
 """`splitray generate`: one prompt through a model that is split over devices, shown as it comes."""
 
-from __future__ import annotations
-
 import signal
 from contextlib import ExitStack
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Options that several commands have, each with the one help text and type that it has everywhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

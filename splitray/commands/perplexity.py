@@ -1,7 +1,5 @@
 """`splitray perplexity`: how well a model predicts a text, whole or split, exact or lossy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

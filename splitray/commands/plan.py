@@ -1,7 +1,5 @@
 """`splitray plan`: where a planner would put a model, and what that is predicted to cost."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`splitray serve`: the OpenAI API over a split model on this machine, until a signal ends it."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time

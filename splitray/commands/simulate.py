@@ -1,7 +1,5 @@
 """`splitray simulate`: planners side by side under one virtual clock, on a trace and on arrivals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

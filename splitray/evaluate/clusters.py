@@ -1,7 +1,5 @@
 """Clusters without a cloud, and head-level planners against the optimum: predicted times, nothing simulated."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

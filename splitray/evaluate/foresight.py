@@ -1,7 +1,5 @@
 """The learned policy beside a planner that knows the future, in drawn weather: what is left for online planners."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from splitray.evaluate.options import Tell, shared_out

@@ -4,8 +4,6 @@ Everything is ours, on the model that ships and its measured table; what is the 
 9 and Table 3. Noise of fixed sigma has the paper's trade-off (perplexity falls with p); losses have not, on our models.
 """
 
-from __future__ import annotations
-
 import resource
 import time
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a reward costs that is measured: the perplexity of a text with the channel, timed on a part of it."""
 
-from __future__ import annotations
-
 import resource
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """What a user may set for a suite of comparisons, and how a suite tells what it is doing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The suite `planners`: every planner but the learned ones, over traces, on clusters, and against the optimum."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from importlib.metadata import version

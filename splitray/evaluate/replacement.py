@@ -4,8 +4,6 @@ What the live controller does (its own `next_action` and what it is fed with) be
 hindsight and a clairvoyant re-placement that knows the trace and pays the same for its moves.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

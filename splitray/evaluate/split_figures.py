@@ -3,8 +3,6 @@
 What is learned comes from `Runs`, which trains nothing twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial

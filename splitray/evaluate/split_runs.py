@@ -1,7 +1,5 @@
 """Trainings for the suite `layer-splitting`: judged on the same starts by measured rewards, and none done twice."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """The suite `splitwise`: the learned policy against every planner, cell by cell, where a cloud is shared."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from importlib.metadata import version

@@ -4,8 +4,6 @@ A step of a placement takes a time of its own (work, latencies) and sends bytes 
 model. KV that a new holder lacks is copied beside the stream, with half of the link, or read again from the tokens.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cache

@@ -1,7 +1,5 @@
 """One edge device and the cloud over bandwidth traces: every online planner in every cell of devices and models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The Lyapunov weight V over three decades: what it saves and what it makes wait."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 

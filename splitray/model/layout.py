@@ -5,8 +5,6 @@ or both from one x. Which child is which norm, and which layer argument reaches 
 observed on a small random model and not written down per family. Knows nothing of devices.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Both sums of squares travel together, so that there is one exchange and not two. Knows only the attention module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

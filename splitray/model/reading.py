@@ -4,8 +4,6 @@ The probe is a two-layer random model of the same config, with fewer heads and r
 self-test (runtime/selftest.py) splits the same model. Reads no weights.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

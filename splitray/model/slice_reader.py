@@ -3,8 +3,6 @@
 Knows modules and ranges, not layers' wiring, devices or the wire.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol

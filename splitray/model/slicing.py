@@ -4,8 +4,6 @@ Read from transformers' own `base_model_tp_plan`, with a small table for familie
 not say is added here: packed layouts, Conv1D's transposed weights, per-head norms, norms over all heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -3,8 +3,6 @@
 Knows names, shapes and bytes; not which device wants what, nor what the tensors mean.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

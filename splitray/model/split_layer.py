@@ -4,8 +4,6 @@ Between sub-blocks it hands its partial sum to an `Exchange`, which returns the 
 devices, sockets or placements.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol
 

@@ -6,8 +6,6 @@ modified Kneser-Ney 5-gram on documents neither has seen, and writes weights, to
 `--architecture gpt_neox` trains another kind of decoder in the same way.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

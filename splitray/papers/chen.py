@@ -4,8 +4,6 @@ The formulas are STATED, their corrections are ours (docs/equations.md, section 
 `splitray.channel`; the reward is not here. The authors' released code has no licence and was not used.
 """
 
-from __future__ import annotations
-
 import enum
 
 from splitray.arch import ModelArch

@@ -6,8 +6,6 @@ docs/equations.md. With no erratum every form is that of `splitray.cost`, but fo
 own: our engine slices it with its heads and does not execute this. Knows no planner.
 """
 
-from __future__ import annotations
-
 import enum
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ every equation here is INFERRED (docs/equations.md, section 2) and none is the p
 the two where they agree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

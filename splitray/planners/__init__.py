@@ -1,7 +1,5 @@
 """Planners by name, and those that users bring: one table, and one function that makes a planner of what is given."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module

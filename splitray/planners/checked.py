@@ -1,7 +1,5 @@
 """A planner as the executors see it: every proposal checked, and what it says of itself. Knows no planner by name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which codec to use, where a planner has prices for it: what it saves in time and energy, what it costs in quality."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

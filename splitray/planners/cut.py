@@ -1,7 +1,5 @@
 """One cut between two layers: the classic split of a model between an edge and the cloud, fixed or chosen by cost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

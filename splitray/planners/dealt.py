@@ -1,7 +1,5 @@
 """Two baselines that deal pieces out without a cost: in turn, and to the fastest device that has room."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 

@@ -16,8 +16,6 @@ The program is exact for costs that add up over sub-blocks (optimum/additive.py)
 until the placement fits, and nothing is proven.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 

@@ -6,8 +6,6 @@ every placement from below. Small instances are also solved by enumeration and b
 (optimum/enumerate.py), against which tests hold the three.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

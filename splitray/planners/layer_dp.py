@@ -5,8 +5,6 @@ way to have layers 0..l done with the last of them on device j. The first layers
 does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

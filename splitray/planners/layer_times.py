@@ -1,7 +1,5 @@
 """What whole layers cost on each device, and hidden states between devices: the additive view of layer-wise papers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Bytes that pieces of a model take on a device, its KV cache included. Knows no measured number."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from splitray.arch import ModelArch

@@ -10,8 +10,6 @@ released scores are in scored.py.
 Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Planners from outside the package: `module:Class[:ARG]` from an import, and objects that Python code hands over."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Whether moving to a proposal pays within the interval: migration charged against the time that it saves."""
 
-from __future__ import annotations
-
 import math
 
 from splitray.cost import CostModel, Load, Rates, load_of, step_cost

@@ -1,7 +1,5 @@
 """What a planner would do with a model on a topology, what that is predicted to cost, and how far from the optimum."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from typing import Any

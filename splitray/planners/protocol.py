@@ -1,7 +1,5 @@
 """What a planner sees and the one thing it does. Knows no planner."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 

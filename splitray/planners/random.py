@@ -1,7 +1,5 @@
 """Random valid placements: what tests and comparisons draw from. Knows no cost."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -11,8 +11,6 @@ that of all. FFNs stay whole. The projection goes with its heads in our engine; 
 own, for the sake of the scores, and drops it. Embedding and head, which it leaves out, are as in `myopic`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -1,7 +1,5 @@
 """Planners that split every sub-block over all devices, evenly or in proportion to memory bandwidth."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

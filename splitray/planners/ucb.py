@@ -4,8 +4,6 @@ The abstract names a constraint-satisfying UCB; arms, reward and bound are INFER
 that can hold the whole model, relative to the dearest seen.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

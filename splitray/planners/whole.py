@@ -1,7 +1,5 @@
 """Planners that put the whole model on one device: the ends of every comparison."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

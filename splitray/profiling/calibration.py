@@ -11,8 +11,6 @@ ms a token, whether they hand over 2 or 24 times), so it is predicted too slow b
 This is for machines whose devices are processes; all of them are taken to be alike, so one stands for each.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

@@ -1,7 +1,5 @@
 """What `splitray doctor` looks at: each check yields what it found, and what to do about it if that is not good."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

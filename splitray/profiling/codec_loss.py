@@ -4,8 +4,6 @@
 that the shipped model was not trained on; ``--text FILE`` takes another text.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -3,8 +3,6 @@
 It prints to the console it is given, and needs neither a terminal nor input.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

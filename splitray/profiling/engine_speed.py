@@ -4,8 +4,6 @@ Figures of parallel processes mean something only while nothing else runs: the l
 CPU seconds and bytes are solid in any weather. Every ratio is speed over one-thread transformers.generate.
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import tempfile

@@ -3,8 +3,6 @@
 Real figures of this machine: threads for the many trials, processes killed by SIGKILL for the times.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -4,8 +4,6 @@ In-process devices (threads) die as processes do: their sockets close and what t
 after any of the messages that they send, while a placement is being staged, before and after they switch to it.
 """
 
-from __future__ import annotations
-
 import random
 import threading
 import time

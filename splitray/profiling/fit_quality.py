@@ -4,8 +4,6 @@
 NAME.json, and prints how well it does on rows that it has not seen, by cross-validation.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

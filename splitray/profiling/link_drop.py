@@ -1,7 +1,5 @@
 """A link that becomes slow while a run uses it, emulated on this machine, and the placement that moves for it."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the machine is, for the record beside a measurement."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """Placements that are measured under a name: those of the bench, and the demo's uneven one."""
 
-from __future__ import annotations
-
 from splitray.arch import ModelArch
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.topology import Topology

@@ -5,8 +5,6 @@ token weighs the same, wherever the windows end, and nothing that is not finite 
 Under a channel the text is read several times, each time with other losses ("masks"), which follow from the seed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack

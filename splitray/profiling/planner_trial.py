@@ -1,7 +1,5 @@
 """What planners choose for a model on this machine: predicted after a short calibration, then run and measured."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Probes and placements are run in turns and in no order, so that all see the same
 profile is made of the probes alone (profiling/calibration.py).
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path

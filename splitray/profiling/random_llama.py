@@ -1,7 +1,5 @@
 """Llamas with random weights, for measuring only: a recipe and its checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

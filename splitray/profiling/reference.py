@@ -1,7 +1,5 @@
 """What transformers answers with the whole model, and where a served answer differs from it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

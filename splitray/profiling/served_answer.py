@@ -1,7 +1,5 @@
 """An answer of the served API as a client sees it, token by token and with its times."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import time

@@ -1,7 +1,5 @@
 """How fast the virtual clock runs on this machine: the suite `simulator` of `splitray bench`."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

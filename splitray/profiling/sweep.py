@@ -4,8 +4,6 @@ Each cell is an engine of its own, so that what is measured is what would run. T
 and a sweep that finds it goes on where it ends. `PerplexityMeter` measures single cells for whoever learns from them.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -4,8 +4,6 @@ The paper switches USE_SURROGATE on after T epochs and says no more of it. Here 
 records of the surrogate's data are all that is replayed: a policy learned on-policy is not (E8).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

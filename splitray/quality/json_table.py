@@ -1,7 +1,5 @@
 """Tables of measurements as JSON files: read, and held to the fields of their dataclasses."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """What a channel and a codec cost a placement in quality, as a surrogate tells it: planners weigh this against time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from splitray.channel import NoisyChannel

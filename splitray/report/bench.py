@@ -1,7 +1,5 @@
 """The suites of `splitray bench` as tables, read from their documents."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

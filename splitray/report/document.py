@@ -3,8 +3,6 @@
 A bare number in a table is refused: it must be a `Number`, which carries its provenance.
 """
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Mapping

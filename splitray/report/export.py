@@ -1,7 +1,5 @@
 """What a terminal shows, as files: plain text and SVG."""
 
-from __future__ import annotations
-
 import io
 import re
 

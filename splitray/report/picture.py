@@ -3,8 +3,6 @@
 The letters alone tell everything, so that it reads the same in a pipe. Knows no engine and no measured number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

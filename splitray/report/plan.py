@@ -1,7 +1,5 @@
 """A plan as a person reads it: the picture, the predicted times and what each device holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

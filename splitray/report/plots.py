@@ -1,7 +1,5 @@
 """Plots of a simulation that a person can read. Knows the document of `splitray simulate`, and no planner."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A profile as a person reads it: what was measured, and when."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

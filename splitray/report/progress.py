@@ -1,7 +1,5 @@
 """What is being done right now, for whoever watches a terminal; silent everywhere else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """A table of measured relative perplexities, for the terminal."""
 
-from __future__ import annotations
-
 from rich.table import Table
 
 from splitray.quality.table import QualityTable

@@ -1,7 +1,5 @@
 """Quantities as a person reads them: three digits and a unit."""
 
-from __future__ import annotations
-
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 

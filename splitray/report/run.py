@@ -1,7 +1,5 @@
 """One run as a short table, read from its document. Knows no engine and no device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

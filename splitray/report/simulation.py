@@ -1,7 +1,5 @@
 """A simulation as a person reads it: one table of planners, and plots. Every figure is simulated but decision_s."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

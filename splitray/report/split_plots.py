@@ -1,7 +1,5 @@
 """Plots of where to cut: curves with bands, distributions, and clouds of decisions. Knows no policy."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Standard output as a program gives it: to a reader who may leave early, as `head` does, or as one JSON document."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

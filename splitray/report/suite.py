@@ -1,7 +1,5 @@
 """Suites of measurements by name: one table serves a command's help, its check and its error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar

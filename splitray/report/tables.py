@@ -1,7 +1,5 @@
 """The two kinds of tables that a terminal shows: facts under their names, and figures in columns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD

@@ -6,8 +6,6 @@ knobs are overridden by those that only shorten the queue (docs/equations.md E2.
 that it shares, the program is left alone (`relieves`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

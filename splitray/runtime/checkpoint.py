@@ -4,8 +4,6 @@ A store is a directory or any URL that fsspec knows. Files are written whole und
 none is ever changed: what a manifest names is there, or its checksum says that it is not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import uuid

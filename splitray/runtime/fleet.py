@@ -4,8 +4,6 @@ A Fleet only starts and stops ShardHosts and says who died; orders and tensors g
 one, is in actors/fleet.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 It samples in the caller, which therefore receives full logits: that traffic is control and reported apart.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Device processes that outlive an engine, for many short runs: starting one costs seconds, a new shard tenths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Self
 

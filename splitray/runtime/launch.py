@@ -1,7 +1,5 @@
 """From what a user writes (a model, devices, a planner or a file, a runtime) to a running engine."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The counts of a model by its name or folder, without its weights; a name needs no torch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from splitray.arch import ModelArch

@@ -1,7 +1,5 @@
 """How the next token is chosen on the sampler's device: transformers' own processors, a seeded generator."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

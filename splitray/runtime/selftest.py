@@ -3,8 +3,6 @@
 Runs once per config before a model is loaded, on threads of the caller, through the real wire.
 """
 
-from __future__ import annotations
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 

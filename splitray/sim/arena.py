@@ -10,8 +10,6 @@ after the other.
 Shapes: N cases, T slots, D devices, L layers.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace

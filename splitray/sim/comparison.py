@@ -1,7 +1,5 @@
 """Planners side by side under one virtual clock, on one trace and the same arrivals. Runs no model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

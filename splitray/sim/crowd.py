@@ -9,8 +9,6 @@ here it is up to 1.4 times that, as means over a slot know no gaps (`pytest -s t
 Shapes: N lines, D devices.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """From what a user writes to arrays over slots: a model of a link's rate or round trip, or a trace file; arrivals."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

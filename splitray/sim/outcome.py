@@ -1,7 +1,5 @@
 """What one planner did to one scenario: raw samples, and the figures that are made of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

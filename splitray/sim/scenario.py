@@ -4,8 +4,6 @@ Arrays over time are given slot by slot and hold for the slot. A planner sees th
 the next one. Shapes: T slots, D devices in the topology's order; links are [source, target].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any

@@ -1,7 +1,5 @@
 """How long a request of mean length takes alone, and the rate of arrivals that follows where none is given."""
 
-from __future__ import annotations
-
 from splitray.arch import ModelArch
 from splitray.cost import CostModel
 from splitray.errors import PlacementError

@@ -1,7 +1,5 @@
 """Training windows without end, with what n-gram teachers expect of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

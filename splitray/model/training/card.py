@@ -1,7 +1,5 @@
 """The card of the small model: what it is, what it was trained on, how well it does, and a sample."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

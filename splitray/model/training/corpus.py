@@ -1,7 +1,5 @@
 """What the small model is trained on: the documentation of this Python, or text files, split by document."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import hashlib

@@ -1,7 +1,5 @@
 """The untrained decoder, and how many bits a trained one needs for a text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ uniform distribution under the unigrams. An n-gram that starts a document has no
 by, so it keeps its plain count, as the common toolkits do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The training loop of the small model: loss, steps, checks, and what it says on the way."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

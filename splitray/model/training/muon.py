@@ -1,7 +1,5 @@
 """Muon: an optimiser of matrices that needs few tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Sizes and budget of a training of the small model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 ARCHITECTURES = {"llama": "Llama", "gpt_neox": "GPT-NeoX"}

@@ -1,7 +1,5 @@
 """The tokenizer of the small model, and documents and chats as its token ids."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

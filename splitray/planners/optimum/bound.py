@@ -14,8 +14,6 @@ since a path must leave it. Shares are relaxed to real numbers, so the bound hol
 Shapes: P weighted holdings, N of them with a set of devices so far, S holdings, E devices of the embedding, D devices.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations

@@ -3,8 +3,6 @@
 Tests hold it against every assignment, a mixed-integer program and `CostModel`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """Which messages cross between two holdings, by the exchange rule of route.py: no rates, no times."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 

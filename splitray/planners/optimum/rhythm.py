@@ -4,8 +4,6 @@ Shares are real numbers and every clock advances by one period a layer. The solu
 finish (search.py); its dual prices say how much each device's clock matters, which makes the bound tight (bound.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

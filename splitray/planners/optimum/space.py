@@ -9,8 +9,6 @@ is not affine: devices that share one memory slow each other down; their paths t
 Shapes: S holdings, D devices. Times in seconds; -inf where nothing is sent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -9,8 +9,6 @@ Shapes: N instances, G groups, B stages of `Load`, K ways to hold a sub-block; d
 cloud to edge) are axes of length 2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -10,8 +10,6 @@ Shapes: N instances (last, as numpy is quickest there), G groups (1 where all ar
 attention and FFN, V = A F variants, 3 or 4 states before, E devices of the embedding, D of the head.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

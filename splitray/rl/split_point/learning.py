@@ -5,8 +5,6 @@ as they are; the episodes are played here, all at once, and the advantages are t
 one step too late (E5). A Learner by itself needs no Ray runtime.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: as in process.py, and F relative perplexities that an episode may begin with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a training run of the split point depends on; the settings of Table 4 are the defaults. Knows no RLlib."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 

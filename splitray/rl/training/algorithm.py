@@ -4,8 +4,6 @@ RLlib's own EnvRunner is built as well (it checks the environment's spaces) but 
 numpy collects an order of magnitude more than its loop over sub-environments (`rollout.py`).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection
 from dataclasses import replace

@@ -6,8 +6,6 @@ between it and one of them is what foresight and agreement among the edges would
 sequences may exist than those of one candidate at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ Training uses `rollout.py` instead, which runs hundreds of instances at once; th
 own interface, for its checkers, its EnvRunner and other algorithms. Both agents get the whole team's reward.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium as gym

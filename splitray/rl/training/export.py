@@ -9,8 +9,6 @@ compare with its own), `leave_out`, `agents` (names, and the blocks of their log
 mean), `recipe`, `seeds`, `results`, and the SHA-256 of the tensors' file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ noise, for decisions that matter through what many do together, and where one ed
 PPO goes on from there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

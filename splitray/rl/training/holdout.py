@@ -4,8 +4,6 @@ A policy acts as it would serve, by its likeliest choices. Every run goes on aft
 are empty, at most as long again; who has not finished by then counts with its age.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """PPO with two critics (docs/equations.md E2.21, E2.22), on batches that come with their advantages; else stock PPO."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

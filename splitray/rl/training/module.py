@@ -16,8 +16,6 @@ group logits are 0.
 Shapes: B rows, F features of the whole, G groups, L features of a group, H hidden.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Everything that a training run depends on, as one value: a recipe and a seed give the same policy again."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 

@@ -10,8 +10,6 @@ choice that the next slot takes back pays for two moves and shows nothing of wha
 Shapes: E environments of N instances, M = E N, S slots, C choices, W width of a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

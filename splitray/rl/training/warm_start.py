@@ -4,8 +4,6 @@ Where an agent may leave a decision to the program, cloning means to leave it; w
 decide as it would. The agents see the states that the program itself leads to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -8,8 +8,6 @@ are the blocks side by side, choice by choice.
 Shapes: N instances, G groups; a block of `count` choices among `size` is [count, size] of the logits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """One cell of a comparison: an edge device, a model, a link, what the origin holds, and what never changes in it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal

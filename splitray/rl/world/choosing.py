@@ -3,8 +3,6 @@
 Shapes: N instances; logits are [N, sum of count * size] over blocks, masked ones at -1e9 or below.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -4,8 +4,6 @@ An environment executes actions through it and a serving planner too, so that th
 G groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shapes: N instances; directions (edge to cloud, cloud to edge) are an axis of length 2.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -14,8 +14,6 @@ differences telescope to the last slot's level, while the discounted sum of leve
 1 / (1 - gamma), the discounted sum of drifts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

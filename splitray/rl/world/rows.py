@@ -3,8 +3,6 @@
 The second agent's groups also carry what the first one chose for them, one of five. Shapes: N instances, G groups.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ An instance is one edge device with its own link and its own requests; so many o
 from what they do. Everything is drawn from one generator, so that a seed reproduces it. Shapes: N instances, T slots.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

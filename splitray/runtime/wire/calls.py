@@ -1,7 +1,5 @@
 """Orders, answers and tensors over a connection: both ends of a call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 

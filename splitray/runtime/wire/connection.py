@@ -1,7 +1,5 @@
 """One connection between two processes: frames out without ever blocking, frames in with a deadline."""
 
-from __future__ import annotations
-
 import contextlib
 import select
 import socket

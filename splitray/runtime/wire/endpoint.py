@@ -1,7 +1,5 @@
 """Where a device listens, and the secret that its cluster shares."""
 
-from __future__ import annotations
-
 import secrets
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One frame: a six-byte prefix, a small positional msgpack header and a raw tensor buffer; no pickle."""
 
-from __future__ import annotations
-
 import struct
 from enum import IntEnum
 from typing import NamedTuple

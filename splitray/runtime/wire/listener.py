@@ -3,8 +3,6 @@
 Both sides prove that they know the cluster's token. Knows nothing of what the channels are used for.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import select

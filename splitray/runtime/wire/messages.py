@@ -4,8 +4,6 @@ Each order is frozen, its name on the wire is its class's in small letters witho
 brackets is the answer. Knows no sockets: `calls` sends.
 """
 
-from __future__ import annotations
-
 from typing import Any, Generic, TypeVar
 
 from splitray.arch import ModelArch, Range

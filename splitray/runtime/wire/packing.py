@@ -1,7 +1,5 @@
 """Orders and answers as bytes, and back: the one place that packs and checks them."""
 
-from __future__ import annotations
-
 from typing import Generic, TypeVar, Union, dataclass_transform
 
 import msgspec

@@ -1,7 +1,5 @@
 """Tensors as a frame carries them: the name of their type in its header, their bytes as its payload."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 It knows peers by name and frames by key, and nothing of models or routes.
 """
 
-from __future__ import annotations
-
 import select
 import time
 from dataclasses import dataclass
