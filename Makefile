@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Every process of the tests reads compiled files instead of compiling for itself, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 WORKERS ?= 2
-TOGETHER := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "not alone"
+TOGETHER := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone"
 ALONE := $(BIN)/python -m pytest -m alone
 
 .PHONY: help demo test test-all test-rest install lint type format hooks bench

@@ -2,14 +2,16 @@
 
 `--part quick` (`make test`) leaves out what is marked `full` and, of a set marked `thin(k)`, all but one row in k;
 `--part rest` runs exactly what that leaves out; without the option everything runs. Each run says how many tests it
-left out. With pytest-xdist, tests that share a fixture of their module, or the Ray cluster, stay on one worker.
+left out. Makefile gives each worker of pytest-xdist whole files, so that what a file shares is made once.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -28,9 +30,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: program
 
 PARTS = ("all", "quick", "rest")
 # Ray gives a node 30 s to start, and links are shaped in real time: neither bears a neighbour on two cores.
-BY_THEMSELVES = ("tests/ray/", "tests/netlab/")
-LONG_FIRST = (*BY_THEMSELVES, "tests/packaging/")  # so that no worker is left with them when the others have ended
-AUTOUSE = ("one_thread",)  # sets a number and makes nothing: no reason to stay together
+BY_THEMSELVES = ("ray", "netlab")
+# so that no worker is left with them when the others have ended
+LONG_FIRST = (
+    "tests/ray/",
+    "tests/netlab/",
+    "tests/packaging/test_readme",
+    "tests/unit/test_cli",
+    "tests/unit/test_conformance",
+)
 LEFT = pytest.StashKey[int]()
 
 
@@ -38,7 +46,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", choices=PARTS, default="all", help="quick: make test; rest: what quick leaves out")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the names of the tests
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The two phases of `make test` do not import what only the other one runs: that costs a third of a minute."""
+    chosen, path = config.getoption("markexpr"), collection_path
+    if chosen not in ("alone", "not alone") or not path.match("tests/*/test_*.py"):
+        return None
+    by_itself = path.parent.name in BY_THEMSELVES
+    if chosen == "not alone":
+        return by_itself or None
+    return None if by_itself or re.search(r"mark\.(alone|ray|serve)\b", path.read_text()) else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before the tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if part != "all":
@@ -48,10 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
         config.stash[LEFT] = len(out)
     for item in items:
-        if item.nodeid.startswith(BY_THEMSELVES) or item.get_closest_marker("ray") or item.get_closest_marker("serve"):
+        if item.path.parent.name in BY_THEMSELVES or item.get_closest_marker("ray") or item.get_closest_marker("serve"):
             item.add_marker(pytest.mark.alone)
-        if (group := group_of(item)) is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: next((i for i, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), 99))
 
 
@@ -76,18 +93,6 @@ def left_to_rest(items: Sequence[pytest.Item]) -> set[pytest.Item]:
         for row in drawn[-(-len(drawn) // shares[key]) :]:
             left.update(rows[row])
     return left
-
-
-def group_of(item: pytest.Item) -> str | None:
-    """Tests of one group run on one worker, one after the other, so that what they share is made once."""
-    if item.get_closest_marker("ray") or item.get_closest_marker("serve"):
-        return "ray"
-    names: Sequence[str] = getattr(item, "fixturenames", ())
-    manager: Any = item.session._fixturemanager
-    shared = (d for name in names for d in manager.getfixturedefs(name, item) or () if name not in AUTOUSE)
-    if any(d.scope in ("class", "module", "package") for d in shared):
-        return item.nodeid.partition("::")[0]
-    return None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
