@@ -27,7 +27,7 @@ from splitray.runtime.sampling import Sampling
 _REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 PROMPT = list(range(5, 25))
-SAMPLING = Sampling(max_new_tokens=400, temperature=0.9, seed=3)
+SAMPLING = Sampling(max_new_tokens=200, temperature=0.9, seed=3)
 CUT_S = 2.0
 SOON_S = 2.0  # after the link is back; half a second on a quiet machine, which is printed
 MODEL = RandomLlama(name="netlab", layers=6, hidden=512, heads=8, kv_heads=8, ffn=512, vocab=512, tied=True)
@@ -54,6 +54,7 @@ def wanted(engine: Engine) -> list[int]:
     return list(engine.stream(PROMPT, SAMPLING))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("victim", ["cloud0", "edge0"])
 def test_a_link_that_is_cut_for_two_seconds_costs_no_token_and_little_more_than_that(
     lab: NetLab, engine: Engine, wanted: list[int], victim: str

@@ -73,7 +73,7 @@ def test_the_backlog_does_not_drift_below_capacity_and_does_above() -> None:
 
 def test_as_v_rises_the_penalty_falls_and_the_backlog_grows_no_faster_than_v() -> None:
     """Three decades of V, between the rates of a frugal edge and of a hungry cloud (docs/equations.md E2.19)."""
-    where, slots = pair(), 2000
+    where, slots = pair(), 1000
     line = arriving(2.0, slots, 5)
     sweep = (0.1, 1.0, 10.0, 100.0)
     found = run(

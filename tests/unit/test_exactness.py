@@ -24,6 +24,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_every_family_split_at_random_gives_the_unsplit_tokens_and_the_rules_bytes(family):
     model = family_model(family)
