@@ -19,7 +19,10 @@ import pytest
 
 if TYPE_CHECKING:
     from api_server import Served
+    from forked_devices import Nursery
     from ray_nodes import RayNodes
+
+    from splitray.topology import Device
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -150,3 +153,33 @@ def served() -> Iterator[Served]:
         yield served
     assert engine.closed, "the end of the server closes the engine"
     assert len(engine.threads) <= 1, "one thread has the engine"
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """One process that has read torch, to fork device processes from."""
+    from forked_devices import Nursery
+
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="class")
+def forked_devices(nursery: Nursery) -> Iterator[None]:
+    """Device processes of this machine start in a tenth of a second, where the test is not about their start."""
+    from forked_devices import spawn
+
+    from splitray.runtime.fleet import ProcessFleet
+
+    started_anew = ProcessFleet._spawn
+
+    def start(fleet: ProcessFleet, device: Device) -> None:
+        if fleet.prefix_of(device.id):
+            started_anew(fleet, device)
+        else:
+            spawn(nursery, fleet, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProcessFleet, "_spawn", start)
+        yield

@@ -281,6 +281,7 @@ def test_an_unknown_command_is_refused_with_code_2() -> None:
     assert "genrate" in result.stderr
 
 
+@pytest.mark.usefixtures("forked_devices")
 def test_a_device_that_dies_in_the_middle_changes_no_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, asked = Engine.stream, ("--prompt", PROMPT, "--max-new-tokens", 100, "--json")
     wanted = json.loads(generate(model, *asked).stdout)

@@ -14,6 +14,7 @@ class TestThreads(Conformance):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_devices")
 @pytest.mark.thin(3, whole="engine")
 class TestProcesses(Conformance):
     placements = FEW

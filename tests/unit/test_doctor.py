@@ -149,6 +149,7 @@ def test_a_model_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch
     assert (check.status, check.todo) == ("problem", "install splitray again")
 
 
+@pytest.mark.usefixtures("forked_devices")
 def test_the_shipped_model_split_over_two_processes_gives_transformers_tokens() -> None:
     found = checks.findings("model", checks.CHECKS["model"])
     assert [(c.name, c.status) for c in found] == [("model", "ok"), ("split", "ok")], found

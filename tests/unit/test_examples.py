@@ -16,6 +16,7 @@ PRINTED = {
 }
 
 
+@pytest.mark.usefixtures("forked_devices")
 @pytest.mark.parametrize("name", PRINTED)
 def test_an_example_runs_and_says_so(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """In this process, which has read torch and transformers already."""

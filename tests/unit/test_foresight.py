@@ -53,9 +53,10 @@ def test_branches_say_what_each_candidate_brings_and_leave_the_present_alone() -
     assert env.slot == 30
 
 
+@pytest.mark.full
 def test_who_knows_the_future_waits_less_than_the_program() -> None:
-    usual = score(program(), CELL, BUSY, spec=SPEC, seed=4, num_instances=8, num_slots=64).latency_s
-    best = foreseen((program(),), CELL, BUSY, spec=SPEC, seed=4, num_edges=8, num_slots=64)
+    usual = score(program(), CELL, BUSY, spec=SPEC, seed=4, num_instances=16, num_slots=64).latency_s
+    best = foreseen((program(),), CELL, BUSY, spec=SPEC, seed=4, num_edges=16, num_slots=64)
     assert np.nanmean(best) < 0.99 * np.nanmean(usual)
 
 

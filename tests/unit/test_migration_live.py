@@ -43,7 +43,7 @@ def time_to_stage(monkeypatch):
     slow_devices(monkeypatch, 0.01)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_every_family_moves_while_it_generates(family):
     model = family_model(family)

@@ -85,6 +85,7 @@ def gaps(num_instances: int) -> list[float]:
     return found
 
 
+@pytest.mark.full
 def test_the_gap_to_the_optimum_is_small() -> None:
     found = np.array(gaps(120))
     print(f"gap over {len(found)} instances: mean {found.mean():.3%}, max {found.max():.2%}")
