@@ -178,7 +178,7 @@ class RayFleet(Fleet):
     def _actor(self, device: Device, wanted: Mapping[str, float], node: str) -> ActorHandle:
         host: type[DeviceHost] = EdgeActor if device.tier == "edge" else CloudActor
         actor_class: Any = ray.remote(host)
-        handle: ActorHandle = actor_class.options(
+        return actor_class.options(
             name=f"{device.id}-{secrets.token_hex(4)}",
             namespace=self._namespace,
             num_cpus=wanted[CPU],
@@ -189,7 +189,6 @@ class RayFleet(Fleet):
             # Soft: an actor that is restarted because its node is gone may sit on another one that offers the same.
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
         ).remote(device.id, token=self.token, threads=self._threads, deadline_s=self._deadline_s)
-        return handle
 
     def _answers(self, device: str, refs: tuple[Any, Any], give_up: float) -> tuple[Endpoint, Seat]:
         try:

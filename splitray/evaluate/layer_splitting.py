@@ -5,9 +5,7 @@ Everything is ours, on the model that ships and its measured table; what is the 
 """
 
 import resource
-import time
 from dataclasses import replace
-from importlib.metadata import version
 from typing import get_args
 
 import numpy as np
@@ -69,7 +67,6 @@ def run(
     Raises:
         InputError: the shipped table cannot be used.
     """
-    started = time.perf_counter()
     table, surrogate = shipped_quality(), shipped_surrogate()
     both = table, shipped_quality("tiny-neox")
     runs = Runs(table=table, surrogate=surrogate, seeds=range(options.seed, options.seed + seeds), tell=tell)
@@ -104,14 +101,11 @@ def run(
     return Report(
         title="Adaptive layer splitting",
         facts={
-            "splitray": version("splitray"),
-            "suite": "layer-splitting",
             "table": f"{table.model}, {table.num_layers} layers, {table.text}, {table.tokens} tokens, "
             f"{table.masks} masks, measured at {table.measured_at}; for Figure 3 also {both[1].model}, "
             f"{both[1].architecture} of the same recipe",
             "trainings": f"{steps} decisions each, {seeds} seeds from {options.seed}, one thread",
             "judged on": f"the same {STARTS} starts of a case, rewards from the measured table, greedy",
-            "seconds": round(time.perf_counter() - started, 1),
         },
         tables=tuple(tables),
         plots=plots,

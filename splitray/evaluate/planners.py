@@ -1,8 +1,6 @@
 """The suite `planners`: every planner but the learned ones, over traces, on clusters, and against the optimum."""
 
-import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from splitray.evaluate.clusters import boards, gaps_to_optimum, many_devices
 from splitray.evaluate.options import Options, Tell
@@ -31,7 +29,6 @@ def run(options: Options, tell: Tell) -> Report:
     Raises:
         InputError: a trace or the arrivals cannot be used.
     """
-    started = time.perf_counter()
     cells = list(trace_cells(options, tell))
     tell("a cluster on one network")
     tables = [summary(cells, h) for h in HOLDS] + [latencies(cells, h) for h in HOLDS] + [pairwise(cells)]
@@ -52,15 +49,12 @@ def run(options: Options, tell: Tell) -> Report:
     return Report(
         title="Planners side by side",
         facts={
-            "splitray": version("splitray"),
-            "suite": "planners",
             "traces": ", ".join(dict.fromkeys(t for c in cells for t, _ in c.outcomes)),
             "arrivals": options.arrivals or f"Poisson, {LOAD} of what a static cut serves, 128 + 64 tokens on average",
             "slots": f"{options.slots}, every {EVERY}th decides; of 1 s, or longer for {REQUESTS} requests a run",
             "seed": options.seed,
             "link": "rates of the trace, both ways; round trip of LTE to a cloud, 74 ms",
             "cloud": "one A100 80 GB, used by this one line of requests; bf16 weights, staged on both sides",
-            "seconds": round(time.perf_counter() - started, 1),
         },
         tables=tuple(tables),
         plots=plots,

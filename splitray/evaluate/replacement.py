@@ -4,11 +4,9 @@ What the live controller does (its own `next_action` and what it is fed with) be
 hindsight and a clairvoyant re-placement that knows the trace and pays the same for its moves.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -243,7 +241,6 @@ def run(options: Options, tell: Tell) -> Report:
     Raises:
         InputError: no traces, or one that cannot be used.
     """
-    started = time.perf_counter()
     arch, topology = architecture(MODEL), Topology.pair(EDGE, link=LINK, origin_holds=HOLDS)
     prices = StreamPrices(arch, topology)
     traces = {spec.rpartition("/")[2]: read_trace(spec) for spec in options.traces}
@@ -264,8 +261,6 @@ def run(options: Options, tell: Tell) -> Report:
     return Report(
         title="Re-placement while a stream is generated",
         facts={
-            "splitray": version("splitray"),
-            "suite": "replacement",
             "model": f"{MODEL}, float16, {PROMPT_TOKENS} + {OUTPUT_TOKENS} tokens a request, one behind the other",
             "devices": f"{EDGE} and one A100 80 GB; origin holds {HOLDS.replace('_', ' ')}",
             "memory": ", ".join(f"{d.id} {d.memory_bytes / 1e9:g} GB" for d in topology.devices),
@@ -273,7 +268,6 @@ def run(options: Options, tell: Tell) -> Report:
             "planner": PLANNER,
             "gate": str(Gate()),
             "traces": f"{len(names)} of {len(varied)} that vary more than {VARIES:g}x, spread evenly over them by name",
-            "seconds": round(time.perf_counter() - started, 1),
         },
         tables=(targets(found), *(table(kind, rows) for kind, rows in found.items())),
         plots={"stream": _plot(found["recorded"])},

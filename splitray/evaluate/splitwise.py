@@ -1,8 +1,6 @@
 """The suite `splitwise`: the learned policy against every planner, cell by cell, where a cloud is shared."""
 
-import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 
@@ -36,7 +34,6 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
     Raises:
         InputError: a trace or the arrivals cannot be used.
     """
-    started = time.perf_counter()
     cells = list(load_cells(options, planners, tell))
     others = [p for p in planners if p not in (ours, ALONE)]
     rows = [c.name for c in cells]
@@ -48,8 +45,6 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
     return Report(
         title="The learned policy where a cloud is shared",
         facts={
-            "splitray": version("splitray"),
-            "suite": "splitwise",
             "cells": f"{len(cells)}: edge device, model, what the origin holds, load of the cloud under cloud_only",
             "cloud": f"one A100 80 GB, shared by {', '.join(map(str, sorted({c.num_users for c in cells})))} edges, "
             "each with one line of requests; all decide one after the other and see how many others are there",
@@ -58,7 +53,6 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
             "arrivals": options.arrivals or "Poisson, 128 + 64 tokens on average",
             "slots": f"{options.slots} of 1 s",
             "seeds": f"{SEEDS} from {options.seed}",
-            "seconds": round(time.perf_counter() - started, 1),
         },
         tables=(
             targets(cells, ours, others),

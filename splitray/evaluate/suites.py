@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from splitray.evaluate.options import Options, Tell
@@ -45,4 +48,7 @@ def run(suite: str, options: Options, *, tell: Tell = lambda _: None) -> Report:
     Raises:
         InputError: there is no such suite, or a file cannot be used.
     """
-    return suite_named(suite, SUITES).run(options, tell)
+    chosen, started = suite_named(suite, SUITES), time.perf_counter()
+    report = chosen.run(options, tell)
+    seconds = round(time.perf_counter() - started, 1)
+    return replace(report, facts={"splitray": version("splitray"), "suite": suite, **report.facts, "seconds": seconds})

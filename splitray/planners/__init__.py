@@ -82,8 +82,7 @@ def _myopic(argument: str, _: int) -> Planner:
 
 def _splitwise(argument: str, _: int) -> Planner:
     # By name, for the learned policy stands on planners and the simulator, and not the other way round.
-    built: Planner = import_module("splitray.rl.policy_planner").build(argument)
-    return built
+    return import_module("splitray.rl.policy_planner").build(argument)
 
 
 _PLANNERS = {

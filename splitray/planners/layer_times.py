@@ -62,8 +62,7 @@ def work_alone_s(state: ClusterState, where: Topology) -> Floats:
         launch_s=rates.launch_s.T,
         contention_s_per_byte=np.zeros((len(where.ids), 1, 1)),
     )
-    work: Floats = work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
-    return work
+    return work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
 
 
 def layer_bytes(state: ClusterState) -> int:

@@ -214,5 +214,4 @@ def _layer_s(times: _Times, counts: Counts, ffn: NDArray[np.int64], residual: in
         end = np.maximum(clock[:, d] + busy, free + busy)
         free = np.where(sends, end, free)
         ready = np.where(sends, np.maximum(ready, end + times.latency_s[d, ffn]), ready)
-    seconds: Floats = ready + times.launch_s[ffn] + times.ffn_s[ffn]
-    return seconds
+    return ready + times.launch_s[ffn] + times.ffn_s[ffn]

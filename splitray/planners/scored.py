@@ -231,8 +231,7 @@ class _BlockSearch:
             if KafetzisErrata.NO_BROADCASTS in self.planner.errata:
                 return nothing
             residual = self.device[first - len(self.kinds) + self.kinds.index("ffn")] if first else self.embedding
-            broadcast: Floats = self.state_s[residual]
-            return broadcast
+            return self.state_s[residual]
         if kind == "ffn" and self.planner.projection_apart:
             projection = self.device[first + self.kinds.index("projection")]
             return self.state_s[projection] if projection >= 0 else nothing

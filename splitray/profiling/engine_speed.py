@@ -173,8 +173,7 @@ def _transformers_tokens(model: Any, prompt: list[int], new_tokens: int) -> list
     ids = torch.tensor([prompt])
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options)
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
+    return out[0, len(prompt) :].tolist()
 
 
 def _transformers_tpot(model: Any, prompt: list[int]) -> float:

@@ -155,8 +155,7 @@ def _armed(fleet: ThreadFleet, device: str, moment: Moment, message: int) -> Ite
     def copied(*args: Any) -> int:
         if moment == "staging":
             strike()
-        copied_bytes: int = copy(*args)
-        return copied_bytes
+        return copy(*args)
 
     wire.put, changed.TAKES, epochs.copy = counted, {**host.TAKES, SwitchOrder: switched}, copied
     try:

@@ -83,8 +83,7 @@ class PerplexityMeter:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers of the model."""
-        layers: int = self.config.num_hidden_layers
-        return layers
+        return self.config.num_hidden_layers
 
     @property
     def perplexity(self) -> float:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
-from splitray.quality.json_table import exactly, read_json
+from splitray.quality.json_table import above_zero, exactly, read_json
 from splitray.route import Route
 
 
@@ -128,9 +128,7 @@ class AccuracyTable:
             exactly(entry, AccuracyRow, unfit)
             rows.append(AccuracyRow(**{**entry, "codec": as_codec(entry["codec"])}))
         table = AccuracyTable(**{**document, "rows": tuple(rows)})
-        values = [table.perplexity, *(r.perplexity for r in rows)]
-        if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in values):
-            raise _unfit(path, "perplexities above 0", values)
+        above_zero([table.perplexity, *(r.perplexity for r in rows)], unfit)
         return table
 
 

@@ -1,7 +1,7 @@
 """Tables of measurements as JSON files: read, and held to the fields of their dataclasses."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,17 @@ def read_json(path: str | Path, unfit: Unfit) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise unfit("a readable JSON file", error) from error
+
+
+def above_zero(values: Iterable[object], unfit: Unfit) -> None:
+    """Refuse perplexities that are no finite numbers above 0.
+
+    Raises:
+        InputError: says which they are.
+    """
+    known = list(values)
+    if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in known):
+        raise unfit("perplexities above 0", known)
 
 
 def exactly(entry: Any, kind: type, unfit: Unfit) -> None:

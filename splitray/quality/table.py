@@ -19,7 +19,7 @@ from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError, unwritable
 from splitray.quality.features import PlaceFeatures
-from splitray.quality.json_table import exactly, read_json
+from splitray.quality.json_table import above_zero, exactly, read_json
 
 FORMAT = 1
 
@@ -119,9 +119,7 @@ class QualityTable:
             rows.append(QualityRow(**{**entry, "codec": as_codec(entry["codec"])}))
         places = {name: PlaceFeatures.from_plain(f) for name, f in document["places"].items()}
         table = QualityTable(**{**document, "rows": tuple(rows), "places": places})
-        values = [table.perplexity, *(r.perplexity for r in rows)]
-        if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in values):
-            raise _unfit(path, "perplexities above 0", values)
+        above_zero([table.perplexity, *(r.perplexity for r in rows)], unfit)
         if missing := {r.at for r in rows} - set(places):
             raise _unfit(path, "features of every place", f"none of {sorted(missing)}")
         return table

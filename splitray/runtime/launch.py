@@ -131,8 +131,7 @@ def ray_fleet(**options: Any) -> Fleet:
     """The Ray fleet, which lives a floor above, in `actors`: found by the name of its entry point."""
     from importlib import import_module
 
-    fleet: Fleet = import_module("actors.fleet").RayFleet(**options)
-    return fleet
+    return import_module("actors.fleet").RayFleet(**options)
 
 
 def launch_engine(

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 def echo(engine: Engine, a: str, b: str, *, size: int, rounds: int) -> list[float]:
     """Round trips in seconds of frames of `size` bytes between two devices, through the wire code."""
-    times: list[float] = _echo(engine, a, b, size=size, rounds=rounds, cold_bytes=0)[a].round_trip_s
-    return times
+    return _echo(engine, a, b, size=size, rounds=rounds, cold_bytes=0)[a].round_trip_s
 
 
 def hops(engine: Engine, a: str, b: str, *, size: int, rounds: int, cold_bytes: int) -> list[float]:

@@ -104,8 +104,7 @@ def others_there(there: Floats, pool: Ints) -> Floats:
     """
     total = np.zeros((int(pool.max(initial=0)) + 1, there.shape[1]))
     np.add.at(total, pool, there)
-    others: Floats = np.maximum(0.0, total[pool] - there)
-    return others
+    return np.maximum(0.0, total[pool] - there)
 
 
 def delay_to_others(there: Floats, requests: Floats, pool: Ints) -> Floats:

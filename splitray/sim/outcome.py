@@ -52,21 +52,18 @@ class Outcome:
     @property
     def latency_s(self) -> Floats:
         """From arrival to last token; a request that has not ended counts with its age, which is a lower bound, [R]."""
-        latency: Floats = np.where(np.isnan(self.finish_s), self.now_s, self.finish_s) - self.arrival_s
-        return latency
+        return np.where(np.isnan(self.finish_s), self.now_s, self.finish_s) - self.arrival_s
 
     @property
     def ttft_s(self) -> Floats:
         """From arrival to first token, likewise, [R]."""
-        ttft: Floats = np.where(np.isnan(self.first_token_s), self.now_s, self.first_token_s) - self.arrival_s
-        return ttft
+        return np.where(np.isnan(self.first_token_s), self.now_s, self.first_token_s) - self.arrival_s
 
     @property
     def request_tpot_s(self) -> Floats:
         """Mean time per later token of the requests that ended and have one, [..]."""
         later = (self.output_tokens > 1) & ~np.isnan(self.finish_s)
-        tpot: Floats = (self.finish_s - self.first_token_s)[later] / (self.output_tokens[later] - 1)
-        return tpot
+        return (self.finish_s - self.first_token_s)[later] / (self.output_tokens[later] - 1)
 
     @property
     def energy_j_per_request(self) -> float:

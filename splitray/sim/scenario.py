@@ -111,8 +111,7 @@ class Scenario:
         """Share of each device that is left to us in each slot, [T, D]."""
         if self.background is None:
             return np.ones((self.num_slots, len(self.topology.ids)))
-        left: Floats = 1 - np.minimum(self.background, _MOST_BACKGROUND)
-        return left
+        return 1 - np.minimum(self.background, _MOST_BACKGROUND)
 
     def memory_at(self, slot: int) -> Floats:
         """Bytes of memory that each device has left for the model in a slot, [D]."""

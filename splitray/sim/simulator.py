@@ -152,8 +152,16 @@ class Simulator:
     @property
     def backlog_requests(self) -> Ints:
         """Requests that have come and are not finished, [N]."""
-        came: Ints = (self.arrival_s <= self.now_s).sum(1) - self._head
-        return came
+        return (self.arrival_s <= self.now_s).sum(1) - self._head
+
+    @property
+    def mean_latency_s(self) -> Floats:
+        """From arrival to last token, the mean over each line's requests; who is not done counts with its age, [N]."""
+        there = np.isfinite(self.arrival_s)
+        until = np.where(np.isnan(self.finish_s), self.now_s, self.finish_s)
+        waited = np.where(there, until - np.where(there, self.arrival_s, 0.0), 0.0).sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return waited / there.sum(1)
 
     def pause(self, instance: int, seconds: float) -> None:
         """Nothing is generated for so long: a migration."""

@@ -54,8 +54,7 @@ class Trace:
         area = np.concatenate([[0.0], np.cumsum(self.value[:-1] * widths)])
         at = np.clip(np.searchsorted(self.time_s, edges, side="right") - 1, 0, None)
         total = area[at] + self.value[at] * (edges - self.time_s[at])
-        mean: Floats = np.maximum(0.0, np.diff(total) / slot_s)
-        return mean
+        return np.maximum(0.0, np.diff(total) / slot_s)
 
 
 def read_trace(spec: str, *, quantity: str = "bandwidth") -> Trace:
@@ -195,8 +194,7 @@ def log_ar1(
     for i, step in enumerate(noise):
         found[i] = x
         x = rho * x + step
-    values: Floats = mean * np.exp(found - sigma_log**2 / 2)
-    return values
+    return mean * np.exp(found - sigma_log**2 / 2)
 
 
 def gilbert_elliott(

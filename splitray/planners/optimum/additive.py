@@ -110,8 +110,7 @@ class Additive:
         fixed = space.rates.latency_s[0, origin] + space.rates.exchange_s[0, origin]
         way = np.where(rate > 0, fixed + TOKEN_BYTES * self.prompt.positions / np.where(rate > 0, rate, 1.0), MISSING_S)
         way[origin] = 0.0
-        seconds: Floats = way
-        return seconds
+        return way
 
     def _stage(self, kind: Kind, arrive: Floats, air: Floats, prompt: Floats | None) -> _Stage:
         """Every step into a sub-block of this kind; `arrive` is when its devices may begin, [before, S, D].

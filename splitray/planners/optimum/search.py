@@ -247,5 +247,4 @@ def _level(offset: Floats, each: Floats, least: Floats, room: Floats, total: int
     below = np.maximum(above - 1, 0)
     rise = under[rows, above] - under[rows, below]
     part_way = np.clip((total - under[rows, below]) / np.where(rise > 0, rise, 1.0), 0.0, 1.0)
-    level: Floats = corners[rows, below] + part_way * (corners[rows, above] - corners[rows, below])
-    return level
+    return corners[rows, below] + part_way * (corners[rows, above] - corners[rows, below])

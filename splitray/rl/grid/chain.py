@@ -108,14 +108,12 @@ class Chains:
     def bytes(self, path: Path) -> Floats:
         """Bytes of a path on each device, [2, N]."""
         chosen = along(self.held, path.variant[None, :, None], axis=2)[:, :, 0].sum(1)
-        held: Floats = chosen + self.ends[:, path.embedding, path.head]
-        return held
+        return chosen + self.ends[:, path.embedding, path.head]
 
     def value(self, path: Path) -> Floats:
         """Cost of a path for each instance, [N]."""
         costs = self.values(path.variant[None])[0]
-        found: Floats = costs[path.embedding, path.head, np.arange(costs.shape[-1])]
-        return found
+        return costs[path.embedding, path.head, np.arange(costs.shape[-1])]
 
     def values(self, variants: Ints) -> Floats:
         """What paths of variants [K, G, N] cost with either end on either device, [K, E, D, N]."""
@@ -126,8 +124,7 @@ class Chains:
         begin = self.cost[0][:2, variants[:, 0], rows].transpose(1, 0, 2)  # [K, E, N]: the state is the embedding's
         begin = begin + self.start[[0, 1], [0, 1]]
         finish = self.end[:, after[:, -1], :, rows].transpose(0, 2, 3, 1)  # [K, E, D, N]
-        total: Floats = inner[:, None, None] + begin[:, :, None] + finish
-        return total
+        return inner[:, None, None] + begin[:, :, None] + finish
 
 
 def within(chains: Chains, free: Path, room: Floats, edge: int, cloud: int) -> Path:

@@ -57,5 +57,4 @@ class Choice:
         split = self.mode == SPLIT
         alike = (self.mode == other.mode) & ((self.heads == other.heads) | ~split)
         alike &= (self.ffn == other.ffn) | ~(split | (self.mode == COPIED))
-        same: NDArray[np.bool_] = alike.all(1) & (self.embedding == other.embedding) & (self.head == other.head)
-        return same
+        return alike.all(1) & (self.embedding == other.embedding) & (self.head == other.head)

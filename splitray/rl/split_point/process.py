@@ -213,5 +213,4 @@ def _gauss_markov(levels: int) -> Reals:
     middle, spread = (levels - 1) / 2, (levels - 1) / 12**0.5
     mean_L1 = middle + _MEMORY * (np.arange(levels)[:, None] - middle)
     edges = np.array([-np.inf, *(np.arange(levels - 1) + 0.5), np.inf])
-    chances: Reals = np.diff(norm.cdf(edges, mean_L1, spread * (1 - _MEMORY**2) ** 0.5), axis=1)
-    return chances
+    return np.diff(norm.cdf(edges, mean_L1, spread * (1 - _MEMORY**2) ** 0.5), axis=1)

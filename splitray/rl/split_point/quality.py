@@ -100,8 +100,7 @@ class MeasuredQuality:
         below = np.clip(np.searchsorted(self.levels, noise_N, "right") - 1, 0, len(self.levels) - 2)
         low, high = self.levels[below], self.levels[below + 1]
         share = np.clip((noise_N - low) / (high - low), 0.0, 1.0)
-        told: Reals = (1 - share) * self.by_level[below, cut_N - 1] + share * self.by_level[below + 1, cut_N - 1]
-        return told
+        return (1 - share) * self.by_level[below, cut_N - 1] + share * self.by_level[below + 1, cut_N - 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from splitray.rl.training.export import export
 from splitray.rl.training.foresight import foresee
 from splitray.rl.training.holdout import learned, program, score
 from splitray.rl.training.learner import SplitwiseLearner, act_of, training_data
-from splitray.rl.training.module import PlacementModule, module_specs
+from splitray.rl.training.module import PlacementModule, built, module_specs
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.training.rollout import Collector, Scale
 from splitray.rl.training.warm_start import clone
@@ -171,13 +171,10 @@ class SplitwisePPO(PPO):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """RLlib's checkpoint, and beside it the best policy so far as it would be served."""
         super().save_checkpoint(checkpoint_dir)
-        built: dict[str, PlacementModule] = {}
-        for agent, spec in module_specs(self.recipe).items():
-            module = spec.build()
-            assert isinstance(module, PlacementModule), "module_specs names no other class"
+        modules = built(self.recipe)
+        for agent, module in modules.items():
             module.load_state_dict(self.best[agent])
-            built[agent] = module
-        export(built, self.recipe, Path(checkpoint_dir) / "policy")
+        export(modules, self.recipe, Path(checkpoint_dir) / "policy")
 
     def get_state(
         self,

@@ -59,20 +59,12 @@ def foreseen(
             if ahead == EVERY - 1:
                 kept = env.state()
         assert kept is not None
-        waited += (
-            env.simulator.backlog_requests * env.known.service_s
-        )  # what is still there has at least this before it
+        waited += env.simulator.backlog_requests * env.known.service_s  # what is still there has this before it
         cost = np.zeros((many, pools))
         np.add.at(cost, (candidate, np.tile(drawn.weather.pool, many)), waited)
         best = cost.argmin(0)[np.tile(drawn.weather.pool, many)]
         env.restore(kept, best * num_edges + np.tile(np.arange(num_edges), many))
-    s = env.simulator
-    there = np.isfinite(s.arrival_s[:num_edges])
-    until = np.where(np.isnan(s.finish_s[:num_edges]), s.now_s, s.finish_s[:num_edges])
-    waited = np.where(there, until - np.where(there, s.arrival_s[:num_edges], 0.0), 0.0).sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        latency: Floats = waited / there.sum(1)
-    return latency
+    return env.simulator.mean_latency_s[:num_edges]
 
 
 def ahead(env: VectorEnv, slots: int) -> Floats:

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from splitray.rl.training.module import PlacementModule, module_specs
+from splitray.rl.training.module import PlacementModule, built
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.world.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS
 from splitray.rl.world.observation import HISTORY, table_hash
@@ -70,12 +70,8 @@ def export(
 
 def read_modules(recipe: Recipe, tensors_at: Path) -> dict[str, PlacementModule]:
     """The networks of an exported policy of this recipe; their critics know nothing."""
-    tensors = load_file(tensors_at)
-    modules = {}
-    for agent, spec in module_specs(recipe).items():
-        module = spec.build()
-        assert isinstance(module, PlacementModule), "module_specs names no other class"
-        modules[agent] = module
+    tensors, modules = load_file(tensors_at), built(recipe)
+    for agent, module in modules.items():
         mine = {k.removeprefix(f"{agent}."): v for k, v in tensors.items() if k.startswith(f"{agent}.")}
         if mine:
             wrong = module.load_state_dict(mine, strict=False)

@@ -18,6 +18,7 @@ from splitray.rl.training.learner import act_of
 from splitray.rl.training.module import PlacementModule
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.training.rollout import Collector, Floats32
+from splitray.rl.world.action import spans
 from splitray.rl.world.rows import LAYER_AGENT
 from splitray.rl.world.vector_env import VectorEnv
 
@@ -78,18 +79,14 @@ def _regret(env: VectorEnv, recipe: Recipe) -> Floats32:
     """What each candidate would cost each cloud more than the best one does, over that one's cost, [P, candidates]."""
     cost = ahead(env, recipe.foresight_slots).T
     best = cost.min(1, keepdims=True)
-    regret: Floats32 = np.minimum((cost - best) / np.maximum(best, 1e-6), _MOST_REGRET).astype(np.float32)
-    return regret
+    return np.minimum((cost - best) / np.maximum(best, 1e-6), _MOST_REGRET).astype(np.float32)
 
 
 def _chances(module: PlacementModule, rows: torch.Tensor) -> torch.Tensor:
     """Probability of each candidate: that of its weight of moves times that of its price, [B, candidates]."""
-    logits, at, log_p = module.logits(rows), 0, {}
-    for block in module.layout.blocks:
-        width = block.count * block.size
-        if block.count == 1:
-            log_p[block.name] = torch.log_softmax(logits[:, at : at + width], dim=1)
-        at += width
+    logits = module.logits(rows)
+    blocks = [(block.name, at) for block, at, _ in spans(module.layout.blocks) if block.count == 1]
+    log_p = {name: torch.log_softmax(logits[:, at], dim=1) for name, at in blocks}
     stay, price = ([c[i] for c in CANDIDATES] for i in (1, 2))
     joint = log_p["stay"][:, stay] + log_p["price"][:, price]
     return torch.softmax(joint, dim=1)

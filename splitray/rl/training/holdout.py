@@ -116,11 +116,7 @@ def score(
         energy += -outcome.terms["energy"]
         moves += outcome.moved
         reward += outcome.rewards.sum(1)
-    s = env.simulator
-    there = np.isfinite(s.arrival_s)
-    until = np.where(np.isnan(s.finish_s), s.now_s, s.finish_s)
-    waited = np.where(there, until - np.where(there, s.arrival_s, 0.0), 0.0).sum(1)
-    count = there.sum(1)
+    latency_s, count = env.simulator.mean_latency_s, np.isfinite(env.simulator.arrival_s).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         joule = energy / max(env.weights.energy, 1e-12) * env.known.request_j / count
-        return Score(latency_s=waited / count, energy_j=joule, moves=moves / num_slots, reward=reward / num_slots)
+    return Score(latency_s=latency_s, energy_j=joule, moves=moves / num_slots, reward=reward / num_slots)

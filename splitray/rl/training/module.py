@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from splitray.rl.training.env import spaces_of
 from splitray.rl.training.recipe import Recipe
-from splitray.rl.world.action import Block, prior
+from splitray.rl.world.action import Block, prior, spans
 from splitray.rl.world.choosing import MASKED
 from splitray.rl.world.rows import LAYER_AGENT, Layout, is_per_group, layouts
 
@@ -107,11 +107,8 @@ class PlacementModule(TorchRLModule, ValueFunctionAPI):
     def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layout = self.layout
         groups = rows[:, layout.num_global : layout.mask_at]
-        return (
-            rows[:, : layout.num_global],
-            groups.reshape(-1, layout.num_groups, layout.group_width),
-            rows[:, layout.mask_at :],
-        )
+        groups_BGL = groups.reshape(-1, layout.num_groups, layout.group_width)
+        return rows[:, : layout.num_global], groups_BGL, rows[:, layout.mask_at :]
 
 
 def choice_log_probabilities(blocks: tuple[Block, ...], logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,31 +119,31 @@ def choice_log_probabilities(blocks: tuple[Block, ...], logits: Tensor, actions:
     each: list[Tensor] = []
     entropy = logits.new_zeros(len(logits))
     num_open = torch.zeros_like(entropy)
-    at = first = 0
-    for block in blocks:
-        width = block.count * block.size
-        x = logits[:, at : at + width].reshape(-1, block.count, block.size)
+    for block, at, choices in spans(blocks):
+        x = logits[:, at].reshape(-1, block.count, block.size)
         log_p = torch.log_softmax(x, dim=2)
-        chosen = actions[:, first : first + block.count].long().unsqueeze(2)
+        chosen = actions[:, choices].long().unsqueeze(2)
         each.append(log_p.gather(2, chosen).squeeze(2))
         entropy = entropy - (log_p.exp() * log_p.clamp(min=-100.0)).sum((1, 2))
         num_open = num_open + ((x > MASKED / 2).sum(2) > 1).sum(1)
-        at, first = at + width, first + block.count
     return torch.cat(each, dim=1), entropy / num_open.clamp(min=1)
 
 
 def prior_divergence(blocks: tuple[Block, ...], logits: Tensor, prior: dict[str, list[float]]) -> Tensor:
     """KL divergence from the prior's choices, summed over the blocks that it names, [B]."""
     total = logits.new_zeros(len(logits))
-    at = 0
-    for block in blocks:
-        width = block.count * block.size
+    for block, at, _ in spans(blocks):
         if block.name in prior:
-            log_p = torch.log_softmax(logits[:, at : at + width].reshape(-1, block.count, block.size), dim=2)
+            log_p = torch.log_softmax(logits[:, at].reshape(-1, block.count, block.size), dim=2)
             log_prior = logits.new_tensor(prior[block.name]).log()
             total = total + (log_p.exp() * (log_p.clamp(min=-100.0) - log_prior)).sum((1, 2))
-        at += width
     return total
+
+
+def built(recipe: Recipe) -> dict[str, PlacementModule]:
+    """The networks of both agents, by agent, as they are before anything is learnt."""
+    modules: dict[str, Any] = {agent: spec.build() for agent, spec in module_specs(recipe).items()}
+    return modules
 
 
 def module_specs(recipe: Recipe) -> dict[str, RLModuleSpec]:

@@ -245,5 +245,4 @@ def _over_copies(advantages: Floats, copies: int) -> Floats:
         return advantages
     alike = advantages.reshape(len(advantages), copies, -1)
     others = (alike.sum(1, keepdims=True) - alike) / (copies - 1)
-    over: Floats = (alike - others).reshape(advantages.shape)
-    return over
+    return (alike - others).reshape(advantages.shape)

@@ -12,7 +12,7 @@ import torch
 from splitray.rl.training.module import PlacementModule, choice_log_probabilities
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.training.rollout import Collector, Floats32
-from splitray.rl.world.action import Ints, imitated
+from splitray.rl.world.action import Ints, imitated, spans
 from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, is_per_group
 
 _LEARNING_RATE = 3e-3
@@ -82,14 +82,10 @@ def _demonstrations(recipe: Recipe, rng: np.random.Generator) -> dict[str, tuple
 
 def _legal(collector: Collector, agent: str, pairs: list[tuple[Floats32, Ints]]) -> tuple[Floats32, Ints]:
     rows, actions = (np.concatenate(p) for p in zip(*pairs, strict=True))
-    layout = collector.layouts[agent]
-    at, first = layout.mask_at, 0
-    fine = np.ones(len(rows), bool)
-    for block in layout.blocks:
-        width = block.count * block.size
-        mask = rows[:, at : at + width].reshape(-1, block.count, block.size)
-        chosen = actions[:, first : first + block.count, None]
-        fine &= (np.take_along_axis(mask, chosen, axis=2) > 0).all((1, 2))
-        at, first = at + width, first + block.count
+    layout, fine = collector.layouts[agent], np.ones(len(rows), bool)
+    masks = rows[:, layout.mask_at :]
+    for block, at, choices in spans(layout.blocks):
+        mask = masks[:, at].reshape(-1, block.count, block.size)
+        fine &= (np.take_along_axis(mask, actions[:, choices, None], axis=2) > 0).all((1, 2))
     assert fine.any(), "the masks forbid everything that the program does"
     return rows[fine], actions[fine]

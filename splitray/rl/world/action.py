@@ -8,6 +8,7 @@ are the blocks side by side, choice by choice.
 Shapes: N instances, G groups; a block of `count` choices among `size` is [count, size] of the logits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,15 @@ def num_logits(blocks: tuple[Block, ...]) -> int:
 def num_choices(blocks: tuple[Block, ...]) -> int:
     """Length of an action: choices of all blocks."""
     return sum(b.count for b in blocks)
+
+
+def spans(blocks: tuple[Block, ...]) -> Iterator[tuple[Block, slice, slice]]:
+    """Each block with its columns among the logits, and among the choices of an action."""
+    at = first = 0
+    for block in blocks:
+        width = block.count * block.size
+        yield block, slice(at, at + width), slice(first, first + block.count)
+        at, first = at + width, first + block.count
 
 
 def prior(spec: ActionSpec, confidence: float) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ Shapes: N instances; logits are [N, sum of count * size] over blocks, masked one
 import numpy as np
 from numpy.typing import NDArray
 
-from splitray.rl.world.action import Block, Ints
+from splitray.rl.world.action import Block, Ints, spans
 
 Floats32 = NDArray[np.float32]
 MASKED = -1e9  # as a logit: its probability is 0 in single precision
@@ -14,8 +14,7 @@ MASKED = -1e9  # as a logit: its probability is 0 in single precision
 
 def gumbel(shape: tuple[int, ...], rng: np.random.Generator) -> Floats32:
     """Noise: the largest of logits with it added is a draw from their softmax."""
-    drawn: Floats32 = -np.log(rng.exponential(size=shape).astype(np.float32) + np.float32(1e-20))
-    return drawn
+    return -np.log(rng.exponential(size=shape).astype(np.float32) + np.float32(1e-20))
 
 
 def sample(blocks: tuple[Block, ...], logits: Floats32, noise: Floats32) -> tuple[Ints, Floats32]:
@@ -26,24 +25,16 @@ def sample(blocks: tuple[Block, ...], logits: Floats32, noise: Floats32) -> tupl
 
 def greedy(blocks: tuple[Block, ...], logits: Floats32) -> Ints:
     """The likeliest choice of every block, [N, choices]."""
-    found, at = [], 0
-    for block in blocks:
-        width = block.count * block.size
-        found.append(logits[:, at : at + width].reshape(-1, block.count, block.size).argmax(2))
-        at += width
-    return np.concatenate(found, axis=1)
+    each = [logits[:, at].reshape(-1, block.count, block.size).argmax(2) for block, at, _ in spans(blocks)]
+    return np.concatenate(each, axis=1)
 
 
 def log_probability(blocks: tuple[Block, ...], logits: Floats32, actions: Ints) -> Floats32:
     """Log-probability of an action, summed over its choices, [N]."""
     total = np.zeros(len(logits), np.float32)
-    at = first = 0
-    for block in blocks:
-        width = block.count * block.size
-        x = logits[:, at : at + width].reshape(-1, block.count, block.size)
+    for block, at, choices in spans(blocks):
+        x = logits[:, at].reshape(-1, block.count, block.size)
         x = x - x.max(2, keepdims=True)
         x = x - np.log(np.exp(x).sum(2, keepdims=True))
-        chosen = actions[:, first : first + block.count, None]
-        total += np.take_along_axis(x, chosen, axis=2).sum((1, 2))
-        at, first = at + width, first + block.count
+        total += np.take_along_axis(x, actions[:, choices, None], axis=2).sum((1, 2))
     return total

@@ -146,8 +146,7 @@ class History:
 
 
 def _ratio(value: Floats, mean: Floats) -> Floats:
-    logs: Floats = np.log(np.maximum(value / np.maximum(mean, 1e-12), np.exp(-_LIMIT)))
-    return logs
+    return np.log(np.maximum(value / np.maximum(mean, 1e-12), np.exp(-_LIMIT)))
 
 
 def _changing(seen: Seen, static: Static) -> list[Floats]:

@@ -40,8 +40,7 @@ def ask(channel: Channel, order: Order[A], take: Callable[[Tensor], None] | None
         frame = channel.read()
         assert frame is not None, "a blocking read returns a frame"
         if frame.kind == Kind.REPLY:
-            answer: A = answer_of(frame.payload, channel.peer)
-            return answer
+            return answer_of(frame.payload, channel.peer)
         if take is not None:
             take(tensor_of(frame))
 
