@@ -41,9 +41,7 @@ def find_seats(demands: Mapping[str, Amounts], free: Mapping[str, Amounts]) -> d
 
     The devices that ask for most choose first, each the fitting node with the fewest devices so far: spread out.
 
-    Args:
-        demands: device -> resource -> amount.
-        free: node -> resource -> amount.
+    `demands` are by device and resource, `free` by node and resource.
     """
     left = {node: dict(amounts) for node, amounts in free.items()}
     crowd: Counter[str] = Counter()

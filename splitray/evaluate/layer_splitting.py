@@ -56,13 +56,8 @@ def run(
 ) -> Report:
     """The whole suite; with the defaults about a quarter of an hour on one quiet core.
 
-    Args:
-        options: the seed counts.
-        tell: is told what is being done.
-        seeds: of each training.
-        steps: decisions of each training.
-        timed: measured rewards that are timed.
-        swept: whether Figures 8 and 9 are made.
+    `seeds` and `steps` (decisions) are of each training, `timed` counts measured rewards that are timed; `swept`:
+    whether Figures 8 and 9 are made. Of the options the seed counts.
 
     Raises:
         InputError: the shipped table cannot be used.

@@ -126,12 +126,8 @@ class Stream:
     ) -> tuple[float, int]:
         """Generate; with `copying`, until it is done.
 
-        Args:
-            placement: that runs.
-            token: of this request, the first one behind the prompt is 1.
-            tokens: to generate.
-            start_s: now.
-            copying: has half of the link while the stream uses it.
+        `token` is the first one to generate, counted within the request (1 is the first behind the prompt); `copying`
+        has half of the link while the stream uses it.
 
         Returns:
             The time, and the tokens that were generated.

@@ -60,10 +60,8 @@ def is_norm(module: nn.Module) -> bool:
 def observe_layer(layer: nn.Module, run: Callable[[], object], *, family: str) -> LayerLayout:
     """Run the model once and read the layer's wiring.
 
-    Args:
-        layer: a decoder layer with random weights (zeros would make different wirings look alike).
-        run: runs the model that holds the layer once.
-        family: the model type, for messages.
+    The layer has random weights, as zeros would make different wirings look alike; `run` runs the model that holds it,
+    and `family` is the model type, for messages.
 
     Raises:
         ModelError: the layer is not a residual sum of one attention and one FFN.

@@ -15,11 +15,8 @@ def share_norm_sums(
 ) -> None:
     """Make a sliced attention normalise q and k as the whole one does.
 
-    Args:
-        attention: has q_proj, k_proj, q_norm and k_norm on this device's heads.
-        sum_over_holders: sums a float32 tensor [..., 2] over the devices that hold heads.
-        q_features: features of the whole q.
-        k_features: features of the whole k.
+    `attention` has q_proj, k_proj, q_norm and k_norm on this device's heads; `sum_over_holders` sums a float32 tensor
+    [..., 2] over the devices that hold heads. The features are those of the whole q and k.
     """
     ahead = _Ahead()
     q_proj, k_proj = attention.q_proj, attention.k_proj

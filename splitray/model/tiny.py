@@ -35,12 +35,8 @@ def cook(
 ) -> dict[str, float]:
     """Train, score, and write model, tokenizer and card to ``out``.
 
-    Args:
-        documents: the text, split here into training, checking and held-out documents.
-        out: the directory to write; made if missing.
-        settings: the sizes and the budget.
-        source: what the text is, for the card.
-        command: the command that repeats this run, for the card.
+    The documents are split here into training, checking and held-out ones; ``source`` (what the text is) and
+    ``command`` (which repeats this run) are for the card.
 
     Returns:
         The bits per byte on the held-out documents, under "neural" and "kneser_ney".

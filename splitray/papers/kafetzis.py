@@ -85,11 +85,8 @@ def layer_blocks(
     A head is a KV group; of multi-head attention, as in that code, that is one head. For a plain MLP of 4 D every
     as-coded number is the code's; a layer of other widths keeps its own with the same error in it.
 
-    Args:
-        arch: its layer; the number of layers plays no part.
-        context_tokens: s, the tokens in the cache, the new one included.
-        generated_tokens: g of CACHE_SIZE; default s, where the length of the prompt is not known.
-        errata: the switches that are on.
+    `context_tokens` is s, the tokens in the cache with the new one; `generated_tokens` g of CACHE_SIZE, by default s,
+    where the length of the prompt is not known.
     """
     width, element = arch.hidden_dim, arch.dtype_bytes
     positions = context_tokens if KafetzisErrata.RECOMPUTE in errata else 1
@@ -165,12 +162,8 @@ def inference_s(
     The origin is the controller. Unless NO_BROADCASTS, it sends the input to the devices with heads of the first layer,
     each FFN does so for the next layer, and the last one returns its output (INFERRED).
 
-    Args:
-        layers: one assignment a layer; the released code has a single one.
-        blocks: what a layer needs; all are alike.
-        topology: FLOP/s of devices, and links.
-        mode: how transfers of one phase add up; `max` needs links that share no medium.
-        errata: those of transfers and broadcasts count here.
+    There is one assignment a layer (the released code has a single one), and all layers need the same blocks. `mode`
+    says how transfers of one phase add up; `max` needs links that share no medium.
     """
     total, holder = 0.0, topology.origin
     together = sum if mode == "sum" else max

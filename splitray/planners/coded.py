@@ -19,10 +19,8 @@ def best_codec(
 ) -> tuple[ClusterState, Placement]:
     """Place with every codec and keep the cheapest: docs/equations.md E2.18 with the codec as one more choice.
 
-    Args:
-        chosen: drift_plus_penalty with a V above 0, which weighs perplexity against seconds.
-        state: of the cluster; its codec and accuracy are replaced.
-        accuracy_of: what a codec costs in quality.
+    `chosen` is drift_plus_penalty with a V above 0, which weighs perplexity against seconds; `accuracy_of` says what a
+    codec costs in quality. Codec and accuracy of the state are replaced.
 
     Raises:
         InputError: the planner has no price for perplexity.

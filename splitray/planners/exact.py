@@ -69,11 +69,8 @@ def solve(
 ) -> ExactResult:
     """The best placement of an action space and a bound on the optimum.
 
-    Args:
-        state: arch, topology and context.
-        space: see `Space`.
-        blocks: see `Space`; None for single columns and rows.
-        known: valid placements of other planners, which the result is to be no worse than.
+    `space` and `blocks` are those of `Space`; `known` are valid placements of other planners, which the result is to be
+    no worse than.
 
     Raises:
         PlacementError: no placement found that fits; says what is needed and available.

@@ -59,11 +59,8 @@ def caps(state: ClusterState, device: int) -> tuple[int, int]:
 def best_shards(times: LayerTimes, state: ClusterState, used: list[int], *, throughput: bool) -> list[int] | None:
     """The device of each layer, or None if nothing fits.
 
-    Args:
-        times: of layers and transfers.
-        state: arch, memory and pins.
-        used: indices of the devices that may hold a shard, the origin first.
-        throughput: minimise the slowest stage (a shard or a transfer) and not the sum.
+    `used` are indices of the devices that may hold a shard, the origin first; `throughput` minimises the slowest stage
+    (a shard or a transfer) and not the sum.
     """
     num_layers, n = state.arch.num_layers, len(used)
     origin, pinned = used[0], None if state.pinned_head is None else state.topology.ids.index(state.pinned_head)

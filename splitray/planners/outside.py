@@ -28,9 +28,7 @@ class _Function:
 def imported(spec: str, meant: str = "") -> CheckedPlanner:
     """The planner that `module:Class[:ARG]` or `module:function` names; ARG may contain colons.
 
-    Args:
-        spec: as the user wrote it.
-        meant: ` (did you mean X?)` where a known planner's name is close, for the message.
+    `meant` is ` (did you mean X?)` where a known planner's name is close, for the message.
 
     Raises:
         PlacementError: the module, the class in it or the ARG is not there or not usable; says which.
@@ -53,9 +51,7 @@ def imported(spec: str, meant: str = "") -> CheckedPlanner:
 def given(planner: object, spec: str = "") -> CheckedPlanner:
     """A planner that is an object with `propose`, or a function `propose(state)`.
 
-    Args:
-        planner: what the user gave.
-        spec: its name in reports; by default its attribute `spec` or `name`, else the name of its class or function.
+    `spec` is its name in reports; by default its attribute `spec` or `name`, else the name of its class or function.
 
     Raises:
         PlacementError: it cannot propose, or says of itself what no planner can be.

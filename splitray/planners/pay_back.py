@@ -33,11 +33,8 @@ def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, st
     It pays if the tokens of the interval save more than the moves take (docs/equations.md E4.5):
     N (T_old - T_new) > D_mig.
 
-    Args:
-        fresh: the proposal.
-        state: now; its current placement and its cached tokens are what moves.
-        end: the state at the end of the interval; a current placement that will not fit by then has to go.
-        staged: weights lie on every device, so that only the KV moves.
+    What moves are the current placement and its cached tokens in `state`; `end` is the state at the end of the
+    interval, and a placement that will not fit by then has to go. `staged`: weights lie on every device.
     """
     if state.current is None or state.current == fresh or shortfall(state.current, end):
         return fresh

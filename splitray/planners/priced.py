@@ -75,14 +75,8 @@ def priced(
 ) -> PricedPlacement:
     """Plan without starting anything.
 
-    Args:
-        arch: the model's counts.
-        topology: the devices, each with a link to any other.
-        planner: `NAME`, `NAME:ARG` or `module:Class[:ARG]`.
-        context_tokens: tokens of KV cache to plan for, at least 1; the prompt of the predicted ttft_s too.
-        seed: of a planner that draws.
-        codec: how partials travel; what it saves in time and costs in quality is weighed. `auto` picks one.
-        channel: what happens to them on the way; likewise.
+    `context_tokens`, at least 1, are the KV cache to plan for, and the prompt of the predicted ttft_s. What `codec` and
+    `channel` save in time and cost in quality is weighed; the codec `auto` picks one.
 
     Raises:
         InputError: a name or the instance is wrong; says what.

@@ -55,12 +55,8 @@ def calibrate(
 ) -> Profile:
     """Measure this machine as `num_devices` device processes; half a minute, on an otherwise idle machine.
 
-    Args:
-        num_devices: processes.
-        rounds: of the probes.
-        like: a llama-like model for which the profile is meant. Its probes have its shape, so that weights which fit
-            into a cache are read from there; without, they are so large that weights come from memory.
-        progress: told what is done.
+    `like` is a llama-like model for which the profile is meant. The probes of the `rounds` then have its shape, so that
+    weights which fit into a cache are read from there; without, they are so large that weights come from memory.
 
     Raises:
         InputError: fewer than one device, or more than `MOST_DEVICES`.

@@ -41,16 +41,9 @@ def measure(
 ) -> AccuracyTable:
     """Score a text once exactly and once for each codec and cut, always in float32.
 
-    Args:
-        model: a folder, or `tiny`.
-        text: what is predicted; its first `most_tokens` tokens.
-        about: one phrase on the text, kept in the table.
-        cuts: layers on the edge; None partitions every sub-block evenly over two devices.
-        codecs: lossy ones.
-        most_tokens: see text.
-        window: of perplexity.PerplexityRequest.
-        stride: likewise.
-        progress: told each result.
+    Only the text's first `most_tokens` tokens are predicted; `about` is one phrase on it, kept in the table. A cut is a
+    number of layers on the edge; None partitions every sub-block evenly over two devices. `window` and `stride` are
+    those of `Scoring`; `progress` is told each result.
 
     Raises:
         InputError: what `splitray perplexity` refuses.

@@ -51,11 +51,7 @@ def demonstrate(
 ) -> dict[str, Any]:
     """Everything from a checkpoint to a checked answer; `identical` of the document says how it ended.
 
-    Args:
-        console: where it is told.
-        model: a folder, or `tiny`.
-        runtime: of the devices; the demo's own is `ray`.
-        out: a folder for demo.json and the picture as text and SVG.
+    `out` is a folder for demo.json and the picture as text and SVG; the demo's own `runtime` is `ray`.
 
     Raises:
         InputError: the model cannot be used, or `out` cannot be written.

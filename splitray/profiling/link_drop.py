@@ -52,13 +52,7 @@ def link_drop(
 ) -> LinkDrop:  # fmt: skip
     """Generate greedily on device processes; in the middle their links become slow, then a planner may move it all.
 
-    Args:
-        model: folder.
-        placement: to begin with, on the devices of `measured`.
-        measured: this machine as calibrated, from which times are predicted.
-        prompt_ids: prompt.
-        link_bytes_per_s: of the emulated links then.
-        planner: that one.
+    It begins with `placement` on the devices of `measured`, this machine as calibrated, from which times are predicted.
 
     Raises:
         DeviceLost: a device died.

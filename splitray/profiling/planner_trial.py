@@ -42,13 +42,8 @@ def choose(
 ) -> tuple[list[PlannerTrial], Topology]:
     """Calibrate on random models of this one's shape, let the planners choose, and run their choices and the others.
 
-    Args:
-        model: folder of a llama-like model.
-        planners: by name; what several choose alike runs once.
-        others: placements to compare with, on devices named as `Topology.uniform` does.
-        num_devices: processes.
-        rounds: of the calibration.
-        progress: told what is done.
+    The model is llama-like; what several planners choose alike runs once. `others` are placements to compare with, on
+    devices named as `Topology.uniform` does; `rounds` are of the calibration.
 
     Returns:
         The choices, and this machine as it was measured.

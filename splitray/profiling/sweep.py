@@ -121,9 +121,7 @@ class PerplexityMeter:
 def sweep(request: SweepRequest, *, tell: Tell = lambda done, of: None) -> QualityTable:
     """Measure what the file does not hold yet.
 
-    Args:
-        request: see above.
-        tell: told how many cells of how many are done.
+    `tell` is told how many cells of how many are done.
 
     Raises:
         InputError: something asked for cannot be, or the file holds another sweep; before anything is measured.

@@ -84,10 +84,7 @@ class AccuracyTable:
         every boundary, spread evenly. A measurement below the exact perplexity is noise and counts as 0, so that no
         planner is paid for it. For another model than the measured one this is a stand-in, and is called that.
 
-        Args:
-            codec: how what crosses is coded.
-            depth: share of the model before the crossing, 0 to 1.
-            boundaries: of the model at hand.
+        `depth` is the share of the model before the crossing, 0 to 1; `boundaries` are of the model at hand.
         """
         if codec == "none":
             return 0.0, 0.0

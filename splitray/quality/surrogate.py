@@ -108,12 +108,8 @@ class Surrogate:
     ) -> Surrogate:
         """Fit all records, and tell by cross-validation how well such a fit does on rows that it has not seen.
 
-        Args:
-            records: of one or several models; equal questions fall into one fold.
-            hidden: width of the two layers.
-            steps: of the optimiser, each over all records.
-            seed: of the first weights and of the folds.
-            folds: of the cross-validation; 0 leaves it out.
+        `hidden` is the width of the two layers, and each of the `steps` is over all records. Equal questions fall into
+        one of the `folds`; 0 leaves the cross-validation out. The seed is that of the first weights and of the folds.
 
         Raises:
             InputError: too few records, or a perplexity that is no positive number.

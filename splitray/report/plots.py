@@ -52,12 +52,8 @@ def placement_plot(
 ) -> Figure:
     """What share of each layer a device holds over time, below the bandwidth that the planner saw.
 
-    Args:
-        name: of the planner.
-        time_s: beginning of each slot, [T].
-        share_LT: share of the layer's weights on the device, layers by slots.
-        bandwidth_bytes_per_s: of the link, [T].
-        device: whose share it is.
+    Times are the beginnings of the slots, [T], the bandwidth is the link's, [T], and shares are of each layer's
+    weights, [L, T].
     """
     figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -71,13 +71,8 @@ def continue_prompt(
 ) -> Document:
     """Generate, and give the run's document.
 
-    Args:
-        engine: a running one.
-        prompt_ids: what to continue.
-        sampling: how, and until when.
-        tell: called for every token with the text that it made certain, perhaps none, and once with the rest; ids
-            where there is no tokenizer.
-        shared_process: the devices are threads, so that memory cannot be told apart.
+    `tell` is called for every token with the text that it made certain, perhaps none, and once with the rest; with ids
+    where there is no tokenizer. `shared_process`: the devices are threads, so that memory cannot be told apart.
 
     Raises:
         InputError: the engine refuses the prompt.
@@ -115,14 +110,8 @@ def run_document(
 ) -> Document:
     """What `splitray generate --json` prints.
 
-    Args:
-        token_ids: the new ones only.
-        text: of these, or None without a tokenizer.
-        run: the fields of the engine's RunReport.
-        exchanges_per_token: of the engine's route.
-        epoch: of the placement that ran.
-        devices: the engine's stats, by device.
-        shared_process: the devices are threads, so that memory cannot be told apart.
+    `token_ids` are the new ones only, `run` has the fields of the engine's RunReport, `devices` its stats.
+    `shared_process`: the devices are threads, so that memory cannot be told apart.
     """
     return {
         "token_ids": list(token_ids),

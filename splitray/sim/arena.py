@@ -79,10 +79,8 @@ def run(
 ) -> list[Outcome]:
     """Run all cases side by side.
 
-    Args:
-        cases: of one model and the same devices, links and slots.
-        drain: go on without new requests, at most as long again, until every line is empty.
-        tell: is told how many slots of how many are done.
+    The cases are of one model and the same devices, links and slots. `drain`: go on without new requests, at most as
+    long again, until every line is empty. `tell` is told how many slots of how many are done.
 
     Raises:
         InputError: a planner is wrong, or the cases do not go together.

@@ -43,9 +43,7 @@ class Crowd:
     def __init__(self, pool: Ints, shared: NDArray[np.bool_]) -> None:
         """Nobody is anywhere.
 
-        Args:
-            pool: lines of one number share their shared devices, [N].
-            shared: which devices are, [D].
+        Lines of one number in `pool` [N] share the devices that are `shared`, [D].
         """
         self.pool, self.shared = pool, shared
         self._work, self._think = np.zeros((2, len(pool), len(shared)))
@@ -56,11 +54,7 @@ class Crowd:
     def look(self, simulator: Simulator, load: Load, rates: Rates, rows: Ints | None = None) -> None:
         """Take in what lines are about to do, all by default.
 
-        Args:
-            simulator: of all lines.
-            load: of their placements.
-            rates: of devices that each has to itself.
-            rows: lines whose placement is new.
+        `rates` are of devices that each has to itself; `rows` are lines whose placement is new.
         """
         looked = np.arange(len(self.pool)) if rows is None else rows
         wanted, slot_s = simulator.wanted(looked, load, rates), simulator.slot_s
@@ -79,11 +73,9 @@ class Crowd:
 def longer(work: Floats, think: Floats, window: Floats, pool: Ints) -> Floats:
     """How long lines are at devices that others are at too, as a share of a slot, [N, D].
 
-    Args:
-        work: what each does there in a slot that it has the device to itself, [N, D].
-        think: its time elsewhere meanwhile, [N, D].
-        window: the time that it has something to do, [N, 1]; no line is there for longer.
-        pool: lines of one number share their devices, [N].
+    `work` is what each does there in a slot that it has the device to itself, [N, D], `think` its time elsewhere
+    meanwhile, [N, D], and `window` the time that it has something to do, [N, 1]; no line is there for longer. Lines of
+    one number in `pool` [N] share their devices.
     """
     there = work
     for _ in range(_MOST_ROUNDS):
@@ -98,9 +90,7 @@ def longer(work: Floats, think: Floats, window: Floats, pool: Ints) -> Floats:
 def others_there(there: Floats, pool: Ints) -> Floats:
     """The mean number of other lines of the same pool at each device, [N, D].
 
-    Args:
-        there: share of the time that each line was at each device, [N, D].
-        pool: lines of one number share their devices, [N].
+    `there` is the share of the time that each line was at each device, [N, D].
     """
     total = np.zeros((int(pool.max(initial=0)) + 1, there.shape[1]))
     np.add.at(total, pool, there)
@@ -115,10 +105,7 @@ def delay_to_others(there: Floats, requests: Floats, pool: Ints) -> Floats:
     steady: for M/G/1 with processor sharing the sum is what one more request adds to the waiting of the others,
     load / (1 - load)^2 services. So the charge is the number of requests whose line is there.
 
-    Args:
-        there: share of the slot that each line was at each device, [N, D].
-        requests: in each line, [N].
-        pool: lines of one number share their devices, [N].
+    `there` is the share of the slot that each line was at each device, [N, D], `requests` are in each line, [N].
     """
     waiting = np.maximum(1.0, requests)[:, None] * there
     return there * others_there(waiting, pool)

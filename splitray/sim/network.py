@@ -26,14 +26,9 @@ def varied(
 ) -> Floats:
     """The values of one link over the slots, [T].
 
-    Args:
-        spec: see `TRACE_USAGE`; models vary around `base`, a file replaces it.
-        base: the link's own rate in byte/s, or round trip in s.
-        num_slots: T.
-        slot_s: length of a slot.
-        rng: of the models.
-        what: `bandwidth` or `rtt`; a round trip has no outages.
-        repeat: play a file again where it ends, and do not hold its last value.
+    `spec` is written as `TRACE_USAGE` says: models vary around `base`, the link's own rate in byte/s or round trip in
+    s, and a file replaces it. `what` is `bandwidth` or `rtt`; a round trip has no outages. `repeat`: play a file again
+    where it ends, and do not hold its last value.
 
     Raises:
         InputError: the file cannot be used, or a parameter is wrong.
@@ -87,11 +82,8 @@ def links_varied(
 def arrivals(spec: str | None, until_s: float, rate_per_s: float, rng: np.random.Generator) -> Requests:
     """Requests before a time.
 
-    Args:
-        spec: see `ARRIVAL_USAGE`; None is `poisson`.
-        until_s: the end.
-        rate_per_s: of `poisson` and `bursty` without a rate of their own.
-        rng: of the models.
+    `spec` is written as `ARRIVAL_USAGE` says, None is `poisson`; `rate_per_s` is that of `poisson` and `bursty` without
+    a rate of their own.
 
     Raises:
         InputError: the file cannot be used, or the rate is no number above 0.

@@ -245,10 +245,7 @@ class Simulator:
     def wanted(self, rows: Ints, load: Load, rates: Rates) -> Wanted:
         """What some lines could do in the coming slot, without doing it.
 
-        Args:
-            rows: which lines.
-            load: of the placements of all.
-            rates: of all, of devices that each has to itself.
+        `load` is of the placements of all, `rates` of devices that each has to itself.
         """
         slot_end, head = self.now_s + self.slot_s, self._head[rows]
         price = self._prices(rows, load, rates, slot_end)

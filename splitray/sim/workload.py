@@ -59,12 +59,8 @@ def dealt(
 ) -> tuple[Requests, ...]:
     """Recorded requests dealt at random to users: their order, lengths and bunching, at another mean rate.
 
-    Args:
-        recorded: at least two; played again from the beginning where they end.
-        users: how many lines are made.
-        rate_per_s: of all users together.
-        until_s: the end.
-        rng: of the first request, and of who gets which.
+    There are at least two recorded ones, played again from the beginning where they end; `rate_per_s` is that of all
+    users together. `rng` draws the first request, and who gets which.
     """
     count = len(recorded)
     gaps = np.diff(recorded.arrival_s, append=recorded.arrival_s[-1] + np.diff(recorded.arrival_s).mean())

@@ -142,9 +142,7 @@ class KneserNey:
     def spread(self, windows: Ints, table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the distribution after each token of ``windows`` but the last ones, all rows in one matrix.
 
-        Args:
-            windows: rows of token ids; no history reaches before the start of a row.
-            table: what ``table`` returned.
+        No history reaches before the start of a row; ``table`` is what ``table()`` returned.
         """
         count, length = windows.shape[0], windows.shape[1] - 1
         rows = table[windows[:, :-1].reshape(-1)]

@@ -134,12 +134,7 @@ def within(chains: Chains, free: Path, room: Floats, edge: int, cloud: int) -> P
     until no path lies below that line. As a line's ends may lie far apart, what is between them is tried too: groups
     up to some point from one, those after it from the other, and every cut between the devices.
 
-    Args:
-        chains: what they cost.
-        free: the cheapest paths.
-        room: bytes on each device.
-        edge: the variant of whole layers on the edge.
-        cloud: and on the cloud.
+    `edge` and `cloud` are the variants of whole layers there.
 
     Returns:
         The cheapest found that fits, else all on the cloud, else on the edge; on the cloud where nothing fits.

@@ -102,8 +102,7 @@ class PairTimes:
     def ways(self, num_bytes: float | Floats) -> tuple[Floats, Floats, Floats]:
         """Of messages from edge to cloud and back: on air, with the fixed cost, until there, [2, N] or [2, P, N] each.
 
-        Args:
-            num_bytes: one number, or [P, 1].
+        `num_bytes` is one number, or [P, 1].
         """
         over = (slice(None), None) if np.ndim(num_bytes) else slice(None)
         air = num_bytes * self._s_per_byte[over] + self._missing_s[over]

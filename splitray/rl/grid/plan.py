@@ -50,18 +50,10 @@ class Program:
     ) -> None:
         """Price every variant of every group.
 
-        Args:
-            arch: the model.
-            topology: two devices, for their powers, the origin and what it must hold.
-            sizes: layers of each group, [G].
-            units: FFN units of so many sixteenths, [17].
-            rates: N or 1.
-            codec: how partials and states travel.
-            context_tokens: a number or [N].
-            per_second: price of a second, [N].
-            per_joule: price of a joule above idling, [N].
-            request: see `Grid.plan`.
-            current: how attention (heads on the edge, or their number and one for copies) and FFN are held, [N, G].
+        Of the two devices, powers, the origin and what it must hold are looked at. `sizes` are the layers of each
+        group, [G], `units` the FFN units of so many sixteenths, [17]; rates, prices and the request are those of
+        `Grid.plan`. `current` says how attention (heads on the edge, or their number and one for copies) and FFN are
+        held, [N, G].
         """
         self.arch, self.topology, self.sizes, self.units = arch, topology, sizes, units
         self.num_instances = n = len(per_second)

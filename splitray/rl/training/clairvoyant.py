@@ -34,14 +34,8 @@ def foreseen(
 ) -> Floats:
     """Mean latency of the requests of each edge, [num_edges]; the same weather as `holdout.score` with the same seed.
 
-    Args:
-        online: policies that are candidates too, so that it is not behind them but for where the search is cut off.
-        cell: where.
-        climate: what weather is drawn from.
-        spec: of the actions.
-        seed: of the weather.
-        num_edges: of whole clouds.
-        num_slots: until no more requests come.
+    The policies `online` are candidates too, so that it is not behind them but for where the search is cut off. The
+    edges are those of whole clouds; no more requests come after `num_slots`.
     """
     many = len(CANDIDATES) + len(online)
     drawn = VectorEnv(

@@ -35,11 +35,7 @@ class PlacementEnv(MultiAgentEnv):
     """An episode is one weather of one of the recipe's cells, cut off at its end and never terminated."""
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
-        """Take the recipe from `config["recipe"]`.
-
-        Args:
-            config: RLlib's env_config.
-        """
+        """Take the recipe from `config["recipe"]`."""
         super().__init__()
         assert config is not None and isinstance(config["recipe"], Recipe), "env_config needs a Recipe as `recipe`"
         self.recipe: Recipe = config["recipe"]

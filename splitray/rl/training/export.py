@@ -32,11 +32,7 @@ def export(
 ) -> tuple[Path, Path]:
     """Write `path` with the endings .safetensors and .json, and return both paths.
 
-    Args:
-        modules: of both agents.
-        recipe: that they were trained by.
-        path: without an ending; its folder is made.
-        results: plain numbers for the card.
+    `path` has no ending, and its folder is made; `results` are plain numbers for the card.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")

@@ -40,16 +40,10 @@ def decided(
 ) -> Choice:
     """The placements that two actions mean; they always fit where any does.
 
-    Args:
-        grid: of the placements.
-        program: where something is left to it.
-        high: the layer agent's action, [n, choices].
-        low: the second agent's; without it the program decides all shares.
-        spec: of the actions; its variant says how much is left to the program.
-        static: where the ends are pinned.
-        room: of the instances; not looked at where all modes are left to the program.
-        longest_tokens: of the KV that has to fit, [n].
-        memory_bytes: of the devices, [n, 2].
+    `high` is the layer agent's action, [n, choices], `low` the second agent's; without it the program decides all
+    shares. The variant of `spec` says how much is left to the program; `static` says where the ends are pinned, and
+    `room` is not looked at where all modes are left to the program. The KV of `longest_tokens` [n] has to fit into
+    `memory_bytes`, [n, 2].
     """
     named, everyone = parts(spec.high, high), np.arange(len(high))
     knobs = np.concatenate([named["v"], named["stay"], named["price"]], axis=1)

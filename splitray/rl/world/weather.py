@@ -94,15 +94,8 @@ def draw(
 ) -> Weather:
     """Weather around a topology's own rates.
 
-    Args:
-        climate: what to draw from.
-        topology: of two devices.
-        known: for the rate that cloud_only serves.
-        window_tokens: requests are cut to it.
-        num_instances: N; each so many of them share a cloud.
-        num_slots: T.
-        slot_s: length of a slot.
-        rng: of everything.
+    Requests are cut to `window_tokens`, and so many of the N instances share a cloud as the climate says. The rate that
+    cloud_only serves comes from `known`.
     """
     edge, cloud = topology.ids
     link = topology.link(edge, cloud)
