@@ -19,13 +19,13 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from splitray.arrays import Floats32
 from splitray.errors import InputError, did_you_mean
 
 Codec = Literal["none", "bf16", "int8", "int4"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 GROUP = 32  # values of int4 that share a scale
 
-Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 
@@ -56,7 +56,7 @@ def encoded_bytes(codec: Codec, positions: int, hidden: int, *, dtype_bytes: int
             return positions * (2 * -(-hidden // GROUP) + -(-hidden // 2))
 
 
-def encode(codec: Codec, x_ND: Floats) -> Bytes:
+def encode(codec: Codec, x_ND: Floats32) -> Bytes:
     """Round N tokens of D values to the codec's bytes [N, bytes of a token].
 
     A row (for int4 a group) with a NaN or an infinity stays visibly not finite when it is decoded.
@@ -81,7 +81,7 @@ def encode(codec: Codec, x_ND: Floats) -> Bytes:
             return np.concatenate([bits_NG.view(np.uint8), q_ND[:, ::2] | q_ND[:, 1::2] << 4], axis=-1)
 
 
-def decode(codec: Codec, coded_NB: Bytes, hidden: int) -> Floats:
+def decode(codec: Codec, coded_NB: Bytes, hidden: int) -> Floats32:
     """The values [N, hidden] that the bytes of `encode` say."""
     coded_NB = np.ascontiguousarray(coded_NB)
     match codec:
@@ -100,25 +100,25 @@ def decode(codec: Codec, coded_NB: Bytes, hidden: int) -> Floats:
             return _scaled(q_ND.astype(np.int8) - np.int8(8), np.repeat(scale_NG, GROUP, axis=1)[:, :hidden])
 
 
-def _round(x: Floats, scale: Floats, most: int) -> NDArray[np.int8]:
+def _round(x: Floats32, scale: Floats32, most: int) -> NDArray[np.int8]:
     """Divide by the scale and round to whole numbers within +-most; 0 where the scale is 0."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         q = np.where(scale > 0, x / scale, np.float32(0))
     return np.clip(np.nan_to_num(np.rint(q)), -most, most).astype(np.int8)
 
 
-def _scaled(q: NDArray[np.int8], scale: Floats) -> Floats:
+def _scaled(q: NDArray[np.int8], scale: Floats32) -> Floats32:
     with np.errstate(invalid="ignore"):  # 0 times an infinite scale
-        values: Floats = q * scale
+        values: Floats32 = q * scale
     return values
 
 
-def _bf16_bits(x: Floats) -> NDArray[np.uint16]:
+def _bf16_bits(x: Floats32) -> NDArray[np.uint16]:
     """The upper halves of float32, rounded to the nearest, ties to even; a NaN stays one."""
     bits = x.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def _bf16_values(bits: NDArray[np.uint16]) -> Floats:
+def _bf16_values(bits: NDArray[np.uint16]) -> Floats32:
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
+from splitray.arrays import Floats
 from splitray.evaluate.options import Options, Tell, shared_out
 from splitray.evaluate.traces import EDGES, HOLDS, MODELS
 from splitray.planners.protocol import RequestShape
@@ -27,7 +27,6 @@ from splitray.sim.outcome import Outcome, drift_p
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.workload import dealt, read_requests
 
-Floats = NDArray[np.float64]
 What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
 SEEDS = 5

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from splitray.evaluate.split_runs import STARTS, Reals, Runs, simulated, spread
+from splitray.arrays import Floats
+from splitray.evaluate.split_runs import STARTS, Runs, simulated, spread
 from splitray.quality.table import QualityTable
 from splitray.report.document import Cell, Number, Table
 from splitray.report.split_plots import Curve, curves_plot, decisions_plot, violins_plot
@@ -194,7 +195,7 @@ def figure_6(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, li
 
 def figure_7(runs: Runs, bases: Mapping[Noise, SplitRecipe]) -> tuple[Figure, Table, dict[Noise, float]]:
     """Decisions against the channel; also Spearman's rho of PPO by channel."""
-    panels: dict[str, tuple[str, Reals, Reals]] = {}
+    panels: dict[str, tuple[str, Floats, Floats]] = {}
     rows: list[tuple[Cell, ...]] = []
     rho: dict[Noise, float] = {}
     for noise, base in bases.items():
@@ -257,7 +258,7 @@ def figure_9(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:
     return curves_plot(panels, "decisions", "mean sum of rewards"), table
 
 
-def _spearman(x: Reals, p: Reals) -> tuple[float, float]:
+def _spearman(x: Floats, p: Floats) -> tuple[float, float]:
     """Correlation of ranks, and the chance of more by accident; 0 where all cuts are one."""
     if np.ptp(p) == 0:
         return 0.0, 1.0

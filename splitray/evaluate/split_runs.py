@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats
 from splitray.evaluate.options import Tell
 from splitray.evaluate.shared_cloud import mean_and_interval
 from splitray.quality.surrogate import Surrogate
@@ -19,7 +19,6 @@ from splitray.rl.split_point.process import SplitPoint, States
 from splitray.rl.split_point.quality import MeasuredQuality, Noise, learned_from
 from splitray.rl.split_point.recipe import SplitRecipe
 
-Reals = NDArray[np.float64]
 STARTS, _STARTS_SEED = 500, 1
 _LOOKS = 12
 
@@ -100,7 +99,7 @@ class Runs:
         return self._done[key]
 
 
-def spread(values: Sequence[float] | Reals, provenance: str = "simulated") -> Number:
+def spread(values: Sequence[float] | Floats, provenance: str = "simulated") -> Number:
     """Mean and 95 % interval (Student) as a figure of a report."""
     mean, half = mean_and_interval(np.asarray(values, float))
     text = f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ± {half:.3f}"

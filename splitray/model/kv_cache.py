@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from splitray.arch import Range
-
-Array = NDArray[np.float32]
+from splitray.arrays import Floats32
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class KvCache:
         self.is_dummy = [False] * num_layers
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        self._arrays: list[tuple[Array, Array] | None] = [None] * num_layers
+        self._arrays: list[tuple[Floats32, Floats32] | None] = [None] * num_layers
 
     def begin(self, position: int, new_tokens: int) -> None:
         """Open a step: all layers write at `position`, whichever of them this device holds."""
@@ -71,7 +68,7 @@ class KvCache:
             values = self.values[layer] = like.new_empty((batch, groups, self.capacity, dims[1]))
         return keys, values
 
-    def arrays(self, layer: int, groups: int, head_dim: int) -> tuple[Array, Array]:
+    def arrays(self, layer: int, groups: int, head_dim: int) -> tuple[Floats32, Floats32]:
         """Keys and values of one sequence's layer as numpy views [groups, capacity, head_dim], allocated if need be."""
         held = self._arrays[layer]
         if held is None:

@@ -14,6 +14,7 @@ from math import comb, prod
 
 import numpy as np
 
+from splitray.arrays import Floats
 from splitray.cost import CostModel
 from splitray.errors import InputError, PlacementError
 from splitray.placement import Placement
@@ -25,7 +26,7 @@ from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.bound import Potentials
 from splitray.planners.optimum.enumerate import Found, by_counts
 from splitray.planners.optimum.search import beam
-from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Space
+from splitray.planners.optimum.space import MISSING_S, Kind, Space
 from splitray.planners.protocol import ClusterState, Freedom, Planner, RequestShape
 from splitray.planners.shares import Proportional
 from splitray.planners.whole import BestDevice, whole_on

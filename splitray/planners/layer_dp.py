@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from splitray.placement import Placement
 from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
@@ -17,7 +16,6 @@ from splitray.planners.memory import fastest_first, model_bytes, no_room
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import layers_on
 
-Floats = NDArray[np.float64]
 MOST_DEVICES = 8  # more are left out, slowest first: the states are sets of devices
 
 

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats
 from splitray.cost import Rates, load_of, work_s
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, vocab_row_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import layers_on
 from splitray.topology import Topology
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

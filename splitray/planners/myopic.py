@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.cost import Rates
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import table_bytes, work_alone_s
@@ -23,8 +23,6 @@ from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, n
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
 
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 _HOLDERS = 8  # devices that may take a layer's FFN: those that have done it first, if the heads were done at once
 _WIDTHS = 8  # devices that share the heads of a layer: the quickest, or those after the very quickest
 
@@ -93,9 +91,9 @@ class Myopic:
             return None
         embedding, head = ends
         sizes = float(group_bytes(arch, state.context_tokens)), float(arch.ffn_dim * ffn_unit_bytes(arch))
-        layers: list[tuple[Counts, int]] = []
-        options: list[Iterator[tuple[Counts, int]]] = []
-        known: dict[tuple[int, int | None], tuple[Counts, int]] = {}
+        layers: list[tuple[Ints, int]] = []
+        options: list[Iterator[tuple[Ints, int]]] = []
+        known: dict[tuple[int, int | None], tuple[Ints, int]] = {}
         steps_back = 0
         while len(layers) < arch.num_layers:
             residual = layers[-1][1] if layers else embedding
@@ -125,7 +123,7 @@ class Myopic:
         return Placement(tuple(found), (where.ids[embedding],), Shares.whole(arch.vocab, where.ids[head]))
 
 
-def _taken(layer: tuple[Counts, int], sizes: tuple[float, float]) -> Floats:
+def _taken(layer: tuple[Ints, int], sizes: tuple[float, float]) -> Floats:
     counts, ffn = layer
     taken = counts.astype(np.float64) * sizes[0]
     taken[ffn] += sizes[1]
@@ -158,8 +156,8 @@ def _layer_options(
     num_groups: int,
     residual: int,
     after: int | None,
-    known: tuple[Counts, int] | None,
-) -> Iterator[tuple[Counts, int]]:
+    known: tuple[Ints, int] | None,
+) -> Iterator[tuple[Ints, int]]:
     """Feasible ways to place one layer, quickest first: head groups by device, and the holder of the FFN.
 
     `residual` holds the input; the output goes on to `after` if that is known. `known` was the choice of an earlier
@@ -200,7 +198,7 @@ def _layer_options(
         yield counts[row], int(ffn[row])
 
 
-def _layer_s(times: _Times, counts: Counts, ffn: NDArray[np.int64], residual: int) -> Floats:
+def _layer_s(times: _Times, counts: Ints, ffn: Ints, residual: int) -> Floats:
     """The clock of one layer, [C]: sends share the uplink, receipts the downlink, in device order."""
     used = counts > 0
     sent = np.cumsum(np.where(used, times.busy_s[residual], 0.0), axis=1) + times.latency_s[residual]

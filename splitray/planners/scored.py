@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats
 from splitray.errors import PlacementError
 from splitray.papers.kafetzis import AS_CODED, CORRECTED, KafetzisErrata, hosts, layer_blocks, transfer_s
 from splitray.placement import LayerPlacement, Placement, Shares
@@ -27,7 +27,6 @@ from splitray.planners.myopic import ends_of
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
 
-Floats = NDArray[np.float64]
 Rule = Literal["max", "weighted"]
 _Kind = Literal["head", "projection", "ffn"]
 WEIGHTS = (0.4, 0.3, 0.3)  # of compute, memory and transfer: the default of the released code
@@ -240,7 +239,7 @@ class _BlockSearch:
             return sum((self.head_s[d] for d in heads), nothing)
         return sum((self.state_s[d] for d in set(heads)), nothing)  # one partial sum a device
 
-    def _resolve(self, block: int, tried: NDArray[np.bool_]) -> bool:
+    def _resolve(self, block: int, tried: Bools) -> bool:
         """Make room for a block where it would be best, by moving the smallest blocks there elsewhere."""
         if (self.capacity - self.held).sum() < self.memory[self._kind(block)]:
             return False

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from splitray.arrays import Floats
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec
 from splitray.errors import InputError
@@ -42,7 +42,6 @@ FORMAT = 2
 CEILING, FLOOR = 4.0, 0.1
 UNIT = f"relative perplexity: with the channel over the exact model's, 1 is no loss, {CEILING:g} or more counts as that"
 HIDDEN, STEPS, FOLDS = 32, 2000, 5
-Reals = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +96,9 @@ class Surrogate:
     """
 
     models: tuple[str, ...]
-    mean: Reals
-    scale: Reals
-    weights: tuple[tuple[Reals, Reals], ...]
+    mean: Floats
+    scale: Floats
+    weights: tuple[tuple[Floats, Floats], ...]
     metrics: Mapping[str, Metrics] = field(default_factory=dict)
 
     @staticmethod
@@ -130,11 +129,11 @@ class Surrogate:
         row = [*channel_features(channel, codec), *place_features(place), *self._switches(model)]
         return float(self.relative(np.array([row]))[0])
 
-    def relative(self, inputs_NF: Reals) -> Reals:
+    def relative(self, inputs_NF: Floats) -> Floats:
         """Relative perplexities of many questions at once: rows as `question` gives them."""
         return _relative(_forward(self.weights, (inputs_NF - self.mean) / self.scale))
 
-    def question(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> Reals:
+    def question(self, model: str, place: PlaceFeatures, channel: NoisyChannel | None, codec: Codec = "none") -> Floats:
         """The input row of `relative` for one question: features of place, channel, codec and model."""
         return np.array([*channel_features(channel, codec), *place_features(place), *self._switches(model)])
 
@@ -228,7 +227,7 @@ def cross_validate(
     return {name: metrics_of(told_relative[of], measured[of]) for name, of in groups.items() if of.any()}
 
 
-def metrics_of(told: Reals, measured: Reals) -> Metrics:
+def metrics_of(told: Floats, measured: Floats) -> Metrics:
     """Errors of predicted relative perplexities against measured ones."""
     off = told - measured
     spread = float(np.square(measured - measured.mean()).sum())
@@ -240,7 +239,7 @@ def metrics_of(told: Reals, measured: Reals) -> Metrics:
     )
 
 
-def _arrays(records: Sequence[Record]) -> tuple[Reals, Reals, tuple[str, ...]]:
+def _arrays(records: Sequence[Record]) -> tuple[Floats, Floats, tuple[str, ...]]:
     if not records:
         raise InputError("records of the surrogate", expected="at least one", actual="none", remedy="measure some")
     models = tuple(dict.fromkeys(r.model for r in records))
@@ -256,8 +255,8 @@ def _arrays(records: Sequence[Record]) -> tuple[Reals, Reals, tuple[str, ...]]:
 
 
 def _trained(
-    inputs: Reals, targets: Reals, hidden: int, steps: int, seed: int
-) -> tuple[Reals, Reals, tuple[tuple[Reals, Reals], ...]]:
+    inputs: Floats, targets: Floats, hidden: int, steps: int, seed: int
+) -> tuple[Floats, Floats, tuple[tuple[Floats, Floats], ...]]:
     """Mean and scale of the inputs, and weights of least squared error."""
     import torch
     from torch import nn
@@ -288,11 +287,11 @@ def _trained(
     return mean, scale, weights
 
 
-def _relative(logarithms: Reals) -> Reals:
+def _relative(logarithms: Floats) -> Floats:
     return np.clip(1 + np.exp(logarithms) - FLOOR, 1.0, CEILING)
 
 
-def _forward(weights: tuple[tuple[Reals, Reals], ...], x_NF: Reals) -> Reals:
+def _forward(weights: tuple[tuple[Floats, Floats], ...], x_NF: Floats) -> Floats:
     for weight, bias in weights[:-1]:
         x_NF = np.tanh(x_NF @ weight + bias)
     weight, bias = weights[-1]

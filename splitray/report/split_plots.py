@@ -8,9 +8,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-Reals = NDArray[np.float64]
+from splitray.arrays import Floats
+
 _COLOURS = [*mpl.colormaps["tab10"].colors, *mpl.colormaps["Dark2"].colors]  # type: ignore[attr-defined]
 
 
@@ -40,7 +40,7 @@ def curves_plot(
     return figure
 
 
-def violins_plot(panels: Mapping[str, Mapping[str, Reals]], y: str) -> Figure:
+def violins_plot(panels: Mapping[str, Mapping[str, Floats]], y: str) -> Figure:
     """Distributions side by side, with their means and quartiles."""
     figure, axes = _panels(list(panels), "", y)
     for ax, samples in zip(axes, panels.values(), strict=True):
@@ -54,7 +54,7 @@ def violins_plot(panels: Mapping[str, Mapping[str, Reals]], y: str) -> Figure:
     return figure
 
 
-def decisions_plot(panels: Mapping[str, tuple[str, Reals, Reals]]) -> Figure:
+def decisions_plot(panels: Mapping[str, tuple[str, Floats, Floats]]) -> Figure:
     """Cuts against the strength of the channel, each panel (name of the strength, strengths, cuts), with a LOESS."""
     figure, axes = _panels(list(panels), "", "cut p, layers on the device")
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def decisions_plot(panels: Mapping[str, tuple[str, Reals, Reals]]) -> Figure:
     return figure
 
 
-def loess(x: Reals, y: Reals, at: Reals, *, span: float = 0.6) -> Reals:
+def loess(x: Floats, y: Floats, at: Floats, *, span: float = 0.6) -> Floats:
     """Locally weighted lines (Cleveland 1979, tricube weights, no robustness), at some places."""
     count = max(3, round(span * len(x)))
     found = np.empty(len(at))

@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from splitray.arrays import Floats32, Ints
 from splitray.cost import Rates
 from splitray.errors import PlacementError
 from splitray.placement import Placement
 from splitray.planners.protocol import ClusterState, RequestShape
 from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
-from splitray.rl.world.action import Ints, high_mask, low_mask, modes_that_fit, parts
+from splitray.rl.world.action import high_mask, low_mask, modes_that_fit, parts
 from splitray.rl.world.cell import CLOUD_DEVICE, USUAL, References, references
 from splitray.rl.world.deciding import allowed_modes, decided, left_alone
 from splitray.rl.world.knobs import Moment, planned
 from splitray.rl.world.observation import History, Seen, Static, observe
-from splitray.rl.world.policy import Floats32, Policy
+from splitray.rl.world.policy import Policy
 from splitray.rl.world.room import room_of
 from splitray.topology import Topology
 

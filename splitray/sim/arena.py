@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.arrays import Floats
 from splitray.codecs import Codec
 from splitray.cost import Load, Rates, load_of
 from splitray.errors import InputError, PlannerError
@@ -35,8 +35,6 @@ from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import Scenario
 from splitray.sim.simulator import Simulator
 from splitray.topology import DeviceId, Topology
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

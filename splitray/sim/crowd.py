@@ -12,14 +12,10 @@ Shapes: N lines, D devices.
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Ints
 from splitray.cost import Load, Rates
 from splitray.sim.simulator import Simulator
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 
 _MOST_ROUNDS, _CLOSE = 60, 1e-3
 
@@ -40,7 +36,7 @@ class Crowd:
     The device knows its sessions, so whoever decides sees what those before it in the same slot have chosen.
     """
 
-    def __init__(self, pool: Ints, shared: NDArray[np.bool_]) -> None:
+    def __init__(self, pool: Ints, shared: Bools) -> None:
         """Nobody is anywhere.
 
         Lines of one number in `pool` [N] share the devices that are `shared`, [D].

@@ -1,14 +1,13 @@
 """From what a user writes to arrays over slots: a model of a link's rate or round trip, or a trace file; arrivals."""
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats
 from splitray.errors import InputError
 from splitray.sim.traces import gilbert_elliott, log_ar1, read_trace
 from splitray.sim.workload import Requests, bursty, poisson, read_requests
 from splitray.topology import DeviceId, Topology
 
-Floats = NDArray[np.float64]
 _AR1, _OUTAGES = "log_ar1", "gilbert_elliott"
 TRACE_USAGE = f"FILE, READER:FILE, {_AR1}[:SIGMA], {_OUTAGES}, or {_AR1}[:SIGMA]+{_OUTAGES}"
 ARRIVAL_USAGE = "FILE, azure:FILE, poisson[:PER_S] or bursty[:PER_S]"

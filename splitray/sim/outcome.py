@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import linregress
 
+from splitray.arrays import Bools, Floats
 from splitray.errors import InputError
 from splitray.sim.scenario import Scenario
 
-Floats = NDArray[np.float64]
 _BLOCKS = 20  # of the slope test
 
 
@@ -29,7 +28,7 @@ class Outcome:
     arrival_s: Floats
     first_token_s: Floats
     finish_s: Floats
-    failed: NDArray[np.bool_]
+    failed: Bools
     output_tokens: Floats
     backlog_tokens: Floats
     backlog_requests: Floats

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.arrays import Bools, Floats
 from splitray.codecs import Codec
 from splitray.cost import Rates
 from splitray.errors import InputError
@@ -21,7 +21,6 @@ from splitray.queues import Budgets
 from splitray.sim.workload import Requests
 from splitray.topology import Device, DeviceId, Link, Topology
 
-Floats = NDArray[np.float64]
 _MOST_BACKGROUND = 0.95  # of a device, that other work may take
 
 
@@ -53,7 +52,7 @@ class Scenario:
     rtt_s: dict[tuple[DeviceId, DeviceId], Floats] = field(default_factory=dict)
     background: Floats | None = None
     background_memory: bool = True
-    lost: NDArray[np.bool_] | None = None
+    lost: Bools | None = None
     budgets: Budgets = Budgets()
     codec: Codec = "none"
     accuracy: Accuracy | None = None

@@ -15,15 +15,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Ints
 from splitray.cost import Load, Rates, StepCost, prompt_s, step_cost
 from splitray.sim.workload import Requests
 from splitray.topology import Topology
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 
 _STATE = ("first_token_s", "finish_s", "failed", "_head", "_done", "_prefill_left", "_pause_s", "_arrived")
 
@@ -110,7 +106,7 @@ class Simulator:
         self._arrived = np.zeros(n)
 
     @property
-    def serving(self) -> NDArray[np.bool_]:
+    def serving(self) -> Bools:
         """Whether the head of each line has a KV cache, whole or in part, [N]."""
         return (self.arrival_s[self._rows, self._head] <= self.now_s) & (self._prefill_left < 1)
 
@@ -177,9 +173,7 @@ class Simulator:
         self._head[instance] += 1
         self._done[instance], self._prefill_left[instance] = 0.0, 1.0
 
-    def step(
-        self, load: Load, rates: Rates, *, up: NDArray[np.bool_] | None = None, share: Floats | None = None
-    ) -> Slot:
+    def step(self, load: Load, rates: Rates, *, up: Bools | None = None, share: Floats | None = None) -> Slot:
         """One slot.
 
         Args:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats
 from splitray.errors import InputError, did_you_mean
 
-Floats = NDArray[np.float64]
 PACKET_BYTES = 1504  # of the one-integer-a-packet format (Mahimahi)
 _MOST_MS = 10_000_000  # that a trace of packets may span
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}  # in either case
@@ -199,7 +198,7 @@ def log_ar1(
 
 def gilbert_elliott(
     num_slots: int, slot_s: float, *, outage_per_s: float = 1 / 60, mean_outage_s: float = 2.0, rng: np.random.Generator
-) -> NDArray[np.bool_]:
+) -> Bools:
     """Whether the link is up in each slot, [num_slots]: two states, exponential stays (docs/equations.md E6.2)."""
     leave_up, leave_down = 1 - np.exp(-slot_s * outage_per_s), 1 - np.exp(-slot_s / mean_outage_s)
     draws = rng.random(num_slots)

@@ -8,12 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.errors import InputError
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 _AZURE = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
 
 

@@ -21,7 +21,7 @@ PACKAGES = (("splitray",), ("actors",), ("serve_apps", "rllib_configs"))
 # A new unit needs a place here. `splitray` itself is a facade, which exports lazily from everywhere.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "splitray": (
-        ("errors",),
+        ("errors", "arrays"),
         ("arch", "codecs", "channel", "text"),
         ("catalog",),
         ("topology",),

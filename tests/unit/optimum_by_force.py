@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.planners.optimum.enumerate import Found, Option, priced
 from splitray.planners.optimum.patterns import BlockHolding
-from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Space
+from splitray.planners.optimum.space import MISSING_S, Kind, Space
 
 
 def by_force(space: Space) -> Found | None:
@@ -23,7 +23,7 @@ def by_force(space: Space) -> Found | None:
         clock: Floats = np.zeros((index.shape[1], space.num_devices))
         held = np.zeros_like(clock)
         held[:, embedding] = space.table_bytes
-        before: NDArray[np.int64] | None = None
+        before: Ints | None = None
         for stage, kind in enumerate(space.kinds):
             chosen = known[kind]
             work = np.array([o.work_s for o in chosen])[index[stage]]

@@ -14,8 +14,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from splitray.arrays import Floats
 from splitray.planners.optimum.enumerate import Found, Option, options
-from splitray.planners.optimum.space import MISSING_S, Floats, Space
+from splitray.planners.optimum.space import MISSING_S, Space
 
 Terms = Sequence[tuple[int, float]]  # variable, coefficient
 

@@ -15,15 +15,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.planners.optimum.enumerate import Step
 from splitray.planners.optimum.search import pour
-from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Kind, Space
+from splitray.planners.optimum.space import MISSING_S, Counts, Kind, Space
 from splitray.planners.protocol import RequestShape
 from splitray.route import TOKEN_BYTES
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

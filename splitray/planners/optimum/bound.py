@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
+from splitray.arrays import Bools, Floats
 from splitray.planners.optimum.rhythm import steady
-from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Space
+from splitray.planners.optimum.space import MISSING_S, Kind, Space
 
 _NONE = -1e18  # no coupling of these two weightings exists
 _FORBIDDEN = 1e30  # not inf, which times a weight of 0 is not a number
@@ -190,7 +190,7 @@ class Potentials:
             for d in np.flatnonzero(w):
                 self._mean[alone[k, int(d)], n] = w[d]
 
-    def _starts_at(self, embedding: int) -> NDArray[np.bool_]:
+    def _starts_at(self, embedding: int) -> Bools:
         """Which nodes may follow an embedding on this device, [N]."""
         free = len(self._sets)
         labels = [self._index.get(frozenset({embedding, *h.devices}), free) for h in self.space.holdings]

@@ -9,7 +9,8 @@ from itertools import product
 
 import numpy as np
 
-from splitray.planners.optimum.space import MISSING_S, Counts, Floats, Kind, Space
+from splitray.arrays import Floats
+from splitray.planners.optimum.space import MISSING_S, Counts, Kind, Space
 
 Step = tuple[int, tuple[Counts, ...]]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from splitray.planners.optimum.space import MISSING_S, Floats, Space
+from splitray.arrays import Floats
+from splitray.planners.optimum.space import MISSING_S, Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Ints
 from splitray.planners.optimum.enumerate import Found, Step
 from splitray.planners.optimum.rhythm import steady
-from splitray.planners.optimum.space import MISSING_S, Floats, Kind, Pieces, Space
-
-Ints = NDArray[np.int64]
+from splitray.planners.optimum.space import MISSING_S, Kind, Pieces, Space
 
 
 @dataclass(slots=True)
@@ -127,7 +125,7 @@ def _potential(space: Space, devices: tuple[int, ...]) -> Floats:
     return weight / weight.sum()
 
 
-def _distinct(finish: Floats, held: Floats) -> NDArray[np.bool_]:
+def _distinct(finish: Floats, held: Floats) -> Bools:
     """The first of labels that are the same, [K]."""
     keys = np.round(np.concatenate([np.where(np.isfinite(finish), finish, 0) * 1e9, held], axis=1))
     _, first = np.unique(keys, axis=0, return_index=True)
@@ -142,7 +140,7 @@ def _shared(
     target: int,
     came: Floats,
     held: Floats,
-    free: NDArray[np.bool_],
+    free: Bools,
     partners: Sequence[int],
 ) -> _Labels | None:
     """All labels that reach one holding and fit, each in a few ways to share the sub-block."""

@@ -16,8 +16,8 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes
@@ -25,7 +25,6 @@ from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
 from splitray.topology import DeviceId
 
-Floats = NDArray[np.float64]
 Counts = tuple[int, ...]
 Kind = Literal["attention", "ffn", "layer", "head"]
 Part = Literal["attention", "ffn", "head"]
@@ -150,7 +149,7 @@ class Space:
             case "head":
                 return (self._head,)
 
-    def allowed(self, kind: Kind) -> NDArray[np.bool_]:
+    def allowed(self, kind: Kind) -> Bools:
         """Which holdings may do a sub-block of this kind, [S]."""
         most = min(p.count for p in self.pieces(kind))
         pinned = self.state.pinned_head
@@ -164,7 +163,7 @@ class Space:
             ]
         )
 
-    def free_rows(self, kind: Kind, embedding: int) -> NDArray[np.bool_]:
+    def free_rows(self, kind: Kind, embedding: int) -> Bools:
         """Where pieces of this kind take no memory: rows of a tied table beside the embedding, [D]."""
         return (np.arange(self.num_devices) == embedding) & (kind == "head" and self.arch.tied_embeddings)
 
@@ -195,13 +194,13 @@ class Space:
             "exit_air": air["best"][:, None] + air["token"].reshape(s, n, n),
         }
 
-    def _useless(self) -> NDArray[np.bool_]:
+    def _useless(self) -> Bools:
         """Where copies are followed by a sub-block on other devices, [S, S]: on fewer, some copies serve nothing."""
         same = np.array([[a.devices == b.devices for b in self.holdings] for a in self.holdings])
         return np.array([[h.replicated] for h in self.holdings]) & ~same
 
     @cached_property
-    def crosses(self) -> NDArray[np.bool_]:
+    def crosses(self) -> Bools:
         """Whether anything is sent from one holding to the next, [S, S]."""
         between = patterns(self.arch, self.topology, self.holdings, self.state.codec)["crossing"]
         return np.array([bool(messages) for messages in between]).reshape(len(self.holdings), -1)
@@ -248,7 +247,7 @@ class Space:
         unit = np.where(np.eye(d, dtype=bool), 0.0, -np.inf)
         rows = np.repeat(np.arange(n), d)
         # Who sends nothing must not take a shared medium's turn: its own finish is put back afterwards.
-        senders: NDArray[np.bool_] = np.any(sends, axis=2)
+        senders: Bools = np.any(sends, axis=2)
         finish = np.where(senders[:, None], unit, -np.inf).reshape(n * d, d)
         arrival = np.maximum(exchange(finish, sends[rows], transfer[rows], self.rates).reshape(n, d, d), unit)
         missing = (sends & (rate <= 0)).any((1, 2))

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from splitray.arrays import Bools, Floats, Ints
 
 _ROUNDS = 6  # of pricing bytes; the slopes converge in three to five
 _CHANGES = 6  # of one group each, after that
@@ -49,7 +48,7 @@ class Path:
         """Overwrite the instances `rows` by `other`, in place."""
         self.variant[:, rows], self.embedding[rows], self.head[rows] = other.variant, other.embedding, other.head
 
-    def where(self, here: NDArray[np.bool_], other: Path) -> Path:
+    def where(self, here: Bools, other: Path) -> Path:
         """This path for the instances `here`, the other one elsewhere."""
         return Path(
             np.where(here, self.variant, other.variant),
@@ -220,5 +219,5 @@ def _alone(chains: Chains, room: Floats, edge: int, cloud: int) -> Path:
         pinned = ~np.isfinite(chains.start[device, device]), ~np.isfinite(chains.end[0, 0, device])
         ends = [np.where(p, 1 - device, device) for p in pinned]
         paths.append(Path(np.full((groups, n), variant), *ends))
-    fit: NDArray[np.bool_] = np.all(np.stack([chains.bytes(p) <= room for p in paths]), axis=1)  # [2, N]
+    fit: Bools = np.all(np.stack([chains.bytes(p) <= room for p in paths]), axis=1)  # [2, N]
     return paths[0].where(fit[0] & ~fit[1], paths[1])

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Ints
+
 EDGE, CLOUD, SPLIT, COPIED = 0, 1, 2, 3  # the first two are also the indices of the devices
 MODES = 4
 SIXTEENTHS = 16  # of the columns of an FFN
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Choice:
         """Choices of one grid side by side."""
         return Choice(**{f.name: np.concatenate([getattr(c, f.name) for c in choices]) for f in fields(Choice)})
 
-    def same_as(self, other: Choice) -> NDArray[np.bool_]:
+    def same_as(self, other: Choice) -> Bools:
         """Which instances are the same placement, [N], whatever stands in fields that do not count."""
         split = self.mode == SPLIT
         alike = (self.mode == other.mode) & ((self.heads == other.heads) | ~split)

@@ -12,9 +12,9 @@ cloud to edge) are axes of length 2.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.arrays import Bools, Floats, Ints
 from splitray.codecs import Codec, encoded_bytes
 from splitray.cost import Load, Rates
 from splitray.errors import ModelError, TopologyError
@@ -27,9 +27,6 @@ from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
 
 __all__ = ["CLOUD", "COPIED", "EDGE", "SIXTEENTHS", "SPLIT", "Choice", "Grid"]
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class Grid:
@@ -202,7 +199,7 @@ class Grid:
         per_joule: Floats,
         request: RequestShape | None,
         memory_bytes: Floats,
-        allowed: NDArray[np.bool_] | None = None,
+        allowed: Bools | None = None,
         current: Choice | None = None,
         move_s_per_byte: Floats | None = None,
         move_weight: Floats | None = None,

@@ -9,18 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.arrays import Floats, Ints
 from splitray.codecs import Codec, encoded_bytes
 from splitray.cost import Rates
 from splitray.planners.optimum.space import MISSING_S
 from splitray.planners.protocol import RequestShape
 from splitray.rl.grid.choice import CLOUD, EDGE
 from splitray.topology import Topology
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 PARTS, COPIES = 2, 3  # states beside EDGE and CLOUD: who holds a sub-block
 _MEMBER = np.array([[True, False], [False, True], [True, True], [True, True]])

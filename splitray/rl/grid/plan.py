@@ -11,9 +11,9 @@ attention and FFN, V = A F variants, 3 or 4 states before, E devices of the embe
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from splitray.arch import ModelArch
+from splitray.arrays import Bools, Floats, Ints
 from splitray.codecs import Codec
 from splitray.cost import Rates
 from splitray.planners.optimum.space import MISSING_S
@@ -24,8 +24,6 @@ from splitray.rl.grid.pace import COPIES, PARTS, PairTimes, Passes, PieceWork
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 _HERE = np.eye(2)
 _APART = (_HERE == 0)[..., None]  # embedding and head on different devices
 
@@ -167,7 +165,7 @@ class Program:
         ways = self._units.shape[2]
         self.cost = self.cost + np.repeat(paid, ways, axis=1)[:, None]
 
-    def forbid(self, modes: NDArray[np.bool_]) -> None:
+    def forbid(self, modes: Bools) -> None:
         """Take modes away from groups, [N, G, 4]."""
         no = along(modes.transpose(1, 2, 0), self.mode, axis=1)
         self.cost = np.where(no[:, None], np.inf, self.cost)

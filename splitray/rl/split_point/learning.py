@@ -26,9 +26,10 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import nn
 
+from splitray.arrays import Floats, Ints
 from splitray.rl.split_point.network import SplitNetwork
 from splitray.rl.split_point.process import STEPS, SplitPoint
-from splitray.rl.split_point.quality import InLoopQuality, Ints, Reals
+from splitray.rl.split_point.quality import InLoopQuality
 from splitray.rl.split_point.recipe import SplitRecipe
 
 Look = Callable[[int, SplitNetwork], None]
@@ -91,7 +92,7 @@ def untrained(recipe: SplitRecipe, mdp: SplitPoint) -> SplitNetwork:
     return _Run(recipe, mdp).network()
 
 
-def advantages(reward_TN: Reals, value_TN: Reals, *, gamma: float, trace_decay: float) -> Reals:
+def advantages(reward_TN: Floats, value_TN: Floats, *, gamma: float, trace_decay: float) -> Floats:
     """Eq. (12): A_t = sum over l of (gamma xi)^l delta_(t+l), delta_t = r_t + gamma V(s_(t+1)) - V(s_t), [T, N].
 
     Nothing comes behind the last step, where an episode ends.

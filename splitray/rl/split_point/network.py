@@ -14,29 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from splitray.arrays import Floats32, Ints
 from splitray.errors import InputError
 from splitray.rl.split_point.policies import Policy
 from splitray.rl.split_point.process import SplitPoint
-from splitray.rl.split_point.quality import Ints
 from splitray.rl.split_point.recipe import SplitRecipe
 
 FORMAT = 1
 SEEN = ("strength of the channel over its largest", "cut over the last", "ln of the first relative perplexity",
         "steps left over all")  # fmt: skip
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class SplitNetwork:
     """`layers` are [(weight [in, out], bias [out]), ...]."""
 
-    layers: tuple[tuple[Floats, Floats], ...]
+    layers: tuple[tuple[Floats32, Floats32], ...]
 
-    def scores(self, x_NF: Floats) -> Floats:
+    def scores(self, x_NF: Floats32) -> Floats32:
         """Logits or values of the actions, [N, A]."""
         for weight, bias in self.layers[:-1]:
             x_NF = np.tanh(x_NF @ weight + bias)

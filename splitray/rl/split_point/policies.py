@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.rl.split_point.process import LEVELS, STEPS, SplitErrata, SplitPoint, States
-from splitray.rl.split_point.quality import Ints, Reals
 
 Policy = Callable[[States], Ints]
 """An action for each of the states."""
@@ -21,8 +20,8 @@ _AT_ONCE = 500  # states whose trees are searched together
 class Judged:
     """What a policy got: sums of rewards [N], and the strengths [T, N] that it saw and the cuts that it then chose."""
 
-    returns: Reals
-    noise: Reals
+    returns: Floats
+    noise: Floats
     cut: Ints
 
 
@@ -74,7 +73,7 @@ def optimal(mdp: SplitPoint, *, horizon: int = STEPS) -> Policy:
     return choose
 
 
-def _tree(mdp: SplitPoint, states: States, left: int) -> Reals:
+def _tree(mdp: SplitPoint, states: States, left: int) -> Floats:
     """The most that is to come after each action, [N, A]; states that several ways lead to are followed once."""
     count, actions = len(states), mdp.num_actions
     each = np.repeat(np.arange(count), actions)
@@ -94,7 +93,7 @@ def _of_chain(mdp: SplitPoint, horizon: int) -> Policy:
     reward_FLP = mdp.reward(relative_LP, cut_P, first_F[:, None, None])
     after_PA = mdp.target(cut_P[:, None], np.arange(mdp.num_actions)[None]) - 1
     value_FLP = np.zeros_like(reward_FLP)
-    best: list[NDArray[np.int64]] = []
+    best: list[Ints] = []
     for _ in range(horizon):
         expected_FLP = np.einsum("ml,flp->fmp", mdp.transitions, reward_FLP + value_FLP)
         value_FLPA = expected_FLP[:, :, after_PA]

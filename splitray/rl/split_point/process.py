@@ -26,8 +26,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Floats32, Ints
 from splitray.errors import InputError
-from splitray.rl.split_point.quality import Ints, Quality, Reals
+from splitray.rl.split_point.quality import Quality
 
 Case = Literal["L", "H", "A", "coded"]
 Channel = Literal["endogenous", "exogenous"]
@@ -64,9 +65,9 @@ AS_CODED_MEASURED = SplitErrata.BARE_STATE | SplitErrata.ONE_LAYER_MORE | SplitE
 class States:
     """Episodes at one step: strengths, cuts, and relative perplexities of the first states, each [N]."""
 
-    noise: Reals
+    noise: Floats
     cut: Ints
-    first: Reals
+    first: Floats
     step: int = 0
 
     def __len__(self) -> int:
@@ -148,7 +149,7 @@ class SplitPoint:
             return action_N + 1
         return np.clip(cut_N + np.array(self.moves)[action_N], 1, self.last_cut)
 
-    def step(self, states: States, action_N: Ints, rng: np.random.Generator | None = None) -> tuple[States, Reals]:
+    def step(self, states: States, action_N: Ints, rng: np.random.Generator | None = None) -> tuple[States, Floats]:
         """The next states and their rewards; an exogenous channel draws from `rng`."""
         cut_N = self.target(states.cut, action_N)
         if self.channel == "exogenous":
@@ -166,13 +167,13 @@ class SplitPoint:
         reward_N = self.reward(relative_N, cut_N, states.first)
         return States(noise_N, cut_N, states.first, states.step + 1), reward_N
 
-    def reward(self, relative: Reals, cut: Ints, first: Reals) -> Reals:
+    def reward(self, relative: Floats, cut: Ints, first: Floats) -> Floats:
         """Reward of arriving at relative perplexities and cuts; the shapes must fit each other."""
         if SplitErrata.PRINTED_REWARD in self.errata:
             return -(self.perplexity * relative + self.load_price * cut)
         return QUALITY_WEIGHT * (1 - relative / first) + LOAD_WEIGHT * (self.last_cut - cut) / self.last_cut
 
-    def observe(self, states: States) -> NDArray[np.float32]:
+    def observe(self, states: States) -> Floats32:
         """What the agent sees, [N, F]: strength and cut over their largest, log PPL_0, steps left over all."""
         if SplitErrata.BARE_STATE in self.errata:
             return np.stack([states.noise, states.cut], axis=1).astype(np.float32)
@@ -188,25 +189,25 @@ class SplitPoint:
     # ------------------------------------------------------------------------------- the exogenous channel
 
     @property
-    def transitions(self) -> Reals:
+    def transitions(self) -> Floats:
         """Chance of each level after each."""
         return _gauss_markov(LEVELS)
 
-    def level(self, noise_N: Reals) -> Ints:
+    def level(self, noise_N: Floats) -> Ints:
         """The nearest of the L levels of the channel, [N]."""
         return np.rint(noise_N / self.quality.strongest * (LEVELS - 1)).astype(np.int64)
 
-    def strength(self, level_N: Ints) -> Reals:
+    def strength(self, level_N: Ints) -> Floats:
         """Strength of the channel at a level, [N]."""
         return level_N / (LEVELS - 1) * self.quality.strongest
 
-    def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
+    def relative(self, noise_N: Floats, cut_N: Ints) -> Floats:
         """Relative perplexity at these strengths and cuts, [N]."""
         return self.quality.relative(noise_N, cut_N + (SplitErrata.ONE_LAYER_MORE in self.errata))
 
 
 @lru_cache
-def _gauss_markov(levels: int) -> Reals:
+def _gauss_markov(levels: int) -> Floats:
     """An AR(1) with the spread of even draws, as a chain over levels (Tauchen 1986); what lies beyond stays there."""
     from scipy.stats import norm
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.channel import NoisyChannel, as_channel
 from splitray.errors import InputError
 from splitray.quality.features import CHANNEL_FEATURES, PlaceFeatures
@@ -22,8 +22,6 @@ from splitray.quality.in_loop import InLoop
 from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import QualityTable
 
-Reals = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Noise = Literal["loss", "sigma"]
 
 
@@ -38,7 +36,7 @@ class Quality(Protocol):
     def last_cut(self) -> int:
         """The largest cut that it knows."""
 
-    def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
+    def relative(self, noise_N: Floats, cut_N: Ints) -> Floats:
         """Relative perplexity of each question, [N]; a strength of 0 loses nothing."""
 
 
@@ -51,9 +49,9 @@ def channel_of(noise: Noise, strength: float) -> NoisyChannel:
 class MeasuredQuality:
     """A table's values; straight lines between the strengths that were measured, nothing beyond them."""
 
-    levels: Reals
+    levels: Floats
     """Strengths [V], 0 first."""
-    by_level: Reals
+    by_level: Floats
     """Relative perplexities [V, P]."""
 
     @staticmethod
@@ -95,7 +93,7 @@ class MeasuredQuality:
         """See `Quality`."""
         return self.by_level.shape[1]
 
-    def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
+    def relative(self, noise_N: Floats, cut_N: Ints) -> Floats:
         """See `Quality`."""
         below = np.clip(np.searchsorted(self.levels, noise_N, "right") - 1, 0, len(self.levels) - 2)
         low, high = self.levels[below], self.levels[below + 1]
@@ -113,7 +111,7 @@ class SurrogateQuality:
     noise: Noise
     strongest: float
     last_cut: int
-    _rows: Reals = field(init=False, repr=False, compare=False)
+    _rows: Floats = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         places = [PlaceFeatures.of_cut(cut, self.num_layers) for cut in range(1, self.last_cut + 1)]
@@ -130,7 +128,7 @@ class SurrogateQuality:
             last_cut=measured.last_cut,
         )  # fmt: skip
 
-    def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
+    def relative(self, noise_N: Floats, cut_N: Ints) -> Floats:
         """See `Quality`."""
         rows_NF = self._rows[cut_N - 1]
         rows_NF[:, CHANNEL_FEATURES.index(self.noise)] = noise_N
@@ -148,7 +146,7 @@ class InLoopQuality:
     last_cut: int
     _told: SurrogateQuality | None = None
 
-    def relative(self, noise_N: Reals, cut_N: Ints) -> Reals:
+    def relative(self, noise_N: Floats, cut_N: Ints) -> Floats:
         """See `Quality`."""
         if self._told is not None:
             return self._told.relative(noise_N, cut_N)

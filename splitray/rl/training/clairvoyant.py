@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from splitray.arrays import Floats, Ints
 from splitray.rl.training.holdout import Decide
-from splitray.rl.world.action import FREE, MOVE_WEIGHTS, PRICES, ActionSpec, Ints
+from splitray.rl.world.action import FREE, MOVE_WEIGHTS, PRICES, ActionSpec
 from splitray.rl.world.cell import Cell
-from splitray.rl.world.observation import Floats
 from splitray.rl.world.vector_env import SLOT_S, StepResult, VectorEnv
 from splitray.rl.world.weather import Climate
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 
+from splitray.arrays import Ints
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.world.action import imitated
 from splitray.rl.world.cell import references
@@ -20,7 +20,6 @@ from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, Layout, 
 from splitray.rl.world.vector_env import VectorEnv
 from splitray.rl.world.weather import users_of
 
-Row = NDArray[np.float32]
 _LIMIT = 3.0  # of a feature
 _MINE = np.array([0])  # the edge that the agents act for
 
@@ -46,7 +45,7 @@ class PlacementEnv(MultiAgentEnv):
         self.action_spaces = {a: s[1] for a, s in both.items()}
         self._rng = np.random.default_rng(self.recipe.seed)
         self.instance: VectorEnv | None = None
-        self._high: NDArray[np.int64] | None = None
+        self._high: Ints | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

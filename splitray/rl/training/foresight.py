@@ -13,11 +13,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from splitray.arrays import Floats32
 from splitray.rl.training.clairvoyant import CANDIDATES, ahead
 from splitray.rl.training.learner import act_of
 from splitray.rl.training.module import PlacementModule
 from splitray.rl.training.recipe import Recipe
-from splitray.rl.training.rollout import Collector, Floats32
+from splitray.rl.training.rollout import Collector
 from splitray.rl.world.action import spans
 from splitray.rl.world.rows import LAYER_AGENT
 from splitray.rl.world.vector_env import VectorEnv

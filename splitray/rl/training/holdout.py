@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from splitray.arrays import Floats, Ints
 from splitray.rl.policy_planner import relieves
 from splitray.rl.training.rollout import Act
-from splitray.rl.world.action import DEFAULT_KNOBS, FREE, ActionSpec, Ints
+from splitray.rl.world.action import DEFAULT_KNOBS, FREE, ActionSpec
 from splitray.rl.world.cell import Cell
 from splitray.rl.world.choosing import greedy
-from splitray.rl.world.observation import Floats
 from splitray.rl.world.policy import Policy
 from splitray.rl.world.rows import HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.world.vector_env import VectorEnv

@@ -14,18 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Floats32, Ints
 from splitray.rl.grid.grid import Grid
 from splitray.rl.training.recipe import Recipe
-from splitray.rl.world.action import Ints
 from splitray.rl.world.choosing import gumbel, sample
-from splitray.rl.world.observation import Floats
 from splitray.rl.world.reward import TERMS
 from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, layouts
 from splitray.rl.world.vector_env import VectorEnv
 
-Floats32 = NDArray[np.float32]
 _LEAST = 0.05  # share of slots in which a choice matters, below which it counts no more for being rare
 Act = Callable[[str, Floats32], tuple[Floats32, Floats32]]
 """An agent's name and its rows [M, W] to logits [M, ..] and the two values [M, 2]."""
@@ -203,7 +200,7 @@ class Collector:
         scaled: Floats = rewards / scale.deviation
         return scaled if recipe.dual else np.stack([scaled.sum(1), np.zeros(len(scaled))], axis=1)
 
-    def _sample(self, kept: list[Decided], rewards: Floats, mattered: NDArray[np.bool_]) -> Sample:
+    def _sample(self, kept: list[Decided], rewards: Floats, mattered: Bools) -> Sample:
         recipe, slots = self.recipe, len(rewards)
         values = np.stack([k[3] for k in kept]).astype(float)
         advantages = np.zeros_like(rewards)

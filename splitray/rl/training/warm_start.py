@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from splitray.arrays import Floats32, Ints
 from splitray.rl.training.module import PlacementModule, choice_log_probabilities
 from splitray.rl.training.recipe import Recipe
-from splitray.rl.training.rollout import Collector, Floats32
-from splitray.rl.world.action import Ints, imitated, spans
+from splitray.rl.training.rollout import Collector
+from splitray.rl.world.action import imitated, spans
 from splitray.rl.world.rows import AGENTS, HEAD_FFN_AGENT, LAYER_AGENT, is_per_group
 
 _LEARNING_RATE = 3e-3

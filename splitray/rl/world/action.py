@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Ints
 from splitray.rl.grid.choice import CLOUD, COPIED, EDGE, MODES, SIXTEENTHS, SPLIT, Choice
 from splitray.rl.world.room import Room
 
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 Variant = Literal["dp_knobs", "dp_modes", "no_dp"]
 
 FREE = 0  # of the first agent's choices for a group; mode m of a Choice is 1 + m

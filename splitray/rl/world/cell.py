@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from splitray.arch import ModelArch
 from splitray.catalog import architecture
 from splitray.cost import CostModel, Rates, load_of, prompt_s, step_cost
@@ -14,7 +11,6 @@ from splitray.planners.protocol import ClusterState, RequestShape
 from splitray.planners.whole import whole_on
 from splitray.topology import DeviceId, Topology
 
-Floats = NDArray[np.float64]
 EDGE_DEVICE, CLOUD_DEVICE = 0, 1  # in the topology's order
 USUAL = RequestShape(128.0, 64.0)
 

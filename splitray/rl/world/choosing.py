@@ -4,11 +4,10 @@ Shapes: N instances; logits are [N, sum of count * size] over blocks, masked one
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from splitray.rl.world.action import Block, Ints, spans
+from splitray.arrays import Floats32, Ints
+from splitray.rl.world.action import Block, spans
 
-Floats32 = NDArray[np.float32]
 MASKED = -1e9  # as a logit: its probability is 0 in single precision
 
 

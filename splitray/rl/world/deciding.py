@@ -7,13 +7,13 @@ G groups.
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Ints
 from splitray.rl.grid.choice import EDGE, MODES, Choice
 from splitray.rl.grid.grid import Grid
-from splitray.rl.world.action import DEFAULT_KNOBS, FREE, ActionSpec, Ints, eighths_of, modes_that_fit, parts, shared
+from splitray.rl.world.action import DEFAULT_KNOBS, FREE, ActionSpec, eighths_of, modes_that_fit, parts, shared
 from splitray.rl.world.cell import CLOUD_DEVICE, EDGE_DEVICE
-from splitray.rl.world.observation import Floats, Static
+from splitray.rl.world.observation import Static
 from splitray.rl.world.room import Room
 
 Program = Callable[[Ints, Ints, Ints], Choice]
@@ -68,7 +68,7 @@ def decided(
     return mixed
 
 
-def allowed_modes(modes: Ints) -> NDArray[np.bool_] | None:
+def allowed_modes(modes: Ints) -> Bools | None:
     """The modes that the program may take where some are fixed, [n, G, 4]; None where all are free."""
     if (modes == FREE).all():
         return None

@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Ints
 from splitray.cost import Rates
 from splitray.planners.protocol import RequestShape
 from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
-from splitray.rl.world.action import MOVE_WEIGHTS, PRICES, V_FACTORS, Ints
+from splitray.rl.world.action import MOVE_WEIGHTS, PRICES, V_FACTORS
 from splitray.rl.world.cell import References
 from splitray.rl.world.moving import s_per_byte
 from splitray.rl.world.reward import Weights, price_per_joule
 from splitray.sim.crowd import slowed
 
-Floats = NDArray[np.float64]
 INTERVAL_TOKENS = 64  # over which a move must pay, as for the other planners
 
 
@@ -57,7 +56,7 @@ def planned(
     known: References,
     request: RequestShape,
     weights: Weights,
-    allowed: NDArray[np.bool_] | None = None,
+    allowed: Bools | None = None,
 ) -> Choice:
     """The cheapest placements of one slot under knobs [N, 3] (V, weight of moves, the cloud's price)."""
     m, idle_w = moment, sum(d.idle_w for d in grid.topology.devices)

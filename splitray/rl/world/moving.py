@@ -4,14 +4,13 @@ Shapes: N instances; directions (edge to cloud, cloud to edge) are an axis of le
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats
 from splitray.cost import Rates, prompt_s, step_cost
 from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
 from splitray.rl.world.cell import References
 
-Floats = NDArray[np.float64]
 _MOST_S_PER_BYTE = 1e3  # in an outage: finite, so that a program may still compare
 
 
@@ -33,9 +32,7 @@ def s_per_byte(rates: Rates, cloud_free: Floats, known: References) -> Floats:
     return np.minimum(np.minimum(sent, replay_s / cache_bytes), _MOST_S_PER_BYTE)
 
 
-def way_s(
-    grid: Grid, old: Choice, new: Choice, rates: Rates, cached_tokens: Floats
-) -> tuple[Floats, NDArray[np.bool_]]:
+def way_s(grid: Grid, old: Choice, new: Choice, rates: Rates, cached_tokens: Floats) -> tuple[Floats, Bools]:
     """Seconds until the new choice generates, infinite over a link that is down, and whether by replaying, [N] each."""
     num_bytes = grid.move_bytes(old, new, cached_tokens)
     with np.errstate(divide="ignore", invalid="ignore"):

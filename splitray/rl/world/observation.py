@@ -15,12 +15,11 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Floats32, Ints
 from splitray.rl.grid.choice import COPIED, MODES, SIXTEENTHS, SPLIT, Choice
 from splitray.rl.world.cell import EDGE_DEVICE, References
 
-Floats = NDArray[np.float64]
 HISTORY = 8  # slots
 _FLOOR = 1e-3  # of a ratio: an outage is the logarithm of this
 _LIMIT = 3.0
@@ -87,7 +86,7 @@ def table_hash() -> str:
 
 
 @lru_cache
-def kept(leave_out: frozenset[str], features: tuple[Feature, ...] = FEATURES) -> NDArray[np.float32]:
+def kept(leave_out: frozenset[str], features: tuple[Feature, ...] = FEATURES) -> Floats32:
     """1 for features that stay and 0 for those whose kind an ablation leaves out."""
     return np.concatenate([np.full(f.size, float(f.kind not in leave_out), np.float32) for f in features])
 
@@ -97,7 +96,7 @@ class Static:
     """What does not change while a policy serves one model on one pair of devices."""
 
     known: References
-    group_layers: NDArray[np.int64]  # [G]
+    group_layers: Ints  # [G]
     num_kv_heads: int
     hidden_bytes: float
     """Bytes of one position's residual, which is what crosses."""
@@ -120,12 +119,12 @@ class Seen:
     mean_rtt_s: Floats
     cloud_free: Floats
     context_tokens: Floats
-    serving: NDArray[np.bool_]
+    serving: Bools
     free_memory: Floats  # [N, 2], shares
     slots_since_move: Floats
     choice: Choice
 
-    def take(self, rows: NDArray[np.int64]) -> Seen:
+    def take(self, rows: Ints) -> Seen:
         """A copy of the instances `rows`."""
         arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "choice"}
         return Seen(**arrays, choice=self.choice.take(rows))
@@ -138,7 +137,7 @@ class History:
         """A history of N instances without a slot in it."""
         self.values = np.zeros((num_instances, 4, HISTORY))
 
-    def push(self, seen: Seen, static: Static, rows: NDArray[np.int64] | None = None) -> None:
+    def push(self, seen: Seen, static: Static, rows: Ints | None = None) -> None:
         """Remember what some instances, all by default, saw in a slot that they have decided on."""
         at = slice(None) if rows is None else rows
         now = np.stack(_changing(seen, static), axis=1)[..., None]
@@ -159,7 +158,7 @@ def _changing(seen: Seen, static: Static) -> list[Floats]:
     ]
 
 
-def observe(seen: Seen, history: Floats, static: Static) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def observe(seen: Seen, history: Floats, static: Static) -> tuple[Floats32, Floats32]:
     """The features of the whole [N, F] and of each group [N, G, L]; history is `History.values` of the instances."""
     known, n = static.known, len(seen.backlog_tokens)
     bandwidth, rtt, arrived, free = _changing(seen, static)
@@ -207,7 +206,7 @@ def _side_by_side(columns: Sequence[Floats | float], n: int) -> Floats:
     return found
 
 
-def _bounded(features: Floats) -> NDArray[np.float32]:
+def _bounded(features: Floats) -> Floats32:
     return np.minimum(np.maximum(features, -_LIMIT), _LIMIT).astype(np.float32)
 
 

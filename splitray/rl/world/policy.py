@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 
+from splitray.arrays import Bools, Floats32, Ints
 from splitray.errors import InputError
 from splitray.rl.grid.choice import MODES
 from splitray.rl.world.action import (
@@ -25,7 +25,6 @@ from splitray.rl.world.action import (
     PRICES,
     V_FACTORS,
     ActionSpec,
-    Ints,
     Variant,
     num_logits,
 )
@@ -33,9 +32,6 @@ from splitray.rl.world.choosing import MASKED, greedy
 from splitray.rl.world.observation import GROUP_FEATURES, kept, table_hash
 from splitray.rl.world.reward import Weights
 from splitray.rl.world.rows import HEAD_FFN_AGENT, LAYER_AGENT, Layout, is_per_group, layouts
-
-Floats32 = NDArray[np.float32]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ differences telescope to the last slot's level, while the discounted sum of leve
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats
 from splitray.rl.world.cell import References
 
-Floats = NDArray[np.float64]
 PERFORMANCE = ("latency", "congestion", "energy", "accuracy", "migration")
 LYAPUNOV = ("queue", "energy_queue", "accuracy_queue")
 TERMS = (*PERFORMANCE, *LYAPUNOV)

@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.rl.grid.choice import CLOUD, EDGE, SPLIT, Choice
 from splitray.rl.grid.grid import Grid
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +22,7 @@ class Room:
     ffn_bytes: Floats  # [G]
     edge_bytes: Floats  # [N]
 
-    def take(self, rows: NDArray[np.int64]) -> Room:
+    def take(self, rows: Ints) -> Room:
         """A copy of the instances `rows`."""
         return Room(
             attention_bytes=self.attention_bytes[rows], ffn_bytes=self.ffn_bytes, edge_bytes=self.edge_bytes[rows]

@@ -6,15 +6,14 @@ The second agent's groups also carry what the first one chose for them, one of f
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats32, Ints
 from splitray.rl.grid.choice import MODES
 from splitray.rl.world.action import ActionSpec, Block, num_choices, num_logits
 from splitray.rl.world.observation import GROUP_FEATURES, NUM_GLOBAL, NUM_GROUP, kept
 
 LAYER_AGENT, HEAD_FFN_AGENT = "layer_agent", "head_ffn_agent"
 AGENTS = (LAYER_AGENT, HEAD_FFN_AGENT)
-Floats32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,13 @@ class Rows:
         self.spec, self.layouts = spec, layouts(spec)
         self._global, self._group = kept(leave_out), kept(leave_out, GROUP_FEATURES)
 
-    def high(self, whole: Floats32, groups: Floats32, mask: NDArray[np.bool_]) -> Floats32:
+    def high(self, whole: Floats32, groups: Floats32, mask: Bools) -> Floats32:
         """The layer agent's rows, [N, width]; groups that a small model lacks are zeros."""
         return np.concatenate(
             [whole * self._global, self._padded(groups).reshape(len(whole), -1), mask.astype(np.float32)], axis=1
         )
 
-    def low(self, whole: Floats32, groups: Floats32, modes: NDArray[np.int64], mask: NDArray[np.bool_]) -> Floats32:
+    def low(self, whole: Floats32, groups: Floats32, modes: Ints, mask: Bools) -> Floats32:
         """The second agent's rows, [N, width], after the first one's modes [N, G]."""
         chosen = (modes[:, :, None] == np.arange(1 + MODES)).astype(np.float32)
         both = np.concatenate([self._padded(groups), chosen], axis=2)

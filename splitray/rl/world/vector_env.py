@@ -14,27 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Bools, Floats, Floats32, Ints
 from splitray.cost import Rates
 from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
-from splitray.rl.world.action import (
-    DEFAULT_KNOBS,
-    FREE,
-    PRICES,
-    ActionSpec,
-    Ints,
-    high_mask,
-    low_mask,
-    modes_that_fit,
-    parts,
-)
+from splitray.rl.world.action import DEFAULT_KNOBS, FREE, PRICES, ActionSpec, high_mask, low_mask, modes_that_fit, parts
 from splitray.rl.world.cell import CLOUD_DEVICE, Cell, References, references
 from splitray.rl.world.deciding import allowed_modes, decided
 from splitray.rl.world.knobs import Moment, planned
 from splitray.rl.world.moving import way_s
-from splitray.rl.world.observation import Floats, History, Seen, Static, observe
+from splitray.rl.world.observation import History, Seen, Static, observe
 from splitray.rl.world.reward import Spent, Weights, rewards_of, terms_of
 from splitray.rl.world.room import room_of
 from splitray.rl.world.rows import Rows
@@ -58,8 +48,8 @@ class StepResult:
 
     rewards: Floats
     terms: dict[str, Floats]
-    moved: NDArray[np.bool_]
-    mattered: NDArray[np.bool_]
+    moved: Bools
+    mattered: Bools
     cloud_used: Floats
     choice: Choice
 
@@ -179,17 +169,17 @@ class VectorEnv:
             place[members] = (np.arange(len(members)) - self.slot) % len(members) * TURNS // len(members)
         return [np.flatnonzero(place == turn) for turn in range(TURNS) if (place == turn).any()]
 
-    def features(self, rows: Ints) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def features(self, rows: Ints) -> tuple[Floats32, Floats32]:
         """Features of the whole [n, F] and of each group [n, G, L], for the network."""
         return observe(self.seen().take(rows), self._history.values[rows], self.static)
 
-    def high_rows(self, rows: Ints | None = None) -> NDArray[np.float32]:
+    def high_rows(self, rows: Ints | None = None) -> Floats32:
         """The layer agent's observations, [n, width]; the same for as long as the turn."""
         rows = self._everyone if rows is None else rows
         self._features = self.features(rows)
         return self._rows.high(*self._features, high_mask(self.spec, self._room.take(rows)))
 
-    def low_rows(self, high: Ints, rows: Ints | None = None) -> NDArray[np.float32]:
+    def low_rows(self, high: Ints, rows: Ints | None = None) -> Floats32:
         """The second agent's observations after the first one's action, [n, width]."""
         room = self._room.take(self._everyone if rows is None else rows)
         modes = modes_that_fit(self.spec, parts(self.spec.high, high)["mode"], room)
@@ -316,7 +306,7 @@ class VectorEnv:
             slot_s=SLOT_S, current=None if first else self.choice.take(rows),
         )  # fmt: skip
 
-    def _judged(self, high: Ints, low: Ints | None, rows: Ints) -> tuple[Choice, NDArray[np.bool_]]:
+    def _judged(self, high: Ints, low: Ints | None, rows: Ints) -> tuple[Choice, Bools]:
         """What is decided, and whether someone waits and other knobs (default, highest price) lead elsewhere, [n]."""
         waits = self.simulator.next_tokens[rows] > 1
         at = np.flatnonzero(waits)

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from splitray.arrays import Floats, Ints
 from splitray.planners.protocol import RequestShape
 from splitray.rl.world.cell import USUAL, References
 from splitray.sim.traces import gilbert_elliott, log_ar1
 from splitray.sim.workload import Requests, bursty, poisson
 from splitray.topology import Topology
 
-Floats = NDArray[np.float64]
 USERS = (16, 32, 64)  # of one cloud
 _OWN_MOST = 0.6  # of a line's time, at a load of _HEAVY under cloud_only and an idle cloud
 _HEAVY = 0.95
@@ -68,7 +67,7 @@ class Weather:
     link_bytes_per_s: Floats
     rtt_s: Floats
     requests: tuple[Requests, ...]  # N
-    pool: NDArray[np.int64]  # [N], instances of one number share a cloud
+    pool: Ints  # [N], instances of one number share a cloud
 
     @property
     def num_instances(self) -> int:
