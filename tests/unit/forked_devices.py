@@ -25,7 +25,7 @@ class Nursery:
     def __init__(self) -> None:
         self._socket, there = socket.socketpair()
         with there:
-            self._process = subprocess.Popen([sys.executable, __file__], stdin=there)
+            self._process = subprocess.Popen([sys.executable, __file__], stdin=there.fileno())
 
     def fork(self) -> "Forked":
         """A device process, which waits for its order on stdin."""
