@@ -5,6 +5,7 @@ Ray starts, places and watches; orders and tensors go over splitray's own socket
 
 import contextlib
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,6 +75,7 @@ class RayFleet(Fleet):
         self._actors: dict[str, ActorHandle] = {}
         self._ends: dict[ray.ObjectRef, str] = {}  # a pending call for each living device; it ends when the device does
         self._dead: dict[str, str] = {}
+        self._lock, self._closed = threading.RLock(), False  # restarts run side by side, and beside `dead`
         self._demands: dict[str, dict[str, float]] = {}  # what each device asked for at first: a node may be gone since
 
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
@@ -102,11 +104,12 @@ class RayFleet(Fleet):
 
     def dead(self) -> dict[str, str]:
         """Devices whose actor has died or stopped serving. Does not wait."""
-        if self._ends and not ray.is_initialized():  # ray.wait would start a new cluster
-            return dict.fromkeys(self._actors, "this process has left the Ray cluster")
-        for ref in self._ended(0.0):
-            self._dead[self._ends.pop(ref)] = _end(ref)
-        return dict(self._dead)
+        with self._lock:
+            if self._ends and not ray.is_initialized():  # ray.wait would start a new cluster
+                return dict.fromkeys(self._actors, "this process has left the Ray cluster")
+            for ref in self._ended(0.0):
+                self._dead[self._ends.pop(ref)] = _end(ref)
+            return dict(self._dead)
 
     def restart(self, device: Device) -> Endpoint:
         """Start a dead device's actor anew, on any node that offers what it asks for: its own may be gone.
@@ -114,19 +117,25 @@ class RayFleet(Fleet):
         Raises:
             DeviceLost: there is no room, or it did not come up.
         """
-        before = self._actors.pop(device.id, None)
-        self._ends = {ref: d for ref, d in self._ends.items() if d != device.id}
+        with self._lock:
+            before = self._actors.pop(device.id, None)
+            self._ends = {ref: d for ref, d in self._ends.items() if d != device.id}
         if before is not None:
             ray.kill(before)
         try:
             demands, nodes = self._seated([device])
         except InputError as error:
             raise DeviceLost(f"{device.id}: {error}") from error
-        actor = self._actors[device.id] = self._actor(device, demands[device.id], nodes[device.id])
+        with self._lock:
+            if self._closed:
+                raise DeviceLost(f"{device.id}: the fleet is closed")
+            actor = self._actors[device.id] = self._actor(device, demands[device.id], nodes[device.id])
         refs = (actor.endpoint.remote(), actor.ping.remote())
-        endpoint, self.seats[device.id] = self._answers(device.id, refs, time.monotonic() + self._start_s)
-        self._ends[actor.until_stopped.remote()] = device.id
-        self._dead.pop(device.id, None)
+        endpoint, seat = self._answers(device.id, refs, time.monotonic() + self._start_s)
+        with self._lock:
+            self.seats[device.id] = seat
+            self._ends[actor.until_stopped.remote()] = device.id
+            self._dead.pop(device.id, None)
         return endpoint
 
     def pid(self, device: str) -> int:
@@ -135,6 +144,8 @@ class RayFleet(Fleet):
 
     def close(self) -> None:
         """Stop every device; nothing is left running. Idempotent."""
+        with self._lock:
+            self._closed = True
         if ray.is_initialized():
             self._stop()
         self._actors, self._ends = {}, {}
@@ -166,7 +177,7 @@ class RayFleet(Fleet):
             if nodes is not None:
                 self._demands |= demands
                 return demands, nodes
-            if time.monotonic() > give_up:
+            if time.monotonic() > give_up or self._closed:
                 raise no_room(demands, offered, list(free.values()))
             time.sleep(_LOOK_S)  # a fleet that has just closed may free its resources yet
 

@@ -67,7 +67,6 @@ class EngineQueue:
         """Launch the engine and wait for it; whatever the launch raises comes out here."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._closing = threading.Event()
-        self._lost: str | None = None
         try:
             self.engine = self._thread.submit(launch).result()
         except BaseException:
@@ -77,14 +76,14 @@ class EngineQueue:
     @property
     def lost(self) -> str | None:
         """Why the engine cannot run any more, or None."""
-        return self._lost or self.engine.lost
+        return self.engine.lost
 
     async def stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[int, None]:
         """New ids as they come. Leaving the loop, or being cancelled, cancels the run at its next token.
 
         Raises:
             InputError: the engine refuses the input.
-            DeviceLost: a device died, now or before.
+            DeviceLost: a device died and the run could not go on without it; a later one may, unless `lost` says no.
         """
         loop, arrived, left = asyncio.get_running_loop(), asyncio.Queue[Any](), threading.Event()
 
@@ -130,9 +129,6 @@ class EngineQueue:
             finally:
                 if isinstance(tokens, Generator):
                     tokens.close()
-        except DeviceLost as error:
-            self._lost = str(error)
-            hand_over(error)
         except Exception as error:  # a boundary: the caller is on another thread
             hand_over(error)
         hand_over(_END)

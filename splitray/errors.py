@@ -9,6 +9,8 @@ class InputError(ValueError):
 
     def __init__(self, what: str, *, expected: object, actual: object, remedy: str) -> None:
         self.what, self.expected, self.actual, self.remedy = what, str(expected), str(actual), remedy
+        self.devices: tuple[str, ...] = ()
+        """The devices that refused it, where devices did."""
         super().__init__(f"{what}: expected {expected}, got {actual}; {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -55,3 +57,11 @@ def unsplittable(what: str, expected: str, actual: object) -> ModelError:
 
 class DeviceLost(RuntimeError):  # noqa: N818 - a noun: a state of the world, not a slip of the user
     """A device process died, closed its connection, or missed its deadline."""
+
+
+class DeviceFailed(RuntimeError):  # noqa: N818 - likewise
+    """A device lives and could not do what it was told: no memory, no file, a fault in a kernel."""
+
+    def __init__(self, why: str, devices: tuple[str, ...]) -> None:
+        super().__init__(why)
+        self.devices = devices

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import fsspec
+import msgspec
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -134,10 +135,51 @@ class Store:
             holding.write(session, KvPiece(piece.layer, both), saved.start, k, v)
             yield piece, both.count
 
-    def write_manifest(self, session: int, files: Sequence[Saved], ids: Sequence[Sequence[int]]) -> None:
-        """What there is of a session, and its token ids so far, for whoever comes after the engine itself is gone."""
-        document = {"session": session, "ids": [list(i) for i in ids], "files": [asdict(f) for f in files]}
-        self._write(f"{self.root}/manifest.json", json.dumps(document).encode())
+    def write_manifest(self, session: int, start: int, files: Sequence[Saved], ids: Sequence[Sequence[int]]) -> None:
+        """What one checkpoint adds: its files, and the token ids from position `start` on.
+
+        A file of its own each time, so that a checkpoint costs the same early and late in a run.
+        """
+        document = {"session": session, "start": start, "ids": [list(i[start:]) for i in ids],
+                    "files": [asdict(f) for f in files]}  # fmt: skip
+        self._write(f"{self.root}/manifest-{start:09d}.json", json.dumps(document).encode())
+
+    def manifest(self) -> tuple[list[Saved], list[list[int]]]:
+        """All files of a session without a gap from position 0, and its token ids, for whoever comes after the engine.
+
+        Parts that a later checkpoint has overtaken are left out.
+        """
+        files: list[Saved] = []
+        ids: list[list[int]] = []
+        for path in sorted(self.fs.glob(f"{self.root}/manifest-*.json")):
+            with self.fs.open(path, "rb") as file:
+                part = json.loads(file.read())
+            start = files[-1].stop if files else 0
+            if part["start"] == start and part["files"]:
+                files += [msgspec.convert(f, Saved) for f in part["files"]]
+                before = ids or [[] for _ in part["ids"]]
+                ids = [row[:start] + new for row, new in zip(before, part["ids"], strict=True)]
+        return files, ids
+
+    def check(self) -> None:
+        """See that something can be written, read and deleted.
+
+        Raises:
+            InputError: it cannot.
+        """
+        path = f"{self.root}/check-{uuid.uuid4().hex[:8]}"
+        try:
+            self._write(path, b"splitray")
+            with self.fs.open(path, "rb") as file:
+                found = file.read()
+            self.fs.rm(path)
+        except StoreError as error:
+            raise InputError("checkpoint store", expected="a place to write to",
+                             actual=f"{self.url} ({type(error).__name__}: {error})",
+                             remedy="make it, or give another one") from error  # fmt: skip
+        if found != b"splitray":
+            raise InputError("checkpoint store", expected="what was written", actual=f"{self.url}: {found!r}",
+                             remedy="give another one")  # fmt: skip
 
     def forget(self) -> None:
         """Delete the session's files; what cannot be deleted stays."""

@@ -40,10 +40,12 @@ class Fleet(Protocol):
         """Devices that have died, each with the reason."""
 
     def restart(self, device: Device) -> Endpoint:
-        """Start a dead device anew, or one that was not needed so far; returns where it listens now.
+        """Start a device anew, or one that was not needed so far; returns where it listens now.
+
+        Several are started side by side, each in a thread of its own; whatever is raised counts as a failed try.
 
         Raises:
-            DeviceLost: it does not come up.
+            DeviceLost: it does not come up, or the fleet is closed.
         """
 
     def close(self) -> None:
@@ -60,20 +62,31 @@ class ThreadFleet:
         self.hosts: dict[str, ShardHost] = {}
         self._killed: dict[str, str] = {}
         self._threads: list[threading.Thread] = []
+        self._lock, self._closed = threading.Lock(), False
 
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the threads."""
-        return {device.id: self.restart(device) for device in devices}
+        self._closed = False
+        return {device.id: self._started(device) for device in devices}
 
     def restart(self, device: Device) -> Endpoint:
         """Start one thread."""
-        host = ShardHost(device.id, token=self.token, deadline_s=self._deadline_s, source=self._source)
-        thread = threading.Thread(target=host.serve, name=f"splitray-{device.id}", daemon=True)
-        thread.start()
-        self.hosts[device.id] = host
-        self._killed.pop(device.id, None)
-        self._threads.append(thread)
-        return host.endpoint
+        return self._started(device)
+
+    def _started(self, device: Device) -> Endpoint:
+        with self._lock:
+            if self._closed:
+                raise DeviceLost(f"{device.id}: the fleet is closed")
+            before = self.hosts.get(device.id)
+            if before is not None:
+                before.close()
+            host = ShardHost(device.id, token=self.token, deadline_s=self._deadline_s, source=self._source)
+            thread = threading.Thread(target=host.serve, name=f"splitray-{device.id}", daemon=True)
+            thread.start()
+            self.hosts[device.id] = host
+            self._killed.pop(device.id, None)
+            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            return host.endpoint
 
     def kill(self, device: str) -> None:
         """As if the device's process were killed: it forgets all and its sockets close (tests)."""
@@ -86,6 +99,8 @@ class ThreadFleet:
 
     def close(self) -> None:
         """Stop and join the threads."""
+        with self._lock:
+            self._closed = True
         for host in self.hosts.values():
             host.close()
         for thread in self._threads:
@@ -102,9 +117,12 @@ class ProcessFleet:
         self.token = new_token()
         self._threads, self._deadline_s = threads, deadline_s
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._starting: set[str] = set()
+        self._lock, self._closed = threading.Lock(), False
 
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the processes side by side and wait until each one listens."""
+        self._closed = False
         for device in devices:
             self._spawn(device)
         return {device.id: self._endpoint(device.id) for device in devices}
@@ -116,7 +134,8 @@ class ProcessFleet:
             before.kill()
             before.wait()
             _close_pipes(before)
-        self._spawn(device)
+        with self._lock:  # so that none is left behind by `close`
+            self._spawn(device)
         return self._endpoint(device.id)
 
     def host_of(self, device: str) -> str:
@@ -128,6 +147,8 @@ class ProcessFleet:
         return []
 
     def _spawn(self, device: Device) -> None:
+        if self._closed:
+            raise DeviceLost(f"{device.id}: the fleet is closed")
         environment = dict(os.environ)
         for name in THREAD_VARIABLES:
             environment[name] = str(self._threads)
@@ -146,6 +167,7 @@ class ProcessFleet:
             start_new_session=True,
         )
         self._processes[device.id] = process
+        self._starting.add(device.id)
         assert process.stdin is not None, "stdin is a pipe"
         with contextlib.suppress(BrokenPipeError):  # it has ended already: reading its endpoint says so
             process.stdin.write(json.dumps(order).encode() + b"\n")
@@ -161,6 +183,7 @@ class ProcessFleet:
             line = process.stdout.readline()
         finally:
             timer.cancel()
+            self._starting.discard(device)
         if not line:
             code = process.wait()
             raise DeviceLost(f"{device}: its process ended at start with exit code {code}")
@@ -172,15 +195,19 @@ class ProcessFleet:
 
     def dead(self) -> dict[str, str]:
         """Processes that ended."""
-        codes = {name: p.poll() for name, p in self._processes.items()}
+        codes = {name: p.poll() for name, p in list(self._processes.items())}  # one may be starting
         return {name: f"its process ended with exit code {code}" for name, code in codes.items() if code is not None}
 
     def close(self) -> None:
         """End the processes: by closing their stdin, then by force."""
+        with self._lock:
+            self._closed = True
         for process in self._processes.values():
             assert process.stdin is not None, "stdin is a pipe"
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
+        for device in self._starting & self._processes.keys():  # it would hear of it only when it has started
+            self._processes[device].kill()
         for process in self._processes.values():
             try:
                 process.wait(timeout=5)

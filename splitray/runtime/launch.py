@@ -19,6 +19,7 @@ from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.quality.surrogate_accuracy import accuracy_of
+from splitray.runtime.checkpoint import Store
 from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.policy import Recovery
@@ -179,6 +180,8 @@ def launch_engine(
         as_codec(codec)  # a wrong name is refused before anything starts
     if replan is not None:
         make_planner(replan)  # likewise
+    if recovery is not None and recovery.store is not None:
+        Store(recovery.store).check()
     way = as_channel(channel) if isinstance(channel, str) else channel
     fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import threading
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from families import family_model
 from splits import greedy, slow_devices, split
 
 from splitray.arch import Range
-from splitray.errors import DeviceLost, InputError, ModelError
+from splitray.errors import DeviceLost, InputError
 from splitray.model.kv_cache import KvPiece
 from splitray.model.reading import StateDictSource
 from splitray.placement import LayerPlacement, Placement, Shares
@@ -231,7 +229,7 @@ def test_a_damaged_checkpoint_is_found_and_what_is_older_is_used(tmp_path, damag
         reached = engine.faults[0].replayed
         assert reached >= 15 + len(PROMPT) - older > 0, "from the older one, and not from the damaged one"
         assert reached < 15 + len(PROMPT) + 4, "not from the beginning"
-    files = [msgspec.convert(f, Saved) for f in json.loads(next(tmp_path.rglob("manifest.json")).read_text())["files"]]
+    files, _ = Store(str(next(tmp_path.iterdir()))).manifest()
     for device in ("edge0", "cloud0"):
         held = sorted((f.start, f.stop) for f in files if f"/{device}-" in f.path)
         assert [0, *(stop for _, stop in held)][:-1] == [start for start, _ in held], "without a gap"
@@ -294,7 +292,7 @@ def test_two_engines_may_have_one_store(tmp_path, monkeypatch):
         monkeypatch.setattr(Store, "forget", forgets)
         with split(model, planner="even", recovery=recovery) as engine:
             list(engine.stream(PROMPT, GREEDY))
-        assert len(list(tmp_path.rglob("manifest.json"))) == there, "each deletes its own"
+        assert len(list(tmp_path.rglob("manifest-000000000.json"))) == there, "each deletes its own"
 
 
 def test_a_device_without_a_way_to_the_store_reads_the_tokens_again(tmp_path, monkeypatch):
@@ -322,12 +320,13 @@ def test_a_device_that_comes_back_with_other_weights_is_refused(planner, victim,
     recovery = Recovery(backoff=Backoff(budget_s=2.0))
     with (
         split(model, devices=2, planner=planner, recovery=recovery) as engine,
-        pytest.raises(ModelError, match="same checkpoint"),
+        pytest.raises(DeviceLost, match="same checkpoint") as lost,
     ):
         for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
             if n == 3:
                 engine.fleet._source = other
                 engine.fleet.kill(victim)
+    assert f"{victim}'" in str(lost.value), "by name"
 
 
 def test_who_was_left_out_and_comes_back_with_other_weights_stays_out(monkeypatch, caplog):
@@ -417,11 +416,29 @@ def test_a_manifest_names_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "forget", lambda *_: None)
     with split(model, devices=2, planner="even", recovery=Recovery(store=str(tmp_path), every_tokens=4)) as engine:
         assert len(list(engine.stream(PROMPT, GREEDY))) == NEW_TOKENS
-    (manifest,) = tmp_path.rglob("manifest.json")
-    document = json.loads(manifest.read_text())
-    files = [msgspec.convert(f, Saved) for f in document["files"]]
-    assert len(document["ids"][0]) > len(PROMPT) and {Path(f.path).exists() for f in files} == {True}
-    assert all(Store(str(tmp_path)).read(f) for f in files)
+    (store,) = (Store(str(folder)) for folder in tmp_path.iterdir())
+    files, ids = store.manifest()
+    assert len(ids[0]) > len(PROMPT) and ids[0][: len(PROMPT)] == PROMPT
+    assert {Path(f.path).exists() for f in files} == {True} and files[-1].stop <= len(ids[0])
+    assert all(store.read(f) for f in files)
+    parts = sorted(tmp_path.rglob("manifest-*.json"))
+    assert len(parts) >= 4
+    sizes = [p.stat().st_size for p in parts]
+    assert max(sizes) < 2 * min(sizes), "each tells what is new only"
+
+
+def test_a_manifest_leaves_out_what_a_later_checkpoint_has_overtaken(tmp_path):
+    store = Store(str(tmp_path))
+
+    def saved(start, stop):
+        return Saved(f"x-{start}-{stop}", "0", 1, start, stop, ((0, 0, 1),))
+
+    ids = [list(range(100, 130))]
+    for start, stop in ((0, 4), (4, 8), (8, 12), (4, 10), (10, 14)):
+        store.write_manifest(1, start, [saved(start, stop)], [ids[0][: stop + 1]])
+    files, found = store.manifest()
+    assert [(f.start, f.stop) for f in files] == [(0, 4), (4, 10), (10, 14)]
+    assert found == [ids[0][:15]]
 
 
 def test_an_engine_that_closes_while_a_device_comes_back_leaves_nothing(tmp_path):

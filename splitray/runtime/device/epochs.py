@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -34,6 +35,11 @@ class Epochs:
         self.staged: Holding | None = None
         self.previous: Holding | None = None
         self.ready: Holding | None = None
+        self._loaded: Holding | None = None
+        """Read for a placement that did not come to run."""
+        self._staging, self._loading = threading.Lock(), 0
+        self._ended: set[int] = set()
+        """Sessions that have ended since a placement that is being staged was begun."""
         self._token, self._source = token, source
         self._junction = Junction()
 
@@ -66,29 +72,48 @@ class Epochs:
 
     def forget(self) -> None:
         """Hold nothing."""
-        self.current = self.staged = self.previous = self.ready = None
+        self.current = self.staged = self.previous = self.ready = self._loaded = None
 
     def end(self, session: int) -> None:
         """Free a session's KV."""
+        if self._loading:
+            self._ended.add(session)
         for holding in (self.current, self.staged, self.previous):
             if holding is not None:
                 holding.caches.pop(session, None)
 
     def make_ready(self, assignment: Assignment, lenders: Sequence[Lender]) -> None:
         """Read what is to be held if another device is lost."""
-        self.ready = self._build(assignment, lenders, None)
+        donor = self.ready if self.ready is not None and self.ready.assignment.spec == assignment.spec else None
+        self.ready = None
+        self.ready = self._build(assignment, lenders, donor, old=self.staged or self.current)
 
     def stage(self, order: StageOrder) -> Staged:
         """Read the slices of the next placement and copy the KV that there is; what runs goes on."""
-        self.staged = None
-        staged = self._build(order.assignment, order.lenders, self.ready)
-        copied, valid, copying = 0, {}, time.monotonic()
-        for session in order.sessions:
-            copied += self.copy(staged, session)
-            valid[session.id] = session.stop
-            if session.lost:
-                valid[session.id] = staged.caches[session.id].written = _restored(staged, session)
-        self.staged = staged
+        spec = order.assignment.spec
+        with self._staging:
+            kept = next((h for h in (self.staged, self._loaded) if h and h.assignment.spec == spec), None)
+            self.staged = self._loaded = None
+            self._loading += 1
+        try:
+            staged = self._build(order.assignment, order.lenders, kept or self.ready)
+            self._loaded = staged  # if a copy fails: the next try need not read it again
+            copied, valid, copying = 0, {}, time.monotonic()
+            for session in order.sessions:
+                copied += self.copy(staged, session)
+                valid[session.id] = session.stop
+                if session.lost:
+                    valid[session.id] = staged.caches[session.id].written = _restored(staged, session)
+            with self._staging:  # two may be loaded at once, where a fault comes between: the later one is to run
+                for ended in self._ended:
+                    staged.caches.pop(ended, None)
+                if self.staged is None or self.staged.epoch < staged.epoch:
+                    self.staged, self._loaded = staged, None
+        finally:
+            with self._staging:
+                self._loading -= 1
+                if not self._loading:
+                    self._ended.clear()
         return Staged(fingerprint=staged.source.fingerprint(), copied_bytes=copied,  # type: ignore[attr-defined]
                       copy_s=time.monotonic() - copying, valid=valid)  # fmt: skip
 
@@ -153,7 +178,7 @@ class Epochs:
         shard = held.shard if held else None
         return Stats(
             weight_bytes=weight_bytes([h.shard for h in (held, self.ready) if h and h.shard]),
-            kv_bytes=sum(c.num_bytes for c in held.caches.values()) if held else 0,
+            kv_bytes=sum(c.num_bytes for c in list(held.caches.values())) if held else 0,
             checkpoint_bytes_read=shard.source.bytes_read if shard else 0,
             rss_anon_bytes=rss_anon_bytes(),
             cpu_s=time.process_time(),
@@ -165,9 +190,11 @@ class Epochs:
             lean=bool(shard and shard.lean),
         )
 
-    def _build(self, assignment: Assignment, lenders: Sequence[Lender], ready: Holding | None) -> Holding:
+    def _build(
+        self, assignment: Assignment, lenders: Sequence[Lender], ready: Holding | None, old: Holding | None = None
+    ) -> Holding:
         return build(assignment, device=self.device, wire=self.wire, junction=self._junction, memory=self._source,
-                     old=self.current, ready=ready, lenders=lenders, token=self._token)  # fmt: skip
+                     old=old or self.current, ready=ready, lenders=lenders, token=self._token)  # fmt: skip
 
 
 def _restored(staged: Holding, session: Succeeding) -> int:

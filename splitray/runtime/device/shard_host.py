@@ -244,7 +244,6 @@ class ShardHost:
         messages.DecodeOrder: _decode,
         messages.StepOrder: _step,
         messages.EndOrder: lambda self, order: self.epochs.end(order.session),
-        messages.StatsOrder: lambda self, _: self.epochs.stats(),
         messages.EchoOrder: _echo,
         messages.SpeedsOrder: lambda self, order: speeds(cold_bytes=order.cold_bytes),
         messages.LeaveOrder: lambda self, _: self._forget(),

@@ -102,6 +102,7 @@ class Side:
         messages.ReachOrder: lambda self, order: probes.reach(order, self._token),
         messages.ProbeOrder: lambda self, order: probes.probe(order, self._token, self._pace),
         messages.BounceOrder: lambda self, order: probes.bounce(self._channel, order),
+        messages.StatsOrder: lambda self, _: self._epochs.stats(),
         messages.AbortOrder: _abort,
         messages.StageOrder: lambda self, order: self._epochs.stage(order),
         messages.ReadyOrder: _ready,

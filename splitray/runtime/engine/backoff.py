@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from splitray.errors import InputError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
@@ -27,6 +29,15 @@ class Backoff:
     young_s: float = 10.0
     often_s: float = 0.2
     budget_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("first_s", "most_s", "young_s", "often_s", "budget_s"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise InputError(f"{name} of the backoff", expected="at least 0 s", actual=value, remedy="give one")
+        if self.most_s < self.first_s:
+            raise InputError("most_s of the backoff", expected=f"at least first_s = {self.first_s:g} s",
+                             actual=f"{self.most_s:g} s", remedy="raise it, or lower first_s")  # fmt: skip
 
     def waits(self, rng: random.Random | None = None) -> Iterator[float]:
         """Seconds before each next look (full jitter in the upper half), until the budget is spent."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from splitray.runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+_KEPT = 1000  # decisions that are remembered
 _PAUSE_STEPS = 2.0  # decode steps that a switch may cost
 
 
@@ -262,6 +263,7 @@ class Controller:
             action=action, predicted_tpot_s=desired.tpot_s, current_tpot_s=observed.tpot_s, at_token=tokens
         )
         self.decisions.append(decision)
+        del self.decisions[:-_KEPT]
         return decision
 
 

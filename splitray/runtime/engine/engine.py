@@ -5,7 +5,6 @@ It awaits one value a token; between tokens the devices talk to each other. It d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +23,8 @@ from splitray.runtime.engine.epoch import Epoch, Next
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.protection import Protection
-from splitray.runtime.engine.recovery import Fault, make_ready
+from splitray.runtime.engine.recovery import Fault
+from splitray.runtime.engine.returns import Returns
 from splitray.runtime.engine.run_report import Meter, RunReport
 from splitray.runtime.engine.segment import segment
 from splitray.runtime.engine.session import Session, check_prompt
@@ -36,6 +36,8 @@ from splitray.runtime.sampling import Sampling
 from splitray.runtime.wire.messages import EndOrder, PaceOrder, StatsOrder
 from splitray.runtime.wire.packing import to_plain
 from splitray.topology import Topology
+
+_STATS_S = 10.0
 
 
 class Engine:
@@ -75,6 +77,8 @@ class Engine:
             DeviceLost: a device did not come up.
         """
         validate(placement, arch, topology)
+        if recovery is not None:
+            recovery.check(topology)
         self.arch, self.tokenizer, self.model_path, self.fleet = arch, tokenizer, str(model_path), fleet
         self.report: RunReport | None = None
         self.tokens = 0
@@ -92,7 +96,7 @@ class Engine:
             self.members.start([topology.device(d) for d in topology.ids if d in first.route.devices])
             self.succession.stage(first, [])
             self.succession.switch(first, [])
-            make_ready(self.members, self.succession)
+            self._upkeep.begin()
         except BaseException:
             self.close()
             raise
@@ -136,6 +140,11 @@ class Engine:
     def faults(self) -> list[Fault]:
         """The faults that were met and mended, in order."""
         return self._upkeep.faults
+
+    @property
+    def _returns(self) -> Returns | None:
+        """Who looks after devices beside the runs (soak tests look at it)."""
+        return self._upkeep.returns
 
     @property
     def lost(self) -> str | None:
@@ -204,9 +213,7 @@ class Engine:
     def _end(self, session: int) -> None:
         """Free a session's KV; nobody waits for an answer."""
         if self.lost is None:
-            for device in self.members.connected:
-                with contextlib.suppress(DeviceLost):
-                    self.members.order(device, EndOrder(session=session))
+            self.members.tell_all(EndOrder(session=session))
 
     def step(self, forward: Forward) -> Tensor:
         """One forward for a caller that samples itself (runtime/hf.py).
@@ -236,6 +243,8 @@ class Engine:
     def migrate(self, placement: Placement, *, topology: Topology | None = None, copies_kv: bool = True) -> Next:
         """Stage another placement in the background; it takes over between two tokens of the run, or now if none runs.
 
+        A `topology` that is given is from then on all that there is: devices that it leaves out are not waited for.
+
         The KV of the run is copied meanwhile or, without `copies_kv`, computed anew from its tokens at the switch: less
         to send where KV is larger than the states of a prompt, and nothing where the new placement is one device.
 
@@ -245,12 +254,22 @@ class Engine:
         Raises:
             InputError: the placement does not fit, or another one is on its way.
         """
-        return self._upkeep.migrate(placement, topology or self.topology, copies_kv=copies_kv)
+        return self._upkeep.migrate(
+            placement, topology or self.topology, copies_kv=copies_kv, lasting=topology is not None
+        )
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Memory, bytes and CPU seconds of every device."""
-        with self.alone():
-            return {d: to_plain(s) for d, s in self.members.all_say(StatsOrder()).items()}
+        """Memory, bytes and CPU seconds of every device that is there; also while a run goes on.
+
+        Raises:
+            DeviceLost: a device that the run needs gives no answer.
+        """
+        self.members.usable()
+        found = self.members.ask(dict.fromkeys(self.members.endpoints, StatsOrder()), within_s=_STATS_S, some=True)
+        missing = [str(d) for d in self.route.devices if d not in found]
+        if missing:
+            raise DeviceLost(f"{', '.join(missing)}: no answer; ask again when the fault is mended")
+        return {d: to_plain(s) for d, s in found.items()}
 
     def slow_links(self, bytes_per_s: float) -> None:
         """Let devices send to each other as slowly as a link of that rate would take it, 0: as fast as it goes.
@@ -262,8 +281,8 @@ class Engine:
     def close(self) -> None:
         """Stop every device. Idempotent."""
         self.members.lost = self.lost or "the engine is closed"
-        self._upkeep.close()
         self.members.close()
+        self._upkeep.close()
 
     def __enter__(self) -> Self:
         """Use the engine as a context: it closes itself."""

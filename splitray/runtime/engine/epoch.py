@@ -120,6 +120,8 @@ class Next:
     epoch: Epoch
     copies_kv: bool = True
     """Whether the run's KV is copied; if not, the new placement reads its tokens again."""
+    lasting: bool = False
+    """Whether its topology is from now on all that there is to be."""
     sessions: list[Kept] = field(default_factory=list)
     staged: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
@@ -222,12 +224,16 @@ def the_same_weights(answers: Mapping[str, Staged], before: str | None) -> str:
     Raises:
         ModelError: says who has which.
     """
-    prints = {d: a.fingerprint for d, a in answers.items()} | ({} if before is None else {"before": before})
-    if len(set(prints.values())) > 1:
-        raise ModelError(
+    prints = {d: a.fingerprint for d, a in answers.items()}
+    right = before or next(iter(prints.values()))
+    wrong = {d: found for d, found in prints.items() if found != right}
+    if wrong:
+        error = ModelError(
             "weights of the devices",
             expected="the same checkpoint on every device",
-            actual=prints,
+            actual=prints if before is None else {**wrong, "the others": right},
             remedy="copy one checkpoint to every model_path",
         )
-    return str(next(iter(prints.values())))
+        error.devices = tuple(wrong) if before is not None else ()
+        raise error
+    return right

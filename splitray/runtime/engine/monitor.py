@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from splitray.cost import memory_bytes
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.epoch import Epoch
 from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.policy import without
 from splitray.runtime.engine.session import Session
 from splitray.runtime.wire.answers import LinkRates, MachineLoad
 from splitray.runtime.wire.messages import BusyOrder, ProbeOrder
@@ -164,8 +165,13 @@ class Monitor:
             self._thread.join()
 
     def topology(self) -> Topology:
-        """The engine's topology with what is known of its links; links that do not answer are left out."""
-        return self.estimates.seen(self.engine.now.topology, time.monotonic())
+        """The engine's topology with what is known of its links.
+
+        Links that do not answer are left out, and so are devices that are not there and could not be started.
+        """
+        now, members = self.engine.now, self.engine.members
+        away = [d for d in members.starts.failures if d not in members.endpoints and d not in now.route.devices]
+        return self.estimates.seen(without(now.topology, away) if away else now.topology, time.monotonic())
 
     def look(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Probe links, each in both directions, one after the other."""
@@ -221,7 +227,7 @@ class Monitor:
                     self.look(pairs)
                     if looks % _DEVICES_EVERY == 0:
                         self.look_at_devices()
-                except (DeviceLost, InputError, KeyError) as error:  # a device that is gone is the recovery's business
+                except (DeviceLost, DeviceFailed, InputError, KeyError) as error:  # the recovery's business
                     logger.info("no look this time: %s", error)
                 looks, probed_s = looks + 1, time.monotonic()
                 tokens, at_s = self.engine.tokens, probed_s  # probes share the link: they are not the tokens' pace

@@ -5,11 +5,12 @@ Values only: nothing here knows a connection, a run or a device that lives. Doin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from splitray.arch import ModelArch
-from splitray.errors import DeviceLost
+from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
@@ -28,7 +29,8 @@ class Recovery:
         store: URL or folder of checkpoints that all devices reach; without one, lost KV is computed from the tokens.
         every_tokens: between checkpoints; by default Young's period for `failures_per_s` and the measured cost.
         failures_per_s: how often a device is expected to fail, for that period.
-        restarts: how often each device may be started anew, in `restarts_within_s`.
+        restarts: how often each device may be started anew, in `restarts_within_s`: what counts are deaths of a device
+            that had come up, not tries while its host is away. Looks never end while the engine lives.
         replan: a planner (a name or an object), or a function that gives the placement that does without lost devices.
             It is tried before they are started anew; None: there is to be none.
         stand_by: devices for whose loss the others hold the slices ready that `replan` gives them then.
@@ -53,6 +55,27 @@ class Recovery:
     def __post_init__(self) -> None:
         if isinstance(self.replan, str):
             make_planner(self.replan)  # a wrong name is refused now, and not when a device is lost
+        least = {"every_tokens": 1, "restarts": 0, "restarts_within_s": 0.0, "patience_s": 0.0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value:
+                raise _wrong(name, f"at least {bound}", value, "give a larger one")
+        for name in ("failures_per_s", "stall_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise _wrong(name, "a positive number", getattr(self, name), "give one")
+        if self.stand_by and self.replan is None:
+            raise _wrong("stand_by", "a planner for the others", "replan=None", "give replan, or leave stand_by out")
+
+    def check(self, topology: Topology) -> None:
+        """See that the devices of `stand_by` are known.
+
+        Raises:
+            InputError: says which are not.
+        """
+        unknown = [d for d in self.stand_by if d not in topology.ids]
+        if unknown:
+            raise _wrong("stand_by", f"devices of the topology: {', '.join(topology.ids)}", ", ".join(unknown),
+                         "name devices that are there")  # fmt: skip
 
     def placement(self, arch: ModelArch, topology: Topology, context_tokens: int) -> Placement:
         """The placement on the devices that are left, by `replan`.
@@ -67,6 +90,10 @@ class Recovery:
         placement = self.replan(topology, context_tokens)
         validate(placement, arch, topology)
         return placement
+
+
+def _wrong(name: str, expected: str, actual: object, remedy: str) -> InputError:
+    return InputError(f"{name} of the recovery", expected=expected, actual=actual, remedy=remedy)
 
 
 def without(topology: Topology, out: Collection[str]) -> Topology:

@@ -77,7 +77,7 @@ class Protection:
         try:
             answers = self._members.ask(dict.fromkeys(map(str, now.route.devices), order), within_s=_WRITE_S)
             files = [a.file for a in answers.values() if a.file is not None]
-            self._store.write_manifest(session.number, [*session.saved, *files], session.ids)
+            self._store.write_manifest(session.number, start, files, session.ids)
         except (DeviceLost, InputError, RuntimeError, *StoreError) as error:
             if self._succession.now is not now or self._members.disturbed:
                 return  # not the store's fault; the next one comes soon

@@ -1,39 +1,62 @@
-"""Devices that were left out: looked for as long as the engine lives, and given back what they held."""
+"""What is done about devices beside the runs, as long as the engine lives: one thread looks every tenth of a second.
+
+Who dies off the route is left and brought back; who is there again gets pieces, in any placement that the planner has
+for those that are there; others hold the slices ready of whom the engine stands by for.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from splitray.errors import DeviceLost, InputError, ModelError
+from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.epoch import Epoch, Next
 from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.next_step import Step, next_step
 from splitray.runtime.engine.succession import Succession
 
 logger = logging.getLogger(__name__)
 _TICK_S = 0.1
+_REACH_S = 0.5
 
 
 class Returns:
-    """The devices that an engine misses; one thread looks for them while there are any."""
+    """Keeps the devices of an engine complete."""
 
-    def __init__(self, members: Members, succession: Succession, move: Callable[[Epoch], Next]) -> None:
-        """Nobody is missing. `move` lets the placement of an epoch take over from the one that runs."""
-        self._members, self._succession, self._move = members, succession, move
-        self._missing: set[str] = set()
+    def __init__(
+        self, members: Members, succession: Succession, *, move: Callable[[Step], Next], mend: Callable[[str], None],
+        ready: Callable[[Epoch], None],
+    ) -> None:  # fmt: skip
+        """Nobody is missing.
+
+        `move` lets a placement take over beside the runs; `mend` sees to a fault if no run is there to meet it; `ready`
+        lets others stand by in an epoch.
+        """
+        self._members, self._succession = members, succession
+        self._move, self._mend, self._ready = move, mend, ready
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._coming: Next | None = None
+        self._refused: dict[str, str] = {}
+        self._looked: tuple[frozenset[str], int] | None = None
+        """The devices that were there when the planner was asked last, and the epoch."""
+        self._incomplete_s: float | None = None
+        self._again_s = 0.0
+        self._waits = self._schedule()
 
-    def wait_for(self, devices: Sequence[str]) -> None:
-        """Start lost devices anew in the background, and give them back what they held."""
-        self._missing.update(devices)
-        if self._thread is None or not self._thread.is_alive():
-            whole = self._succession.whole
-            self._thread = threading.Thread(target=self._run, args=(whole,), name="splitray-return", daemon=True)
-            self._thread.start()
+    @property
+    def _missing(self) -> set[str]:
+        """Devices that are to be there and are not."""
+        return set(self._members.starts.absent)
+
+    def start(self) -> None:
+        """Look from now on, in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="splitray-return", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Look no more."""
@@ -41,35 +64,103 @@ class Returns:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, whole: Epoch) -> None:
-        members, succession = self._members, self._succession
-        assert members.recovery is not None, "asked for"
-        why: Exception | None
-        said = ""
-        for wait_s in replace(members.recovery.backoff, budget_s=math.inf).waits():  # a board may come back in an hour
+    def _schedule(self) -> Iterator[float]:
+        assert self._members.recovery is not None, "asked for"
+        return replace(self._members.recovery.backoff, budget_s=math.inf).waits()
+
+    def _run(self) -> None:
+        while not self._closed.wait(_TICK_S) and self._members.lost is None:
             try:
-                with succession.starting:
-                    for device in sorted(self._missing):
-                        if device not in members.endpoints:
-                            members.restart(device)
-                        members.reach(device)
-                        self._missing.discard(device)
-                if members.lost is not None:
-                    return
-                back = self._move(whole)
-                while not back.done.wait(_TICK_S):
-                    if members.lost is not None:
-                        return
-                if back.error is None and not self._missing:
-                    return
-                why = back.error
-            except (DeviceLost, InputError) as refused:
-                why = refused
-            away = ", ".join(d for d in whole.route.devices if d not in succession.now.route.devices)
-            if isinstance(why, ModelError) and str(why) != said:
-                said = str(why)
-                logger.warning("%s: back with what cannot be used: %s", away, said)
-            else:
-                logger.info("%s: not back yet: %s", away, why)
-            if self._closed.wait(wait_s):
-                return
+                if not self._members.disturbed:
+                    self._look()
+            except Exception as error:  # noqa: BLE001 - a boundary: the next look may find it mended
+                self._members.warn_once(f"looking after the devices: {type(error).__name__}: {error}")
+
+    def _look(self) -> None:
+        members, succession = self._members, self._succession
+        recovery, now = members.recovery, succession.now
+        assert recovery is not None, "asked for"
+        dead = members.dead()
+        if of_route := {d: why for d, why in dead.items() if d in now.route.devices}:
+            self._mend("; ".join(f"{d}: {why}" for d, why in of_route.items()))
+            return
+        for device in dead:
+            members.leave(device)
+        if recovery.fail_back:
+            succession.call_back(others=self._incomplete_for() > recovery.patience_s)
+        for device in members.endpoints.keys() - set(members.connected):
+            self._greet(device)
+        if self._coming is not None and not self._ended(self._coming):
+            return
+        if time.monotonic() < self._again_s:
+            return
+        self._refused.clear()
+        try:
+            if not self._step():
+                self._ready(succession.now)
+        except (InputError, DeviceLost, DeviceFailed) as error:
+            self._failed(error)
+
+    def _incomplete_for(self) -> float:
+        """Seconds since when less than what is wanted runs."""
+        if self._succession.now.placement == self._succession.whole.placement:
+            self._incomplete_s = None
+            return 0.0
+        self._incomplete_s = self._incomplete_s or time.monotonic()
+        return time.monotonic() - self._incomplete_s
+
+    def _greet(self, device: str) -> None:
+        """Connect to a device off the route; one that gives no answer is brought back like a dead one."""
+        members, topology = self._members, self._succession.whole.topology
+        try:
+            members.reach(device)
+        except DeviceLost:
+            if not members.disturbed and device in topology.ids and device not in self._succession.now.route.devices:
+                members.lose(topology, device)
+
+    def _step(self) -> bool:
+        """Begin a move if one is due."""
+        members, succession = self._members, self._succession
+        usable = frozenset(members.connected) - self._refused.keys()
+        if self._looked == (usable, succession.now.number):
+            return False
+        step = next_step(succession.wanted(0), succession.seen(usable))
+        if step.kind == "move":
+            self._check_ways(succession.now.moved(step.placement, step.topology, -1))
+            self._coming = self._move(step)
+            return True
+        if step.why != "a move is under way":
+            self._looked = usable, succession.now.number
+        return False
+
+    def _check_ways(self, epoch: Epoch) -> None:
+        """Refuse an epoch whose devices do not reach each other yet: a switch to it would stop the run.
+
+        Raises:
+            DeviceLost: says who does not reach whom.
+        """
+        for device, unreached in self._members.unreached(epoch.dials(), within_s=_REACH_S).items():
+            raise DeviceLost(f"{device} does not reach {', '.join(unreached)}")
+
+    def _ended(self, coming: Next) -> bool:
+        """Whether a move has come to its end, and what follows."""
+        if not coming.done.is_set():
+            return False
+        self._coming = None
+        if coming.error is None:
+            self._waits, self._again_s = self._schedule(), 0.0
+        else:
+            self._failed(coming.error)
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        self._looked = None
+        self._again_s = time.monotonic() + next(self._waits)
+        refusing = getattr(error, "devices", ())
+        self._refused |= dict.fromkeys(refusing, str(error))
+        if refusing:
+            self._members.warn_once(f"{', '.join(refusing)}: back with what cannot be used: {error}")
+        else:
+            logger.info("not complete yet: %s", error)
+        if refusing and self._step():  # the others need not wait for it
+            self._again_s = 0.0

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from splitray.errors import InputError
+from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement, validate
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
 from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.next_step import Seen, Wanted
 from splitray.runtime.wire.answers import Staged, Switched
 from splitray.topology import Topology
 
@@ -27,10 +28,8 @@ class Succession:
     def __init__(self, members: Members, first: Epoch, *, spin_s: float) -> None:
         """Nothing runs yet: `stage` and `switch` to the first one."""
         self.now, self.whole = first, first
-        """`whole` is what to go back to when all devices are there again."""
+        """`whole` is what was asked for, over all devices: what to go back to when they are there again."""
         self.next: Next | None = None
-        self.starting = threading.RLock()
-        """Held while devices are started, dialled or left out, by a run or beside it."""
         self._members, self._spin_s = members, spin_s
         self._last, self._naming = first.number, threading.Lock()
         self._weights: str | None = None
@@ -41,8 +40,35 @@ class Succession:
             self._last += 1
             return self.now.moved(placement, topology, self._last)
 
+    def wanted(self, context_tokens: int) -> Wanted:
+        """What is to run, and how to place it on some of the devices, see next_step.py."""
+        recovery, arch = self._members.recovery, self.now.arch
+        if recovery is None:
+            return Wanted(placement=self.whole.placement, topology=self.whole.topology, place=None)
+
+        def place(left: Topology) -> Placement:
+            assert recovery is not None, "seen to above"
+            return recovery.placement(arch, left, context_tokens)
+
+        return Wanted(placement=self.whole.placement, topology=self.whole.topology, fail_back=recovery.fail_back,
+                      place=None if recovery.replan is None else place)  # fmt: skip
+
+    def seen(self, usable: frozenset[str], *, stopped: bool = False, patient: bool = False) -> Seen:
+        """What there is, likewise."""
+        moving = self.next is not None and not self.next.done.is_set()
+        return Seen(placement=self.now.placement, topology=self.now.topology, usable=usable, stopped=stopped,
+                    patient=patient, moving=moving)  # fmt: skip
+
+    def call_back(self, *, others: bool = False) -> None:
+        """Have the devices brought back that are not there any more; with `others` also those never needed so far."""
+        starts, needed = self._members.starts, self.now.route.devices
+        for device in {*self.whole.topology.devices, *self.now.topology.devices}:
+            known = starts.was_there(device.id) or device.id in needed
+            if device.id not in self._members.endpoints and (known or others):
+                starts.keep(device)
+
     def ensure(self, epoch: Epoch) -> None:
-        """Start the devices of an epoch that were not needed so far."""
+        """Start the devices of an epoch that are not there."""
         self._members.ensure(epoch.topology.device(d) for d in epoch.route.devices)
 
     def stage(self, epoch: Epoch, sessions: Sequence[Kept], *, void: frozenset[str] = frozenset()) -> dict[str, Staged]:
@@ -72,8 +98,8 @@ class Succession:
         self.now, self._members.ways = epoch, epoch.dials()
         return answers
 
-    def begin(self, placement: Placement, topology: Topology, copies_kv: bool) -> Next:
-        """Give the next epoch its number.
+    def begin(self, placement: Placement, topology: Topology, copies_kv: bool, *, lasting: bool = False) -> Next:
+        """Give the next epoch its number; `lasting`: its topology is all that there is to be from then on.
 
         Raises:
             InputError: the placement does not fit, or another one is on its way.
@@ -82,24 +108,37 @@ class Succession:
         if self.next is not None and not self.next.done.is_set():
             raise InputError("migration", expected="one at a time", actual="another one on its way",
                              remedy="wait for it")  # fmt: skip
-        self.next = Next(self.following(placement, topology), copies_kv)
+        self.next = Next(self.following(placement, topology), copies_kv, lasting)
         return self.next
 
-    def prepare(self, coming: Next, sessions: Sessions) -> None:
-        """Stage the next epoch; its events `staged` and `done` tell what comes of it."""
+    def prepare(self, coming: Next, sessions: Sessions, ready: Callable[[Epoch], None]) -> None:
+        """Stage the next epoch; its events `staged` and `done` tell what comes of it.
+
+        `ready` is called when its devices hold their slices.
+        """
         started = time.perf_counter()
         try:
-            with self.starting:
-                self.ensure(coming.epoch)
-            with self._naming:
-                coming.sessions = sessions(coming)
-            answers = self.stage(coming.epoch, coming.sessions)
+            self.ensure(coming.epoch)
+            answers = self._staged(coming, sessions)
+            ready(coming.epoch)
             coming.staged_bytes = sum(a.copied_bytes for a in answers.values())
             coming.copy_s = max(a.copy_s for a in answers.values())
             coming.stage_s = time.perf_counter() - started
             coming.staged.set()
         except Exception as error:  # a boundary: whoever waits for it must learn it
             coming.fail(error)
+
+    def _staged(self, coming: Next, sessions: Sessions) -> dict[str, Staged]:
+        """Stage, again where a session has ended meanwhile whose KV was to be copied: the slices are there by then."""
+        while True:
+            with self._naming:
+                asked = coming.sessions = sessions(coming)
+            try:
+                return self.stage(coming.epoch, asked)
+            except DeviceLost:
+                left = {s.number for s in sessions(coming)}
+                if coming.done.is_set() or all(s.number in left for s in asked):
+                    raise
 
     def rewritten(self, session: int, position: int) -> None:
         """What was copied of a session from a position on is not what it has now."""
@@ -132,7 +171,8 @@ class Succession:
         except RuntimeError as error:  # a device is gone, or has failed
             coming.fail(error)
             raise
-        self.whole = coming.epoch
+        if coming.lasting or {*coming.epoch.topology.ids} >= {*self.whole.topology.ids}:
+            self.whole = coming.epoch
         coming.tail_bytes = sum(a.copied_bytes for a in answers.values())
         coming.pause_s = time.perf_counter() - started
         coming.done.set()

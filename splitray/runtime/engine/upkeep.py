@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 
 from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement
-from splitray.runtime.engine.epoch import Kept, Next
+from splitray.runtime.engine.epoch import Epoch, Kept, Next
 from splitray.runtime.engine.members import Members
-from splitray.runtime.engine.recovery import Fault, recovered
+from splitray.runtime.engine.next_step import Step
+from splitray.runtime.engine.recovery import Fault, make_ready, recovered
 from splitray.runtime.engine.returns import Returns
 from splitray.runtime.engine.session import Session
 from splitray.runtime.engine.stepping import Steps
 from splitray.runtime.engine.succession import Succession
 from splitray.topology import Topology
+
+_KEPT = 1000  # faults that are remembered
 
 
 class Upkeep:
@@ -29,11 +33,30 @@ class Upkeep:
         self.session: Session | None = None
         """The run that goes on, or None."""
         self.faults: list[Fault] = []
-        """Those that were mended."""
+        """The last ones that were mended."""
         self.working = threading.Lock()
         """Held while the devices are at work: one run, step or question at a time."""
+        self.returns: Returns | None = None
+        """Looks after devices beside the runs; None without a `Recovery`."""
         self._members, self._succession, self._steps = members, succession, steps
-        self._returns = Returns(members, succession, lambda e: self.migrate(e.placement, e.topology, copies_kv=True))
+        self._ready_for: int | None = None
+        self._stuck = (0, 0), 0.0, 0
+        """Session and token at which the last fault was met, since when, and how many in a row."""
+
+    def begin(self) -> None:
+        """The first epoch runs: let others stand by, and look after the devices from now on."""
+        self.ready(self._succession.now)
+        if self._members.recovery is not None:
+            self.returns = Returns(
+                self._members, self._succession, move=self._follow, mend=self._mend_at_rest, ready=self.ready
+            )
+            self.returns.start()
+
+    def ready(self, epoch: Epoch) -> None:
+        """Let others hold what they need if a device is lost in an epoch, unless they do."""
+        if epoch.number != self._ready_for:
+            make_ready(self._members, epoch)
+            self._ready_for = epoch.number
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -47,16 +70,21 @@ class Upkeep:
             yield
         self._take_over_at_rest()
 
-    def migrate(self, placement: Placement, topology: Topology, *, copies_kv: bool) -> Next:
+    def migrate(
+        self, placement: Placement, topology: Topology, *, copies_kv: bool = True, lasting: bool = False
+    ) -> Next:
         """See `Engine.migrate`."""
-        coming = self._succession.begin(placement, topology, copies_kv)
+        coming = self._succession.begin(placement, topology, copies_kv, lasting=lasting)
 
         def prepare() -> None:
-            self._succession.prepare(coming, self._kept)
+            self._succession.prepare(coming, self._kept, self.ready)
             self._take_over_at_rest()  # if there is no run, nobody else does
 
         threading.Thread(target=prepare, name="splitray-stage", daemon=True).start()
         return coming
+
+    def _follow(self, step: Step) -> Next:
+        return self.migrate(step.placement, step.topology)
 
     def _kept(self, coming: Next) -> list[Kept]:
         """The sessions whose KV has to move with a placement."""
@@ -89,30 +117,56 @@ class Upkeep:
         finally:
             self.working.release()
 
+    def _mend_at_rest(self, why: str) -> None:
+        """See to a fault that no run has met yet; the one that goes on meets it by itself."""
+        if self.working.acquire(blocking=False):
+            try:
+                self._members.heard_s = time.monotonic()
+                with contextlib.suppress(DeviceLost, InputError):
+                    self.mend(DeviceLost(why))
+            finally:
+                self.working.release()
+
     def mend(self, error: DeviceLost) -> None:
         """Make it possible to go on where the session was, see recovery.py.
 
         Raises:
-            DeviceLost: there is no `Recovery`, or no way; nothing can run any more.
+            DeviceLost: there is no `Recovery`, and nothing can run any more; or there was no way within its budget.
         """
         members = self._members
+        if members.lost is not None:
+            raise error
+        if members.recovery is None:
+            members.lost = str(error)
+            raise error
+        self._progress(error)
+        self._succession.give_up(error)
+        self._steps.lost()
+        members.disturbed = True
         try:
-            if members.recovery is None or members.lost is not None:
-                raise error
-            self._succession.give_up(error)
-            self._steps.lost()
-            members.disturbed = True
-            with self._succession.starting:
-                fault = recovered(members, self._succession, self.session, error)
-                self.faults.append(fault)
-                if fault.left_out and members.recovery.fail_back:
-                    self._returns.wait_for(fault.left_out)
-        except DeviceLost as last:
-            members.lost = members.lost or str(last)
-            raise
+            self.faults.append(recovered(members, self._succession, self.session, error))
+            del self.faults[:-_KEPT]
         finally:
             members.disturbed = False
 
+    def _progress(self, error: DeviceLost) -> None:
+        """Refuse to go on for ever where one fault follows another and no token comes between them.
+
+        Raises:
+            DeviceLost: it has been so for the whole budget.
+        """
+        assert self._members.recovery is not None, "asked for"
+        at = (0, 0) if self.session is None else (self.session.number, len(self.session.steps))
+        now, (before, since_s, count) = time.monotonic(), self._stuck
+        if self.session is None or before != at:
+            self._stuck = at, now, 1
+        elif now - since_s > self._members.recovery.backoff.budget_s:
+            self._stuck = at, now, 1
+            raise DeviceLost(f"{count} faults in {now - since_s:.0f} s and no token between them: {error}")
+        else:
+            self._stuck = at, since_s, count + 1
+
     def close(self) -> None:
-        """Bring nobody back any more: waits for what is being started just now, that must not outlive the engine."""
-        self._returns.close()
+        """Look after the devices no more."""
+        if self.returns is not None:
+            self.returns.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from splitray.errors import DeviceLost, InputError, ModelError, PlacementError, TopologyError
+from splitray.errors import DeviceFailed, DeviceLost, InputError, ModelError, PlacementError, TopologyError
 from splitray.runtime.checkpoint import Saved
 from splitray.runtime.wire.packing import Packable, Packed, Vocabulary
 
@@ -41,10 +41,12 @@ class Refused(Answer):
         """What the caller raises: an error of the same type that names the device."""
         kind = _ERRORS.get(self.type)
         if kind is not None:
-            return kind(f"{device}: {self.what}", expected=self.expected, actual=self.actual, remedy=self.remedy)
+            found = kind(f"{device}: {self.what}", expected=self.expected, actual=self.actual, remedy=self.remedy)
+            found.devices = (device,)
+            return found
         if self.type == DeviceLost.__name__:
             return DeviceLost(f"{device}: {self.what}")
-        return RuntimeError(f"{device} failed: {self.type}: {self.what}")
+        return DeviceFailed(f"{device} failed: {self.type}: {self.what}", (device,))
 
 
 class Switched(Answer):
