@@ -67,13 +67,10 @@ class ThreadFleet:
     def start(self, devices: Sequence[Device]) -> dict[str, Endpoint]:
         """Start the threads."""
         self._closed = False
-        return {device.id: self._started(device) for device in devices}
+        return {device.id: self.restart(device) for device in devices}
 
     def restart(self, device: Device) -> Endpoint:
         """Start one thread."""
-        return self._started(device)
-
-    def _started(self, device: Device) -> Endpoint:
         with self._lock:
             if self._closed:
                 raise DeviceLost(f"{device.id}: the fleet is closed")

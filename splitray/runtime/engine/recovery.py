@@ -83,7 +83,8 @@ def recovered(members: Members, succession: Succession, session: Session | None,
         changes, looked = starts.changes, time.monotonic()
         found = _roll_call(members, succession.now, None if session is None else session.number)
         gone |= {*found.gone}
-        patient = not found.gone and not refused and looked - began < recovery.patience_s
+        away = route - found.usable
+        patient = bool(away) and away <= {*found.silent} and looked - began < recovery.patience_s
         usable = found.usable - (set() if recovery.replan is None else refused.keys())
         step = next_step(succession.wanted(context), succession.seen(usable, stopped=True, patient=patient))
         if recovery.fail_back or step.kind == "wait":
@@ -109,8 +110,8 @@ def recovered(members: Members, succession: Succession, session: Session | None,
                 return fault
         else:
             last = "; ".join([step.why, *(starts.failures[d] for d in sorted(route) if d in starts.failures)])
-            away = [d for d in (route if recovery.replan is None else starts.absent) if d not in usable]
-            vain = [starts.worn_out_s(d) > recovery.backoff.budget_s for d in away]
+            needed = away if recovery.replan is None else {*starts.absent}
+            vain = [starts.worn_out_s(d) > recovery.backoff.budget_s for d in needed]
             if vain and not patient and (any(vain) if recovery.replan is None else all(vain) and not found.silent):
                 break
         paused = time.monotonic()
