@@ -73,6 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("backoff", "run_report", "session", "asking", "shard_spec"),
         ("epoch",),
         ("policy",),
+        ("starts", "next_step"),
         ("members",),
         ("succession",),
         ("stepping", "protection", "segment", "monitor"),

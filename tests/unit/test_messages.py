@@ -26,7 +26,15 @@ from splitray.runtime.wire import messages as wanted
 from splitray.runtime.wire.answers import ANSWERS, Refused, answer_of
 from splitray.runtime.wire.calls import ask
 from splitray.runtime.wire.listener import dial
-from splitray.runtime.wire.messages import ORDERS, BounceOrder, DecodeOrder, PaceOrder, PingOrder, StatsOrder
+from splitray.runtime.wire.messages import (
+    ORDERS,
+    BounceOrder,
+    DecodeOrder,
+    HelloOrder,
+    PaceOrder,
+    PingOrder,
+    StatsOrder,
+)
 from splitray.runtime.wire.packing import pack, to_plain
 from splitray.topology import Topology
 
@@ -193,7 +201,7 @@ def test_a_malformed_order_is_answered_and_the_device_serves_on():
     try:
         (device,) = Topology.uniform(1).devices
         endpoint = fleet.start([device])[device.id]
-        for role, next_order in (("caller/x", StatsOrder()), ("side/engine", PingOrder())):
+        for role, next_order in (("caller/x", HelloOrder()), ("side/engine", PingOrder())):
             channel = dial(endpoint, me=role, peer=device.id, token=fleet.token, deadline_s=20)
             for raw in [*MALFORMED.values(), pack({"order": "nonsense"}), pack({"order": "switch", "epoch": "x"})]:
                 channel.send(header(Kind.CALL), raw)
@@ -201,8 +209,8 @@ def test_a_malformed_order_is_answered_and_the_device_serves_on():
                 assert frame is not None
                 with pytest.raises(InputError, match="order"):
                     answer_of(frame.payload, device.id)
-            assert isinstance(ask(channel, next_order), said.Stats | said.Alive)
-            other = PingOrder() if role == "caller/x" else StatsOrder()
+            assert isinstance(ask(channel, next_order), said.Done | said.Alive)
+            other = PingOrder() if role == "caller/x" else HelloOrder()
             with pytest.raises(InputError, match="other connection"):
                 ask(channel, other)
             channel.close()

@@ -14,7 +14,7 @@ import pytest
 
 from splitray.errors import InputError
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.runtime.engine.next_step import Seen, Step, Wanted, next_step
+from splitray.runtime.engine.next_step import SeenState, NextStep, WantedState, next_step
 from splitray.runtime.engine.policy import without
 from splitray.topology import Topology
 
@@ -57,14 +57,14 @@ class World:
     holds: dict[str, int] = field(default_factory=dict)
     """The epoch whose pieces each device has."""
     epoch: int = 0
-    moves: list[tuple[float, Step]] = field(default_factory=list)
+    moves: list[tuple[float, NextStep]] = field(default_factory=list)
     tokens: int = 0
     steps: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.topology = replace(Topology.uniform(len(self.names)))
         assert tuple(map(str, self.topology.ids)) == self.names
-        self.wanted = Wanted(
+        self.wanted = WantedState(
             placement=even(self.topology), topology=self.topology, place=lambda t: even(t, self.at_least)
         )
         self.alive = set(self.names)
@@ -83,7 +83,7 @@ class World:
         self.holds.pop(device, None)
         self.away_until[device] = self.now_s + away_s
 
-    def load(self, step: Step) -> bool:
+    def load(self, step: NextStep) -> bool:
         """Carry a step out: all its devices must be there, and none may have other weights."""
         devices = {str(d) for d in step.placement.devices}
         assert devices <= self.usable, f"a piece on {devices - self.usable}, which is not there"
@@ -113,7 +113,7 @@ class World:
             _, step = self.moves.pop()
             if {str(d) for d in step.placement.devices} <= self.usable:
                 self.load(step)
-        seen = Seen(
+        seen = SeenState(
             placement=self.placement, topology=self.over, usable=self.usable, stopped=stopped, moving=bool(self.moves)
         )
         step = next_step(self.wanted, seen)
@@ -162,13 +162,13 @@ def test_never_stuck_and_never_a_wrong_owner(seed):
 
 
 def of(placement, topology, usable, wanted, **how):
-    return next_step(wanted, Seen(placement=placement, topology=topology, usable=frozenset(usable), **how))
+    return next_step(wanted, SeenState(placement=placement, topology=topology, usable=frozenset(usable), **how))
 
 
 def test_a_death_off_the_route_is_no_reason_to_do_anything():
     topology = Topology.uniform(3)
     two = even(without(topology, {"cloud1"}))
-    wanted = Wanted(placement=two, topology=topology, place=even)
+    wanted = WantedState(placement=two, topology=topology, place=even)
     step = of(two, topology, {"edge0", "cloud0"}, wanted)
     assert step.kind == "stay"
     assert of(two, topology, {"edge0", "cloud0"}, wanted, stopped=True).kind == "go_on"
@@ -176,7 +176,7 @@ def test_a_death_off_the_route_is_no_reason_to_do_anything():
 
 def test_without_a_planner_it_waits_for_all_of_them():
     topology = Topology.uniform(2)
-    wanted = Wanted(placement=even(topology), topology=topology, place=None)
+    wanted = WantedState(placement=even(topology), topology=topology, place=None)
     step = of(wanted.placement, topology, {"edge0"}, wanted, stopped=True)
     assert step.kind == "wait" and "cloud0" in step.why
     assert of(wanted.placement, topology, {"edge0", "cloud0"}, wanted, stopped=True).kind == "go_on"
@@ -184,7 +184,7 @@ def test_without_a_planner_it_waits_for_all_of_them():
 
 def test_the_two_that_are_back_are_used_when_the_last_one_dies():
     topology = Topology.uniform(3)
-    wanted = Wanted(placement=even(topology), topology=topology, place=even)
+    wanted = WantedState(placement=even(topology), topology=topology, place=even)
     alone = without(topology, {"cloud0", "cloud1"})
     step = of(even(alone), alone, {"cloud0", "cloud1"}, wanted, stopped=True)
     assert step.kind == "go_on" and {*map(str, step.placement.devices)} == {"cloud0", "cloud1"}
@@ -192,7 +192,7 @@ def test_the_two_that_are_back_are_used_when_the_last_one_dies():
 
 def test_one_that_is_back_is_used_though_the_other_is_not():
     topology = Topology.uniform(3)
-    wanted = Wanted(placement=even(topology), topology=topology, place=even)
+    wanted = WantedState(placement=even(topology), topology=topology, place=even)
     alone = without(topology, {"cloud0", "cloud1"})
     step = of(even(alone), alone, {"edge0", "cloud1"}, wanted)
     assert step.kind == "move" and {*map(str, step.placement.devices)} == {"edge0", "cloud1"}
@@ -204,14 +204,14 @@ def test_one_that_is_back_is_used_though_the_other_is_not():
 
 def test_a_silent_device_is_waited_for_before_it_is_left_out():
     topology = Topology.uniform(2)
-    wanted = Wanted(placement=even(topology), topology=topology, place=even)
+    wanted = WantedState(placement=even(topology), topology=topology, place=even)
     assert of(wanted.placement, topology, {"edge0"}, wanted, stopped=True, patient=True).kind == "wait"
     assert of(wanted.placement, topology, {"edge0"}, wanted, stopped=True).kind == "go_on"
 
 
 def test_what_does_not_fit_is_waited_for_and_said():
     topology = Topology.uniform(3)
-    wanted = Wanted(placement=even(topology), topology=topology, place=lambda t: even(t, 2))
+    wanted = WantedState(placement=even(topology), topology=topology, place=lambda t: even(t, 2))
     step = of(wanted.placement, topology, {"edge0"}, wanted, stopped=True)
     assert step.kind == "wait" and "without cloud0, cloud1 there is no placement" in step.why
     assert of(wanted.placement, topology, set(), wanted, stopped=True).kind == "wait"

@@ -16,7 +16,7 @@ from splitray.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class WantedState:
     """What is to run.
 
     Args:
@@ -34,7 +34,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class SeenState:
     """What there is.
 
     Args:
@@ -55,7 +55,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class NextStep:
     """`stay` as it is, `wait` for devices, `go_on` with a placement now, or `move` to one beside the run."""
 
     kind: Literal["stay", "wait", "go_on", "move"]
@@ -64,16 +64,16 @@ class Step:
     topology: Topology
 
 
-def next_step(wanted: Wanted, seen: Seen) -> Step:
+def next_step(wanted: WantedState, seen: SeenState) -> NextStep:
     """What to do. Every device of a placement that it gives is usable."""
 
-    def stay(why: str, kind: Literal["stay", "wait"] = "stay") -> Step:
-        return Step(kind, why, seen.placement, seen.topology)
+    def stay(why: str, kind: Literal["stay", "wait"] = "stay") -> NextStep:
+        return NextStep(kind, why, seen.placement, seen.topology)
 
     if seen.stopped:
         missing = _missing(seen.placement, seen.topology, seen.usable)
         if not missing:
-            return Step("go_on", "all devices of the placement are there", seen.placement, seen.topology)
+            return NextStep("go_on", "all devices of the placement are there", seen.placement, seen.topology)
         if wanted.place is None or seen.patient:
             return stay(f"{', '.join(missing)} cannot be reached", "wait")
         kind: Literal["go_on", "move"] = "go_on"
@@ -84,7 +84,7 @@ def next_step(wanted: Wanted, seen: Seen) -> Step:
             return stay("all is as it should be")
         kind = "move"
     if not _missing(wanted.placement, wanted.topology, seen.usable):
-        return Step(kind, "all devices are there", wanted.placement, wanted.topology)
+        return NextStep(kind, "all devices are there", wanted.placement, wanted.topology)
     ids = {str(d) for d in wanted.topology.ids}
     out = ids - seen.usable
     back = ids & seen.usable - {str(d) for d in seen.topology.ids}
@@ -101,7 +101,7 @@ def next_step(wanted: Wanted, seen: Seen) -> Step:
         return stay(f"the planner wants {', '.join(missing)}, which is not there", "wait" if seen.stopped else "stay")
     if kind == "move" and placement == seen.placement:
         return stay("who has come back is not needed")
-    return Step(kind, f"{_less(out)}the planner has this", placement, left)
+    return NextStep(kind, f"{_less(out)}the planner has this", placement, left)
 
 
 def _less(out: set[str]) -> str:
@@ -112,6 +112,6 @@ def _missing(placement: Placement, topology: Topology, usable: frozenset[str]) -
     return sorted({str(d) for d in (topology.origin, *placement.devices)} - usable)
 
 
-def _same(wanted: Wanted, seen: Seen) -> bool:
+def _same(wanted: WantedState, seen: SeenState) -> bool:
     ours, theirs = seen.topology, wanted.topology
     return seen.placement == wanted.placement and (ours.origin, {*ours.ids}) == (theirs.origin, {*theirs.ids})

@@ -17,7 +17,7 @@ from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.asking import Unanswered
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept
 from splitray.runtime.engine.members import Members
-from splitray.runtime.engine.next_step import Step, next_step
+from splitray.runtime.engine.next_step import NextStep, next_step
 from splitray.runtime.engine.policy import Recovery, without
 from splitray.runtime.engine.session import Session
 from splitray.runtime.engine.succession import Succession
@@ -155,7 +155,7 @@ def _roll_call(members: Members, now: Epoch, session: int | None) -> RollCall:
 
 
 def _rebuild(
-    members: Members, succession: Succession, session: Session | None, fault: Fault, found: RollCall, step: Step
+    members: Members, succession: Succession, session: Session | None, fault: Fault, found: RollCall, step: NextStep
 ) -> None:
     """Stage and switch, on the same placement or on another one."""
     recovery, began = members.recovery, time.monotonic()

@@ -16,7 +16,7 @@ from dataclasses import replace
 from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.epoch import Epoch, Next
 from splitray.runtime.engine.members import Members
-from splitray.runtime.engine.next_step import Step, next_step
+from splitray.runtime.engine.next_step import NextStep, next_step
 from splitray.runtime.engine.succession import Succession
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Returns:
     """Keeps the devices of an engine complete."""
 
     def __init__(
-        self, members: Members, succession: Succession, *, move: Callable[[Step], Next], mend: Callable[[str], None],
+        self, members: Members, succession: Succession, *, move: Callable[[NextStep], Next], mend: Callable[[str], None],
         ready: Callable[[Epoch], None],
     ) -> None:  # fmt: skip
         """Nobody is missing.

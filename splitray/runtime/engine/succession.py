@@ -14,7 +14,7 @@ from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement, validate
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
 from splitray.runtime.engine.members import Members
-from splitray.runtime.engine.next_step import Seen, Wanted
+from splitray.runtime.engine.next_step import SeenState, WantedState
 from splitray.runtime.wire.answers import Staged, Switched
 from splitray.topology import Topology
 
@@ -40,23 +40,23 @@ class Succession:
             self._last += 1
             return self.now.moved(placement, topology, self._last)
 
-    def wanted(self, context_tokens: int) -> Wanted:
+    def wanted(self, context_tokens: int) -> WantedState:
         """What is to run, and how to place it on some of the devices, see next_step.py."""
         recovery, arch = self._members.recovery, self.now.arch
         if recovery is None:
-            return Wanted(placement=self.whole.placement, topology=self.whole.topology, place=None)
+            return WantedState(placement=self.whole.placement, topology=self.whole.topology, place=None)
 
         def place(left: Topology) -> Placement:
             assert recovery is not None, "seen to above"
             return recovery.placement(arch, left, context_tokens)
 
-        return Wanted(placement=self.whole.placement, topology=self.whole.topology, fail_back=recovery.fail_back,
+        return WantedState(placement=self.whole.placement, topology=self.whole.topology, fail_back=recovery.fail_back,
                       place=None if recovery.replan is None else place)  # fmt: skip
 
-    def seen(self, usable: frozenset[str], *, stopped: bool = False, patient: bool = False) -> Seen:
+    def seen(self, usable: frozenset[str], *, stopped: bool = False, patient: bool = False) -> SeenState:
         """What there is, likewise."""
         moving = self.next is not None and not self.next.done.is_set()
-        return Seen(placement=self.now.placement, topology=self.now.topology, usable=usable, stopped=stopped,
+        return SeenState(placement=self.now.placement, topology=self.now.topology, usable=usable, stopped=stopped,
                     patient=patient, moving=moving)  # fmt: skip
 
     def call_back(self, *, others: bool = False) -> None:

@@ -14,7 +14,7 @@ from splitray.errors import DeviceLost, InputError
 from splitray.placement import Placement
 from splitray.runtime.engine.epoch import Epoch, Kept, Next
 from splitray.runtime.engine.members import Members
-from splitray.runtime.engine.next_step import Step
+from splitray.runtime.engine.next_step import NextStep
 from splitray.runtime.engine.recovery import Fault, make_ready, recovered
 from splitray.runtime.engine.returns import Returns
 from splitray.runtime.engine.session import Session
@@ -83,7 +83,7 @@ class Upkeep:
         threading.Thread(target=prepare, name="splitray-stage", daemon=True).start()
         return coming
 
-    def _follow(self, step: Step) -> Next:
+    def _follow(self, step: NextStep) -> Next:
         return self.migrate(step.placement, step.topology)
 
     def _kept(self, coming: Next) -> list[Kept]:
