@@ -14,7 +14,7 @@ import pytest
 
 from splitray.errors import InputError
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.runtime.engine.next_step import SeenState, NextStep, WantedState, next_step
+from splitray.runtime.engine.next_step import NextStep, SeenState, WantedState, next_step
 from splitray.runtime.engine.policy import without
 from splitray.topology import Topology
 
@@ -33,7 +33,7 @@ def even(topology: Topology, at_least: int = 1) -> Placement:
         return Shares.of({d: [(a, b)] for d, a, b in zip(ids, ends, ends[1:], strict=False)})
 
     layer = LayerPlacement(shares(GROUPS), shares(COLUMNS))
-    return Placement((layer,) * LAYERS, (ids[0],), shares(VOCAB))
+    return Placement((layer,) * LAYERS, (topology.ids[0],), shares(VOCAB))
 
 
 @dataclass
@@ -118,7 +118,8 @@ class World:
         )
         step = next_step(self.wanted, seen)
         self.steps[step.kind] += 1
-        assert step.kind in (("wait", "go_on") if stopped else ("stay", "move")), step
+        allowed = {"wait", "go_on"} if stopped else {"stay", "move"}
+        assert step.kind in allowed, step
         if step.kind == "go_on":
             self.load(step)
         elif step.kind == "move":

@@ -211,7 +211,7 @@ def test_each_returns_by_itself(off, wanted):
 
 def test_one_that_dies_before_it_has_its_pieces_is_brought_back_again(monkeypatch):
     with running() as (engine, fleet):
-        stage, struck = engine.succession.stage, []
+        stage, struck = engine.succession.stage, list[int]()
 
         def strikes(epoch, sessions, **how):
             answers = stage(epoch, sessions, **how)

@@ -28,9 +28,14 @@ class Returns:
     """Keeps the devices of an engine complete."""
 
     def __init__(
-        self, members: Members, succession: Succession, *, move: Callable[[NextStep], Next], mend: Callable[[str], None],
+        self,
+        members: Members,
+        succession: Succession,
+        *,
+        move: Callable[[NextStep], Next],
+        mend: Callable[[str], None],
         ready: Callable[[Epoch], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Nobody is missing.
 
         `move` lets a placement take over beside the runs; `mend` sees to a fault if no run is there to meet it; `ready`
