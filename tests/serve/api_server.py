@@ -33,8 +33,7 @@ class Served:
 
     @property
     def client(self) -> openai.OpenAI:
-        http: Any = HTTP  # openai takes a client of httpx too; its types name only the one of httpx2
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=HTTP)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         return HTTP.post(f"{self.url}{path}", **options)
