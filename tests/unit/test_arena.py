@@ -71,6 +71,7 @@ def test_the_backlog_does_not_drift_below_capacity_and_does_above() -> None:
         assert (mean.backlog_slope_p > 0.05 / 3) == (u < 1), "three loads are tested, each may look odd by chance"
 
 
+@pytest.mark.full
 def test_as_v_rises_the_penalty_falls_and_the_backlog_grows_no_faster_than_v() -> None:
     """Three decades of V, between the rates of a frugal edge and of a hungry cloud (docs/equations.md E2.19)."""
     where, slots = pair(), 1000

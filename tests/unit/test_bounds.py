@@ -119,6 +119,7 @@ DEEP = 24
 NEAR = 0.05  # shares that are not halves gain at the first and the last layer: the bounds move by about 1 / DEEP
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("exchange_s", [0.0, 2e-4])
 @pytest.mark.parametrize("ratio", [0.3, 0.8, 1 - NEAR, 1 + NEAR, 1.5, 4.0])
 def test_exact_shares_layers_inside_the_bounds_only(ratio: float, exchange_s: float) -> None:
@@ -190,6 +191,7 @@ def test_copied_attention_wins_and_both_planners_take_it() -> None:
         assert seconds(state, placement) <= best.tpot_s * 1.02
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("holds", ["none", "embedding", "embedding_and_head"])
 @pytest.mark.parametrize("model", ["gpt2-xl", "llama-7b", "llama-13b"])
 @pytest.mark.parametrize("link", ["lte", "wan"])

@@ -318,6 +318,7 @@ def _start(*arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_as_a_program_it_prints_one_document_and_not_a_word_more(
     model: Path, greedy: tuple[list[int], list[int]]
 ) -> None:

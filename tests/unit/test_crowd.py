@@ -49,7 +49,7 @@ def test_the_charge_is_the_marginal_waiting_of_processor_sharing() -> None:
     assert others * stay == pytest.approx((waiting[1] - waiting[0]) / step - stay, rel=1e-4)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.full
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_the_cloud_alone_is_as_slow_as_queueing_theory_says(load: float) -> None:
     """M/G/1 with processor sharing: a request stays 1 / (1 - load) times as long as alone, whatever its length.

@@ -220,7 +220,7 @@ FIVE = {
 }
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("name", FIVE)
 def test_llama_7b_on_five_devices_is_within_two_percent_of_its_own_bound(name: str) -> None:
     state = ClusterState(arch=architecture("llama-7b"), topology=FIVE[name], context_tokens=512)

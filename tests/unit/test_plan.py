@@ -67,6 +67,7 @@ def test_the_shipped_model_can_be_planned(topology: Path) -> None:
     assert len(document["placement"]["layers"]) >= 12
 
 
+@pytest.mark.full
 def test_codec_channel_and_crossings_are_traded_against_perplexity(tmp_path: Path) -> None:
     path = tmp_path / "pair.yaml"
     free = "catalog: raspberry-pi-5, idle_w: 0, active_w: 0"

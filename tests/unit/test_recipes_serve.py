@@ -49,6 +49,7 @@ def untrained(name: str, path: Path) -> dict[str, PlacementModule]:
     return modules
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_can_be_trained_can_be_used(name: str, tmp_path: Path) -> None:
     modules, recipe = untrained(name, tmp_path / "policy"), RECIPES[name](0)

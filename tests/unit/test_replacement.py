@@ -63,6 +63,7 @@ def test_copies_take_half_of_a_link_that_is_used(prices):
     assert 1e9 - copying.left_bytes == pytest.approx(beside * 1e5 / 2)
 
 
+@pytest.mark.full
 def test_nobody_beats_the_clairvoyant_and_a_steady_link_is_left_alone(prices):
     flipping = suite.flips(prices)["10x up and down, every 60 s"]
     s, requests = stream(prices, flipping), 40
