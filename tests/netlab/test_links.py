@@ -80,6 +80,7 @@ def test_a_link_that_is_cut_for_two_seconds_costs_no_token_and_little_more_than_
     assert later < SOON_S
 
 
+@pytest.mark.full
 def test_a_device_that_stays_cut_off_is_left_out_and_gets_back_what_it_held(
     lab: NetLab, engine: Engine, wanted: list[int], monkeypatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_a_profile_is_refused_before_anything_is_measured(tmp_path: Path):
             measure(out=wrong)
 
 
+@pytest.mark.usefixtures("forked_devices")
 @pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.alone

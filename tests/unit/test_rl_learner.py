@@ -148,6 +148,7 @@ def test_a_clone_without_the_program_decides_as_the_program(recipe) -> None:
     assert told["layer_agent_agreement"] > 0.9 and told["head_ffn_agent_agreement"] > 0.9
 
 
+@pytest.mark.full
 def test_ppo_learns_to_price_moves_from_a_policy_that_does_not() -> None:
     """One knob is worth a tenth of the latency here, so that a few dozen updates have to show."""
     windy = Climate(cloud_load=0.5, users=32, bandwidth_sigma=0.8)
