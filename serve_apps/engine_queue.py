@@ -67,6 +67,7 @@ class EngineQueue:
         """Launch the engine and wait for it; whatever the launch raises comes out here."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._closing = threading.Event()
+        self._lost: str | None = None
         try:
             self.engine = self._thread.submit(launch).result()
         except BaseException:
@@ -76,7 +77,7 @@ class EngineQueue:
     @property
     def lost(self) -> str | None:
         """Why the engine cannot run any more, or None."""
-        return self.engine.lost
+        return self._lost or self.engine.lost
 
     async def stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[int, None]:
         """New ids as they come. Leaving the loop, or being cancelled, cancels the run at its next token.
@@ -129,6 +130,10 @@ class EngineQueue:
             finally:
                 if isinstance(tokens, Generator):
                     tokens.close()
+        except DeviceLost as error:
+            if not getattr(self.engine, "recovers", False):
+                self._lost = str(error)
+            hand_over(error)
         except Exception as error:  # a boundary: the caller is on another thread
             hand_over(error)
         hand_over(_END)

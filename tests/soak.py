@@ -1,4 +1,4 @@
-"""A soak: devices are killed at random for minutes while prompts are answered; then the engine has to become whole again.
+"""A soak: devices are killed at random for minutes while prompts are answered; then the engine has to be whole again.
 
 `python tests/soak.py --runtime local|process|ray --seconds 120 --seed 1 --start-s 3` prints a line every tenth of
 the time and one JSON document at the end. The exit code is 0 if no token was wrong, the engine never ended, the route

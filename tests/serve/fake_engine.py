@@ -77,6 +77,7 @@ class FakeEngine:
     threads: set[int] = field(default_factory=set)
     closed: bool = False
     lost: str | None = None
+    recovers: bool = False
     model_path: str = ""
 
     @property

@@ -100,6 +100,17 @@ def test_a_lost_engine_is_a_503_on_health_and_for_every_later_caller(served: Ser
     assert len(served.engine.runs) == 1, "a lost engine is not asked again"
 
 
+def test_an_engine_that_recovers_is_asked_again(served: Served) -> None:
+    served.engine.recovers = True
+    served.engine.error_after = (1, DeviceLost("cloud0 closed its connection"))
+    with pytest.raises(openai.InternalServerError, match="cloud0 closed") as failed:
+        served.client.completions.create(**LONG)
+    assert (failed.value.status_code, failed.value.code) == (503, "device_lost")
+    assert HTTP.get(f"{served.url}/health").status_code == 200
+    served.engine.error_after = None
+    assert served.client.completions.create(**LONG).choices[0].text
+
+
 def test_an_engine_that_knows_it_is_lost_is_a_503_on_health(served: Served) -> None:
     served.engine.lost = "edge0: exit code -9"
     assert HTTP.get(f"{served.url}/health").json()["error"]["message"] == "edge0: exit code -9"

@@ -147,6 +147,11 @@ class Engine:
         return self._upkeep.returns
 
     @property
+    def recovers(self) -> bool:
+        """Whether it may run again after a run that ended with `DeviceLost`."""
+        return self.members.recovery is not None
+
+    @property
     def lost(self) -> str | None:
         """Why this engine cannot run any more, or None."""
         return self.members.lost
