@@ -42,7 +42,7 @@ def killed(fleet: Any, model, folder, tmp_path, *, kills: int, recovery: Recover
 
 
 @pytest.mark.usefixtures("forked_devices")
-@pytest.mark.full  # make test has such a kill in tests/unit/test_clocks.py and test_cli.py
+@pytest.mark.full  # make test has such a kill in tests/unit/test_clocks.py and tests/unit/test_cli.py
 def test_processes_killed_by_sigkill_come_back_and_no_token_changes(tmp_path) -> None:
     folder = tmp_path / "model"
     model = small_model(folder)

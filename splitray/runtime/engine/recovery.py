@@ -114,6 +114,8 @@ def recovered(members: Members, succession: Succession, session: Session | None,
             vain = [starts.worn_out_s(d) > recovery.backoff.budget_s for d in needed]
             if vain and not patient and (any(vain) if recovery.replan is None else all(vain) and not found.silent):
                 break
+        if members.lost is not None:
+            raise DeviceLost(members.lost)
         paused = time.monotonic()
         starts.wait(changes, wait_s)
         fault.restart_s += time.monotonic() - paused

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.placement import Placement
 from splitray.runtime.engine.epoch import Epoch, Kept, Next
 from splitray.runtime.engine.members import Members
@@ -58,6 +58,11 @@ class Upkeep:
             make_ready(self._members, epoch)
             self._ready_for = epoch.number
 
+    def _ready_in_time(self, epoch: Epoch) -> None:
+        """The same before an epoch runs; what fails is tried again behind the switch, and keeps nobody from moving."""
+        with contextlib.suppress(DeviceFailed, DeviceLost, InputError):
+            self.ready(epoch)
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Let nobody else have the devices work; what was staged meanwhile takes over behind it.
@@ -77,7 +82,7 @@ class Upkeep:
         coming = self._succession.begin(placement, topology, copies_kv, lasting=lasting)
 
         def prepare() -> None:
-            self._succession.prepare(coming, self._kept, self.ready)
+            self._succession.prepare(coming, self._kept, self._ready_in_time)
             self._take_over_at_rest()  # if there is no run, nobody else does
 
         threading.Thread(target=prepare, name="splitray-stage", daemon=True).start()
