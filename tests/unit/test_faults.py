@@ -6,12 +6,14 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from families import family_model
-from splits import greedy, slow_devices, split
+from splits import greedy, slow_devices, split, threads_of
 
 from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError
@@ -29,7 +31,7 @@ from splitray.runtime.engine.epoch import kv_sources
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.sampling import Sampling
-from splitray.topology import Topology
+from splitray.topology import DeviceId, Topology
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
 NEW_TOKENS = 24
@@ -57,7 +59,7 @@ def test_five_hundred_faults_change_no_token(family, kept, sampling, tmp_path):
     """63 in each of eight settings: 504. In-process; real processes and actors die in other tests."""
     recovery = Recovery(store=str(tmp_path) if kept else None, every_tokens=4 if kept else None)
     with split(family_model(family), devices=3, seed=1, recovery=recovery) as engine:
-        run = trials(engine, engine.fleet, prompt=PROMPT, sampling=sampling, count=63, seed=4)
+        run = trials(engine, threads_of(engine), prompt=PROMPT, sampling=sampling, count=63, seed=4)
         assert len(run.trials) == 63 and run.hangs == 0 and run.leaks == 0
         assert [t for t in run.trials if not t.identical] == []
         assert {t.moment for t in run.struck} == set(MOMENTS), "the faults happen"
@@ -77,7 +79,7 @@ def test_a_checkpoint_spares_reading_positions_again(tmp_path, monkeypatch):
             for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
                 tokens.append(token)
                 if n == 15:
-                    engine.fleet.kill("cloud0")
+                    threads_of(engine).kill("cloud0")
             assert tokens == greedy(model, PROMPT, NEW_TOKENS)
             replayed[store] = sum(f.replayed for f in engine.faults)
     assert 0 <= replayed[str(tmp_path)] <= 16 < len(PROMPT) + 15 <= replayed[None]
@@ -90,7 +92,7 @@ def test_a_device_that_stays_away_is_left_out_and_the_run_goes_on(monkeypatch):
         for n, token in enumerate(engine.stream(PROMPT, DRAWN)):
             tokens.append(token)
             if n == 5:
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert engine.faults[0].left_out == ("cloud0",) and "cloud0" not in engine.route.devices
         assert list(engine.stream(PROMPT, DRAWN)) == tokens
     with split(model, devices=3, planner="even") as engine:
@@ -105,7 +107,7 @@ def test_a_device_that_was_left_out_gets_back_what_it_held(monkeypatch):
         for n, token in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=60))):
             tokens.append(token)
             if n == 5:
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, 60)
         assert engine.faults[0].left_out == ("cloud0",) and engine.faults[0].restarted == ()
         assert engine.placement == before and engine.epoch == 2, "left out, and back"
@@ -113,7 +115,7 @@ def test_a_device_that_was_left_out_gets_back_what_it_held(monkeypatch):
 
 def test_a_device_that_dies_while_others_wait_for_it_in_a_switch_does_not_hold_them_up(monkeypatch):
     slow_devices(monkeypatch, 0.02)
-    model, connect, armed = family_model("llama"), ShardHost._connect, []
+    model, connect, armed = family_model("llama"), ShardHost._connect, list[Callable[[], None]]()
 
     def dies_first(host, order):
         if armed and host.device == "edge0":
@@ -128,7 +130,7 @@ def test_a_device_that_dies_while_others_wait_for_it_in_a_switch_does_not_hold_t
             gap_s, last = max(gap_s, time.monotonic() - last), time.monotonic()
             tokens.append(token)
             if n == 5:
-                armed.append(lambda: engine.fleet.kill("edge0"))
+                armed.append(lambda: threads_of(engine).kill("edge0"))
                 engine.migrate(replan(model)(engine.topology, 0))
         assert not armed and tokens == greedy(model, PROMPT, 60)
         assert gap_s < 20.0, "not until the deadline of a connection"
@@ -138,13 +140,13 @@ def test_who_stands_by_reads_nothing_when_a_device_is_lost(monkeypatch):
     model = family_model("llama")
     recovery = Recovery(restarts=0, replan=replan(model, "edge_only"), stand_by=("cloud0",))
     with split(model, devices=2, planner="even", recovery=recovery) as engine:
-        held = engine.fleet.hosts["edge0"]
+        held = threads_of(engine).hosts["edge0"]
         assert engine.stats()["edge0"]["weight_bytes"] > held.epochs.current.shard.weight_bytes, "it counts"
         ready, tokens = held.epochs.ready.shard, []
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 5:
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
         assert held.epochs.current.shard is ready
 
@@ -156,7 +158,7 @@ def test_the_origin_may_be_lost_too():
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 5:
-                engine.fleet.kill("edge0")
+                threads_of(engine).kill("edge0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
         assert engine.topology.origin != "edge0"
 
@@ -174,7 +176,7 @@ def test_replicated_attention_is_a_live_copy_so_that_no_position_is_read_again()
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 8:
-                engine.fleet.kill(b)
+                threads_of(engine).kill(b)
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
         assert [f.replayed for f in engine.faults] in ([0], [1])
 
@@ -186,7 +188,7 @@ def test_what_cannot_be_placed_ends_with_what_is_missing():
         with pytest.raises(DeviceLost, match="cloud0") as lost:
             for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
                 if n == 3:
-                    engine.fleet.kill("cloud0")
+                    threads_of(engine).kill("cloud0")
         assert "no way to go on" in str(lost.value)
 
 
@@ -194,7 +196,7 @@ def test_a_fault_between_two_runs_is_mended_by_the_next_one():
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
         list(engine.stream(PROMPT, GREEDY))
-        engine.fleet.kill("cloud0")
+        threads_of(engine).kill("cloud0")
         assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
 
 
@@ -205,8 +207,8 @@ def test_two_devices_may_die_at_once():
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 5:
-                engine.fleet.kill("cloud0")
-                engine.fleet.kill("edge0")
+                threads_of(engine).kill("cloud0")
+                threads_of(engine).kill("edge0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
 
 
@@ -224,7 +226,7 @@ def test_a_damaged_checkpoint_is_found_and_what_is_older_is_used(tmp_path, damag
                 assert len(files) >= 2
                 _damage(files[-1], damage)
                 older = int(files[-1].name.split("-")[1])
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
         reached = engine.faults[0].replayed
         assert reached >= 15 + len(PROMPT) - older > 0, "from the older one, and not from the damaged one"
@@ -264,7 +266,7 @@ def test_a_store_that_is_gone_leaves_the_run_unprotected_and_says_so(tmp_path, c
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 12:
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
     said = [r.message for r in caplog.records if "without a new checkpoint" in r.message]
     assert len(said) == 1 and "No space left" in said[0], "once, and why"
@@ -308,7 +310,7 @@ def test_a_device_without_a_way_to_the_store_reads_the_tokens_again(tmp_path, mo
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 15:
-                engine.fleet.kill("cloud0")
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
         assert engine.faults[0].replayed >= 15 + len(PROMPT)
 
@@ -324,8 +326,8 @@ def test_a_device_that_comes_back_with_other_weights_is_refused(planner, victim,
     ):
         for n, _ in enumerate(engine.stream(PROMPT, GREEDY)):
             if n == 3:
-                engine.fleet._source = other
-                engine.fleet.kill(victim)
+                threads_of(engine)._source = other
+                threads_of(engine).kill(victim)
     assert f"{victim}'" in str(lost.value), "by name"
 
 
@@ -340,8 +342,8 @@ def test_who_was_left_out_and_comes_back_with_other_weights_stays_out(monkeypatc
         for n, token in enumerate(engine.stream(PROMPT, Sampling(max_new_tokens=60))):
             tokens.append(token)
             if n == 5:
-                engine.fleet._source = other
-                engine.fleet.kill("cloud0")
+                threads_of(engine)._source = other
+                threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, 60) and "cloud0" not in engine.route.devices
     said = [r.message for r in caplog.records if "cloud0" in r.message and "same checkpoint" in r.message]
     assert len(said) == 1, "once, and why"
@@ -351,16 +353,16 @@ def test_messages_twice_late_and_in_the_wrong_order_have_no_effect():
     model = family_model("llama")
     rng = random.Random(0)
     with split(model, devices=3, seed=1) as engine:
-        for host in engine.fleet.hosts.values():
+        for host in threads_of(engine).hosts.values():
             _unruly(host.wire, rng)
         assert list(engine.stream(PROMPT, DRAWN)) == list(engine.stream(PROMPT, DRAWN))
         assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
-        assert sum(h.wire.dropped for h in engine.fleet.hosts.values()) > 20
+        assert sum(h.wire.dropped for h in threads_of(engine).hosts.values()) > 20
 
 
 def _unruly(wire, rng) -> None:
     """Repeats frames, and repeats old ones later."""
-    put, old = wire.put, []
+    put, old = wire.put, list[tuple[Any, ...]]()
 
     def unruly(peer, start, payload):
         for stale in [o for o in old if rng.random() < 0.1]:
@@ -379,7 +381,7 @@ def test_kv_comes_from_itself_then_from_the_first_living_holder_then_from_nowher
         return LayerPlacement(Shares.of(shares), Shares.whole(8, "a"))
 
     def placement(*layers):
-        return Placement(tuple(layers), ("a",), Shares.whole(9, "a"))
+        return Placement(tuple(layers), (DeviceId("a"),), Shares.whole(9, "a"))
 
     def piece(layer, start, stop):
         return (KvPiece(layer, Range(start, stop)),)
@@ -466,7 +468,7 @@ def test_devices_die_while_others_come_back(monkeypatch):
             for n, token in enumerate(engine.stream(PROMPT, sampling)):
                 got.append(token)
                 if n in moments:
-                    engine.fleet.kill(rng.choice(list(engine.members.endpoints)))
+                    threads_of(engine).kill(rng.choice(list(engine.members.endpoints)))
             assert got == wanted, f"run {run}"
         assert len(engine.faults) > 10
 
@@ -490,8 +492,8 @@ def test_a_fault_behind_the_last_token_adds_none(monkeypatch):
 def test_a_run_is_given_up_while_a_device_is_dead_and_the_next_one_works():
     model = family_model("llama")
     with split(model, devices=2, planner="even", recovery=Recovery()) as engine:
-        stream = engine.stream(PROMPT, Sampling(max_new_tokens=100))
+        stream = cast(Generator[int, None, None], engine.stream(PROMPT, Sampling(max_new_tokens=100)))
         next(stream)
-        engine.fleet.kill("cloud0")
+        threads_of(engine).kill("cloud0")
         stream.close()
         assert list(engine.stream(PROMPT, GREEDY)) == greedy(model, PROMPT, NEW_TOKENS)
