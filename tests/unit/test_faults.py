@@ -51,6 +51,11 @@ def replan(model, planner="even"):
     return lambda topology, _: make_planner(planner).propose(ClusterState(arch=arch, topology=topology))
 
 
+def shard_of(holding):
+    assert holding is not None and holding.shard is not None
+    return holding.shard
+
+
 @pytest.mark.thin(4)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("kept", [False, True], ids=["no_store", "store"])
@@ -141,14 +146,14 @@ def test_who_stands_by_reads_nothing_when_a_device_is_lost(monkeypatch):
     recovery = Recovery(restarts=0, replan=replan(model, "edge_only"), stand_by=("cloud0",))
     with split(model, devices=2, planner="even", recovery=recovery) as engine:
         held = threads_of(engine).hosts["edge0"]
-        assert engine.stats()["edge0"]["weight_bytes"] > held.epochs.current.shard.weight_bytes, "it counts"
-        ready, tokens = held.epochs.ready.shard, []
+        assert engine.stats()["edge0"]["weight_bytes"] > shard_of(held.epochs.current).weight_bytes, "it counts"
+        ready, tokens = shard_of(held.epochs.ready), list[int]()
         for n, token in enumerate(engine.stream(PROMPT, GREEDY)):
             tokens.append(token)
             if n == 5:
                 threads_of(engine).kill("cloud0")
         assert tokens == greedy(model, PROMPT, NEW_TOKENS)
-        assert held.epochs.current.shard is ready
+        assert shard_of(held.epochs.current) is ready
 
 
 def test_the_origin_may_be_lost_too():
