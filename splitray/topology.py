@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal, NewType
 
@@ -184,12 +185,8 @@ class Topology:
             )
             for n in names
         )
-        links = tuple(
-            Link(source=a.id, target=b.id, bandwidth_bytes_per_s=1e9, rtt_s=1e-4)
-            for a in devices
-            for b in devices
-            if a is not b
-        )
+        pairs = permutations((d.id for d in devices), 2)
+        links = tuple(Link(source=a, target=b, bandwidth_bytes_per_s=1e9, rtt_s=1e-4) for a, b in pairs)
         return Topology(devices=devices, links=links, origin=devices[0].id)
 
     @staticmethod

@@ -35,12 +35,10 @@ def five_boards() -> Topology:
 def boards() -> Table:
     """Predicted times on a cluster without a cloud, and the gap to what is provably possible."""
     rows: list[tuple[Cell, ...]] = []
-    where = five_boards()
     for model in ("gpt2-xl", "llama-7b"):
-        state = ClusterState(arch=architecture(model), topology=where, context_tokens=512)
+        state = ClusterState(arch=architecture(model), topology=five_boards(), context_tokens=512)
         best = solve(state)
-        for name in PLANNERS:
-            rows.append((model, name, *_planned(name, state, best.lower_bound_s)))
+        rows += [(model, name, *_planned(name, state, best.lower_bound_s)) for name in PLANNERS]
     return Table(
         "Five boards on one gigabit network (2 Orin NX 8 GB, S23, 2 Raspberry Pi 5)",
         ("model", "planner", "time a token", "over the proven bound", "exchanges", "largest share", "decision"),
@@ -95,20 +93,14 @@ def gaps_to_optimum() -> Table:
                 unfit[name] += 1
                 continue
             gaps[name].append(CostModel(_HEADS, where).tpot_s(placement, context_tokens=256) / best.tpot_s - 1)
-    rows = tuple(
-        (
-            name,
-            Number(float(np.mean(found)) if found else None, "share", "predicted"),
-            Number(float(np.max(found)) if found else None, "share", "predicted"),
-            Number(len(found), "count", "predicted"),
-            Number(unfit[name], "count", "predicted"),
-        )
-        for name, found in gaps.items()
-    )
+    rows: list[tuple[Cell, ...]] = []
+    for name, found in gaps.items():
+        shares = (Number(float(of(found)) if found else None, "share", "predicted") for of in (np.mean, np.max))
+        rows.append((name, *shares, *(Number(n, "count", "predicted") for n in (len(found), unfit[name]))))
     return Table(
         "Gap to the optimum of heads by count, 3-5 random devices",
         ("planner", "mean gap", "largest", "instances", "found no place"),
-        rows,
+        tuple(rows),
         "One layer of 8 heads, devices of 5-50 GFLOPS, links of 1-10 Gbit/s; equal memory limits for all.",
     )
 
@@ -117,9 +109,7 @@ def many_devices() -> Table:
     """25 random devices and 32 heads at 1,000 tokens, the size that readers of arXiv 2505.02533 report."""
     arch = architecture("llama-7b")
     names = ("myopic", "layer_dp", "tensor_parallel", "greedy", "round_robin", "best_device")
-    seconds: dict[str, list[float]] = {n: [] for n in names}
-    memory: dict[str, list[float]] = {n: [] for n in names}
-    decisions: dict[str, list[float]] = {n: [] for n in names}
+    seconds, memory, decisions = ({n: list[float]() for n in names} for _ in range(3))
     for seed in range(CLUSTERS):
         where = random_cluster(np.random.default_rng([7, seed]), 25, (1e9, 8e9))
         state = ClusterState(arch=arch, topology=where, context_tokens=1000)
@@ -137,17 +127,12 @@ def many_devices() -> Table:
         if not seconds[name]:
             rows.append((name, *("never fits",) * 5))
             continue
-        token, decision = float(np.mean(seconds[name])), float(np.mean(decisions[name]))
-        rows.append(
-            (
-                name,
-                Number(token, "s", "predicted"),
-                Number(token / float(np.mean(seconds["myopic"])), "ratio", "predicted"),
-                Number(float(np.mean(memory[name])), "B", "predicted"),
-                Number(decision, "s", "measured"),
-                Number(decision / token, "share", "measured"),
-            )
+        token, myopic, held, decision = (
+            float(np.mean(x)) for x in (seconds[name], seconds["myopic"], memory[name], decisions[name])
         )
+        predicted = Number(token, "s", "predicted"), Number(token / myopic, "ratio", "predicted")
+        measured = Number(decision, "s", "measured"), Number(decision / token, "share", "measured")
+        rows.append((name, *predicted, Number(held, "B", "predicted"), *measured))
     return Table(
         "LLaMA-7B on 25 random devices, 1,000 tokens",
         ("planner", "time a token", "over myopic's", "fullest device", "decision", "of a token's time"),

@@ -108,9 +108,6 @@ def run(
     )
 
 
-# -------------------------------------------------------------------------------------------- Table 3 and the targets
-
-
 def _table_3(runs: Runs, bases: dict[Noise, SplitRecipe], reward: TimedReward, peak_bytes: float) -> Table:
     rows: list[tuple[Cell, ...]] = [
         ("paper, without surrogate", _paper(PAPER_REWARD), Number(24 * 86400, "s", "paper", "over 24 days"),

@@ -36,9 +36,6 @@ _SWEPT: dict[str, list[tuple[str, Any]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- Figure 3
-
-
 def _by_cut(table: QualityTable, noise: str) -> dict[str, Curve]:
     found: dict[float, dict[int, tuple[float, float]]] = {}
     for row in table.rows:
@@ -101,9 +98,6 @@ def monotone(tables: Sequence[QualityTable]) -> Table:
     )
 
 
-# ------------------------------------------------------------------------------------- what no learner is needed for
-
-
 def programs(runs: Runs, base: SplitRecipe) -> Table:
     """The exact program and simple policies in every variant of the process."""
     variants: dict[str, SplitRecipe] = {f"A, u = {u}": replace(base, reach=u) for u in (1, 2, 3, 4)}
@@ -127,9 +121,6 @@ def programs(runs: Runs, base: SplitRecipe) -> Table:
         "Mean sum of the five rewards, not discounted. The printed reward is in relative perplexities and charges 1 a "
         "layer, as the paper gives no lambda.",
     )
-
-
-# --------------------------------------------------------------------------------------------------- Figures 5 to 9
 
 
 def figure_5(runs: Runs, base: SplitRecipe) -> tuple[Figure, Table]:

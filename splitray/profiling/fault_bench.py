@@ -103,19 +103,17 @@ def _standing_by(model: str) -> dict[str, Any]:
         a, b = topology.ids
         arch, _, _ = read_model(model)
         half = arch.ffn_dim // 2
-        layer = LayerPlacement(
-            Shares.whole(arch.num_kv_heads, a, b), Shares.of({a: [(0, half)], b: [(half, arch.ffn_dim)]})
-        )
+        columns = Shares.of({a: [(0, half)], b: [(half, arch.ffn_dim)]})
+        layer = LayerPlacement(Shares.whole(arch.num_kv_heads, a, b), columns)
         placement = Placement((layer,) * arch.num_layers, (b,), Shares.whole(arch.vocab, b))
 
         def alone(where: Topology, context: int) -> Placement:
             state = ClusterState(arch=arch, topology=where, context_tokens=context)  # noqa: B023 - used in this round
             return make_planner("best_device").propose(state)
 
+        options: dict[str, Any] = {"topology": topology, "placement": placement, "fleet": fleet}
         recovery = Recovery(replan=alone, stand_by=(a,), fail_back=False)
-        with launch_engine(
-            model=model, topology=topology, placement=placement, fleet=fleet, recovery=recovery
-        ) as engine:
+        with launch_engine(model=model, recovery=recovery, **options) as engine:
             wanted = list(engine.stream(_PROMPT, sampling))
             assert engine.report is not None and engine.report.tpot_s is not None, "it ran"
             tpot_s = engine.report.tpot_s
@@ -221,8 +219,5 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     ordered = sorted(values)
     if not ordered:
         return {"median": None, "p95": None, "max": None}
-    return {
-        "median": statistics.median(ordered),
-        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-        "max": ordered[-1],
-    }
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return {"median": statistics.median(ordered), "p95": p95, "max": ordered[-1]}

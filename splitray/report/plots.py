@@ -22,8 +22,7 @@ def latency_plot(latency_s: Samples) -> Figure:
     """The share of requests answered within a time, a line a planner; a long range of times is logarithmic."""
     figure, axes = _figure("Latency of requests", "seconds from arrival to the last token", "share of requests")
     for colour, (name, values) in zip(_colours(), _merged(latency_s).items(), strict=False):
-        ordered = np.sort(np.asarray(values, float))
-        if not len(ordered):
+        if not len(ordered := np.sort(np.asarray(values, float))):
             continue
         share = np.arange(len(ordered) + 1) / len(ordered)
         axes.step([ordered[0], *ordered], share, where="post", color=colour, label=name)
@@ -59,8 +58,7 @@ def placement_plot(
     FigureCanvasAgg(figure)
     top, map_axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
     top.plot(time_s, np.asarray(bandwidth_bytes_per_s) * 8e-6, color=_GREY, linewidth=1)
-    top.set_ylabel("Mbit/s")
-    top.set_ylim(bottom=0)
+    top.set(ylabel="Mbit/s", ylim=(0, None))
     top.set_title(f"{name}: share of each layer on {device}", loc="left")
     step = time_s[1] - time_s[0] if len(time_s) > 1 else 1.0
     layers = len(share_LT)
@@ -68,8 +66,7 @@ def placement_plot(
         np.asarray(share_LT, float), aspect="auto", origin="lower", interpolation="nearest", cmap="cividis",
         vmin=0, vmax=1, extent=(time_s[0], time_s[-1] + step, 0, layers),
     )  # fmt: skip
-    map_axes.set_ylabel("layer")
-    map_axes.set_xlabel("time, s")
+    map_axes.set(xlabel="time, s", ylabel="layer")
     figure.colorbar(image, ax=map_axes, label=f"share on {device}", fraction=0.04, pad=0.01)
     _plain(top)
     return figure
@@ -147,11 +144,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def save_plots(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write each figure as `NAME.png` into an existing folder."""
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1])
-    return paths
+    paths = {folder / f"{name}.png": figure for name, figure in figures.items()}
+    for path, figure in paths.items():
+        figure.savefig(path)
+    return list(paths)
 
 
 def _merged(samples: Samples) -> dict[str, Sequence[float]]:
@@ -168,8 +164,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_title(title, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     _plain(axes)
     return figure, axes

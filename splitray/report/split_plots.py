@@ -91,8 +91,7 @@ def _panels(titles: Sequence[str], x: str, y: str) -> tuple[Figure, list[Any]]:
         ax.set_visible(False)
     for ax, title in zip(grid, titles, strict=False):
         ax.set_title(title, loc="left", fontsize=10)
-        ax.set_xlabel(x)
-        ax.set_ylabel(y)
+        ax.set(xlabel=x, ylabel=y)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, grid[: len(titles)]

@@ -160,22 +160,18 @@ class _Arena:
         for i, line in enumerate(self.lines):
             seen = states[i]
             if seen is not None and line.planner.learns:
-                line.planner.observe(
-                    seen[0], seen[1], tpot_s=float(slot.tpot_s[i]), energy_j_per_token=float(slot.token_j[i])
-                )
+                tpot_s, joule = float(slot.tpot_s[i]), float(slot.token_j[i])
+                line.planner.observe(*seen, tpot_s=tpot_s, energy_j_per_token=joule)
             outcome = SlotOutcome(
                 arrived_tokens=float(slot.arrived_tokens[i]),
                 served_tokens=float(slot.served_tokens[i]),
                 energy_j=float(energy[i]),
                 accuracy_loss=line.loss,
             )
-            line.queues = replace(
-                advance(line.queues, outcome, self.scenarios[i].budgets, slot_s=simulator.slot_s),
-                backlog_tokens=float(backlog[i]),
-            )
-            line.records.append(
-                (backlog[i], waiting[i], slot.tpot_s[i] if self._up[i] else np.nan, line.loss, *slot.energy_j[i])
-            )
+            queues = advance(line.queues, outcome, self.scenarios[i].budgets, slot_s=simulator.slot_s)
+            line.queues = replace(queues, backlog_tokens=float(backlog[i]))
+            seconds = slot.tpot_s[i] if self._up[i] else np.nan
+            line.records.append((backlog[i], waiting[i], seconds, line.loss, *slot.energy_j[i]))
             if recorded:
                 line.shares.append(np.full(self.arch.num_layers, np.nan) if line.share is None else line.share)
 
@@ -191,9 +187,8 @@ class _Arena:
         if current is not None and not whole and not keeps_cache(current, self.arch, here):
             self.simulator.lose_cache(i)  # even if the device comes back, its memory is lost
         due = t % line.case.every == 0 or not whole
-        crowded = (
-            line.case.pool is not None
-        )  # then most lines of many are empty, and what they would choose is not used
+        # In a crowd most lines of many are empty, and what they would choose is not used.
+        crowded = line.case.pool is not None
         if crowded and whole and not self.simulator.head(i).waits:
             if line.planner.learns and current is not None:
                 line.last = self._state(i, line, topology), current

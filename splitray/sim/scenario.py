@@ -6,6 +6,7 @@ the next one. Shapes: T slots, D devices in the topology's order; links are [sou
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -144,8 +145,7 @@ class Scenario:
         links = []
         for link in self.topology.links:
             pair = link.source, link.target
-            rate = self.bandwidth_bytes_per_s.get(pair)
-            rtt = self.rtt_s.get(pair)
+            rate, rtt = self.bandwidth_bytes_per_s.get(pair), self.rtt_s.get(pair)
             if gone & set(pair) or (rate is not None and rate[slot] <= 0):
                 continue
             if rate is not None:
@@ -168,17 +168,13 @@ class Scenario:
     @cached_property
     def average(self) -> Topology:
         """The topology with the mean rates of the run, for planners that decide once."""
-        links = tuple(
-            replace(
-                x,
-                bandwidth_bytes_per_s=max(1.0, float(self.bandwidth_bytes_per_s[x.source, x.target].mean()))
-                if (x.source, x.target) in self.bandwidth_bytes_per_s
-                else x.bandwidth_bytes_per_s,
-                rtt_s=float(self.rtt_s[x.source, x.target].mean()) if (x.source, x.target) in self.rtt_s else x.rtt_s,
-            )
-            for x in self.topology.links
-        )
-        return replace(self.topology, links=links)
+        links = []
+        for link in self.topology.links:
+            rate, rtt = (of.get((link.source, link.target)) for of in (self.bandwidth_bytes_per_s, self.rtt_s))
+            if rate is not None:
+                link = replace(link, bandwidth_bytes_per_s=max(1.0, float(rate.mean())))
+            links.append(link if rtt is None else replace(link, rtt_s=float(rtt.mean())))
+        return replace(self.topology, links=tuple(links))
 
 
 def edge_cloud_links(topology: Topology) -> list[tuple[DeviceId, DeviceId]]:
@@ -205,10 +201,8 @@ def random_cluster(rng: np.random.Generator, num_devices: int, memory_bytes: tup
         for i in range(num_devices)
     )
     links = tuple(
-        Link(source=a.id, target=b.id, bandwidth_bytes_per_s=rng.uniform(1e9, 1e10) / 8, rtt_s=rng.uniform(1e-5, 2e-4))
-        for a in devices
-        for b in devices
-        if a is not b
+        Link(source=a, target=b, bandwidth_bytes_per_s=rng.uniform(1e9, 1e10) / 8, rtt_s=rng.uniform(1e-5, 2e-4))
+        for a, b in permutations((d.id for d in devices), 2)
     )
     return Topology(devices=devices, links=links, origin=devices[0].id, origin_holds="embedding_and_head")
 

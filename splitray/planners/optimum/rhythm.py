@@ -60,9 +60,8 @@ def steady(space: Space, attention: int, ffn: int, price_s_per_byte: Floats | No
                     return None
                 if not np.isfinite(table[i, j]):
                     continue
-                row = np.zeros(
-                    columns
-                )  # begin[there, j] >= begin[here, i] + work + crossing, less a period at the turn
+                # begin[there, j] >= begin[here, i] + work + crossing, less a period at the turn
+                row = np.zeros(columns)
                 row[begin[here] + i] += 1
                 row[share[here] + i] += part.piece_s[i]
                 row[begin[there] + j] -= 1
