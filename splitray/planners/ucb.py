@@ -32,7 +32,8 @@ class Ucb:
         """See `Planner`; fails where no single device has room."""
         arms = {d: p for d in state.topology.ids if not shortfall(p := whole_on(d, state), state)}
         if not arms:
-            expected, remedy = f"a device that holds all of {state.arch.name}", "use a planner that splits, as layer_dp"
+            remedy = "use a planner that splits (layer_dp, proportional)"
+            expected = f"a device that holds all of {state.arch.name}"
             raise no_room(expected, "none with room for its weights and KV", remedy)
         untried = [d for d in arms if d not in self._costs]
         if untried:
