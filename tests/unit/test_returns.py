@@ -370,3 +370,25 @@ def test_what_cannot_be_used_is_said_before_anything_starts(tmp_path):
         with pytest.raises(InputError, match=named):
             launch_engine(model="tiny", devices=2, fleet=fleet, recovery=recovery)
         assert fleet.started == []
+
+
+def test_who_is_not_there_any_more_is_a_lost_device_and_no_programming_error(monkeypatch, wanted):
+    """A device is left beside a recovery that has just decided to use it."""
+    with running() as (engine, fleet):
+        stage, left = engine.succession.stage, list[str]()
+
+        def leaves(epoch, sessions, **how):
+            if not left and "cloud1" in epoch.route.devices and engine.members.disturbed:
+                left.append("cloud1")
+                fleet.kill("cloud1")
+                engine.members.leave("cloud1")
+            return stage(epoch, sessions, **how)
+
+        monkeypatch.setattr(engine.succession, "stage", leaves)
+        tokens = []
+        for n, token in enumerate(engine.stream(PROMPT, MORE)):
+            tokens.append(token)
+            if n == 4:
+                fleet.kill("cloud0")
+        assert tokens == wanted and left
+        assert comes(lambda: len(engine.route.devices) == 3)

@@ -33,6 +33,14 @@ _ANSWER_S = 1.0  # a busy device has one thread for its work and another one for
 A = TypeVar("A")
 
 
+class Endpoints(dict[str, Endpoint]):
+    """Where devices listen that are there; one that is not there any more is lost, whoever asks for it."""
+
+    def __missing__(self, device: str) -> Endpoint:
+        """Raise DeviceLost: between a look and an order a device may have been left."""
+        raise DeviceLost(f"{device} is not there any more")
+
+
 class Members:
     """The devices of one engine, and the connections to them.
 
@@ -43,7 +51,7 @@ class Members:
     def __init__(self, fleet: Fleet, recovery: Recovery | None) -> None:
         """No device is started yet. Without a `recovery` the first device that is lost ends it all."""
         self.fleet, self.recovery = fleet, recovery
-        self.endpoints: dict[str, Endpoint] = {}
+        self.endpoints = Endpoints()
         """Of those that are there. Never changed in place: whoever goes through it has them as they were."""
         self.ways: list[tuple[str, str]] = []
         """(who opened, to whom) of the connections between devices that a run needs."""
@@ -90,7 +98,7 @@ class Members:
 
     def _arrived(self, device: str, endpoint: Endpoint) -> None:
         with self._changing:
-            self.endpoints = {**self.endpoints, device: endpoint}
+            self.endpoints = Endpoints({**self.endpoints, device: endpoint})
             self._cut_off(device)
 
     def reach(self, device: str) -> Channel:
@@ -133,7 +141,7 @@ class Members:
             self._cut_off(device)
             self._owed.pop(device, None)
             endpoint = self.endpoints.get(device)
-            self.endpoints = {d: e for d, e in self.endpoints.items() if d != device}
+            self.endpoints = Endpoints({d: e for d, e in self.endpoints.items() if d != device})
             return endpoint
 
     def lose(self, topology: Topology, device: str) -> None:

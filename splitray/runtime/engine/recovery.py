@@ -127,7 +127,7 @@ def _roll_call(members: Members, now: Epoch, session: int | None) -> RollCall:
     gone = tuple(members.dead())
     for device in gone:
         members.leave(device)
-    silent: dict[str, str] = {}
+    there, silent = members.endpoints, dict[str, str]()
 
     def asked(orders: Mapping[str, Order[A]], within_s: float) -> dict[str, A]:
         try:
@@ -136,12 +136,12 @@ def _roll_call(members: Members, now: Epoch, session: int | None) -> RollCall:
             silent.update(error.silent)
             return error.answers
 
-    living = asked(dict.fromkeys(members.endpoints, PingOrder()), _PROBE_S)
+    living = asked(dict.fromkeys(there, PingOrder()), _PROBE_S)
     stopped = asked(dict.fromkeys(living, AbortOrder(epoch=now.number)), _STOP_S)
     members.cut_off(living)
     reaches = {}
     for device in stopped:
-        peers = {b: members.endpoints[b] for a, b in now.dials() if a == device and b in stopped}
+        peers = {b: there[b] for a, b in now.dials() if a == device and b in stopped}
         if peers:
             reaches[device] = ReachOrder(peers=peers, within_s=_PROBE_S)
     for device, answer in asked(reaches, _PROBE_S * (len(now.route.devices) + 2)).items():
