@@ -147,7 +147,7 @@ class Members:
     def lose(self, topology: Topology, device: str) -> None:
         """Leave a device that gives no answer, and have it brought back."""
         old = self.leave(device)
-        if self.recovery is not None and self.recovery.fail_back:
+        if self.recovery is not None and self.recovery.fail_back and device in topology.ids:
             self.starts.keep(topology.device(DeviceId(device)), old)
 
     def warn_once(self, problem: str) -> None:

@@ -74,52 +74,70 @@ def recovered(members: Members, succession: Succession, session: Session | None,
     """
     recovery, starts = members.recovery, members.starts
     assert recovery is not None, "asked for"
-    fault, last, silent_s = Fault(reason=str(error)), str(error), members.heard_s
-    began, route = time.monotonic(), {str(d) for d in succession.now.route.devices}
-    context = session.capacity if session is not None else 0
-    gone, refused = set[str](), dict[str, str]()
+    began, heard_s, fault, why = time.monotonic(), members.heard_s, Fault(reason=str(error)), str(error)
+    route = {str(d) for d in succession.now.route.devices}
+    gone, refused = set[str](), set[str]()
     starts.hurry()
     for wait_s in recovery.backoff.waits():
-        changes, looked = starts.changes, time.monotonic()
+        changes, late = starts.changes, time.monotonic() - began > recovery.patience_s
         found = _roll_call(members, succession.now, None if session is None else session.number)
         gone |= {*found.gone}
         away = route - found.usable
-        patient = bool(away) and away <= {*found.silent} and looked - began < recovery.patience_s
-        usable = found.usable - (set() if recovery.replan is None else refused.keys())
-        step = next_step(succession.wanted(context), succession.seen(usable, stopped=True, patient=patient))
+        patient = not late and bool(away) and away <= {*found.silent}
+        usable = found.usable if recovery.replan is None else found.usable - refused
+        step = next_step(
+            succession.wanted(0 if session is None else session.capacity),
+            succession.seen(usable, stopped=True, patient=patient),
+        )
         if recovery.fail_back or step.kind == "wait":
             succession.call_back(others=step.kind == "wait" and not patient)
         if step.kind == "go_on":
             try:
                 _rebuild(members, succession, session, fault, found, step)
             except (InputError, DeviceFailed) as no:
-                last = str(no)
-                refused |= dict.fromkeys(no.devices, last)
-                members.warn_once(last)
-                if recovery.replan is None and no.devices and looked - began > recovery.patience_s:
+                why = str(no)
+                refused |= {*no.devices}
+                members.warn_once(why)
+                if recovery.replan is None and no.devices and late:
                     break  # it has to take part, and cannot
             except DeviceLost as again:
-                last = str(again)
+                why = str(again)
             else:
-                now = succession.now
-                fault.restarted = tuple(sorted(d for d in gone if d in now.route.devices))
-                fault.left_out = tuple(sorted(route - {str(d) for d in now.topology.ids}))
-                for device in {*fault.left_out} & {*found.silent}:
-                    members.lose(now.topology if device in now.topology.ids else succession.whole.topology, device)
-                fault.recovery_s = time.monotonic() - silent_s
+                _settle(members, succession, fault, route, gone, found)
+                fault.recovery_s = time.monotonic() - heard_s
                 return fault
         else:
-            last = "; ".join([step.why, *(starts.failures[d] for d in sorted(route) if d in starts.failures)])
-            needed = away if recovery.replan is None else {*starts.absent}
-            vain = [starts.worn_out_s(d) > recovery.backoff.budget_s for d in needed]
-            if vain and not patient and (any(vain) if recovery.replan is None else all(vain) and not found.silent):
+            why = "; ".join([step.why, *(starts.failures[d] for d in sorted(route) if d in starts.failures)])
+            if not patient and _in_vain(members, away, found):
                 break
         if members.lost is not None:
             raise DeviceLost(members.lost)
         paused = time.monotonic()
         starts.wait(changes, wait_s)
         fault.restart_s += time.monotonic() - paused
-    raise DeviceLost(f"{fault.reason}; no way to go on in {time.monotonic() - began:.1f} s: {last}")
+    raise DeviceLost(f"{fault.reason}; no way to go on in {time.monotonic() - began:.1f} s: {why}")
+
+
+def _settle(
+    members: Members, succession: Succession, fault: Fault, route: set[str], gone: set[str], found: RollCall
+) -> None:
+    """Note who takes part now, and have those brought back that were silent and are left out."""
+    now = succession.now
+    fault.restarted = tuple(sorted(d for d in gone if d in now.route.devices))
+    fault.left_out = tuple(sorted(route - {str(d) for d in now.topology.ids}))
+    for device in {*fault.left_out} & {*found.silent}:
+        members.lose(succession.whole.topology, device)
+
+
+def _in_vain(members: Members, away: set[str], found: RollCall) -> bool:
+    """Whether nobody who is waited for may be started anew within the budget."""
+    recovery, starts = members.recovery, members.starts
+    assert recovery is not None, "asked for"
+    needed = away - {*found.silent} if recovery.replan is None else {*starts.absent}
+    worn_out = [starts.worn_out_s(d) > recovery.backoff.budget_s for d in needed]
+    if recovery.replan is None:
+        return any(worn_out)
+    return bool(worn_out) and all(worn_out) and not found.silent
 
 
 def _roll_call(members: Members, now: Epoch, session: int | None) -> RollCall:
