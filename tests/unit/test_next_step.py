@@ -64,9 +64,8 @@ class World:
     def __post_init__(self) -> None:
         self.topology = replace(Topology.uniform(len(self.names)))
         assert tuple(map(str, self.topology.ids)) == self.names
-        self.wanted = WantedState(
-            placement=even(self.topology), topology=self.topology, place=lambda t: even(t, self.at_least)
-        )
+        other = even(replace(self.topology, devices=self.topology.devices[::-1]))  # not what the planner gives again
+        self.wanted = WantedState(placement=other, topology=self.topology, place=lambda t: even(t, self.at_least))
         self.alive = set(self.names)
         self.placement, self.over = self.wanted.placement, self.topology
         self.holds = dict.fromkeys(self.names, 0)
