@@ -43,6 +43,14 @@ class Args(BaseModel):
                 raise ValueError(f"expected {one} or {other}, got both; leave one out")
         return self
 
+    @model_validator(mode="after")
+    def _a_store_that_is_there(self) -> "Args":
+        if self.checkpoints is not None:
+            from splitray.runtime.checkpoint import Store
+
+            Store(self.checkpoints).check()
+        return self
+
 
 class Replica:
     """One engine and its routes. When the engine is lost, Serve starts the replica anew."""

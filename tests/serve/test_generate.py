@@ -73,3 +73,10 @@ def test_the_config_file_is_one_that_serve_and_args_accept() -> None:
 def test_every_argument_is_shown_in_the_config_file() -> None:
     text = CONFIG.read_text(encoding="utf-8")
     assert [name for name in Args.model_fields if f"{name}:" not in text] == []
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_deployed(tmp_path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match="checkpoint store"):
+        Args(checkpoints=str(tmp_path / "file" / "store"))
+    assert Args(checkpoints=str(tmp_path / "store")).checkpoints
