@@ -78,6 +78,7 @@ def test_nobody_beats_the_clairvoyant_and_a_steady_link_is_left_alone(prices):
     assert online.run(3) == pytest.approx(min(suite.fixed(steady, c, 3) for c in candidates)) and online.moves == 0
 
 
+@pytest.mark.full
 def test_the_report_says_how_much_there_was_to_gain(prices, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "LEAST_S", 20.0)
     rng = np.random.default_rng(0)
