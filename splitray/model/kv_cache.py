@@ -35,6 +35,8 @@ class KvCache:
         self.length = 0
         self.written = 0
         """Positions of steps that are over: others may read them while the next step runs."""
+        self.longest = 0
+        """The length of the longest step, where a model depends on it (lengths.py)."""
         self.is_sliding = list(windows)
         self.is_linear = [False] * num_layers
         self.is_dummy = [False] * num_layers

@@ -19,6 +19,7 @@ from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
 from splitray.model.layout import LayerLayout, is_norm, layer_arguments
 from splitray.model.lean import LeanLoop, can_be_lean
+from splitray.model.lengths import RopeLength
 from splitray.model.qk_norm import share_norm_sums
 from splitray.model.slice_reader import SliceReader, Source
 from splitray.model.slicing import read_cuts
@@ -122,6 +123,7 @@ class Shard:
         decoder, layers_name = decoder_of(self.model, arch.num_layers)
         layers = getattr(decoder, layers_name)
         self.cuts = read_cuts(layers[0], self.model.config, arch)
+        self.rope = RopeLength(decoder, self.model.config)
         self.embedding: Any = self.model.get_input_embeddings()
         self.head: Any = self.model.get_output_embeddings()
         self._reuse = reuse
@@ -181,8 +183,11 @@ class Shard:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         keep: int = 1,
+        length: int | None = None,
     ) -> Tensor:
         """Run one step through HF's own model forward.
+
+        `length` in tokens is that of the whole of which this is a part, where the model depends on it.
 
         Returns:
             This device's logits [batch, kept positions, its vocabulary rows]; no columns if it holds none.
@@ -199,6 +204,7 @@ class Shard:
         if position_ids is None:
             start = cache.position
             position_ids = torch.arange(start, start + new_tokens).expand(batch, -1)
+        self.rope.begin(cache, position_ids, length)
         out = self.model(
             **inputs,
             attention_mask=None if attention_mask is None else attention_mask.to(self.device),

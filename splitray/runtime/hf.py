@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitray.errors import InputError
+from splitray.model.lengths import length_rule
 from splitray.model.reading import read_config
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.stepping import Forward
@@ -68,7 +69,7 @@ class CacheHandle:
 
     def reset(self) -> None:
         """Start from position 0 again."""
-        self.length = 0
+        self.length, self.reorder = 0, None
 
 
 class SplitModel(PreTrainedModel, GenerationMixin):
@@ -149,6 +150,19 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         if alone:
             self.engine.forget(cache.session)
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if alone else cache)  # type: ignore[arg-type]
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, past_key_values: CacheHandle | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """HF's; where a sequence outgrows the short factors, all is read anew by the families that do so (phi3)."""
+        anew = length_rule(self.config).reads_anew
+        if past_key_values is not None and anew is not None and past_key_values.length <= anew < input_ids.shape[1]:
+            past_key_values.reset()
+            kwargs["next_sequence_length"] = None
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+        return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """HF's generate; frees the devices' KV when it is done."""

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
 from splitray.model.layout import LayerLayout
+from splitray.model.lengths import check_generation
 from splitray.model.reading import StateDictSource, probe_model, read_arch
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.runtime.engine.engine import Engine
@@ -33,6 +34,7 @@ def self_test(config: PretrainedConfig) -> bool:
     key = config.to_json_string()
     if key not in _passed:
         probe = probe_model(config)
+        check_generation(type(probe), config)
         arch, layout = read_arch(probe.config)
         problem = _difference(probe, arch, layout, lean=False)
         if problem > _TOLERANCE:

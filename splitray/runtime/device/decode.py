@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from splitray.model.kv_cache import KvCache
+from splitray.model.lengths import LengthRule
 from splitray.model.surgery import Shard
 from splitray.runtime.device.crossing import Crossing, Step
 from splitray.runtime.sampling import Chooser
@@ -47,6 +48,8 @@ class DecodeLoop:
         self.waiting = [m.target for m in route.boundary(self.head.index + 1).messages]
         self.is_sampler = device == route.sampler
         self.is_origin = device == route.origin
+        self.rule = LengthRule() if shard is None else shard.rope.rule
+        self.overwriting = False
         self.mask_BS: Tensor | None = None
         if order.attention_mask is not None:
             self.mask_BS = torch.tensor(order.attention_mask, dtype=torch.int64)
@@ -71,10 +74,10 @@ class DecodeLoop:
         before = (0, 0, 0)
         start = cpu = 0.0
         try:
-            for at in range(position, prompt_tokens, CHUNK_TOKENS):
-                chunk_BT = self.prompt_BT[:, at : at + CHUNK_TOKENS]
-                logits = self._advance(chunk_BT, position)
-                position += chunk_BT.shape[1]
+            spans = self.rule.spans(position, prompt_tokens - self.order.done, prompt_tokens, self._length)
+            for at, position, length in spans:
+                logits = self._read(self.prompt_BT, at, position, length)
+            anew = self._reads_anew_at()
             ids_B, last = self._next(logits, position, left=most - 1)
             before = (traffic.messages, traffic.payload_bytes, traffic.wire_bytes)
             start, cpu = time.perf_counter(), time.process_time()
@@ -82,7 +85,10 @@ class DecodeLoop:
                 tokens_BT = None if ids_B is None else ids_B[:, None]
                 if self.mask_BS is not None:
                     self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(batch, 1)], dim=1)
-                logits = self._advance(tokens_BT, position)
+                if position <= anew:
+                    logits = self._grow(tokens_BT, position, anew)
+                else:
+                    logits = self._advance(tokens_BT, position)
                 position += 1
                 steps += 1
                 ids_B, last = self._next(logits, position, left=most - 1 - steps)
@@ -98,9 +104,39 @@ class DecodeLoop:
             kv_bytes=self.cache.num_bytes,
         )
 
-    def _advance(self, tokens_BT: Tensor | None, position: int) -> Tensor | None:
+    def _read(self, ids_BT: Tensor | None, start: int, stop: int, length: int | None) -> Tensor | None:
+        """Read the positions [start, stop) in chunks; logits of the last."""
+        logits = None
+        for at in range(start, stop, CHUNK_TOKENS):
+            end = min(at + CHUNK_TOKENS, stop)
+            logits = self._advance(None if ids_BT is None else ids_BT[:, at:end], at, end - at, length)
+        return logits
+
+    def _length(self, tokens: int) -> int:
+        """Of the first positions, without padding, in the longest sequence."""
+        return tokens if self.mask_BS is None else max(1, int(self.mask_BS[:, :tokens].sum(-1).max()))
+
+    def _reads_anew_at(self) -> int:
+        """The position with which everything is read again, -1 if there is none."""
+        anew = self.rule.reads_anew
+        return -1 if anew is None or anew < self.prompt_BT.shape[1] else anew
+
+    def _grow(self, tokens_BT: Tensor | None, position: int, anew: int) -> Tensor | None:
+        """One more token of a generation that is to read everything again at the position `anew`."""
+        if tokens_BT is not None:
+            self.prompt_BT = torch.cat([self.prompt_BT, tokens_BT], dim=1)
+        if position < anew:
+            return self._advance(tokens_BT, position)
+        known = None if tokens_BT is None else self.prompt_BT
+        self.cache.written, self.overwriting = 0, True  # a fault halfway leaves KV of two kinds
+        logits = self._read(known, 0, position + 1, self._length(position + 1))
+        self.cache.written, self.overwriting = position + 1, False
+        return logits
+
+    def _advance(
+        self, tokens_BT: Tensor | None, position: int, new_tokens: int = 1, length: int | None = None
+    ) -> Tensor | None:
         batch = self.prompt_BT.shape[0]
-        new_tokens = max(1, min(CHUNK_TOKENS, self.prompt_BT.shape[1] - position))
         order = self.order
         self.crossing.step = Step(order.session, order.epoch, order.attempt, position, 1)
         if self.shard is None:
@@ -117,8 +153,10 @@ class DecodeLoop:
             new_tokens=new_tokens,
             attention_mask=mask_BS,
             position_ids=position_ids,
+            length=length,
         )
-        self.cache.written = position + new_tokens
+        if not self.overwriting:
+            self.cache.written = position + new_tokens
         return logits
 
     def _next(self, logits_BTR: Tensor | None, position: int, *, left: int) -> tuple[Tensor | None, bool]:

@@ -124,6 +124,8 @@ class Epochs:
             Bytes that came over the wire.
         """
         number, start, stop = session.id, session.start, session.stop
+        if staged.rule.overtaken(start, stop):
+            start = 0
         staged.cache(number, session.capacity).written = stop
         if self.current is not None and number in self.current.caches:
             staged.adopt(self.current, number)
@@ -201,5 +203,6 @@ def _restored(staged: Holding, session: Succeeding) -> int:
     """The position below which a session's lost pieces came back from its checkpoints."""
     if session.files and session.store is not None:
         with contextlib.suppress(InputError):  # this device has no way to the store
-            return Store(session.store).restore(staged, session.id, session.lost, session.files)
+            valid = Store(session.store).restore(staged, session.id, session.lost, session.files)
+            return min(valid, staged.rule.reads_anew or valid)  # older files may be from before that
     return 0

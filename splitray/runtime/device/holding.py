@@ -17,6 +17,7 @@ from torch import Tensor
 from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError
 from splitray.model.kv_cache import KvCache, KvPiece, sliding_windows
+from splitray.model.lengths import LengthRule
 from splitray.model.reading import StateDictSource, read_config
 from splitray.model.slice_reader import Source
 from splitray.model.surgery import Shard
@@ -50,6 +51,11 @@ class Holding:
     def num_layers(self) -> int:
         """Layers of the whole model, held here or not."""
         return self.assignment.arch.num_layers
+
+    @property
+    def rule(self) -> LengthRule:
+        """What of the model depends on the length."""
+        return LengthRule() if self.shard is None else self.shard.rope.rule
 
     def cache(self, session: int, capacity: int) -> KvCache:
         """A session's cache, made if there is none."""
