@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import Response
 
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceLost, InputError, Unsampled
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case DeviceLost():
             return ApiError(503, f"the engine lost a device: {error}", code="device_lost")
+        case Unsampled():
+            return ApiError(500, str(error), code="not_sampled")
     logger.error("generation failed", exc_info=error)
     return ApiError(500, f"generation failed: {type(error).__name__}; the server's log has the details")
 

@@ -52,7 +52,8 @@ def sampling_for(
     """The engine's sampling for one prompt of a request; `seed` serves where the request names none.
 
     Raises:
-        ApiError: 400 with code context_length_exceeded if prompt and answer do not fit.
+        ApiError: 400 with code context_length_exceeded if prompt and answer do not fit, or with the parameter that no
+            token can be chosen by.
     """
     from splitray.runtime.sampling import Sampling
 
@@ -71,13 +72,16 @@ def sampling_for(
         raise ApiError(400, message, param=param, code="context_length_exceeded")
     # Greedy is this project's default. A nucleus of no mass still holds the likeliest token: greedy too.
     greedy = request.temperature is None or request.top_p == 0
-    return Sampling(
-        max_new_tokens=wanted or default,
-        temperature=0.0 if greedy else float(request.temperature or 0.0),
-        top_p=float(request.top_p or 1.0),
-        seed=(seed if request.seed is None else request.seed) & (2**63 - 1),  # generators want 0 or more
-        stop_ids=tuple(sorted(set(stop_ids))),
-    )
+    try:
+        return Sampling(
+            max_new_tokens=wanted or default,
+            temperature=0.0 if greedy else float(request.temperature or 0.0),
+            top_p=float(request.top_p or 1.0),
+            seed=(seed if request.seed is None else request.seed) & (2**63 - 1),  # generators want 0 or more
+            stop_ids=tuple(sorted(set(stop_ids))),
+        )
+    except InputError as error:
+        raise ApiError(400, str(error), param=error.what) from error
 
 
 def _turn(message: ChatMessage) -> dict[str, str]:

@@ -55,6 +55,10 @@ def unsplittable(what: str, expected: str, actual: object) -> ModelError:
     return ModelError(what, expected=expected, actual=actual, remedy=remedy)
 
 
+class Unsampled(ArithmeticError):  # noqa: N818 - a noun: what became of one request
+    """The model's logits are no numbers to choose a token by: the request ends, whatever runs it goes on."""
+
+
 class DeviceLost(RuntimeError):  # noqa: N818 - a noun: a state of the world, not a slip of the user
     """A device process died, closed its connection, or missed its deadline."""
 

@@ -27,7 +27,7 @@ from splitray.commands.plan import plan
 from splitray.commands.profile import profile
 from splitray.commands.serve import serve
 from splitray.commands.simulate import simulate
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceLost, InputError, Unsampled
 from splitray.local_ray import StartFailed, Terminated
 from splitray.report.stdout import print_json, reader_may_leave
 
@@ -58,7 +58,7 @@ class Commands(TyperGroup):
             path = getattr(getattr(error, "ctx", None), "command_path", "splitray")
             text = f"{error.format_message().removesuffix('.')}. See `{path} --help`."
             _fail(error.exit_code, error, text, as_json)
-        except (DeviceLost, StartFailed) as error:
+        except (DeviceLost, StartFailed, Unsampled) as error:
             _fail(FAILED, error, f"{error}", as_json)
         except KeyboardInterrupt as error:
             _fail(INTERRUPTED, error, "interrupted; everything that was started has been stopped", as_json)

@@ -1,5 +1,6 @@
 """How the next token is chosen on the sampler's device: transformers' own processors, a seeded generator."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from splitray.errors import InputError
+from splitray.errors import InputError, Unsampled
+
+_LEAST_TEMPERATURE = 1e-30  # logits of millions divided by less leave float32
+_SEEDS = range(-(2**63), 2**64)  # torch's generators
+_MOST = 2**63 - 1  # a message holds no larger number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +35,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("max_new_tokens", 1 <= self.max_new_tokens <= _MOST, "at least 1, in 63 bits"),
+            (
+                "temperature",
+                self.temperature == 0 or _LEAST_TEMPERATURE <= self.temperature < math.inf,
+                f"0 (greedy), or a number from {_LEAST_TEMPERATURE:g} on",
+            ),
+            ("top_k", 0 <= self.top_k <= _MOST, "0 (off) or more, in 63 bits"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+            ("seed", self.seed in _SEEDS, "a number of 64 bits"),
         )
         for name, good, expected in checks:
             if not good:
@@ -68,8 +78,24 @@ class Chooser:
         self._processors = processors
 
     def from_logits(self, logits_BV: Tensor) -> Tensor:
-        """Next ids [batch] from float32 logits of the whole vocabulary."""
+        """Next ids [batch] from float32 logits of the whole vocabulary.
+
+        Raises:
+            Unsampled: the logits are no finite numbers.
+            InputError: they are, but what the request asks for makes none of them.
+        """
+        check_maximum(logits_BV.amax(-1), self.finished_B)
         scores = self._processors(self.ids_BT, logits_BV.float())  # type: ignore[arg-type]
+        if self._processors:
+            top_B = scores.amax(-1)
+            if not (torch.isfinite(top_B) | self.finished_B).all():
+                raise InputError(
+                    "sampling parameters",
+                    expected="values that leave finite scores to choose by",
+                    actual=f"a largest score of {top_B.tolist()} with temperature {self.sampling.temperature:g} "
+                    f"and repetition_penalty {self.sampling.repetition_penalty:g}",
+                    remedy="use a larger temperature (0 is greedy) and a repetition_penalty near 1",
+                )
         if self.sampling.temperature == 0:
             return self.accept(scores.argmax(-1))
         probabilities = scores.softmax(-1)
@@ -97,3 +123,17 @@ class Chooser:
     def done(self) -> bool:
         """Whether every sequence has stopped."""
         return bool(self.finished_B.all())
+
+
+def check_maximum(value_B: Tensor, finished_B: Tensor) -> None:
+    """Refuse to choose where the largest logit of a sequence that goes on is no finite number.
+
+    Raises:
+        Unsampled: one is NaN (which counts as the largest) or infinite.
+    """
+    for value, finished in zip(value_B.tolist(), finished_B.tolist(), strict=True):
+        if not finished and not math.isfinite(value):
+            raise Unsampled(
+                f"no token can be chosen: the model's largest logit is {value}; its weights or this dtype give no "
+                "finite numbers for this prompt (try --dtype float32, or check the weights)"
+            )

@@ -12,7 +12,7 @@ from fake_engine import CONTEXT_TOKENS, FakeEngine
 
 from serve_apps.engine_queue import EngineQueue
 from serve_apps.service import TextService
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceLost, InputError, Unsampled
 
 CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "fake", "prompt": "hi"}
@@ -61,6 +61,9 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"temperature": 2.1}, "temperature", None),
         ({"temperature": -0.1}, "temperature", None),
         ({"temperature": float("nan")}, "temperature", None),
+        ({"temperature": float("inf")}, "temperature", None),
+        ({"temperature": 1e-40}, "temperature", None),
+        ({"top_p": float("nan")}, "top_p", None),
         ({"top_p": 1.1}, "top_p", None),
         ({"seed": 1.5}, "seed", None),
         ({"stop": ["1", "2", "3", "4", "5"]}, "stop", None),
@@ -198,9 +201,10 @@ def test_a_model_without_a_tokenizer_is_refused_at_the_start() -> None:
     [
         (InputError("prompt", expected="a", actual="b", remedy="c"), 400, None, "expected a, got b; c"),
         (DeviceLost("edge0 died"), 503, "device_lost", "edge0 died"),
+        (Unsampled("no token can be chosen"), 500, "not_sampled", "no token can be chosen"),
         (RuntimeError("secret"), 500, None, "RuntimeError"),
     ],
-    ids=["input", "lost", "internal"],
+    ids=["input", "lost", "unsampled", "internal"],
 )
 def test_what_the_engine_raises_before_the_first_token_is_a_status(
     served: Served, raised: Exception, status: int, code: str | None, said: str, stream: bool

@@ -161,7 +161,8 @@ def test_devices_take_every_order_there_is_and_none_twice():
 
 
 def test_every_answer_comes_back_from_its_bytes():
-    values = {int: 3, float: 0.5, str: "x", bool: True, "Saved | None": SAVED, "dict[int, int]": {1: 2}}
+    values = {int: 3, float: 0.5, str: "x", bool: True, "Saved | None": SAVED, "dict[int, int]": {1: 2},
+              Refused: Refused(type="InputError", what="a", expected="b", actual="c", remedy="d")}  # fmt: skip
     for kind in ANSWERS.types.values():
         fields = {f.name: _example(f.type, values) for f in msgspec.structs.fields(kind)}
         assert ANSWERS.unpack(pack(kind(**fields))) == kind(**fields)

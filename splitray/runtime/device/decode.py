@@ -11,13 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from splitray.errors import InputError, Unsampled
 from splitray.model.kv_cache import KvCache
 from splitray.model.lengths import LengthRule
 from splitray.model.surgery import Shard
 from splitray.runtime.device.crossing import Crossing, Step
-from splitray.runtime.sampling import Chooser
+from splitray.runtime.sampling import Chooser, check_maximum
 from splitray.runtime.wire import Channel, Kind, StopRun, header
-from splitray.runtime.wire.answers import Counts
+from splitray.runtime.wire.answers import Counts, NotSampled, Refused
 from splitray.runtime.wire.messages import DecodeOrder
 from splitray.runtime.wire.tensors import payload_of
 
@@ -61,11 +62,11 @@ class DecodeLoop:
             self.chooser.catch_up(self.prompt_BT[:, before:], shard.arch.vocab)
 
     @torch.inference_mode()
-    def run(self) -> Counts:
+    def run(self) -> Counts | NotSampled:
         """Run to the last token; the origin sends each one to the caller.
 
         Returns:
-            What this device counted in the decode steps alone.
+            What this device counted in the decode steps alone, or why no token can be chosen.
         """
         batch, prompt_tokens = self.prompt_BT.shape
         position, most = self.order.start, self.sampling.max_new_tokens - self.order.done
@@ -94,6 +95,9 @@ class DecodeLoop:
                 ids_B, last = self._next(logits, position, left=most - 1 - steps)
         except StopRun:
             self.crossing.stop()
+        except (InputError, Unsampled) as error:
+            self.crossing.stop()
+            return NotSampled(why=Refused.of(error))
         return Counts(
             steps=steps,
             messages=traffic.messages - before[0],
@@ -201,9 +205,10 @@ class DecodeLoop:
                 packed, _ = crossing.receive_end(peer, index)
                 other_B, other_ids_B = packed[0].view(torch.float32), packed[1].to(torch.int64)
                 better = (other_B > value_B) | ((other_B == value_B) & (other_ids_B < ids_B))
-                value_B = torch.where(better, other_B, value_B)
+                value_B = torch.where(better | other_B.isnan(), other_B, value_B)
                 ids_B = torch.where(better, other_ids_B, ids_B)
             assert self.chooser is not None, "the sampler has a chooser"
+            check_maximum(value_B, self.chooser.finished_B)
             return self.chooser.accept(ids_B)
         logits_BR = local_BR.float().cpu()
         if not self.is_sampler:

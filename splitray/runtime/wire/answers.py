@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from splitray.errors import DeviceFailed, DeviceLost, InputError, ModelError, PlacementError, TopologyError
+from splitray.errors import (
+    DeviceFailed,
+    DeviceLost,
+    InputError,
+    ModelError,
+    PlacementError,
+    TopologyError,
+    Unsampled,
+)
 from splitray.runtime.checkpoint import Saved
 from splitray.runtime.wire.packing import Packable, Packed, Vocabulary
 
@@ -44,6 +52,8 @@ class Refused(Answer):
             found = kind(f"{device}: {self.what}", expected=self.expected, actual=self.actual, remedy=self.remedy)
             found.devices = (device,)
             return found
+        if self.type == Unsampled.__name__:
+            return Unsampled(self.what)
         if self.type == DeviceLost.__name__:
             return DeviceLost(f"{device}: {self.what}")
         return DeviceFailed(f"{device} failed: {self.type}: {self.what}", (device,))
@@ -66,6 +76,25 @@ class Counts(Answer):
     decode_s: float
     decode_cpu_s: float
     kv_bytes: int
+
+
+class NotSampled(Answer):
+    """What the sampler says in place of `Counts` where no token can be chosen: the error of this one request.
+
+    It is no `Refused`, which is raised as it comes: it is raised where counts are added up, when every device has
+    answered, so that none is still at work on this request when the next one begins.
+    """
+
+    why: Refused
+
+    @property
+    def steps(self) -> int:
+        """Raises the error: there is nothing to add up."""
+        error = self.why.error("")
+        if isinstance(error, InputError):  # of the request and not of the device
+            error = type(error)(self.why.what, expected=self.why.expected, actual=self.why.actual,
+                                remedy=self.why.remedy)  # fmt: skip
+        raise error
 
 
 class Stats(Answer):
