@@ -106,6 +106,7 @@ def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: Text
         placement=options.placement,
         fleet=fleet,
         recovery=Recovery(replan="drift_plus_penalty"),
+        context=None if prompt is None else len(prompt.ids) + options.max_new_tokens,
         progress=lambda what: print(f"{what} ...", file=sys.stderr),
     ) as engine:
         interrupt.wait()

@@ -34,6 +34,10 @@ class Args(BaseModel):
         default=None, description="folder or URL that all devices reach, for KV of running requests"
     )
     replan: str | None = Field(default=None, description="planner, likewise, that moves the placement as links change")
+    context: int | None = Field(
+        default=None, ge=2, description="longest request in tokens, for which room is kept; longer ones are refused"
+    )
+    start_s: float | None = Field(default=None, gt=0, description="seconds that a device may take to start")
     seed: int = Field(default=0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")
@@ -93,6 +97,8 @@ def _launch(args: Args) -> ServedEngine:
         runtime=args.runtime,
         seed=args.seed,
         replan=args.replan,
+        context=args.context,
+        start_s=args.start_s,
     )
 
 

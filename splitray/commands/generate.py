@@ -34,6 +34,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is off.", metavar="N")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample within that mass; 1 is off.", metavar="X")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.", metavar="X")] = 1.0,
+    start_s: options.StartS = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with one model split over several devices."""
@@ -77,6 +78,8 @@ def generate(
                 channel=as_channel(channel, seed=seed),
                 recovery=Recovery(replan="drift_plus_penalty"),
                 replan=replan,
+                context=len(asked.ids) + max_new_tokens,
+                start_s=start_s,
                 progress=lambda what: spin(what.capitalize()),
             )
         )

@@ -38,5 +38,8 @@ Channel = Annotated[
     str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
 ]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn: planners, samples, traces.", min=0, metavar="N")]
+StartS = Annotated[
+    float | None, typer.Option(help="Seconds that a device may take to start (60; actors 120).", min=0.1, metavar="S")
+]
 Folder = Annotated[Path | None, typer.Option(help="Write the results into it.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]

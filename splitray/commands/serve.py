@@ -30,6 +30,11 @@ def serve(
         str, typer.Option(help="0.0.0.0 lets other machines in; clients are not authenticated.", metavar="IP")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535, metavar="N")] = 8000,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Longest request, for which room is kept; longer ones are refused.", min=2, metavar="N"),
+    ] = None,
+    start_s: options.StartS = None,
     seed: options.Seed = 0,
 ) -> None:
     """Run the OpenAI API over a split model on this machine, until Ctrl-C."""
@@ -44,12 +49,13 @@ def serve(
         arch, _, _ = read_model(model)
         if replan is not None:
             make_planner(replan)  # a wrong name is refused before anything starts
-        chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed)
+        chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed,
+                           context_tokens=min(context or 0, arch.context_tokens))  # fmt: skip
         needed_tokenizer(model)
     console.print(placement_picture(chosen, arch, where))
     arguments: dict[str, Any] = {
         "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
-        "replan": replan, "runtime": runtime, "seed": seed,
+        "replan": replan, "runtime": runtime, "seed": seed, "context": context, "start_s": start_s,
     }  # fmt: skip
     with ExitStack() as stack:
         with progress(watcher, "Starting Ray") as tell:

@@ -109,9 +109,9 @@ class ThreadFleet:
 class ProcessFleet:
     """Devices as processes of this machine, each with one torch thread unless told otherwise."""
 
-    def __init__(self, *, threads: int = 1, deadline_s: float = DEADLINE_S) -> None:
-        """`threads` are the torch and BLAS threads of each process."""
-        self.token = new_token()
+    def __init__(self, *, threads: int = 1, deadline_s: float = DEADLINE_S, start_s: float = _START_S) -> None:
+        """`threads` are the torch and BLAS threads of each process, which may take `start_s` until it listens."""
+        self.token, self._start_s = new_token(), start_s
         self._threads, self._deadline_s = threads, deadline_s
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._starting: set[str] = set()
@@ -173,7 +173,13 @@ class ProcessFleet:
     def _endpoint(self, device: str) -> Endpoint:
         process = self._processes[device]
         assert process.stdout is not None, "stdout is a pipe"
-        timer = threading.Timer(_START_S, process.kill)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(self._start_s, give_up)
         timer.daemon = True
         timer.start()
         try:
@@ -183,6 +189,10 @@ class ProcessFleet:
             self._starting.discard(device)
         if not line:
             code = process.wait()
+            if late.is_set():
+                raise DeviceLost(
+                    f"{device}: not up after {self._start_s:g} s; a slow machine may need a longer start_s"
+                )
             raise DeviceLost(f"{device}: its process ended at start with exit code {code}")
         return Endpoint(*json.loads(line))
 

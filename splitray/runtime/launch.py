@@ -17,6 +17,7 @@ from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
+from splitray.planners.memory import check
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.runtime.checkpoint import Store
@@ -98,33 +99,39 @@ def decide(
     """The placement of a file or of a planner (`even` if neither is given), validated, and the codec.
 
     Raises:
-        InputError: both are given, the planner is unknown, or the placement does not fit model and topology.
+        InputError: both are given, the planner is unknown, or the placement does not fit model and topology, or has no
+            room for the KV of `context_tokens`.
     """
     if planner is not None and placement is not None:
         raise InputError("placement", expected="either a planner or a placement", actual="both",
                          remedy="leave one out")  # fmt: skip
-    if placement is None:
-        chooses = make_planner(planner, seed=seed)
-        state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
-        if codec == AUTO:
-            state, found = best_codec(chooses, state, lambda each: accuracy_of(each, channel))
-            return found, state.codec
-        coded = as_codec(codec)
-        state = replace(state, codec=coded, accuracy=accuracy_of(coded, channel))
-        return chooses.propose(state), coded
-    chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
-    validate(chosen, arch, topology)
-    return chosen, as_codec(codec)
+    state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+    if placement is not None:
+        chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
+        if context_tokens:
+            check(chosen, state)
+        validate(chosen, arch, topology)
+        return chosen, as_codec(codec)
+    chooses = make_planner(planner, seed=seed)
+    if codec == AUTO:
+        state, found = best_codec(chooses, state, lambda each: accuracy_of(each, channel))
+        return found, state.codec
+    coded = as_codec(codec)
+    return chooses.propose(replace(state, codec=coded, accuracy=accuracy_of(coded, channel))), coded
 
 
-def make_fleet(runtime: str, *, threads: int = 1) -> Fleet:
-    """The fleet of a runtime: threads, processes of this machine, or Ray actors."""
+def make_fleet(runtime: str, *, threads: int = 1, start_s: float | None = None) -> Fleet:
+    """The fleet of a runtime: threads, processes of this machine, or Ray actors.
+
+    `start_s` is how long processes and actors may take until they listen; None: what the fleet thinks.
+    """
+    deadline = {} if start_s is None else {"start_s": start_s}
     if runtime == "local":
         return ThreadFleet()
     if runtime == "process":
-        return ProcessFleet(threads=threads)
+        return ProcessFleet(threads=threads, **deadline)
     if runtime == "ray":
-        return ray_fleet(threads=threads)
+        return ray_fleet(threads=threads, **deadline)
     raise InputError("runtime", expected=f"one of {list(RUNTIMES)}", actual=runtime, remedy="use one of the three")
 
 
@@ -151,6 +158,8 @@ def launch_engine(
     channel: str | NoisyChannel | None = None,
     recovery: Recovery | None = None,
     replan: str | Planner | None = None,
+    context: int | None = None,
+    start_s: float | None = None,
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -170,6 +179,9 @@ def launch_engine(
         channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.
         replan: planner, likewise, that moves the placement as links and devices change, as long as the engine lives.
+        context: tokens of the longest request, prompt and answer together: room for its KV is planned, and longer
+            ones are refused. None: as long as the model's, and no room is planned.
+        start_s: how long a device may take to start; None: 60 s for processes, 120 s for actors.
         progress: told what is being done.
 
     Raises:
@@ -183,12 +195,17 @@ def launch_engine(
     if recovery is not None and recovery.store is not None:
         Store(recovery.store).check()
     way = as_channel(channel) if isinstance(channel, str) else channel
-    fleet = fleet or make_fleet(runtime)  # starts nothing yet; refuses an unknown runtime before any work
+    fleet = fleet or make_fleet(
+        runtime, start_s=start_s
+    )  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
     progress("reading and testing the model")
     arch, layout, lean = read_model(model, dtype=dtype)
+    if context is not None:
+        arch = replace(arch, context_tokens=min(context, arch.context_tokens))
     progress("planning")
-    chosen, coded = decide(arch, where, planner=planner, placement=placement, seed=seed, codec=codec, channel=way)
+    chosen, coded = decide(arch, where, planner=planner, placement=placement, seed=seed, codec=codec, channel=way,
+                           context_tokens=0 if context is None else arch.context_tokens)  # fmt: skip
     progress("starting the devices and loading their slices")
     engine = Engine(
         fleet=fleet,
