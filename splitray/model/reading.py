@@ -1,11 +1,12 @@
 """What a checkpoint's config says about the model: its ModelArch and its layer's wiring, by a small probe.
 
-The probe is a two-layer random model of the same config, with fewer heads and rows where the config allows it; the
-self-test (runtime/selftest.py) splits the same model. Reads no weights.
+The probe is a random model of the same config with one layer of each kind, with fewer heads and rows and shorter
+windows where the config allows it; the self-test (runtime/selftest.py) splits the same model. Reads no weights.
 """
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import ModelError, unsplittable
+from splitray.model.layer_kinds import one_of_each, with_short_lengths
 from splitray.model.layout import LayerLayout, observe_layer
 from splitray.model.slicing import PLANS, features
 from splitray.model.surgery import decoder_of, meta_model
@@ -96,8 +98,8 @@ def read_arch(
 
 
 def probe_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A random two-layer model of the same architecture, float32, deterministic, small where that is allowed."""
-    small = _two_layers(config)
+    """A random model of the same kinds of layers, float32, deterministic, small where that is allowed."""
+    small = with_short_lengths(one_of_each(config, _PROBE_VOCAB))
     shrunk = _fewer_heads(small)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -109,12 +111,16 @@ def probe_model(config: PretrainedConfig) -> PreTrainedModel:
             except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
                 failure = error
         if model is None:
-            raise unsplittable(f"architecture {config.model_type}", "a two-layer model of the same config", failure)
+            raise unsplittable(f"architecture {config.model_type}", "a small model of the same config", failure)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "norm" in name.rsplit(".", 2)[-2]:
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.data.copy_(torch.randn_like(parameter) * (1.5 / parameter.shape[-1] ** 0.5))
+        kept = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in kept and buffer.is_floating_point():
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     return model.eval()
 
 
@@ -129,15 +135,22 @@ def observe(probe: PreTrainedModel) -> LayerLayout:
     def run() -> object:
         return probe(input_ids=ids, attention_mask=mask, use_cache=True)
 
-    return observe_layer(getattr(decoder, layers)[0], run, family=probe.config.model_type)
+    family = probe.config.model_type
+    first, *others = [observe_layer(layer, run, family=family) for layer in getattr(decoder, layers)]
+    for other in others:
+        if other != first:
+            found = {n: v for n, v in asdict(other).items() if v != getattr(first, n)}
+            raise unsplittable(
+                f"the decoder layers of {family}", "layers that are wired alike", f"another with {found}"
+            )
+    return first
 
 
 def _counts(config: PretrainedConfig, dtype: str) -> dict[str, Any]:
     model = meta_model(config, torch.float32)
     heads = config.num_attention_heads
     decoder, layers = decoder_of(model, config.num_hidden_layers)
-    layer = getattr(decoder, layers)[0]
-    ffn = _ffn_counts(layer, config)
+    ffn = _ffn_counts(getattr(decoder, layers), config)
     head = model.get_output_embeddings()
     return {
         "name": config.model_type,
@@ -154,15 +167,15 @@ def _counts(config: PretrainedConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _ffn_counts(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]:
-    for path, module in layer.named_modules():
+def _ffn_counts(layers: nn.ModuleList, config: PretrainedConfig) -> dict[str, int]:
+    for path, module in layers.named_modules():
         if path.endswith("experts") and hasattr(module, "gate_up_proj"):
             experts, width, _ = module.gate_up_proj.shape
             return {"ffn_dim": experts, "num_experts": experts, "expert_columns": width // 2, "ffn_matrices": 3}
     plan = PLANS.get(config.model_type) or {
         k.split(".*.", 1)[1]: v for k, v in (config.base_model_tp_plan or {}).items() if ".*." in k
     }
-    paths = {p: m for p, m in layer.named_modules() if p in plan and "att" not in p.split(".")[0]}
+    paths = {p: m for p, m in layers[0].named_modules() if p in plan and "att" not in p.split(".")[0]}
     rows = [m for p, m in paths.items() if plan[p].startswith("rowwise")]
     if len(rows) != 1:
         expected = "a tensor-parallel plan with one row-parallel linear in the FFN"
@@ -180,25 +193,6 @@ def _norms_over_heads(attention: nn.Module, counts: dict[str, Any]) -> bool:
     if weight is None or weight.ndim != 1:
         return False
     return int(weight.shape[0]) == counts["num_heads"] * counts["head_dim"] and counts["num_heads"] > 1
-
-
-def _two_layers(config: PretrainedConfig) -> PretrainedConfig:
-    values = copy.deepcopy(config)
-    layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None)
-    second = next((i for i, t in enumerate(types) if t != types[0]), 1) if types and layers > 1 else 1
-    for name, value in list(vars(values).items()):
-        if isinstance(value, list) and len(value) == layers and name != "attention_types":
-            setattr(values, name, [value[0], value[min(second, layers - 1)]])
-    if hasattr(values, "attention_types"):
-        values.attention_types = [[["global", "local"], 1]]
-        values.attention_layers = ["global", "local"]
-    values.num_hidden_layers = 2
-    values.vocab_size = min(_PROBE_VOCAB, values.vocab_size)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(values, name, None) is not None:
-            setattr(values, name, 0)
-    return values
 
 
 def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:

@@ -122,7 +122,7 @@ class Shard:
         self.reader = SliceReader(source=source, names=self._names, arch=arch, dtype=self.dtype)
         decoder, layers_name = decoder_of(self.model, arch.num_layers)
         layers = getattr(decoder, layers_name)
-        self.cuts = read_cuts(layers[0], self.model.config, arch)
+        self.cuts = [read_cuts(layer, self.model.config, arch) for layer in layers]
         self.rope = RopeLength(decoder, self.model.config)
         self.embedding: Any = self.model.get_input_embeddings()
         self.head: Any = self.model.get_output_embeddings()
@@ -140,7 +140,10 @@ class Shard:
         self._reuse = None
         self.lean: LeanLoop | None = None
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
-        assert not left, f"weights never read: {left[:5]}"
+        if left:
+            raise unsplittable(
+                f"architecture {arch.name}", "weights in layers, embeddings and head", f"also {left[:3]}"
+            )
         self.model.to(self.device)  # type: ignore[arg-type]
 
     def make_lean(self, reuse: LeanLoop | None = None) -> None:
@@ -336,7 +339,7 @@ class Shard:
         if held != arch.num_kv_heads:
             self.reader.narrow_counts(attention, held)
         for path, module in attention.named_modules():
-            cut = self.cuts.get(f"{name}.{path}")
+            cut = self.cuts[i].get(f"{name}.{path}")
             if cut is not None:
                 self.reader.read_cut(module, cut, share.groups, arch.num_kv_heads, share.attention_bias)
             else:
@@ -361,11 +364,7 @@ class Shard:
         ffn = _ffn_of(layer, self.layout)
         for name in self.layout.ffn:
             for path, module in getattr(layer, name).named_modules(prefix=name):
-                cut = self.cuts.get(path)
-                if cut is not None and arch.num_experts:
-                    raise unsplittable(
-                        f"architecture {arch.name}", "experts in every layer", f"dense columns in layer {i}"
-                    )
+                cut = self.cuts[i].get(path)  # where others have experts, in as many equal parts as those
                 if cut is not None:
                     self.reader.read_cut(module, cut, share.columns, arch.ffn_dim, share.ffn_bias)
                 elif hasattr(module, "gate_up_proj") and path.split(".")[-1] == "experts":

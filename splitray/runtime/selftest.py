@@ -1,73 +1,102 @@
-"""Refuses an architecture that does not come out exact: a two-layer random model of its config, split against whole.
+"""Refuses an architecture that does not come out exact: a small random model of its config, split against whole.
 
 Runs once per config before a model is loaded, on threads of the caller, through the real wire.
 """
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import unsplittable
+from splitray.errors import DeviceLost, unsplittable
 from splitray.model.layout import LayerLayout
-from splitray.model.lengths import check_generation
+from splitray.model.lengths import check_generation, length_rule
 from splitray.model.reading import StateDictSource, probe_model, read_arch
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.fleet import ThreadFleet
+from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 
-_PROMPT_TOKENS, _NEW_TOKENS = 7, 4
-_TOLERANCE = 2e-4  # of the largest logit: float32 sums in another order, two layers deep
+_PIECES = (12, 5, 1, 1, 1, 1, 1, 1, 1)
+"""Tokens of each forward: past the windows at once, past the borders of ropes one by one."""
+_GROWING = (18, 8)
+"""Tokens of a prompt and behind it: past the borders while the devices generate among themselves."""
+_TOLERANCE = 2e-4  # of the largest logit: float32 sums in another order, some layers deep
+_FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 _passed: dict[str, bool] = {}
 
 
 def self_test(config: PretrainedConfig) -> bool:
-    """Split a small random model of this config three ways and compare it with the whole one.
+    """Split a small random model of this config unevenly and compare it with the whole one.
+
+    It has a layer of each kind, and what it reads crosses the windows and the borders that the config has.
 
     Returns:
         Whether the lean decode loop is exact too; if not, HF's own layer code is used throughout.
 
     Raises:
-        ModelError: the split model's logits differ.
+        ModelError: the split model's logits or tokens differ, or it does not run.
     """
     key = config.to_json_string()
     if key not in _passed:
-        probe = probe_model(config)
+        probe, what = probe_model(config), f"architecture {config.model_type}"
         check_generation(type(probe), config)
         arch, layout = read_arch(probe.config)
-        problem = _difference(probe, arch, layout, lean=False)
+        try:
+            problem = max(_difference(probe, arch, layout, lean=False, cut=cut) for cut in (0, 1))
+            lean = problem <= _TOLERANCE and _difference(probe, arch, layout, lean=True) <= _TOLERANCE
+        except DeviceLost:  # says nothing about the model
+            raise
+        except _FAILURES as error:
+            last = str(error).strip().split("\n")[-1]
+            raise unsplittable(
+                what, "a small model of its kind that runs", f"{type(error).__name__}: {last}"
+            ) from error
         if problem > _TOLERANCE:
             expected = f"split logits within {_TOLERANCE:g} of the unsplit model's"
-            raise unsplittable(
-                f"architecture {config.model_type}", expected, f"a difference of {problem:.2g} in the self-test"
-            )
-        _passed[key] = _difference(probe, arch, layout, lean=True) <= _TOLERANCE
+            raise unsplittable(what, expected, f"a difference of {problem:.2g} in the self-test")
+        _passed[key] = lean
     return _passed[key]
 
 
-def _difference(probe: PreTrainedModel, arch: ModelArch, layout: LayerLayout, *, lean: bool) -> float:
+def _difference(probe: PreTrainedModel, arch: ModelArch, layout: LayerLayout, *, lean: bool, cut: int = 0) -> float:
     topology = Topology.uniform(3)
     fleet = ThreadFleet(source=StateDictSource(probe))
-    batch = 1 if lean else 2  # the lean loop is for one sequence
-    ids = torch.arange(1, 1 + batch * (_PROMPT_TOKENS + _NEW_TOKENS)).reshape(batch, -1) % arch.vocab
-    with torch.inference_mode():
-        whole = probe(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    parts = []
+    batch, tokens = 1 if lean else 2, sum(_PIECES)  # the lean loop is for one sequence
+    ids = torch.arange(1, 1 + batch * tokens).reshape(batch, -1) % arch.vocab
+    at, parts, whole, cache = 0, [], [], DynamicCache(config=probe.config)
     with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=topology,
-                placement=_uneven(arch, topology), lean=lean) as engine:  # fmt: skip
+                placement=_uneven(arch, topology, cut), lean=lean) as engine:  # fmt: skip
         if lean and not all(s["lean"] for s in engine.stats().values()):
             return float("inf")  # one loop for all devices, or some would run untested code
-        for at, stop in [(0, _PROMPT_TOKENS), *((p, p + 1) for p in range(_PROMPT_TOKENS, ids.shape[1]))]:
-            parts.append(
-                engine.step(Forward(session=1, ids=ids[:, at:stop], position=at, keep=stop - at, capacity=ids.shape[1]))
-            )
-    difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
+        for count in _PIECES:
+            piece, stop = ids[:, at : at + count], at + count
+            parts.append(engine.step(Forward(session=1, ids=piece, position=at, keep=count, capacity=tokens)))
+            with torch.inference_mode():
+                places, seen = torch.arange(at, stop).expand(batch, -1), torch.ones_like(ids[:, :stop])
+                out = probe(input_ids=piece, position_ids=places, attention_mask=seen, past_key_values=cache)
+            whole.append(out.logits)
+            at = stop
+        engine.forget(1)
+        if length_rule(probe.config).borders and not _same_tokens(probe, engine, ids[:1, : _GROWING[0]]):
+            return float("inf")
+    expected = torch.cat(whole, dim=1)
+    difference = (torch.cat(parts, dim=1) - expected).abs().max() / expected.abs().max()
     return float(difference) if torch.isfinite(difference) else float("inf")
 
 
-def _uneven(arch: ModelArch, topology: Topology) -> Placement:
-    """Three devices, shares of different sizes, ranges apart, one device without heads in layer 0."""
+def _same_tokens(probe: PreTrainedModel, engine: Engine, ids: torch.Tensor) -> bool:
+    """Whether the devices among themselves generate what transformers does, across the borders of its rope."""
+    new = min(_GROWING[1], engine.arch.context_tokens - ids.shape[1])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = list(engine.stream(ids[0].tolist(), Sampling(max_new_tokens=new)))
+    expected = probe.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options)  # type: ignore[operator]
+    return bool(expected[0, ids.shape[1] :].tolist() == found)
+
+
+def _uneven(arch: ModelArch, topology: Topology, cut: int) -> Placement:
+    """Three devices, shares of different sizes, ranges apart; the heads of every other layer, from `cut` on, on two."""
     a, b, c = topology.ids
 
     def spread(total: int, devices: tuple[str, ...]) -> Shares:
@@ -78,8 +107,8 @@ def _uneven(arch: ModelArch, topology: Topology) -> Placement:
         return Shares.of(shares)
 
     def layer(i: int) -> LayerPlacement:
-        order = (b, c) if i == 0 else (c, a, b)
-        if arch.parallel_block or i == 0:
+        order = (b, c) if i % 2 == cut else (c, a, b)
+        if arch.parallel_block or i % 2 == cut:
             return LayerPlacement(spread(arch.num_kv_heads, order), spread(arch.ffn_dim, (a, b, c)))
         return LayerPlacement(Shares.whole(arch.num_kv_heads, a, c), spread(arch.ffn_dim, order))
 

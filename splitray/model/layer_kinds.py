@@ -1,0 +1,116 @@
+"""Which layers of a model differ from each other, and a config of a model that has one of each kind and no more.
+
+A kind is read off HF's own modules on the meta device: classes, shapes and settings, whatever the config calls them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+_MOST = 12  # layers of a probe, where each one is of a kind of its own
+_INDEX_NAMES = ("layer_id", "layer_index", "layer_number", "training")
+_FAILURES = (ValueError, RuntimeError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
+_SHORT = {  # lengths at which something changes, so small that a short prompt crosses them
+    "sliding_window": 5, "window_size": 5, "attention_chunk_size": 6, "floor_scale": 4,
+    "original_max_position_embeddings": 21,
+}  # fmt: skip
+
+Kind = tuple[Any, ...]
+
+
+def layer_kinds(config: PretrainedConfig) -> list[Kind]:
+    """What each layer of a config's model is: equal where two layers differ in nothing but their weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    depth = config.num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    return [_kind(layer) for layer in next(lists, ())]
+
+
+def one_of_each(config: PretrainedConfig, vocab: int) -> PretrainedConfig:
+    """The config of a model with the kinds of layers of another, at least two layers, and `vocab` rows at most.
+
+    Where no shorter config has the same kinds, that of the whole depth.
+    """
+    depth = config.num_hidden_layers
+    try:
+        kinds = layer_kinds(config)
+    except _FAILURES:
+        kinds = []
+    firsts = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:_MOST]
+    if len(firsts) < 2:
+        return _shrunk(_chosen(config, [0, min(1, depth - 1)]), vocab)
+    wanted = {kinds[i] for i in firsts}
+    for layers in (firsts, list(range(firsts[-1] + 1))):
+        candidate = _chosen(config, layers)
+        try:
+            if wanted <= set(layer_kinds(candidate)):
+                return _shrunk(candidate, vocab)
+        except _FAILURES:
+            continue
+    return _shrunk(_chosen(config, list(range(depth))), vocab)
+
+
+def with_short_lengths(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with windows and borders that a prompt of some twenty tokens crosses."""
+    values = copy.deepcopy(config)
+    ropes: Any = getattr(values, "rope_parameters", None) or {}
+    sets = [ropes, *(v for v in ropes.values() if isinstance(v, dict))]
+    for name, most in _SHORT.items():
+        for holder in (vars(values), *sets):
+            if type(holder.get(name)) is int and holder[name] > most:
+                holder[name] = most
+    if any("dynamic" in str(s.get("rope_type")) for s in sets):
+        values.max_position_embeddings = _SHORT["original_max_position_embeddings"]
+    return values
+
+
+def _kind(layer: nn.Module) -> Kind:
+    found: list[Any] = []
+    for path, module in layer.named_modules():
+        shapes = tuple((n, tuple(t.shape)) for n, t in (*module._parameters.items(), *module._buffers.items())
+                       if t is not None)  # fmt: skip
+        settings = tuple(sorted(
+            (n, repr(v)) for n, v in vars(module).items()
+            if not n.startswith("_") and "idx" not in n and n not in _INDEX_NAMES
+            and (v is None or isinstance(v, bool | int | float | str))
+        ))  # fmt: skip
+        found.append((path, type(module).__name__, shapes, settings))
+    return tuple(found)
+
+
+def _chosen(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The config of some of its layers, as far as what it says of each can be told from what it says of all."""
+    values, depth = copy.deepcopy(config), config.num_hidden_layers
+    new = {old: at for at, old in reversed(list(enumerate(layers)))}
+    for name, value in list(vars(values).items()):
+        if name == "attention_types":
+            continue
+        if isinstance(value, list) and len(value) == depth:
+            setattr(values, name, [value[i] for i in layers])
+        elif isinstance(value, list) and "layers" in name and all(type(v) is int for v in value):
+            setattr(values, name, [new[v] for v in value if v in new])  # indices, as in mlp_only_layers
+        elif type(value) is int and name in ("first_k_dense_replace", "max_window_layers", "num_dense_layers"):
+            setattr(values, name, sum(i < value for i in layers))
+        elif type(value) is int and name == "num_kv_shared_layers":
+            setattr(values, name, sum(i >= depth - value for i in layers))
+    if hasattr(values, "attention_types"):  # gpt_neo
+        kinds = [config.attention_layers[i] for i in layers] if len(set(config.attention_layers)) > 1 else []
+        values.attention_layers = kinds or ["global", "local"]
+        values.attention_types = [[values.attention_layers, 1]]
+    values.num_hidden_layers = len(layers)
+    return values
+
+
+def _shrunk(config: PretrainedConfig, vocab: int) -> PretrainedConfig:
+    config.vocab_size = min(vocab, config.vocab_size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0)
+    return config

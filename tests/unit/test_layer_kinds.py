@@ -1,0 +1,141 @@
+"""The self-test sees a layer of each kind, and models whose layers differ come out exact or are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import GQA, HEAD_DIM, family_config
+from splits import greedy, split
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from splitray.errors import ModelError
+from splitray.model import layer_kinds, lengths
+from splitray.model.layer_kinds import one_of_each, with_short_lengths
+from splitray.model.layout import observe_layer
+from splitray.model.reading import probe_model, read_arch
+from splitray.model.slice_reader import SliceReader
+from splitray.runtime import selftest
+from splitray.runtime.sampling import Sampling
+from splitray.runtime.selftest import self_test
+
+PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
+MOE: dict[str, Any] = {**HEAD_DIM, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5, 2.5, 4.0, 6.0], "factor": 8.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+def _moe(layers: int, dense: list[int], step: int = 1) -> PretrainedConfig:
+    return CONFIG_MAPPING["qwen3_moe"](
+        **{**MOE, "num_hidden_layers": layers, "mlp_only_layers": dense, "decoder_sparse_step": step}
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (family_config("llama"), 2),
+        (_moe(48, [47]), 2),
+        (_moe(48, [0, 1, 2]), 2),
+        (_moe(12, [], step=4), 4),
+        (CONFIG_MAPPING["gemma3_text"](**{**HEAD_DIM, "num_hidden_layers": 26}), 2),
+        (CONFIG_MAPPING["smollm3"](**{**GQA, "num_hidden_layers": 8}), 2),
+        (CONFIG_MAPPING["glm4_moe"](**{**GQA, "num_hidden_layers": 6}, first_k_dense_replace=2, n_routed_experts=4), 2),
+    ],
+)  # fmt: skip
+def test_the_probe_has_a_layer_of_each_kind_and_no_more_than_it_needs(config, layers):
+    small = one_of_each(config, 64)
+    assert small.num_hidden_layers == layers
+    assert set(layer_kinds.layer_kinds(small)) == set(layer_kinds.layer_kinds(config))
+
+
+def test_windows_and_borders_are_so_short_that_the_self_test_crosses_them():
+    config = CONFIG_MAPPING["phi3"](
+        **GQA, sliding_window=2047, original_max_position_embeddings=64, rope_parameters=LONGROPE
+    )
+    short = with_short_lengths(config)
+    assert short.sliding_window < selftest._PIECES[0]
+    border = short.rope_parameters["original_max_position_embeddings"]
+    assert sum(selftest._PIECES[:2]) < border < sum(selftest._PIECES)
+    assert border == short.original_max_position_embeddings < sum(selftest._GROWING)
+    assert (config.sliding_window, config.rope_parameters["original_max_position_embeddings"]) == (2047, 64)
+
+
+@pytest.mark.parametrize("dense", [[0], [2]])
+def test_a_dense_layer_among_experts_is_exact_wherever_it_is(dense):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_moe(3, dense), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    for devices in (1, 3):
+        with split(model, devices=devices, seed=devices) as engine:
+            assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == greedy(model, PROMPT, 8)
+
+
+def test_a_dense_layer_that_cannot_be_cut_as_often_as_there_are_experts_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(selftest, "_passed", {})
+    config = CONFIG_MAPPING["qwen3_moe"](**{**MOE, "intermediate_size": 42, "mlp_only_layers": [1]})
+    with pytest.raises(ModelError, match="mlp.gate_proj: expected features in 5 equal units, got 42 features"):
+        self_test(config)
+
+
+def test_a_wrong_sum_in_a_late_layer_alone_is_seen(monkeypatch):
+    monkeypatch.setattr(selftest, "_passed", {})
+    assert not self_test(_moe(48, [47]))
+    cut = SliceReader.read_cut
+
+    def wrong(self, module, cut_, held, total, bias):
+        cut(self, module, cut_, held, total, bias)
+        if cut_.by == "columns" and cut_.side == "in":  # none in a layer of experts
+            module.weight.data.mul_(1.05)
+
+    monkeypatch.setattr(SliceReader, "read_cut", wrong)
+    monkeypatch.setattr(selftest, "_passed", {})
+    with pytest.raises(ModelError, match="difference of .* in the self-test"):
+        self_test(_moe(48, [47]))
+
+
+@pytest.mark.parametrize("what", ["length_of_a_step", "read_anew"])
+def test_a_rope_that_is_not_decided_as_transformers_does_is_seen(what, monkeypatch):
+    monkeypatch.setattr(selftest, "_passed", {})
+    config = CONFIG_MAPPING["phi3"](**GQA, original_max_position_embeddings=64, rope_parameters=LONGROPE)
+    assert not self_test(config)
+    monkeypatch.setattr(selftest, "_passed", {})
+    if what == "read_anew":
+        monkeypatch.setattr(lengths, "_READ_ANEW", ("phi3 ",))
+        monkeypatch.setattr(selftest, "check_generation", lambda *_: None)
+    else:
+        monkeypatch.setattr(lengths.RopeLength, "begin", lambda rope, *_: setattr(rope, "length", 999))
+    with pytest.raises(ModelError, match="difference of .* in the self-test"):
+        self_test(config)
+
+
+def test_layers_that_are_wired_differently_are_refused(monkeypatch):
+    observe, seen = observe_layer, list[nn.Module]()
+
+    def another(layer, run, *, family):
+        seen.append(layer)
+        layout = observe(layer, run, family=family)
+        object.__setattr__(layout, "residual_scale", float(len(seen)))
+        return layout
+
+    monkeypatch.setattr("splitray.model.reading.observe_layer", another)
+    with pytest.raises(ModelError, match="layers that are wired alike, got another with {'residual_scale': 2.0}"):
+        read_arch(family_config("llama"))
+
+
+def test_a_model_whose_small_copy_does_not_run_is_refused_and_not_a_crash(monkeypatch):
+    monkeypatch.setattr(selftest, "_passed", {})
+    probe = probe_model(family_config("llama"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise AttributeError("no such cache")
+
+    monkeypatch.setattr(probe, "forward", broken)
+    monkeypatch.setattr(selftest, "probe_model", lambda _: probe)
+    with pytest.raises(ModelError, match="architecture llama: .* AttributeError: no such cache"):
+        self_test(family_config("llama"))
