@@ -258,6 +258,19 @@ def test_an_engine_without_a_way_to_go_on_is_there_again_when_its_devices_are(wa
         assert list(engine.stream(PROMPT, MORE)) == wanted
 
 
+@pytest.mark.parametrize("replan", ["even", None])
+def test_a_fault_while_nothing_runs_is_mended_before_the_next_request(replan, wanted):
+    with running(replan=replan) as (engine, fleet):
+        fleet.off = {"cloud0"}
+        for device in ("edge0", "cloud0", "cloud1"):
+            fleet.kill(device)
+        time.sleep(0.5)
+        fleet.off = set()
+        assert comes(lambda: engine.faults and not fleet.dead() and len(engine.route.devices) == 3)
+        faults = len(engine.faults)
+        assert list(engine.stream(PROMPT, MORE)) == wanted and len(engine.faults) == faults
+
+
 def test_others_stand_by_again_when_who_was_lost_is_back():
     with running(devices=2, stand_by=("edge0",)) as (engine, fleet):
         before = engine.stats()["cloud0"]["weight_bytes"]

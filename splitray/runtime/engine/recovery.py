@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from splitray.errors import DeviceFailed, DeviceLost, InputError
@@ -66,8 +66,10 @@ class RollCall:
     """Who can take part now."""
 
 
-def recovered(members: Members, succession: Succession, session: Session | None, error: DeviceLost) -> Fault:
-    """Make an engine able to go on with a session.
+def recovered(
+    members: Members, succession: Succession, session: Session | None, error: DeviceLost, budget_s: float | None = None
+) -> Fault:
+    """Make an engine able to go on with a session; `budget_s` instead of the policy's.
 
     Raises:
         DeviceLost: within the budget there was no way; says what is missing.
@@ -78,7 +80,8 @@ def recovered(members: Members, succession: Succession, session: Session | None,
     route = {str(d) for d in succession.now.route.devices}
     gone, refused = set[str](), set[str]()
     starts.hurry()
-    for wait_s in recovery.backoff.waits():
+    backoff = recovery.backoff if budget_s is None else replace(recovery.backoff, budget_s=budget_s)
+    for wait_s in backoff.waits():
         changes, late = starts.changes, time.monotonic() - began > recovery.patience_s
         found = _roll_call(members, succession.now, None if session is None else session.number)
         gone |= {*found.gone}

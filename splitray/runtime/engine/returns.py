@@ -33,19 +33,21 @@ class Returns:
         succession: Succession,
         *,
         move: Callable[[NextStep], Next],
-        mend: Callable[[str], None],
+        mend: Callable[[str], bool],
         ready: Callable[[Epoch], None],
     ) -> None:
         """Nobody is missing.
 
-        `move` lets a placement take over beside the runs; `mend` sees to a fault if no run is there to meet it; `ready`
-        lets others stand by in an epoch.
+        `move` lets a placement take over beside the runs; `mend` sees to a fault that no run is there to meet, and says
+        whether there is nothing left to do; `ready` lets others stand by in an epoch.
         """
         self._members, self._succession = members, succession
         self._move, self._mend, self._ready = move, mend, ready
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._coming: Next | None = None
+        self._broken: str | None = None
+        """The fault of the route that no run has met yet."""
         self._refused: dict[str, str] = {}
         self._looked: tuple[frozenset[str], int] | None = None
         """The devices that were there when the planner was asked last, and the epoch."""
@@ -87,7 +89,9 @@ class Returns:
         assert recovery is not None, "asked for"
         dead = members.dead()
         if of_route := {d: why for d, why in dead.items() if d in now.route.devices}:
-            self._mend("; ".join(f"{d}: {why}" for d, why in of_route.items()))
+            self._broken = "; ".join(f"{d}: {why}" for d, why in of_route.items())
+        if self._broken is not None:
+            self._mend_broken(self._broken)
             return
         for device in dead:
             members.leave(device)
@@ -105,6 +109,15 @@ class Returns:
                 self._ready(succession.now)
         except (InputError, DeviceLost, DeviceFailed) as error:
             self._failed(error)
+
+    def _mend_broken(self, why: str) -> None:
+        """Look once whether the route can be mended, and again later if not; a run that begins does it itself."""
+        if time.monotonic() >= self._again_s:
+            if self._mend(why):
+                self._broken = None
+                self._waits, self._again_s = self._schedule(), 0.0
+            else:
+                self._again_s = time.monotonic() + next(self._waits)
 
     def _incomplete_for(self) -> float:
         """Seconds since when less than what is wanted runs."""

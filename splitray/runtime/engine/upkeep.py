@@ -6,6 +6,7 @@ That is between two segments of a run, or while there is none. It decides no pla
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from splitray.runtime.engine.stepping import Steps
 from splitray.runtime.engine.succession import Succession
 from splitray.topology import Topology
 
+logger = logging.getLogger(__name__)
+_LOOK_S = 0.01  # one look, no wait for anything
 _KEPT = 1000  # faults that are remembered
 
 
@@ -122,18 +125,22 @@ class Upkeep:
         finally:
             self.working.release()
 
-    def _mend_at_rest(self, why: str) -> None:
-        """See to a fault that no run has met yet; the one that goes on meets it by itself."""
-        if self.working.acquire(blocking=False):
-            try:
-                self._members.heard_s = time.monotonic()
-                with contextlib.suppress(DeviceLost, InputError):
-                    self.mend(DeviceLost(why))
-            finally:
-                self.working.release()
+    def _mend_at_rest(self, why: str) -> bool:
+        """Look once for a way on after a fault that no run has met; whether it was found, or a run is there for it."""
+        if not self.working.acquire(blocking=False):
+            return True
+        try:
+            self._members.heard_s = time.monotonic()
+            self.mend(DeviceLost(why), budget_s=_LOOK_S)
+        except (DeviceLost, InputError) as error:
+            logger.info("not mended yet: %s", error)
+            return False
+        finally:
+            self.working.release()
+        return True
 
-    def mend(self, error: DeviceLost) -> None:
-        """Make it possible to go on where the session was, see recovery.py.
+    def mend(self, error: DeviceLost, *, budget_s: float | None = None) -> None:
+        """Make it possible to go on where the session was, see recovery.py; `budget_s` instead of the policy's.
 
         Raises:
             DeviceLost: there is no `Recovery`, and nothing can run any more; or there was no way within its budget.
@@ -149,7 +156,7 @@ class Upkeep:
         self._steps.lost()
         members.disturbed = True
         try:
-            self.faults.append(recovered(members, self._succession, self.session, error))
+            self.faults.append(recovered(members, self._succession, self.session, error, budget_s))
             del self.faults[:-_KEPT]
         finally:
             members.disturbed = False
