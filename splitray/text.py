@@ -131,7 +131,8 @@ def end_ids(model_path: str, tokenizer: Any) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = Path(model_path) / name
         if path.is_file():
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            values = json.loads(path.read_text(encoding="utf-8"))
+            named = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
             return [*ids, *(named if isinstance(named, list) else [] if named is None else [named])]
     return ids
 

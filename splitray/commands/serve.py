@@ -46,7 +46,7 @@ def serve(
         from splitray.runtime.launch import decide, needed_tokenizer, read_model, read_topology
 
         where = read_topology(topology, devices)
-        arch, _, _ = read_model(model)
+        arch, _, _ = read_model(model, topology=where)
         if replan is not None:
             make_planner(replan)  # a wrong name is refused before anything starts
         chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed,

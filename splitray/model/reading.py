@@ -4,24 +4,34 @@ The probe is a random model of the same config with one layer of each kind, with
 windows where the config allows it; the self-test (runtime/selftest.py) splits the same model. Reads no weights.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import ModelError, unsplittable
+from splitray.errors import InputError, ModelError, unsplittable
+from splitray.model.config import text_part, whole_config
+from splitray.model.folder import has_weights
 from splitray.model.layer_kinds import one_of_each, with_short_lengths
-from splitray.model.layout import LayerLayout, observe_layer
+from splitray.model.layout import LayerLayout, is_norm, observe_layer
 from splitray.model.slicing import PLANS, features
+from splitray.model.source import Checkpoint
 from splitray.model.surgery import decoder_of, meta_model
 
 _PROBE_VOCAB = 64
+_RECURRENT = re.compile(
+    "mamba|rwkv|recurrent|rglru|gateddelta|deltanet|shortconv|lstm|lightning|linearattention|retention", re.IGNORECASE
+)
+_NOT_UNDERSTOOD = (AttributeError, LookupError, TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError,
+                   ImportError)  # fmt: skip
 
 
 class StateDictSource:
@@ -55,26 +65,32 @@ class StateDictSource:
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a model folder.
+    """The config of the text decoder in a model's folder; it is tied if its weights are, too.
 
     Raises:
         ModelError: there is no readable config of a decoder there.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-        config = config.get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {folder}",
-            expected="a folder with a transformers config.json",
-            actual=str(error).split("\n")[0],
-            remedy="give the path of a saved model",
-        ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise unsplittable(
-            f"architecture {config.model_type}", "a decoder with a causal language model", type(config).__name__
-        )
+    config = text_part(whole_config(folder))
+    if config.tie_word_embeddings and has_weights(folder):
+        config.tie_word_embeddings = not _has_own_head(folder, config)
     return config
+
+
+def _has_own_head(folder: str | Path, config: PretrainedConfig) -> bool:
+    """Whether a head is stored beside the embedding with other values: then transformers does not tie them."""
+    with contextlib.suppress(ModelError):  # damaged weights are told where they are read
+        checkpoint = Checkpoint(folder)
+        tables = [k for k, shape in checkpoint.shapes.items() if shape[:1] == (config.vocab_size,) and len(shape) == 2]
+        if len(tables) < 2:
+            return False
+        model = meta_model(config, torch.float32)
+        keys = checkpoint.names.keys
+        return any(
+            keys[a] != keys[b] and not checkpoint.equal(keys[a], keys[b])
+            for a, b in model.all_tied_weights_keys.items()
+            if a in keys and b in keys
+        )
+    return False
 
 
 def read_arch(
@@ -85,10 +101,33 @@ def read_arch(
     Raises:
         ModelError: the architecture cannot be split, with the reason.
     """
-    counts = _counts(config, dtype)
+    with understood(config):
+        return _read_arch(config, dtype)
+
+
+@contextlib.contextmanager
+def understood(config: PretrainedConfig) -> Iterator[None]:
+    """Refuse an architecture on whose code or config ours fails: what is not understood cannot be split.
+
+    Raises:
+        ModelError: says how it fails.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except _NOT_UNDERSTOOD as error:
+        expected = "a decoder of attention and FFN layers as they are known here"
+        said = f"{type(error).__name__}: {error}"
+        raise unsplittable(f"architecture {config.model_type}", expected, said) from error
+
+
+def _read_arch(config: PretrainedConfig, dtype: str) -> tuple[ModelArch, LayerLayout]:
+    meta = meta_model(config, torch.float32)
+    _refuse_mixers(meta, config)
+    counts = _counts(meta, config, dtype)
     probe = probe_model(config)
     layout = observe(probe)
-    meta = meta_model(config, torch.float32)
     decoder, layers = decoder_of(meta, counts["num_layers"])
     attention = getattr(getattr(decoder, layers)[0], layout.attention)
     over_heads = _norms_over_heads(attention, counts)
@@ -146,8 +185,20 @@ def observe(probe: PreTrainedModel) -> LayerLayout:
     return first
 
 
-def _counts(config: PretrainedConfig, dtype: str) -> dict[str, Any]:
-    model = meta_model(config, torch.float32)
+def _refuse_mixers(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Refuse layers that mix positions by something else than attention, by the module's name."""
+    what, expected = f"architecture {config.model_type}", "attention in every layer"
+    for name, module in model.named_modules():
+        if not is_norm(module) and _RECURRENT.search(type(module).__name__) and re.search(r"\.\d+\.", name):
+            raise unsplittable(what, expected, f"{name} ({type(module).__name__})")
+    decoder, layers = decoder_of(model, config.num_hidden_layers)
+    for i, layer in enumerate(getattr(decoder, layers)):
+        if not any("att" in n.lower() for n, _ in layer.named_children()):
+            found = ", ".join(f"{n} ({type(m).__name__})" for n, m in layer.named_children())
+            raise unsplittable(what, expected, f"layer {i} of {found}")
+
+
+def _counts(model: PreTrainedModel, config: PretrainedConfig, dtype: str) -> dict[str, Any]:
     heads = config.num_attention_heads
     decoder, layers = decoder_of(model, config.num_hidden_layers)
     ffn = _ffn_counts(getattr(decoder, layers), config)
@@ -161,7 +212,7 @@ def _counts(config: PretrainedConfig, dtype: str) -> dict[str, Any]:
         "hidden_dim": config.hidden_size,
         "vocab": head.weight.shape[0],
         "context_tokens": getattr(config, "max_position_embeddings", None) or 2**20,
-        "tied_embeddings": bool(config.tie_word_embeddings),
+        "tied_embeddings": bool(model.all_tied_weights_keys),
         "dtype": dtype,
         **ffn,
     }

@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import ModelError
+from splitray.model.config import text_part, whole_config
+from splitray.model.folder import config_values, model_folder, weight_files
+from splitray.model.stored_names import StoredNames, stored_names
+from splitray.model.surgery import meta_model
 
 _SAMPLE_BYTES = 64  # of every tensor, for the fingerprint: a changed fine-tune shows, a big file is not read
-_RENAMED = (  # names of the model -> names in checkpoints, where transformers 5 converts on load
-    ("lm_head.", "embed_out."),
-    (".mlp.gate.", ".block_sparse_moe.gate."),
-)
 _EXPERTS = (  # (container, gate, up, down) of one expert in checkpoints that do not fuse them
     ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    ("mlp.experts", "w1", "w3", "w2"),
     ("block_sparse_moe.experts", "w1", "w3", "w2"),
 )
+_MOST_COMPARED = 2**28  # values: more take seconds, and to hold two equal tables costs memory only
 
 
 class Checkpoint:
@@ -35,18 +38,15 @@ class Checkpoint:
         """Open the folder's safetensors headers.
 
         Raises:
-            ModelError: no config or weights there, or a file is missing, truncated or no safetensors file.
+            ModelError: no config or weights there, an adapter beside them, or a file is missing, truncated or no
+                safetensors file.
         """
-        self.folder = Path(folder)
+        self.folder = model_folder(folder)
         self.bytes_read = 0
-        if not (self.folder / "config.json").is_file():
-            remedy = "give the path of a saved transformers model"
-            raise ModelError(
-                f"model {folder}", expected="a folder with config.json", actual="none there", remedy=remedy
-            )
+        named = config_values(folder).get("transformers_weights")
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for name in self._shard_names():
+        for name in weight_files(self.folder, named):
             path = self.folder / name
             try:
                 opened = safe_open(path, framework="pt")
@@ -56,26 +56,32 @@ class Checkpoint:
             for key in opened.keys():  # noqa: SIM118 - safe_open is no dict
                 self._file_of[key] = name
 
-    def _shard_names(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise _damaged(f"weights {index.name}", "a JSON weight_map", error) from error
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        found = sorted(p.name for p in self.folder.glob("*.bin")) or "none"
-        expected, remedy = "model.safetensors or its index", "save the model with save_pretrained (safetensors)"
-        raise ModelError(f"weights in {self.folder}", expected=expected, actual=found, remedy=remedy)
+    @cached_property
+    def names(self) -> StoredNames:
+        """Which stored tensor is which parameter, as transformers decides it.
+
+        Raises:
+            ModelError: the config is none of a text decoder.
+        """
+        whole = whole_config(self.folder)
+        return stored_names(whole, meta_model(text_part(whole), torch.float32), self.shapes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every stored tensor."""
+        return {k: tuple(self._slice(k).get_shape()) for k in self._file_of}
+
+    def file_of(self, key: str) -> str:
+        """The file that a stored tensor is in."""
+        return self._file_of[key]
+
+    def type_of(self, key: str) -> str:
+        """The type of a stored tensor, as safetensors calls it: F32, BF16."""
+        return str(self._slice(key).get_dtype())
 
     def key(self, name: str) -> str | None:
         """The checkpoint's key for a parameter of the model, or None."""
-        bare = name.split(".", 1)[1] if "." in name else name
-        names = [name, bare]
-        for ours, theirs in _RENAMED:
-            names += [n.replace(ours, theirs) for n in (name, bare) if ours in n]
-        return next((n for n in names if n in self._file_of), None)
+        return name if name in self._file_of else self.names.keys.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape of a parameter."""
@@ -116,6 +122,14 @@ class Checkpoint:
             gate_up = [torch.cat([self.read(f"{p}{gate}.weight"), self.read(f"{p}{up}.weight")]) for p in prefix]
             return torch.stack(gate_up), torch.stack([self.read(f"{p}{down}.weight") for p in prefix])
         raise self._missing(f"{module}.gate_up_proj")
+
+    def equal(self, key: str, other: str) -> bool:
+        """Whether two stored tensors have the same values; True is said only of what was compared to the end."""
+        a, b = self._slice(key), self._slice(other)
+        rows, columns = a.get_shape()
+        if rows * columns > _MOST_COMPARED:
+            return False
+        return all(torch.equal(a[i : i + 1024], b[i : i + 1024]) for i in range(0, rows, 1024))
 
     def fingerprint(self) -> str:
         """Hash of config, names, shapes, dtypes and a sample of every tensor: equal on all copies of a model."""

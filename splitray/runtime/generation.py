@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from splitray.errors import InputError
+from splitray.model.checked import check_weights
+from splitray.model.folder import has_weights
 from splitray.model.reading import read_config
 from splitray.runtime.launch import model_path, read_tokenizer
 from splitray.text import Detokenizer, end_ids
@@ -41,7 +43,10 @@ def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
     if (text is None) == (ids is None):
         expected, remedy = "either --prompt or --prompt-ids", 'give one of them, for example --prompt "The list of"'
         raise InputError("prompt", expected=expected, actual="neither" if text is None else "both", remedy=remedy)
-    read_config(model_path(model))  # a wrong path must not look like a missing tokenizer
+    folder = model_path(model)
+    read_config(folder)  # a wrong path must not look like a missing tokenizer
+    if has_weights(folder):
+        check_weights(folder)  # before Ray is started, too
     tokenizer = read_tokenizer(model)
     ends = end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None))
     return Prompt(_prompt_ids(model, tokenizer, text, ids), tuple(sorted(set(ends))))

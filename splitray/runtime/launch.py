@@ -12,6 +12,8 @@ from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
+from splitray.model.checked import check_weights
+from splitray.model.folder import has_weights
 from splitray.model.layout import LayerLayout
 from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement, validate
@@ -36,16 +38,23 @@ Progress = Callable[[str], None]
 
 def model_path(model: str | Path) -> Path:
     """The folder of a model: a path, or `tiny` for the one that ships with the package."""
-    return SHIPPED if str(model) == "tiny" else Path(model)
+    return SHIPPED if str(model) == "tiny" else Path(model).expanduser()
 
 
-def read_model(model: str | Path, *, dtype: Dtype = "float32") -> tuple[ModelArch, LayerLayout, bool]:
+def read_model(
+    model: str | Path, *, dtype: Dtype = "float32", topology: Topology | None = None
+) -> tuple[ModelArch, LayerLayout, bool]:
     """Counts and wiring of a model, and whether the lean loop is exact for it, after the self-test.
+
+    Its weights are checked if they lie here: the devices of a `topology` may have them in folders of their own.
 
     Raises:
         ModelError: the folder holds no usable model, or its architecture cannot be split exactly.
     """
-    config = read_config(model_path(model))
+    folder = model_path(model)
+    if has_weights(folder) or topology is None or not any(d.model_path for d in topology.devices):
+        check_weights(folder)
+    config = read_config(folder)
     arch, layout = read_arch(config, dtype=dtype)
     return arch, layout, self_test(config)
 
@@ -200,7 +209,7 @@ def launch_engine(
     )  # starts nothing yet; refuses an unknown runtime before any work
     where = read_topology(topology, devices)
     progress("reading and testing the model")
-    arch, layout, lean = read_model(model, dtype=dtype)
+    arch, layout, lean = read_model(model, dtype=dtype, topology=where)
     if context is not None:
         arch = replace(arch, context_tokens=min(context, arch.context_tokens))
     progress("planning")

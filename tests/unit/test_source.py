@@ -109,8 +109,8 @@ def _damaged(folder, tmp_path, damage):
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors or its index"),
         (lambda f: (f / "config.json").unlink(), "config.json"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "complete"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
-        (lambda f: (f / "model.safetensors.index.json").write_text(
+        (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"x": "gone.safetensors"}})), "gone.safetensors"),
     ],
     ids=["no weights", "no config", "truncated", "empty index", "missing shard"],

@@ -137,7 +137,7 @@ def build(
         source = old.source
         if isinstance(source, Lent):
             source.renew(lenders)
-    elif memory is not None or (Path(assignment.model_path) / "config.json").is_file() or not lenders:
+    elif memory is not None or (Path(assignment.model_path).expanduser() / "config.json").is_file() or not lenders:
         source = memory or Checkpoint(assignment.model_path)
     else:
         source = Lent(lenders, token=token, model_path=assignment.model_path)

@@ -1,0 +1,113 @@
+"""A checkpoint against the model that its config describes: every name, shape and type, before anything is started.
+
+Reads the headers of its files only, and decides nothing but whether it can be run.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitray.errors import ModelError
+from splitray.model.config import whole_config
+from splitray.model.folder import config_values
+from splitray.model.reading import read_config, understood
+from splitray.model.source import Checkpoint
+from splitray.model.surgery import meta_model
+
+logger = logging.getLogger(__name__)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_IN_LAYERS = re.compile(r"^(.*?\b(?:layers|h|blocks?)\.)(\d+)\.")
+_COMPUTED = re.compile(r"inv_freq$|position_ids$|\bmasked_bias$|\battn\.bias$|\battention\.bias$")
+_REMEDY = "use the config.json that belongs to these weights, or copy the model again"
+
+
+def check_weights(model: str | Path) -> None:
+    """Refuse a checkpoint that transformers would not read into the model of its config, or read otherwise than here.
+
+    Raises:
+        ModelError: says which tensor in which file, what the config asks for and what is there.
+    """
+    _refuse_quantized(model)
+    config = read_config(model)
+    whole = whole_config(model)
+    checkpoint = Checkpoint(model)
+    with understood(config):
+        text = meta_model(config, torch.float32)
+        names = checkpoint.names
+    where = f"weights in {checkpoint.folder}"
+    _refuse_types(checkpoint, list(names.keys.values()))
+    if names.rewritten:
+        raise ModelError(where, expected="tensors that are used as they are stored", actual=_some(names.rewritten),
+                         remedy="load the model with transformers and save it with save_pretrained")  # fmt: skip
+    _refuse_missing(where, text, names.shapes)
+    for name, parameter in text.state_dict().items():
+        found = names.shapes.get(name)
+        if found is not None and found != tuple(parameter.shape):
+            key = names.keys.get(name)
+            what = f"{name} in {checkpoint.file_of(key) if key else checkpoint.folder}"
+            raise ModelError(what, expected=f"shape {list(parameter.shape)} by config.json", actual=list(found),
+                             remedy=_REMEDY)  # fmt: skip
+    buffers = [n for n, b in text.named_buffers() if n in names.keys and not isinstance(b, nn.Parameter)]
+    if buffers:
+        raise ModelError(where, expected="parameters", actual=f"buffers that are not read here: {_some(buffers)}",
+                         remedy="this architecture cannot be split; use another model")  # fmt: skip
+    _refuse_unused(where, text, names.unused, list(names.keys.values()))
+    if type(whole) is not type(config):
+        logger.warning("%s: read for its text alone: images, sound and their %d tensors are not read", model,
+                       len(names.others))  # fmt: skip
+
+
+def _refuse_quantized(model: str | Path) -> None:
+    values = config_values(model)
+    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
+            raise ModelError(f"model {model}: quantization_config", expected="weights that are plain floats",
+                             actual=f"weights quantised by {method or 'an unnamed method'}",
+                             remedy="use the model's version that is not quantised (bfloat16 or float32)")  # fmt: skip
+
+
+def _refuse_types(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
+    for key in keys:
+        if (kind := checkpoint.type_of(key)) not in _FLOATS:
+            raise ModelError(f"{key} in {checkpoint.file_of(key)}", expected=f"plain floats ({', '.join(_FLOATS)})",
+                             actual=f"{kind}: quantised or packed weights",
+                             remedy="use the model's version that is not quantised (bfloat16 or float32)")  # fmt: skip
+
+
+def _refuse_missing(where: str, text: PreTrainedModel, shapes: object) -> None:
+    assert isinstance(shapes, dict)
+    ignored = [re.compile(p) for p in text._keys_to_ignore_on_load_missing or ()]
+    needed = (n for n, _ in text.named_parameters(remove_duplicate=False))
+    missing = [n for n in needed if n not in shapes and not any(p.search(n) for p in ignored)]
+    if missing:
+        head = text.get_output_embeddings()
+        heads = {f"{n}.weight" for n, m in text.named_modules() if m is head}
+        remedy = "copy the checkpoint again"
+        if set(missing) <= heads:
+            remedy = "the config says that the head is not tied to the embedding: correct tie_word_embeddings in "
+            remedy += "config.json if it is, or add the head"
+        raise ModelError(where, expected=f"a tensor {_some(missing)}", actual=f"{len(shapes)} others", remedy=remedy)
+
+
+def _refuse_unused(where: str, text: PreTrainedModel, unused: Sequence[str], used: Sequence[str]) -> None:
+    """Tensors in the decoder's own layers that its config has no place for are another model's; others are named."""
+    ignored = [re.compile(p) for p in text._keys_to_ignore_on_load_unexpected or ()]
+    left = [k for k in unused if not _COMPUTED.search(k) and not any(p.search(k) for p in ignored)]
+    lists = {m.group(1) for k in used if (m := _IN_LAYERS.match(k))}
+    ours = [k for k in left if (m := _IN_LAYERS.match(k)) and m.group(1) in lists]
+    if ours:
+        expected = f"no more than the {text.config.num_hidden_layers} layers of config.json have"
+        raise ModelError(where, expected=expected, actual=f"also {_some(ours)}", remedy=_REMEDY)
+    if left:
+        logger.warning("%s: not used by this model: %s", where, _some(left))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,120 @@
+"""A model's folder: which files transformers would take, and what is refused by name. Reads no tensors."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from splitray.errors import ModelError
+
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"  # how the stand-in of a large file begins
+_SAVE = "save the model with save_pretrained (safetensors)"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a path as a user gives it, `~` included.
+
+    Raises:
+        ModelError: it is no folder, or its name cannot go through messages to devices.
+    """
+    folder = Path(model).expanduser()
+    try:
+        os.fspath(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise _refused(ascii(os.fsencode(folder)), "a path in UTF-8", "other bytes", "rename the folder") from error
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise _refused(folder, "a folder with config.json", "a file", "give the folder that it lies in")
+    remedy = "give the path of a saved model"
+    if not folder.is_absolute() and len(folder.parts) == 2 and str(model)[0] not in ".~":
+        remedy = f"models are folders here: if this is a name on a hub, run `hf download {model} --local-dir DIR` first"
+        remedy += ", and give DIR"
+    raise _refused(model, "a folder with config.json", "no such folder", remedy)
+
+
+def config_values(model: str | Path) -> dict[str, Any]:
+    """What config.json of a model's folder holds.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
+    folder = model_folder(model)
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            remedy = "merge the adapter into its base model (merge_and_unload) and save that with save_pretrained"
+            raise _refused(folder, "a whole model with config.json", "an adapter only (adapter_config.json)", remedy)
+        remedy = "give the path of a saved transformers model"
+        raise _refused(folder, "a folder with config.json", "none there", remedy)
+    _refuse_pointer(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(f"model {folder}: config.json", "a JSON object", error) from error
+    if not isinstance(values, dict):
+        raise _damaged(f"model {folder}: config.json", "a JSON object", type(values).__name__)
+    return values
+
+
+def has_weights(model: str | Path) -> bool:
+    """Whether a model's folder has safetensors weights, in one file or several."""
+    folder = Path(model).expanduser()
+    return (folder / _ONE).is_file() or (folder / _INDEX).is_file() or any(folder.glob("*.safetensors"))
+
+
+def weight_files(folder: Path, named: str | None = None) -> list[str]:
+    """The files that transformers would take the weights from: one file before an index, as it prefers them.
+
+    `named` is the config's `transformers_weights`, which comes before both.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing or a Git LFS pointer.
+    """
+    if (folder / "adapter_config.json").is_file():
+        remedy = "merge the adapter (merge_and_unload) and save the whole model, or move adapter_config.json away"
+        raise _refused(folder, "weights without an adapter", "adapter_config.json beside them", remedy)
+    first = [named] if named else [_ONE, _INDEX]
+    found = next((n for n in first if (folder / n).is_file()), None)
+    if found is None:
+        other = sorted({p.name for kind in ("*.safetensors", *_PICKLED) for p in folder.glob(kind)})
+        remedy = _SAVE
+        if any(p.endswith((".bin", ".pt", ".pth", ".ckpt")) for p in other):
+            remedy = f"pickled weights are not read: load them with transformers once and {_SAVE}"
+        elif any(p.endswith(".safetensors") for p in other):
+            remedy = f"rename the file to {_ONE}, or add {_INDEX}"
+        expected = named or "model.safetensors or its index"
+        raise ModelError(f"weights in {folder}", expected=expected, actual=other or "none", remedy=remedy)
+    _refuse_pointer(folder / found)
+    if not found.endswith(".index.json"):
+        return [found]
+    try:
+        names = sorted(
+            {str(n) for n in json.loads((folder / found).read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(f"weights {found}", "a JSON weight_map", error) from error
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        found_too = f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise _damaged(f"weights in {folder}", f"the {len(names)} files that {found} names", found_too)
+    for name in names:
+        _refuse_pointer(folder / name)
+    return names
+
+
+def _refuse_pointer(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ModelError(f"{path}", expected="the file itself", actual="a Git LFS pointer to it",
+                             remedy="run `git lfs pull` in the folder, or download the model again")  # fmt: skip
+
+
+def _refused(model: object, expected: str, actual: object, remedy: str) -> ModelError:
+    return ModelError(f"model {model}", expected=expected, actual=actual, remedy=remedy)
+
+
+def _damaged(what: str, expected: str, actual: object) -> ModelError:
+    return ModelError(what, expected=expected, actual=actual, remedy="copy the checkpoint again")

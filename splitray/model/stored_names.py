@@ -1,0 +1,162 @@
+"""Which stored tensor is which parameter, by transformers' own rules for a checkpoint's names. Knows no files.
+
+A text model of its own may come from the checkpoint of a wrapper that also reads images: then its parameters are those
+of the wrapper's decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from splitray.errors import ModelError
+
+_READ_AS_STORED = (MergeModulelist, Concatenate)  # experts, which `Checkpoint.read_experts` joins itself
+
+
+@dataclass(slots=True)
+class StoredNames:
+    """`keys` are stored names by the text model's, `shapes` what transformers would make of them there.
+
+    `unused` are stored names that are no parameter of the model, `others` those of a wrapper's other parts. `rewritten`
+    are parameters that transformers would compute from what is stored, and that are not read here.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+
+
+def stored_names(whole: PretrainedConfig, text: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> StoredNames:
+    """Go through a checkpoint as transformers would.
+
+    Args:
+        whole: the config as it is stored.
+        text: the text model on the meta device.
+        stored: the shape of every stored tensor.
+    """
+    model = _loaded_class(whole, text)
+    ours = _to_text(model, text)
+    transforms = get_model_conversion_mapping(model)
+    renamings: Any = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    parameters = model.state_dict()
+    found, joined = StoredNames(), dict[str, Any]()
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if pattern is None:
+            if name not in parameters:
+                found.unused.append(key)
+            elif name not in ours:
+                found.others.append(key)
+            else:
+                found.keys[ours[name]] = key
+                found.shapes[ours[name]] = stored[key]
+            continue
+        plain = _with_prefix_of(name, apply_renamings(key, renamings), model, parameters)
+        found.keys[_start_as(ours, name, plain)] = key
+        converter = joined.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+        converter.add_tensor(name, key, pattern, torch.empty(stored[key], device="meta"))
+    for name, converter in joined.items():
+        _join(found, name, converter, model, ours)
+    _tie(found, text)
+    return found
+
+
+def _join(found: StoredNames, name: str, converter: Any, model: PreTrainedModel, ours: Mapping[str, str]) -> None:
+    """Note the parameters that several stored tensors make together."""
+    read = all(isinstance(o, _READ_AS_STORED) for o in converter.operations)
+    try:
+        made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
+    except Exception as error:  # noqa: BLE001 - transformers' code: it wraps every failure in another type
+        said = str(error).strip().split("\n")[-1]
+        raise ModelError(f"weights of {name}", expected="stored tensors that make it together", actual=said,
+                         remedy="copy the checkpoint again") from error  # fmt: skip
+    for each, value in made.items():
+        tensor: Tensor = value[0] if isinstance(value, list) else value
+        if each not in ours:
+            continue
+        found.shapes[ours[each]] = tuple(tensor.shape)
+        if not read:
+            found.rewritten.append(ours[each])
+
+
+def _tie(found: StoredNames, text: PreTrainedModel) -> None:
+    """Where only one of two tied parameters is stored, both are read from it."""
+    for target, source in text.all_tied_weights_keys.items():
+        for name, other in ((target, source), (source, target)):
+            if name not in found.keys and other in found.keys:
+                found.keys[name], found.shapes[name] = found.keys[other], found.shapes[other]
+
+
+def _loaded_class(whole: PretrainedConfig, text: PreTrainedModel) -> PreTrainedModel:
+    """The model that transformers would load the checkpoint into, on the meta device."""
+    if type(whole) is type(text.config):
+        return text
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    kind: Any = mapping.get(type(whole), None)
+    if kind is None and type(whole) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(whole)]
+    if kind is None:
+        raise ModelError(f"architecture {whole.model_type}", expected="a model that transformers loads for text",
+                         actual=type(whole).__name__, remedy="give the text model alone")  # fmt: skip
+    if kind is type(text):
+        return text
+    with torch.device("meta"):
+        return kind._from_config(copy.deepcopy(whole), dtype=torch.float32)  # type: ignore[no-any-return]
+
+
+def _to_text(model: PreTrainedModel, text: PreTrainedModel) -> dict[str, str]:
+    """The text model's name of each of its parameters, by the name in `model`."""
+    parameters = text.state_dict()
+    if model is text:
+        return {n: n for n in parameters}
+    at = {_name_of(text, text.get_decoder()): _name_of(model, model.get_decoder())}
+    head, own = model.get_output_embeddings(), text.get_output_embeddings()
+    if head is not None and own is not None:
+        at[_name_of(text, own)] = _name_of(model, head)
+    found = {}
+    for name in parameters:
+        start = next((s for s in at if name.startswith(f"{s}.")), None)
+        found[name if start is None else at[start] + name[len(start) :]] = name
+    return found
+
+
+def _name_of(model: PreTrainedModel, module: object) -> str:
+    return next(n for n, m in model.named_modules() if m is module)
+
+
+def _with_prefix_of(name: str, plain: str, model: PreTrainedModel, parameters: Iterable[str]) -> str:
+    """A name before its conversion, with the model's prefix if the converted name has got it."""
+    prefix = f"{model.base_model_prefix}."
+    return prefix + plain if name.startswith(prefix) and not plain.startswith(prefix) else plain
+
+
+def _start_as(ours: Mapping[str, str], name: str, plain: str) -> str:
+    """A name before its conversion, as the text model would call it: the converted name says how it begins there."""
+    if name not in ours or name == ours[name]:
+        return plain
+    mine = ours[name]
+    shared = next(n for n in range(len(mine) + 1) if name.endswith(mine[n:]))
+    start, new = name[: len(name) - len(mine) + shared], mine[:shared]
+    return new + plain[len(start) :] if plain.startswith(start) else plain
