@@ -271,7 +271,7 @@ def split(request: PerplexityRequest, cut: int | None, codec: Codec, channel: No
 
 def of_split(model: SplitModel) -> Forward:
     """A function from token ids to logits: the split model."""
-    return lambda ids, keep: model(ids, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+    return lambda ids, keep: model(ids, use_cache=False, logits_to_keep=keep).logits  # type: ignore[no-any-return]
 
 
 def _devices_of(placement: Placement) -> Topology:

@@ -3,7 +3,8 @@
 It samples in the caller, which therefore receives full logits: that traffic is control and reported apart.
 """
 
-import itertools
+import warnings
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,65 +12,30 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
 
 from splitray.errors import InputError
 from splitray.model.lengths import length_rule
 from splitray.model.reading import read_config
+from splitray.model.surgery import meta_model
+from splitray.runtime.cache_handle import CacheHandle as CacheHandle
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.launch import launch_engine
+from splitray.runtime.refusals import (
+    LOSS_OPTIONS,
+    METHODS,
+    OUTPUTS,
+    refuse_arguments,
+    refuse_foreign,
+    refuse_modes,
+    refuse_packed,
+    refuse_shapes,
+    refused_method,
+)
 
-_sessions = itertools.count(1 << 20)  # apart from the sessions of the engine's own loop
-
-
-class CacheHandle:
-    """Stands for the KV that the devices hold: a length, and what to do with it at the next step."""
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, engine: Engine, capacity: int) -> None:
-        """Name a new session; nothing is allocated until its first step."""
-        self.engine, self.capacity = engine, capacity
-        self.session = next(_sessions)
-        self.length = 0
-        self.reorder: Tensor | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions written."""
-        return self.length
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """No fixed limit."""
-        return -1
-
-    def _then(self, order: Tensor) -> None:
-        self.reorder = order if self.reorder is None else self.reorder[order]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: sequence i goes on from beam_idx[i]."""
-        self._then(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
-        self._then(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence; the first step after it tells the batch."""
-        if self.length:
-            raise InputError("repeating a running batch", expected="a repeat before the first step",
-                             actual=f"{self.length} positions written", remedy="repeat the prompt")  # fmt: skip
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop positions from the end; transformers 5 counts them negative."""
-        self.length += tokens_to_remove
-
-    def activate_past_recording(self) -> None:
-        """Nothing to do: every position is kept until the session ends."""
-
-    def reset(self) -> None:
-        """Start from position 0 again."""
-        self.length, self.reorder = 0, None
+_made: ContextVar[list[CacheHandle]] = ContextVar("the caches of the generation that goes on in this thread")
 
 
 class SplitModel(PreTrainedModel, GenerationMixin):
@@ -81,8 +47,13 @@ class SplitModel(PreTrainedModel, GenerationMixin):
     def __init__(self, engine: Engine) -> None:
         """Wrap a running engine."""
         config = read_config(engine.model_path)
+        for name in OUTPUTS:
+            if getattr(config, name, False):
+                warnings.warn(f"the model's config asks for {name}, which a split model does not have", stacklevel=2)
+                setattr(config, name, False)
         super().__init__(config)
         self.engine = engine
+        self.loss_type = "ForCausalLM"
         self._anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # gives transformers device and dtype
         if (Path(engine.model_path) / "generation_config.json").is_file():
             self.generation_config = GenerationConfig.from_pretrained(engine.model_path)
@@ -102,54 +73,98 @@ class SplitModel(PreTrainedModel, GenerationMixin):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the devices run the experts; transformers asks every model that has them in its config
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: CacheHandle | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [batch, kept positions, vocab] for input_ids [batch, new positions].
+        """Logits [batch, kept positions, vocab] for input_ids [batch, new positions], as transformers gives them.
+
+        The cache that comes back stands for KV on the devices, which is there as long as somebody holds it.
 
         Raises:
-            InputError: no ids, or ids outside the vocabulary.
+            InputError: something that is not done on devices; no ids, or ids outside the vocabulary; a mask or
+                positions of another shape; a cache that is not this model's.
             DeviceLost: a device is gone, and nothing could be done about it.
         """
-        if input_ids is None or input_ids.numel() == 0:
-            raise InputError("input_ids", expected="at least one token", actual="none", remedy="give input_ids")
-        arch = self.engine.arch
-        if int(input_ids.min()) < 0 or int(input_ids.max()) >= arch.vocab:
-            raise InputError("input_ids", expected=f"ids in [0, {arch.vocab})",
-                             actual=f"{int(input_ids.min())}..{int(input_ids.max())}",
-                             remedy="use this model's tokenizer")  # fmt: skip
-        new_tokens = input_ids.shape[1]
-        alone = past_key_values is None
-        cache = past_key_values or CacheHandle(self.engine, new_tokens)
+        refuse_arguments(self.config, others | {"inputs_embeds": inputs_embeds}, labelled=labels is not None)
+        ids = self._checked(input_ids)
+        batch, new_tokens = ids.shape
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        cache = CacheHandle(self.engine, new_tokens) if past_key_values is None else past_key_values
+        refuse_foreign(cache)
+        cache.check(self.engine, batch)
+        all_positions = cache.length + new_tokens
+        refuse_shapes(attention_mask, position_ids, (batch, new_tokens), all_positions)
+        if past_key_values is None and not use_cache and attention_mask is None:
+            refuse_packed(position_ids)
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None  # nothing is masked: the devices' lean loop may run
-        if position_ids is not None and torch.equal(
-            position_ids, torch.arange(cache.length, cache.length + new_tokens).expand_as(position_ids)
-        ):
-            position_ids = None
+        if position_ids is not None:
+            position_ids = position_ids.cpu()
+            if torch.equal(position_ids, torch.arange(cache.length, all_positions).expand_as(position_ids)):
+                position_ids = None
+        some = isinstance(logits_to_keep, int) and 0 < logits_to_keep < new_tokens
         reorder, cache.reorder = cache.reorder, None
-        logits = self.engine.step(
-            Forward(
-                session=cache.session,
-                ids=input_ids,
-                position=cache.length,
-                keep=logits_to_keep or new_tokens,
-                capacity=max(cache.capacity, cache.length + new_tokens),
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                reorder=reorder,
+        try:
+            logits = self.engine.step(
+                Forward(
+                    session=cache.session,
+                    ids=ids,
+                    position=cache.length,
+                    keep=int(logits_to_keep) if some else new_tokens,
+                    capacity=max(cache.capacity, all_positions),
+                    attention_mask=None if attention_mask is None else attention_mask.bool().cpu(),
+                    position_ids=position_ids,
+                    reorder=reorder,
+                )
             )
+        except BaseException:
+            cache.close()  # nobody knows which devices have read what
+            raise
+        cache.length, cache.batch = all_positions, batch
+        if past_key_values is None and not use_cache:
+            cache.close()
+        if not some:
+            logits = slice_logits_to_keep(logits, logits_to_keep)
+        return CausalLMOutputWithPast(
+            loss=self._loss(logits, labels, others),
+            logits=logits,  # type: ignore[arg-type]
+            past_key_values=None if cache.closed else cache,  # type: ignore[arg-type]
         )
-        cache.length += new_tokens
-        if alone:
-            self.engine.forget(cache.session)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=None if alone else cache)  # type: ignore[arg-type]
+
+    def _checked(self, input_ids: Tensor | None) -> Tensor:
+        """A copy of the ids: what was read is remembered, whatever the caller does with its tensor.
+
+        Raises:
+            InputError: see `forward`.
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+            actual = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise InputError("input_ids", expected="a tensor of ids [batch, at least one token]", actual=actual,
+                             remedy="give input_ids")  # fmt: skip
+        if input_ids.numel() == 0:
+            raise InputError("input_ids", expected="at least one token", actual="none", remedy="give input_ids")
+        vocab = self.engine.arch.vocab
+        if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab:
+            raise InputError("input_ids", expected=f"ids in [0, {vocab})",
+                             actual=f"{int(input_ids.min())}..{int(input_ids.max())}",
+                             remedy="use this model's tokenizer")  # fmt: skip
+        return input_ids.detach().to("cpu", torch.int64, copy=True)
+
+    def _loss(self, logits: Tensor, labels: Tensor | None, others: dict[str, Any]) -> Any:
+        if labels is None:
+            return None
+        options = {n: others[n] for n in LOSS_OPTIONS if n in others}
+        return self.loss_function(logits=logits, labels=labels.cpu(), vocab_size=self.config.vocab_size, **options)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, past_key_values: CacheHandle | None = None, **kwargs: Any
@@ -165,13 +180,22 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """HF's generate; frees the devices' KV when it is done."""
-        self._handle: CacheHandle | None = None
+        """HF's generate; frees the devices' KV when it is done, unless it returns the cache.
+
+        Raises:
+            InputError: a mode or an input that needs the model's layers in this process.
+        """
+        refuse_arguments(self.config, {"inputs_embeds": kwargs.get("inputs_embeds")})
+        made: list[CacheHandle] = []
+        outer, out = _made.set(made), None
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            out = super().generate(*args, **kwargs)  # type: ignore[misc]
+            return out
         finally:
-            if self._handle is not None:
-                self.engine.forget(self._handle.session)
+            _made.reset(outer)
+            for cache in made:
+                if cache is not getattr(out, "past_key_values", None):
+                    cache.close()
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
@@ -180,12 +204,29 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> bool:
-        if model_kwargs.get("past_key_values") is not None:
-            return False
-        self._handle = CacheHandle(self.engine, max_cache_length)
-        model_kwargs["past_key_values"] = self._handle
-        return False
+    ) -> None:
+        refuse_modes(generation_config)
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            refuse_foreign(given)
+        elif generation_config.use_cache is not False:
+            cache = CacheHandle(self.engine, max_cache_length)
+            _made.get().append(cache)
+            model_kwargs["past_key_values"] = cache
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the whole model, wherever its parts are; none can be trained."""
+        whole = meta_model(self.config, torch.float32).requires_grad_(False)
+        return whole.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to`, `half`, `cuda` and their like do."""
+        moved = fn(self._anchor)
+        if (moved.device, moved.dtype) != (self._anchor.device, self._anchor.dtype):
+            raise InputError("moving a split model", expected="the devices and types that its devices have",
+                             actual=f"{moved.device}, {moved.dtype}",
+                             remedy="give dtype= to from_pretrained, or torch_device in the topology")  # fmt: skip
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def close(self) -> None:
         """Stop the devices."""
@@ -197,3 +238,7 @@ class SplitModel(PreTrainedModel, GenerationMixin):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+for _name, _remedy in METHODS.items():
+    setattr(SplitModel, _name, refused_method(_name, _remedy))

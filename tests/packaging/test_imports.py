@@ -48,7 +48,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("kept_fleet",),
         ("engine",),
         ("selftest", "timing"),
-        ("launch",),
+        ("launch", "cache_handle"),
+        ("refusals",),
         ("hf", "generation", "model_arch"),
     ),
     "splitray.runtime.wire": (
