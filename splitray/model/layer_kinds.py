@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 _MOST = 12  # layers of a probe, where each one is of a kind of its own
 _INDEX_NAMES = ("layer_id", "layer_index", "layer_number", "training")
-_FAILURES = (ValueError, RuntimeError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
+FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What transformers' code may raise for a config that it, or this engine, cannot make a model of."""
 _SHORT = {  # lengths at which something changes, so small that a short prompt crosses them
     "sliding_window": 5, "window_size": 5, "attention_chunk_size": 6, "floor_scale": 4,
     "original_max_position_embeddings": 21,
@@ -41,7 +42,7 @@ def one_of_each(config: PretrainedConfig, vocab: int) -> PretrainedConfig:
     depth = config.num_hidden_layers
     try:
         kinds = layer_kinds(config)
-    except _FAILURES:
+    except FAILURES:
         kinds = []
     firsts = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:_MOST]
     if len(firsts) < 2:
@@ -52,7 +53,7 @@ def one_of_each(config: PretrainedConfig, vocab: int) -> PretrainedConfig:
         try:
             if wanted <= set(layer_kinds(candidate)):
                 return _shrunk(candidate, vocab)
-        except _FAILURES:
+        except FAILURES:
             continue
     return _shrunk(_chosen(config, list(range(depth))), vocab)
 

@@ -135,6 +135,15 @@ class SliceReader:
                     full = f"{self.names[child]}.{name}"
                     setattr(child, name, self.parameter(self.source.read(full)))
 
+    def read_buffers(self, module: nn.Module) -> None:
+        """Read what a checkpoint stores of a module beside its parameters, for example a router's correction."""
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{self.names[module]}.{name}"
+            if name in module._non_persistent_buffers_set or not buffer.is_floating_point():
+                continue
+            if self.source.key(full) is not None:
+                setattr(module, name, self.source.read(full).to(buffer.dtype))
+
     def parameter(self, tensor: Tensor) -> nn.Parameter:
         """A parameter of the shard's dtype that nobody trains."""
         return nn.Parameter(tensor.to(self.dtype), requires_grad=False)

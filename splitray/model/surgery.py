@@ -136,6 +136,9 @@ class Shard:
             layers[i] = self._layer(layers[i], i)
         self.layers: nn.ModuleList = layers
         self.decoder = decoder
+        for module in self.model.modules():
+            if module in self._names:
+                self.reader.read_buffers(module)
         self._names = {}
         self._reuse = None
         self.lean: LeanLoop | None = None

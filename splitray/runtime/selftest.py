@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import DeviceLost, unsplittable
+from splitray.errors import DeviceLost, ModelError, unsplittable
+from splitray.model.layer_kinds import FAILURES
 from splitray.model.layout import LayerLayout
 from splitray.model.lengths import check_generation, length_rule
 from splitray.model.reading import StateDictSource, probe_model, read_arch
@@ -23,7 +24,6 @@ _PIECES = (12, 5, 1, 1, 1, 1, 1, 1, 1)
 _GROWING = (18, 8)
 """Tokens of a prompt and behind it: past the borders while the devices generate among themselves."""
 _TOLERANCE = 2e-4  # of the largest logit: float32 sums in another order, some layers deep
-_FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 _passed: dict[str, bool] = {}
 
 
@@ -40,15 +40,16 @@ def self_test(config: PretrainedConfig) -> bool:
     """
     key = config.to_json_string()
     if key not in _passed:
-        probe, what = probe_model(config), f"architecture {config.model_type}"
-        check_generation(type(probe), config)
-        arch, layout = read_arch(probe.config)
+        what = f"architecture {config.model_type}"
         try:
+            probe = probe_model(config)
+            check_generation(type(probe), config)
+            arch, layout = read_arch(probe.config)
             problem = max(_difference(probe, arch, layout, lean=False, cut=cut) for cut in (0, 1))
             lean = problem <= _TOLERANCE and _difference(probe, arch, layout, lean=True) <= _TOLERANCE
-        except DeviceLost:  # says nothing about the model
+        except (ModelError, DeviceLost):  # the latter says nothing about the model
             raise
-        except _FAILURES as error:
+        except FAILURES as error:
             last = str(error).strip().split("\n")[-1]
             raise unsplittable(
                 what, "a small model of its kind that runs", f"{type(error).__name__}: {last}"

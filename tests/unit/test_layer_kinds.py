@@ -139,3 +139,26 @@ def test_a_model_whose_small_copy_does_not_run_is_refused_and_not_a_crash(monkey
     monkeypatch.setattr(selftest, "probe_model", lambda _: probe)
     with pytest.raises(ModelError, match="architecture llama: .* AttributeError: no such cache"):
         self_test(family_config("llama"))
+
+
+def test_a_config_without_heads_is_refused_by_name_and_not_a_crash(monkeypatch):
+    monkeypatch.setattr(selftest, "_passed", {})
+    config = CONFIG_MAPPING["mamba"](vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    for reads in (read_arch, self_test):
+        with pytest.raises(ModelError, match="architecture mamba"):
+            reads(config)
+
+
+def test_what_a_router_keeps_beside_its_weights_is_read():
+    config = CONFIG_MAPPING["glm4_moe"](
+        **GQA, head_dim=8, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(torch.randn_like(buffer))
+    with split(model, devices=3, seed=1) as engine:
+        assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == greedy(model, PROMPT, 8)
