@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from splitray.errors import ModelError
@@ -52,9 +51,10 @@ def check_weights(model: str | Path) -> None:
             what = f"{name} in {checkpoint.file_of(key) if key else checkpoint.folder}"
             raise ModelError(what, expected=f"shape {list(parameter.shape)} by config.json", actual=list(found),
                              remedy=_REMEDY)  # fmt: skip
-    buffers = [n for n, b in text.named_buffers() if n in names.keys and not isinstance(b, nn.Parameter)]
+    buffers = [n for n, b in text.named_buffers() if n in names.keys and not b.is_floating_point()]
     if buffers:
-        raise ModelError(where, expected="parameters", actual=f"buffers that are not read here: {_some(buffers)}",
+        actual = f"buffers that are not read here: {_some(buffers)}"
+        raise ModelError(where, expected="parameters and buffers of floats", actual=actual,
                          remedy="this architecture cannot be split; use another model")  # fmt: skip
     _refuse_unused(where, text, names.unused, list(names.keys.values()))
     if type(whole) is not type(config):

@@ -18,6 +18,7 @@ from splitray.model.layout import observe_layer
 from splitray.model.reading import probe_model, read_arch
 from splitray.model.slice_reader import SliceReader
 from splitray.runtime import selftest
+from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 
@@ -149,7 +150,7 @@ def test_a_config_without_heads_is_refused_by_name_and_not_a_crash(monkeypatch):
             reads(config)
 
 
-def test_what_a_router_keeps_beside_its_weights_is_read():
+def test_what_a_router_keeps_beside_its_weights_is_read(tmp_path):
     config = CONFIG_MAPPING["glm4_moe"](
         **GQA, head_dim=8, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
     )
@@ -160,5 +161,9 @@ def test_what_a_router_keeps_beside_its_weights_is_read():
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.add_(torch.randn_like(buffer))
+    expected = greedy(model, PROMPT, 8)
     with split(model, devices=3, seed=1) as engine:
-        assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == greedy(model, PROMPT, 8)
+        assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == expected
+    model.save_pretrained(tmp_path)
+    with launch_engine(model=tmp_path, devices=2, planner="even", runtime="local") as engine:
+        assert list(engine.stream(PROMPT, Sampling(max_new_tokens=8))) == expected
