@@ -76,8 +76,7 @@ class Cut:
         taken = []
         start = 0
         for features in self.sections:
-            each = features // total
-            taken += [Range(start + r.start * each, start + r.stop * each) for r in held]
+            taken += [Range(start + r.start * features // total, start + r.stop * features // total) for r in held]
             start += features
         return taken
 
@@ -130,8 +129,10 @@ def _sections(
         parts = (size // 2, size // 2)
     else:
         parts = (size,)
-    units = arch.num_kv_heads if "att" in path.split(".")[0] else arch.ffn_dim
-    if sum(parts) != size or any(p % units for p in parts):
+    by_heads = "att" in path.split(".")[0]
+    units = arch.num_kv_heads if by_heads else arch.ffn_dim
+    even = by_heads or not arch.num_experts  # else columns among experts, cut as nearly evenly as it goes
+    if sum(parts) != size or (even and any(p % units for p in parts)):
         raise unsplittable(f"architecture {family}: {path}", f"features in {units} equal units", f"{size} features")
     return parts
 

@@ -108,9 +108,7 @@ def test_faults_before_and_after_a_border_change_no_token(family, kept, monkeypa
     assert tokens == expected
 
 
-@pytest.mark.parametrize(
-    "options", [{"do_sample": False}, {"num_beams": 2, "do_sample": False}], ids=["greedy", "beams"]
-)
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("family", MODELS)
 def test_split_model_across_a_border_equals_transformers(family, options, monkeypatch):
     ids = torch.tensor([_prompt(BORDER - 4)])
