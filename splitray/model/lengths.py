@@ -67,6 +67,11 @@ class LengthRule:
             yield at, stop, length_of(stop)
             at = stop
 
+    def lost_by_reading_again(self, tokens: int, *, padded: bool) -> bool:
+        """Whether so many tokens, read at once, perhaps give other KV than a prompt and then token after token."""
+        borders = (*self.borders, *(() if self.grows_from is None else (self.grows_from,)))
+        return bool(borders) and tokens > min(borders) and (padded or self.reads_anew is None)
+
     def overtaken(self, start: int, stop: int) -> bool:
         """Whether KV copied when `start` positions were read was read anew before `stop` of them were."""
         return self.reads_anew is not None and start <= self.reads_anew < stop

@@ -39,6 +39,7 @@ class CacheHandle:
         self.batch: int | None = None
         """Sequences, known from the first step on."""
         self.reorder: Tensor | None = None
+        self._faults = len(engine.faults)
         self._free = weakref.finalize(self, _let_go, engine, self.session)
         self._free.atexit = False  # the devices go with the program
 
@@ -51,6 +52,15 @@ class CacheHandle:
         """Free the KV on every device. Idempotent."""
         if self._free.detach() is not None:
             self.engine.forget(self.session)
+
+    def check_no_fault(self) -> None:
+        """For models whose KV does not come out the same where a whole sequence is read again after a fault.
+
+        Raises:
+            DeviceLost: there was a fault.
+        """
+        if len(self.engine.faults) != self._faults:
+            raise DeviceLost("a device was lost, and the rope of this model changes with the length: generate again")
 
     def check(self, engine: Engine, batch: int) -> None:
         """Refuse a step that its KV cannot take.

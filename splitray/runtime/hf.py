@@ -127,6 +127,8 @@ class SplitModel(PreTrainedModel, GenerationMixin):
                     reorder=reorder,
                 )
             )
+            if length_rule(self.config).lost_by_reading_again(all_positions, padded=attention_mask is not None):
+                cache.check_no_fault()
         except BaseException:
             cache.close()  # nobody knows which devices have read what
             raise

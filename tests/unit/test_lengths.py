@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from families import GQA
 from splits import greedy, moved_while_generating, slow_devices, split, threads_of
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from splitray.errors import ModelError
+from splitray.errors import DeviceLost, ModelError
 from splitray.model import lengths
 from splitray.model.lengths import LengthRule
 from splitray.runtime import hf
@@ -118,6 +125,28 @@ def test_split_model_across_a_border_equals_transformers(family, options, monkey
     with split(model, devices=2, planner="even", lean=False) as engine:
         monkeypatch.setattr(hf, "read_config", lambda _: model.config)
         assert SplitModel(engine).generate(ids, **settings, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("family", "tokens", "exact"), [("llama", 2, True), ("llama", 10, False), ("phi3", 10, True)])
+def test_a_fault_in_the_middle_of_split_models_generate_gives_no_wrong_token(family, tokens, exact, monkeypatch):
+    class Kills(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+            if input_ids.shape[1] == BORDER - 4 + tokens - 1:
+                threads_of(engine).kill("cloud0")
+            return torch.zeros(1, dtype=torch.bool)
+
+    ids = torch.tensor([_prompt(BORDER - 4)])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, **PLAINLY}
+    expected, model = _model(family).generate(ids, **settings), _model(family)
+    monkeypatch.setattr(hf, "read_config", lambda _: model.config)
+    with split(model, devices=2, planner="even", lean=False, recovery=Recovery()) as engine:
+        killed = partial(SplitModel(engine).generate, ids, stopping_criteria=StoppingCriteriaList([Kills()]))
+        if exact:
+            assert killed(**settings).tolist() == expected.tolist()
+            assert len(engine.faults) == 1
+        else:
+            with pytest.raises(DeviceLost, match="the rope of this model changes with the length"):
+                killed(**settings)
 
 
 def test_what_is_read_again_after_a_fault_is_cut_where_transformers_decides_anew():
