@@ -32,6 +32,7 @@ from splitray.runtime.refusals import (
     refuse_modes,
     refuse_packed,
     refuse_shapes,
+    refuse_wrapped,
     refused_method,
 )
 
@@ -187,6 +188,7 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: a mode or an input that needs the model's layers in this process.
         """
+        refuse_wrapped(self)
         refuse_arguments(self.config, {"inputs_embeds": kwargs.get("inputs_embeds")})
         made: list[CacheHandle] = []
         outer, out = _made.set(made), None
@@ -213,12 +215,12 @@ class SplitModel(PreTrainedModel, GenerationMixin):
             refuse_foreign(given)
         elif generation_config.use_cache is not False:
             cache = CacheHandle(self.engine, max_cache_length)
-            _made.get().append(cache)
+            _made.get([]).append(cache)
             model_kwargs["past_key_values"] = cache
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of the whole model, wherever its parts are; none can be trained."""
-        whole = meta_model(self.config, torch.float32).requires_grad_(False)
+        whole = meta_model(read_config(self.engine.model_path), torch.float32).requires_grad_(False)
         return whole.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

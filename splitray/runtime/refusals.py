@@ -18,9 +18,11 @@ from splitray.runtime.cache_handle import CacheHandle
 
 OUTPUTS = ("output_hidden_states", "output_attentions")
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
-_HARMLESS = {*LOSS_OPTIONS, "cache_position"}  # transformers' models ignore them too where there are no labels
+# transformers' models ignore them too: where there are no labels, or in loops that pass on what generate was given
+_HARMLESS = {*LOSS_OPTIONS, "cache_position", "tokenizer", "assistant_tokenizer", "assistant_model"}
 _FOLDER = "use the folder that the model was read from"
 _UNSPLIT = "load the model with AutoModelForCausalLM.from_pretrained for it"
+_MERGE = "merge the adapter into the unsplit model, save it, and split that"
 
 METHODS = {
     "save_pretrained": _FOLDER,
@@ -28,13 +30,14 @@ METHODS = {
     "state_dict": _FOLDER,
     "load_state_dict": "save the weights to a folder and split that",
     "get_memory_footprint": "see what engine.stats() says of each device",
+    "get_submodule": _UNSPLIT,
     "get_input_embeddings": _UNSPLIT,
     "set_input_embeddings": _UNSPLIT,
     "get_output_embeddings": _UNSPLIT,
     "set_output_embeddings": _UNSPLIT,
     "resize_token_embeddings": "resize and save the unsplit model, and split that",
-    "add_adapter": "merge the adapter into the unsplit model, save it, and split that",
-    "load_adapter": "merge the adapter into the unsplit model, save it, and split that",
+    "add_adapter": _MERGE,
+    "load_adapter": _MERGE,
     "generate_batch": "call generate, or serve the model",
     "init_continuous_batching": "call generate, or serve the model",
     "__reduce__": "load it again where it is wanted",
@@ -94,6 +97,18 @@ def refuse_modes(config: GenerationConfig) -> None:
         if value is not None:
             raise InputError(name, expected="a way to generate that sees ids and logits only", actual=value,
                              remedy=f"leave it out, or {_UNSPLIT}")  # fmt: skip
+
+
+def refuse_wrapped(model: object) -> None:
+    """Refuse to generate for a wrapper (PEFT's) that has put its own way to prepare inputs in place of the model's.
+
+    Raises:
+        InputError: it has.
+    """
+    own = vars(model).get("prepare_inputs_for_generation")
+    if own is not None and getattr(own, "__self__", None) is not model:
+        raise InputError("prepare_inputs_for_generation", expected="the split model's own",
+                         actual=f"that of {type(getattr(own, '__self__', own)).__name__}", remedy=_MERGE)  # fmt: skip
 
 
 def refuse_foreign(cache: object) -> None:

@@ -208,7 +208,7 @@ def test_what_devices_do_not_get_to_know_is_refused(pair, what):
 
 
 def test_what_means_nothing_to_the_family_is_ignored_as_transformers_ignores_it(pair):
-    ignored = {"token_type_ids": torch.zeros_like(IDS), "output_attentions": False, "is_causal": True}
+    ignored = {"token_type_ids": torch.zeros_like(IDS), "output_attentions": False, "is_causal": True, "tokenizer": 1}
     assert close(*(m(IDS, **ignored).logits for m in pair))
 
 
@@ -235,6 +235,7 @@ CALLS: dict[str, Any] = {
     "get_memory_footprint": lambda m: m.get_memory_footprint(),
     "add_adapter": lambda m: m.add_adapter({}),
     "load_adapter": lambda m: m.load_adapter("there"),
+    "get_submodule": lambda m: m.get_submodule("model.embed_tokens"),
     "copying": copy.deepcopy,
     "moving": lambda m: m.half(),
 }
@@ -245,6 +246,15 @@ def test_what_needs_the_weights_here_is_refused(pair, what):
     with pytest.raises(InputError, match=what):
         CALLS[what](pair[1])
     assert pair[1].to("cpu").eval().device.type == "cpu"
+
+
+def test_a_wrapper_that_prepares_the_inputs_itself_is_refused(pair, monkeypatch):
+    monkeypatch.setattr(pair[1], "prepare_inputs_for_generation", pair[0].prepare_inputs_for_generation)
+    with pytest.raises(InputError, match="prepare_inputs_for_generation: .*ForCausalLM"):
+        pair[1].generate(IDS, max_new_tokens=2)
+    monkeypatch.undo()
+    pair[1].prepare_inputs_for_generation = pair[1].prepare_inputs_for_generation  # as PEFT leaves it
+    pair[1].generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2)
 
 
 def test_a_cache_that_is_freed_or_of_another_batch_or_copied_is_refused(pair):
