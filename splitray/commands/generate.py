@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from splitray.commands import options
+from splitray.model.folder import check_folder
 from splitray.report.progress import progress
 from splitray.report.stdout import print_json, stdout_kept
 
@@ -42,6 +43,8 @@ def generate(
     live = console.is_terminal and not as_json
     pieces: list[str] = []
     with stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin, ExitStack() as stack:
+        if model != "tiny":
+            check_folder(model)
         _read_torch()
         from splitray.channel import as_channel
         from splitray.local_ray import some_ray

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from splitray.commands import options
+from splitray.model.folder import check_folder
 from splitray.report.progress import bar, progress
 from splitray.report.stdout import print_json, stdout_kept
 
@@ -47,6 +48,8 @@ def perplexity(
     as_json: options.Json = False,
 ) -> None:
     """Score a text with a model, whole or split, exact, through codecs and over noisy channels."""
+    if model != "tiny":
+        check_folder(model)
     from splitray.profiling.perplexity import PerplexityRequest, run, single, single_cut
     from splitray.profiling.sweep import SweepRequest, sweep
     from splitray.report.quality import quality_tables

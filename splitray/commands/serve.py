@@ -13,6 +13,7 @@ from rich.text import Text
 
 from splitray.commands import options
 from splitray.local_ray import StartFailed, free_port, private_ray, served
+from splitray.model.folder import check_folder
 from splitray.report.progress import progress
 
 _LOOK_S = 2.0
@@ -38,6 +39,8 @@ def serve(
     seed: options.Seed = 0,
 ) -> None:
     """Run the OpenAI API over a split model on this machine, until Ctrl-C."""
+    if model != "tiny":
+        check_folder(model)
     port = free_port(host, port)
     console, watcher = Console(highlight=False), Console(stderr=True)
     with progress(watcher, "Reading the model"):

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from splitray.errors import ModelError
-from splitray.model.config import whole_config
-from splitray.model.folder import config_values
+from splitray.model.config import text_part, whole_config
+from splitray.model.folder import NOT_QUANTISED, check_folder
 from splitray.model.reading import read_config, understood
 from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _IN_LAYERS = re.compile(r"^(.*?\b(?:layers|h|blocks?)\.)(\d+)\.")
 _COMPUTED = re.compile(r"inv_freq$|position_ids$|\bmasked_bias$|\battn\.bias$|\battention\.bias$")
+_PACKED = re.compile(
+    r"\.(?:qweight|qzeros|scales|absmax|quant_map|SCB|weight_(?:packed|scale\w*|zero_point)|w\w*_scale\w*)$"
+    r"|_(?:blocks|scales|scale_inv)$"
+)
 _REMEDY = "use the config.json that belongs to these weights, or copy the model again"
 
 
@@ -31,18 +35,18 @@ def check_weights(model: str | Path) -> None:
     Raises:
         ModelError: says which tensor in which file, what the config asks for and what is there.
     """
-    _refuse_quantized(model)
+    check_folder(model)
+    checkpoint, whole = Checkpoint(model), whole_config(model)
+    _refuse_too_many_layers(checkpoint, getattr(text_part(whole), "num_hidden_layers", 0))
     config = read_config(model)
-    whole = whole_config(model)
-    checkpoint = Checkpoint(model)
     with understood(config):
         text = meta_model(config, torch.float32)
         names = checkpoint.names
     where = f"weights in {checkpoint.folder}"
-    _refuse_types(checkpoint, list(names.keys.values()))
+    _refuse_types(checkpoint, list(names.keys.values()), names.unused)
     if names.rewritten:
         raise ModelError(where, expected="tensors that are used as they are stored", actual=_some(names.rewritten),
-                         remedy="load the model with transformers and save it with save_pretrained")  # fmt: skip
+                         remedy="use a version of the model whose tensors have transformers' own form")  # fmt: skip
     _refuse_missing(where, text, names.shapes)
     for name, parameter in text.state_dict().items():
         found = names.shapes.get(name)
@@ -62,23 +66,21 @@ def check_weights(model: str | Path) -> None:
                        len(names.others))  # fmt: skip
 
 
-def _refuse_quantized(model: str | Path) -> None:
-    values = config_values(model)
-    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
-            raise ModelError(f"model {model}: quantization_config", expected="weights that are plain floats",
-                             actual=f"weights quantised by {method or 'an unnamed method'}",
-                             remedy="use the model's version that is not quantised (bfloat16 or float32)")  # fmt: skip
+def _refuse_too_many_layers(checkpoint: Checkpoint, layers: int) -> None:
+    """Before a model of that many layers is built, even without memory."""
+    stored = [int(m.group(2)) + 1 for k in checkpoint.shapes if (m := _IN_LAYERS.match(k))]
+    if stored and layers > max(stored):
+        raise ModelError(f"weights in {checkpoint.folder}", expected=f"the {layers} layers of config.json",
+                         actual=f"{max(stored)} layers", remedy=_REMEDY)  # fmt: skip
 
 
-def _refuse_types(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
-    for key in keys:
-        if (kind := checkpoint.type_of(key)) not in _FLOATS:
+def _refuse_types(checkpoint: Checkpoint, keys: Sequence[str], unused: Sequence[str]) -> None:
+    packed = next((k for k in unused if _PACKED.search(k)), None)
+    for key in keys if packed is None else [packed]:
+        kind = checkpoint.type_of(key)
+        if key == packed or kind not in _FLOATS:
             raise ModelError(f"{key} in {checkpoint.file_of(key)}", expected=f"plain floats ({', '.join(_FLOATS)})",
-                             actual=f"{kind}: quantised or packed weights",
-                             remedy="use the model's version that is not quantised (bfloat16 or float32)")  # fmt: skip
+                             actual=f"{kind}: quantised or packed weights", remedy=NOT_QUANTISED)  # fmt: skip
 
 
 def _refuse_missing(where: str, text: PreTrainedModel, shapes: object) -> None:

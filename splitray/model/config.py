@@ -10,6 +10,7 @@ from transformers import __version__ as transformers_version
 from splitray.errors import ModelError, unsplittable
 from splitray.model.folder import config_values
 
+_MOST_LAYERS = 10_000  # transformers writes a list of as many
 _SAME_TEXT = {  # decoders inside wrappers that are, for text alone, one with a causal language model of its own
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
@@ -32,6 +33,11 @@ def whole_config(model: str | Path) -> PretrainedConfig:
             remedy = "code that comes with a model is not run here: use a model that transformers has built in"
         raise ModelError(f"{what}: model_type", expected=f"one that transformers {transformers_version} has built in",
                          actual=repr(kind), remedy=remedy)  # fmt: skip
+    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
+        layers = part.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ModelError(f"{what}: num_hidden_layers", expected=f"at most {_MOST_LAYERS}", actual=layers,
+                             remedy="correct config.json")  # fmt: skip
     try:
         return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, ZeroDivisionError) as error:

@@ -10,6 +10,7 @@ from splitray.errors import ModelError
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # how the stand-in of a large file begins
 _SAVE = "save the model with save_pretrained (safetensors)"
+NOT_QUANTISED = "use the model's version that is not quantised (bfloat16 or float32)"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 
 
@@ -59,6 +60,25 @@ def config_values(model: str | Path) -> dict[str, Any]:
     return values
 
 
+def check_folder(model: str | Path) -> None:
+    """Refuse, at once and without torch, what names, config.json and the first bytes of files tell.
+
+    Raises:
+        ModelError: no folder, no config, quantised weights, or files that are missing, pickled or pointers.
+    """
+    values = config_values(model)
+    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
+            raise ModelError(f"model {model}: quantization_config", expected="weights that are plain floats",
+                             actual=f"weights quantised by {method or 'an unnamed method'}",
+                             remedy=NOT_QUANTISED)  # fmt: skip
+    folder = model_folder(model)
+    if has_weights(folder) or any(True for kind in _PICKLED for _ in folder.glob(kind)):
+        weight_files(folder, values.get("transformers_weights"))
+
+
 def has_weights(model: str | Path) -> bool:
     """Whether a model's folder has safetensors weights, in one file or several."""
     folder = Path(model).expanduser()
@@ -83,8 +103,10 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
         remedy = _SAVE
         if any(p.endswith((".bin", ".pt", ".pth", ".ckpt")) for p in other):
             remedy = f"pickled weights are not read: load them with transformers once and {_SAVE}"
+        elif sum(p.endswith(".safetensors") for p in other) > 1:
+            remedy = f"add {_INDEX}, which says what is in which file"
         elif any(p.endswith(".safetensors") for p in other):
-            remedy = f"rename the file to {_ONE}, or add {_INDEX}"
+            remedy = f"rename the file to {_ONE}"
         expected = named or "model.safetensors or its index"
         raise ModelError(f"weights in {folder}", expected=expected, actual=other or "none", remedy=remedy)
     _refuse_pointer(folder / found)

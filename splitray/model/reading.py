@@ -31,7 +31,7 @@ _RECURRENT = re.compile(
     "mamba|rwkv|recurrent|rglru|gateddelta|deltanet|shortconv|lstm|lightning|linearattention|retention", re.IGNORECASE
 )
 _NOT_UNDERSTOOD = (AttributeError, LookupError, TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError,
-                   ImportError)  # fmt: skip
+                   ImportError, MemoryError)  # fmt: skip
 
 
 class StateDictSource:
@@ -78,7 +78,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
 def _has_own_head(folder: str | Path, config: PretrainedConfig) -> bool:
     """Whether a head is stored beside the embedding with other values: then transformers does not tie them."""
-    with contextlib.suppress(ModelError):  # damaged weights are told where they are read
+    with contextlib.suppress(ModelError), understood(config):  # what is wrong is told where it is read
         checkpoint = Checkpoint(folder)
         tables = [k for k, shape in checkpoint.shapes.items() if shape[:1] == (config.vocab_size,) and len(shape) == 2]
         if len(tables) < 2:

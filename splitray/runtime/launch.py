@@ -62,7 +62,7 @@ def read_model(
 def read_tokenizer(model: str | Path) -> Any:
     """The model's tokenizer, or None if its folder has none."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return AutoTokenizer.from_pretrained(str(model_path(model)))
+        return AutoTokenizer.from_pretrained(str(model_path(model)), trust_remote_code=False)
     return None
 
 

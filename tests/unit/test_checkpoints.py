@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,8 +84,11 @@ def pack(kind: torch.dtype) -> Callable[[Tensors], object]:
         (None, {"num_key_value_heads": 2}, r"k_proj.*shape"),
         (None, {"vocab_size": 90}, r"embed_tokens.*shape \[90, 48\].*\[97, 48\]"),
         (None, {"num_hidden_layers": 2, "layer_types": None}, r"2 layers.*model\.layers\.2\."),
-        (None, {"num_hidden_layers": 4, "layer_types": None}, r"a tensor model\.layers\.3\."),
+        (None, {"num_hidden_layers": 4, "layer_types": None}, "the 4 layers.*3 layers"),
+        (None, {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers.*at most.*1000000000"),
         (lambda t: t.pop(UP), {}, UP),
+        (lambda t: t.update({UP.replace("weight", "qweight"): t.pop(UP)}), {}, "up_proj.qweight.*packed"),
+        (lambda t: t.update({UP + "_scale_inv": t[UP][:1]}), {}, "up_proj.weight_scale_inv.*quantised"),
         (lambda t: t.update({UP + "x": t[UP]}), {}, UP + "x"),
         (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[UP][0]}), {}, "q_proj.bias"),
         (lambda t: t.update({UP: t[UP].flatten()}), {}, r"up_proj.*shape \[40, 48\].*\[1920\]"),
@@ -122,6 +127,11 @@ def _sharded(folder: Path, *, lost: bool) -> None:
         shards[1].write_bytes(shards[1].read_bytes()[:-100])
 
 
+def _without_index(folder: Path) -> None:
+    _sharded(folder, lost=True)
+    (folder / "model.safetensors.index.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -136,6 +146,7 @@ def _sharded(folder: Path, *, lost: bool) -> None:
         (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "adapter only.*merge"),
         (lambda f: (f / "model.safetensors").rename(f / "other.safetensors"), "other.safetensors.*rename"),
         (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "model.gguf"),
+        (_without_index, "add model.*index.json"),
     ],
 )  # fmt: skip
 def test_files_that_are_missing_damaged_or_of_another_kind_are_refused_by_name(qwen3, tmp_path, damage, said):
@@ -159,6 +170,20 @@ def test_names_of_a_hub_files_and_names_in_other_bytes_are_refused_with_what_to_
     shutil.copytree(llama, tmp_path / "with space")
     assert read_config(model_path("~/with space")).model_type == "llama"
     assert tokens_of(Path("~/with space")) == whole_tokens(llama)
+
+
+def test_a_folder_is_looked_at_without_torch(qwen3, tmp_path):
+    folder = copied(qwen3, tmp_path, quantization_config={"quant_method": "awq"})
+    code = f"""
+import sys
+from splitray.model.folder import check_folder
+try:
+    check_folder({str(folder)!r})
+except ValueError as error:
+    print(error, "torch" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "quantised by awq" in said and said.endswith("False\n")
 
 
 def test_one_file_comes_before_an_index_as_in_transformers(qwen3, tmp_path):
