@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 from families import family_model
-from splits import split
+from splits import SOON_S, split
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from splitray.errors import InputError
@@ -45,11 +46,19 @@ def pair(request):
 def no_kv_is_left(request):
     yield
     if "pair" in request.fixturenames:
-        assert kv_bytes(request.getfixturevalue("pair")[1]) == 0
+        assert frees_its_kv(request.getfixturevalue("pair")[1])
 
 
 def kv_bytes(model):
     return sum(s["kv_bytes"] for s in model.engine.stats().values())
+
+
+def frees_its_kv(model):
+    """Devices are told to free it, and nobody waits for their answer."""
+    end = time.monotonic() + SOON_S
+    while kv_bytes(model) and time.monotonic() < end:
+        time.sleep(0.01)
+    return kv_bytes(model) == 0
 
 
 def close(whole, parts):
@@ -83,12 +92,12 @@ def test_a_loop_by_hand_gives_the_same_ids_and_frees_its_kv_with_the_last_refere
     assert whole.tolist() == parts.tolist()
     assert cache.get_seq_length() == IDS.shape[1] + 8 and kv_bytes(pair[1]) > 0
     del cache
-    assert kv_bytes(pair[1]) == 0
+    assert frees_its_kv(pair[1])
 
 
 def test_forward_keeps_no_kv_without_a_cache(pair):
     out = pair[1](IDS, use_cache=False)
-    assert out.past_key_values is None and kv_bytes(pair[1]) == 0
+    assert out.past_key_values is None and frees_its_kv(pair[1])
 
 
 @pytest.mark.parametrize("told", ["all", "new"])
@@ -143,7 +152,7 @@ def test_several_generations_at_once_do_not_meet_and_leave_no_kv(pair):
         thread.start()
     for thread in threads:
         thread.join()
-    assert kv_bytes(parts) == 0
+    assert frees_its_kv(parts)
     for n, ids in enumerate(prompts):
         expected = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **FREE, **mode_of[n])
         assert found[n] == expected.tolist()
@@ -156,7 +165,7 @@ def test_a_generation_that_fails_leaves_no_kv(pair):
 
     with pytest.raises(ArithmeticError) as error:
         pair[1].generate(IDS, attention_mask=torch.ones_like(IDS), logits_processor=LogitsProcessorList([Fails()]))
-    assert kv_bytes(pair[1]) == 0, f"although {error} is held"
+    assert frees_its_kv(pair[1]), f"although {error} is held"
 
 
 def test_labels_give_the_loss_and_a_tuple_is_given_where_it_is_asked_for(pair):
