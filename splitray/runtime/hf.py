@@ -107,6 +107,7 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         refuse_shapes(attention_mask, position_ids, (batch, new_tokens), all_positions)
         if past_key_values is None and not use_cache and attention_mask is None:
             refuse_packed(position_ids)
+        self._check_reach(torch.arange(cache.length, all_positions) if position_ids is None else position_ids)
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None  # nothing is masked: the devices' lean loop may run
         if position_ids is not None:
@@ -162,6 +163,23 @@ class SplitModel(PreTrainedModel, GenerationMixin):
                              actual=f"{int(input_ids.min())}..{int(input_ids.max())}",
                              remedy="use this model's tokenizer")  # fmt: skip
         return input_ids.detach().to("cpu", torch.int64, copy=True)
+
+    def _check_reach(self, positions: Tensor) -> None:
+        """Refuse positions for which there is no row in a table: a device would fail, and end all that runs.
+
+        Raises:
+            InputError: there are some, and the family does not compute its positions.
+        """
+        first, last, context = int(positions.min()), int(positions.max()), self.engine.arch.context_tokens
+        if first >= 0 and last < context:
+            return
+        if not any("RotaryEmbedding" in type(m).__name__ for m in self._whole().modules()):
+            raise InputError("position_ids", expected=f"positions in [0, {context})", actual=f"{first}..{last}",
+                             remedy="shorten the prompt or ask for fewer new tokens")  # fmt: skip
+
+    def _whole(self) -> PreTrainedModel:
+        """The unsplit model without memory."""
+        return meta_model(read_config(self.engine.model_path), torch.float32)
 
     def _loss(self, logits: Tensor, labels: Tensor | None, others: dict[str, Any]) -> Any:
         if labels is None:
@@ -220,7 +238,7 @@ class SplitModel(PreTrainedModel, GenerationMixin):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of the whole model, wherever its parts are; none can be trained."""
-        whole = meta_model(read_config(self.engine.model_path), torch.float32).requires_grad_(False)
+        whole = self._whole().requires_grad_(False)
         return whole.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -192,6 +192,28 @@ def test_it_counts_the_parameters_of_the_whole_model(pair):
     assert pair[1].num_parameters(only_trainable=True) == 0
 
 
+def test_positions_beyond_a_learned_table_are_refused_and_the_engine_goes_on(monkeypatch):
+    model = family_model("gpt2")
+    monkeypatch.setattr(hf, "read_config", lambda _: copy.deepcopy(model.config))
+    with split(model) as engine, torch.no_grad():
+        parts, context = SplitModel(engine), engine.arch.context_tokens
+        for last in (context, -9):
+            with pytest.raises(InputError, match="position_ids: expected positions in"):
+                parts(IDS, position_ids=torch.arange(last - 8, last + 1)[None])
+        full = torch.full((1, context), 5)
+        with pytest.raises(InputError, match="fewer new tokens"):
+            parts.generate(full, attention_mask=torch.ones_like(full), max_new_tokens=3, **FREE)
+        assert close(model(full).logits, parts(full).logits)
+        assert close(model(IDS, token_type_ids=None).logits, parts(IDS, token_type_ids=None).logits)
+        with pytest.raises(InputError, match="token_type_ids"):  # this family looks at them
+            parts(IDS, token_type_ids=torch.zeros_like(IDS))
+
+
+def test_positions_beyond_the_context_are_computed_where_the_family_computes_them(pair):
+    long = torch.arange(200)[None] % 90
+    assert close(*(m(long, logits_to_keep=1).logits for m in pair))
+
+
 CAUSAL = torch.ones(1, 1, IDS.shape[1], IDS.shape[1]).tril()
 REFUSED: dict[str, dict[str, Any]] = {
     "output_hidden_states": {"output_hidden_states": True},
