@@ -56,7 +56,7 @@ def shard_of(holding):
     return holding.shard
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("kept", [False, True], ids=["no_store", "store"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -448,6 +448,7 @@ def test_a_manifest_leaves_out_what_a_later_checkpoint_has_overtaken(tmp_path):
     assert found == [ids[0][:15]]
 
 
+@pytest.mark.full  # it starts real processes, which costs 20 CPU seconds
 def test_an_engine_that_closes_while_a_device_comes_back_leaves_nothing(tmp_path):
     import psutil
 

@@ -129,6 +129,7 @@ class World:
             self.tokens += 1
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("seed", range(300))
 def test_never_stuck_and_never_a_wrong_owner(seed):
     rng = random.Random(seed)

@@ -226,6 +226,7 @@ def test_one_that_dies_before_it_has_its_pieces_is_brought_back_again(monkeypatc
         assert fleet.started.count("cloud1") == 3
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("replan", ["even", None])
 @pytest.mark.parametrize(
     "error",
