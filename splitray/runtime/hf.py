@@ -5,6 +5,7 @@ It samples in the caller, which therefore receives full logits: that traffic is 
 
 import warnings
 from contextvars import ContextVar
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from splitray.errors import InputError
 from splitray.model.lengths import length_rule
+from splitray.model.mask_positions import counts_masked, unmasked_positions
 from splitray.model.reading import read_config
 from splitray.model.surgery import meta_model
 from splitray.runtime.cache_handle import CacheHandle as CacheHandle
@@ -107,9 +109,13 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         refuse_shapes(attention_mask, position_ids, (batch, new_tokens), all_positions)
         if past_key_values is None and not use_cache and attention_mask is None:
             refuse_packed(position_ids)
-        self._check_reach(torch.arange(cache.length, all_positions) if position_ids is None else position_ids)
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None  # nothing is masked: the devices' lean loop may run
+        positions = torch.arange(cache.length, all_positions) if position_ids is None else position_ids
+        if position_ids is None and attention_mask is not None and not self._counts_masked:
+            position_ids = unmasked_positions(attention_mask)[:, cache.length :]
+            positions = position_ids.clamp(min=0)
+        self._check_reach(positions)
         if position_ids is not None:
             position_ids = position_ids.cpu()
             if torch.equal(position_ids, torch.arange(cache.length, all_positions).expand_as(position_ids)):
@@ -176,6 +182,10 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         if not any("RotaryEmbedding" in type(m).__name__ for m in self._whole().modules()):
             raise InputError("position_ids", expected=f"positions in [0, {context})", actual=f"{first}..{last}",
                              remedy="shorten the prompt or ask for fewer new tokens")  # fmt: skip
+
+    @cached_property
+    def _counts_masked(self) -> bool:
+        return counts_masked(read_config(self.engine.model_path))
 
     def _whole(self) -> PreTrainedModel:
         """The unsplit model without memory."""

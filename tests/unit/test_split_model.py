@@ -15,6 +15,7 @@ from splits import SOON_S, split
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from splitray.errors import InputError
+from splitray.model.mask_positions import counts_masked
 from splitray.runtime import hf
 from splitray.runtime.cache_handle import CacheHandle
 from splitray.runtime.hf import SplitModel
@@ -212,6 +213,21 @@ def test_positions_beyond_a_learned_table_are_refused_and_the_engine_goes_on(mon
 def test_positions_beyond_the_context_are_computed_where_the_family_computes_them(pair):
     long = torch.arange(200)[None] % 90
     assert close(*(m(long, logits_to_keep=1).logits for m in pair))
+
+
+def test_a_family_that_counts_what_is_not_masked_is_followed_where_no_positions_are_given(monkeypatch):
+    model = family_model("opt")
+    monkeypatch.setattr(hf, "read_config", lambda _: copy.deepcopy(model.config))
+    ids, mask = IDS.repeat(2, 1), torch.ones(2, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    with split(model) as engine, torch.no_grad():
+        ends = []
+        for m in (model, SplitModel(engine)):
+            first = m(ids, attention_mask=mask[:, :9])
+            second = m(ids[:, :2], attention_mask=mask, past_key_values=first.past_key_values)
+            ends.append(torch.cat([first.logits, second.logits], 1)[mask == 1])
+        assert close(*ends)
+    assert counts_masked(family_model("gpt2").config) and not counts_masked(model.config)
 
 
 CAUSAL = torch.ones(1, 1, IDS.shape[1], IDS.shape[1]).tril()
