@@ -159,6 +159,16 @@ def test_several_generations_at_once_do_not_meet_and_leave_no_kv(pair):
         assert found[n] == expected.tolist()
 
 
+@pytest.mark.parametrize("role", ["assisted", "assistant", "both"])
+def test_it_is_assisted_and_assists(pair, role):
+    """Each asks the other's cache to take tokens back."""
+    whole, parts = pair
+    models = {"assisted": (parts, whole), "assistant": (whole, parts), "both": (parts, parts)}[role]
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 10, **FREE}
+    found = models[0].generate(IDS, assistant_model=models[1], **options)
+    assert found.tolist() == whole.generate(IDS, **options).tolist()
+
+
 def test_a_generation_that_fails_leaves_no_kv(pair):
     class Fails(LogitsProcessor):
         def __call__(self, input_ids, scores):
