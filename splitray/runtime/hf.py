@@ -238,6 +238,11 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         refuse_modes(generation_config)
+        guided = generation_config.guidance_scale not in (None, 1)
+        if guided and length_rule(self.config).grows_from is not None:
+            raise InputError("guidance_scale", expected="a model whose rope does not grow with the length",
+                             actual="dynamic rope, whose table transformers shares between both sequences",
+                             remedy="leave it out")  # fmt: skip
         given = model_kwargs.get("past_key_values")
         if given is not None:
             refuse_foreign(given)

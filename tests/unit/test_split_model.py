@@ -15,6 +15,7 @@ from splits import SOON_S, split
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from splitray.errors import InputError
+from splitray.model.lengths import LengthRule
 from splitray.model.mask_positions import counts_masked
 from splitray.runtime import hf
 from splitray.runtime.cache_handle import CacheHandle
@@ -282,6 +283,12 @@ def test_ways_to_generate_that_look_into_the_model_are_refused(pair, option):
     options = {"return_dict_in_generate": True, "max_new_tokens": 4, **option}
     with pytest.raises(InputError, match="generate_batch" if "paged" in option.values() else next(iter(option))):
         pair[1].generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+
+
+def test_guidance_is_refused_where_two_sequences_would_share_a_growing_table(pair, monkeypatch):
+    monkeypatch.setattr(hf, "length_rule", lambda _: LengthRule(grows_from=20))
+    with pytest.raises(InputError, match="guidance_scale"):
+        pair[1].generate(IDS, max_new_tokens=2, guidance_scale=1.5)
 
 
 CALLS: dict[str, Any] = {
