@@ -406,3 +406,17 @@ def test_who_is_not_there_any_more_is_a_lost_device_and_no_programming_error(mon
                 fleet.kill("cloud0")
         assert tokens == wanted and left
         assert comes(lambda: len(engine.route.devices) == 3)
+
+
+def test_stats_after_a_run_count_no_kv_of_it(monkeypatch):
+    """They are asked beside the runs, and yet after the order that ends the session."""
+    end = Epochs.end
+
+    def slowly(epochs, session) -> None:
+        time.sleep(0.3)
+        end(epochs, session)
+
+    monkeypatch.setattr(Epochs, "end", slowly)
+    with running(devices=2) as (engine, _):
+        list(engine.stream(PROMPT, FEW))
+        assert {s["kv_bytes"] for s in engine.stats().values()} == {0}

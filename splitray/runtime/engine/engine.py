@@ -266,10 +266,17 @@ class Engine:
     def stats(self) -> dict[str, dict[str, Any]]:
         """Memory, bytes and CPU seconds of every device that is there; also while a run goes on.
 
+        Where none does, after all that was ordered before: KV of a session that has ended is not counted.
+
         Raises:
             DeviceLost: a device that the run needs gives no answer.
         """
         self.members.usable()
+        if self._upkeep.working.acquire(blocking=False):
+            try:
+                self.members.settle()
+            finally:
+                self._upkeep.working.release()
         found = self.members.ask(dict.fromkeys(self.members.endpoints, StatsOrder()), within_s=_STATS_S, some=True)
         missing = [str(d) for d in self.route.devices if d not in found]
         if missing:

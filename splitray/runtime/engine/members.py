@@ -208,6 +208,16 @@ class Members:
         channel.send(fields)
         channel.drain_fully()
 
+    def settle(self) -> None:
+        """Let those that are connected carry out what they were told; who does not is dialled anew when needed."""
+        devices = self.connected
+        try:
+            for device in devices:
+                self.order(device, HelloOrder())
+            self.replies(set(devices))
+        except DeviceLost:
+            self.cut_off(devices)
+
     def replies(self, devices: set[str]) -> dict[str, Any]:
         """An answer of each of some devices that have an order.
 
