@@ -67,6 +67,7 @@ def test_recorded_requests_are_dealt_at_the_rate_that_loads_the_cloud(tmp_path: 
         assert sum(demand) / 400 == pytest.approx(load, rel=0.15)
 
 
+@pytest.mark.full
 def test_the_report_has_every_cell_and_names_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     few = partial(shared_cloud.load_cells, edges=("jetson-orin-nx-16gb",), models=("gpt2-xl",), loads=(0.95,), seeds=2)
     monkeypatch.setattr(splitwise, "load_cells", few)

@@ -227,6 +227,7 @@ def test_an_unknown_suite_is_refused() -> None:
     assert "did you mean planners" in " ".join(result.stderr.split())
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_planners_suite_shows_who_loses_to_cloud_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run on fewer models and instances, so that every table and plot is made."""

@@ -111,6 +111,7 @@ def test_side_by_side_equals_one_by_one() -> None:
         assert energy[i] == pytest.approx(spent)
 
 
+@pytest.mark.full
 def test_littles_law_holds_within_five_per_cent() -> None:
     """Requests in the system, counted at slot ends, are the rate times the mean time in the system."""
     where, n = pair(), 16

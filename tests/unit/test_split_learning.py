@@ -129,6 +129,7 @@ def test_a_loess_follows_a_line_and_a_bend() -> None:
     assert np.abs(loess(x, x**2, x[::20], span=0.2) - x[::20] ** 2).max() < 0.01
 
 
+@pytest.mark.full
 def test_the_suite_says_where_every_number_is_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(split_runs, "STARTS", 20)
     monkeypatch.setattr(split_figures, "DECISIONS", 100)
