@@ -179,9 +179,13 @@ class SplitModel(PreTrainedModel, GenerationMixin):
         first, last, context = int(positions.min()), int(positions.max()), self.engine.arch.context_tokens
         if first >= 0 and last < context:
             return
-        if not any("RotaryEmbedding" in type(m).__name__ for m in self._whole().modules()):
+        if not self._computes_positions:
             raise InputError("position_ids", expected=f"positions in [0, {context})", actual=f"{first}..{last}",
                              remedy="shorten the prompt or ask for fewer new tokens")  # fmt: skip
+
+    @cached_property
+    def _computes_positions(self) -> bool:
+        return any("RotaryEmbedding" in type(m).__name__ for m in self._whole().modules())
 
     @cached_property
     def _counts_masked(self) -> bool:

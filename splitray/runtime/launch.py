@@ -119,7 +119,8 @@ def decide(
         chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
         if context_tokens:
             check(chosen, state)
-        validate(chosen, arch, topology)
+        else:
+            validate(chosen, arch, topology)
         return chosen, as_codec(codec)
     chooses = make_planner(planner, seed=seed)
     if codec == AUTO:
@@ -204,9 +205,8 @@ def launch_engine(
     if recovery is not None and recovery.store is not None:
         Store(recovery.store).check()
     way = as_channel(channel) if isinstance(channel, str) else channel
-    fleet = fleet or make_fleet(
-        runtime, start_s=start_s
-    )  # starts nothing yet; refuses an unknown runtime before any work
+    # Starts nothing yet, and refuses an unknown runtime before any work.
+    fleet = fleet or make_fleet(runtime, start_s=start_s)
     where = read_topology(topology, devices)
     progress("reading and testing the model")
     arch, layout, lean = read_model(model, dtype=dtype, topology=where)

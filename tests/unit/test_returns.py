@@ -20,6 +20,8 @@ from splitray.runtime.engine.policy import Recovery, without
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
+from splitray.runtime.wire import listener
+from splitray.runtime.wire.messages import PingOrder
 
 PROMPT = list(range(3, 20))
 FEW = Sampling(max_new_tokens=6)
@@ -420,3 +422,27 @@ def test_stats_after_a_run_count_no_kv_of_it(monkeypatch):
     with running(devices=2) as (engine, _):
         list(engine.stream(PROMPT, FEW))
         assert {s["kv_bytes"] for s in engine.stats().values()} == {0}
+
+
+def test_the_time_of_a_recovery_does_not_count_what_was_idle_before(wanted):
+    with running(devices=2, replan=None) as (engine, fleet):
+        list(engine.stream(PROMPT, FEW))
+        engine.members.heard_s -= 1000.0
+        run = engine.stream(PROMPT, MORE)
+        tokens = [next(run)]
+        fleet.kill("cloud0")
+        assert tokens + list(run) == wanted
+        assert 0 < engine.faults[-1].recovery_s < 100.0
+
+
+def test_a_device_that_answers_late_is_not_silent_because_others_were_dialled_before_it(monkeypatch):
+    with running(devices=3) as (engine, _):
+        dial = listener.dial
+
+        def slow(endpoint, **how):
+            time.sleep(0.2)
+            return dial(endpoint, **how)
+
+        monkeypatch.setattr(asking, "dial", slow)
+        orders = dict.fromkeys(engine.members.endpoints, PingOrder())
+        assert len(engine.members.ask(orders, within_s=0.25)) == 3

@@ -48,7 +48,6 @@ def ask(
     channels: dict[str, Channel] = {}
     silent: dict[str, str] = {}
     answers: dict[str, A] = {}
-    began = time.monotonic()
     try:
         for device, order in orders.items():
             try:
@@ -60,7 +59,8 @@ def ask(
             except DeviceLost as error:
                 silent[device] = str(error)
         waiting = {d: c for d, c in channels.items() if d not in silent}
-        lived = dict.fromkeys(waiting, time.monotonic())
+        began = time.monotonic()  # dialling others took time that is not theirs
+        lived = dict.fromkeys(waiting, began)
         while waiting:
             for device in _heard(waiting, min(_PING_EVERY_S, within_s)):
                 channel = waiting[device]

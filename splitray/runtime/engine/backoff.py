@@ -39,10 +39,11 @@ class Backoff:
             raise InputError("most_s of the backoff", expected=f"at least first_s = {self.first_s:g} s",
                              actual=f"{self.most_s:g} s", remedy="raise it, or lower first_s")  # fmt: skip
 
-    def waits(self, rng: random.Random | None = None) -> Iterator[float]:
-        """Seconds before each next look (full jitter in the upper half), until the budget is spent."""
+    def waits(self, rng: random.Random | None = None, *, budget_s: float | None = None) -> Iterator[float]:
+        """Seconds before each next look (full jitter in the upper half), until the budget, or another one, is spent."""
         rng, since, n = rng or random.Random(), time.monotonic(), 0
-        while (age := time.monotonic() - since) < self.budget_s:
+        budget_s = self.budget_s if budget_s is None else budget_s
+        while (age := time.monotonic() - since) < budget_s:
             if age < self.young_s:
                 yield self.often_s
             else:

@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def _returns(self) -> Returns | None:
-        """Who looks after devices beside the runs (soak tests look at it)."""
+        """Who looks after devices beside the runs; None without a `Recovery`."""
         return self._upkeep.returns
 
     @property

@@ -60,7 +60,7 @@ class Members:
         self.disturbed = False
         """Whether a fault is being seen to."""
         self.heard_s = time.monotonic()
-        """When a device last said something in a run."""
+        """When a device was last told something or said something in a run."""
         self.starts = Starts(fleet, recovery, self._arrived)
         self._channels: dict[str, Channel] = {}
         self._owed: dict[str, list[Order[Any]]] = {}
@@ -200,6 +200,7 @@ class Members:
         Raises:
             DeviceLost: it is not there.
         """
+        self.heard_s = time.monotonic()  # silence counts from here
         call(self._channels.get(device) or self.reach(device), order)
 
     def send(self, device: str, fields: Header) -> None:
@@ -300,12 +301,7 @@ class Members:
         Raises:
             DeviceLost: a device gives no answer itself.
         """
-        orders, most = {}, 0
-        for device in {a for a, _ in ways}:
-            peers = {b: self.endpoints[b] for a, b in ways if a == device and b in self.endpoints}
-            orders[device] = ReachOrder(peers=peers, within_s=within_s)
-            most = max(most, len(peers))
-        answers = self.ask(orders, within_s=max(_ANSWER_S, within_s) * (2 + most))
+        answers = self.ask(reach_orders(ways, self.endpoints, within_s), within_s=_ANSWER_S * (2 + len(ways)))
         return {d: tuple(a.peers) for d, a in answers.items() if a.peers}
 
     def close(self) -> None:
@@ -318,3 +314,14 @@ class Members:
             self.cut_off([device])
         self.fleet.close()
         self.starts.close()
+
+
+def reach_orders(
+    ways: Iterable[tuple[str, str]], there: Mapping[str, Endpoint], within_s: float
+) -> dict[str, ReachOrder]:
+    """By who opens of (who opens, to whom): dial those of its peers that are there."""
+    peers: dict[str, dict[str, Endpoint]] = {}
+    for opens, to in ways:
+        if opens in there and to in there:
+            peers.setdefault(opens, {})[to] = there[to]
+    return {device: ReachOrder(peers=found, within_s=within_s) for device, found in peers.items()}

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.asking import Unanswered
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept
-from splitray.runtime.engine.members import Members
+from splitray.runtime.engine.members import Members, reach_orders
 from splitray.runtime.engine.next_step import NextStep, next_step
 from splitray.runtime.engine.policy import Recovery, without
 from splitray.runtime.engine.session import Session
 from splitray.runtime.engine.succession import Succession
-from splitray.runtime.wire.messages import AbortOrder, Order, PingOrder, ReachOrder, ReadyOrder
+from splitray.runtime.wire.messages import AbortOrder, Order, PingOrder, ReadyOrder
 
 __all__ = ["Fault", "Recovery", "make_ready", "recovered", "without"]
 A = TypeVar("A")
@@ -61,7 +61,6 @@ class RollCall:
     reached: int | None
     """The position up to which all others hold the session's KV (a copy that nobody waits for may be behind); None
     where nobody has any."""
-
     usable: frozenset[str]
     """Who can take part now."""
 
@@ -80,8 +79,7 @@ def recovered(
     route = {str(d) for d in succession.now.route.devices}
     gone, refused = set[str](), set[str]()
     starts.hurry()
-    backoff = recovery.backoff if budget_s is None else replace(recovery.backoff, budget_s=budget_s)
-    for wait_s in backoff.waits():
+    for wait_s in recovery.backoff.waits(budget_s=budget_s):
         changes, late = starts.changes, time.monotonic() - began > recovery.patience_s
         found = _roll_call(members, succession.now, None if session is None else session.number)
         gone |= {*found.gone}
@@ -160,11 +158,7 @@ def _roll_call(members: Members, now: Epoch, session: int | None) -> RollCall:
     living = asked(dict.fromkeys(there, PingOrder()), _PROBE_S)
     stopped = asked(dict.fromkeys(living, AbortOrder(epoch=now.number)), _STOP_S)
     members.cut_off(living)
-    reaches = {}
-    for device in stopped:
-        peers = {b: there[b] for a, b in now.dials() if a == device and b in stopped}
-        if peers:
-            reaches[device] = ReachOrder(peers=peers, within_s=_PROBE_S)
+    reaches = reach_orders(now.dials(), {d: there[d] for d in stopped}, _PROBE_S)
     for device, answer in asked(reaches, _PROBE_S * (len(now.route.devices) + 2)).items():
         for peer in answer.peers:  # the origin stays: the tokens go there
             silent[device if peer == now.topology.origin else peer] = "its link is down"

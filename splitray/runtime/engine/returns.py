@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.epoch import Epoch, Next
@@ -48,7 +47,8 @@ class Returns:
         self._coming: Next | None = None
         self._broken: str | None = None
         """The fault of the route that no run has met yet."""
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, float] = {}
+        """Until when devices are not asked again that were back with what cannot be used."""
         self._looked: tuple[frozenset[str], int] | None = None
         """The devices that were there when the planner was asked last, and the epoch."""
         self._incomplete_s: float | None = None
@@ -73,7 +73,7 @@ class Returns:
 
     def _schedule(self) -> Iterator[float]:
         assert self._members.recovery is not None, "asked for"
-        return replace(self._members.recovery.backoff, budget_s=math.inf).waits()
+        return self._members.recovery.backoff.waits(budget_s=math.inf)
 
     def _run(self) -> None:
         while not self._closed.wait(_TICK_S) and self._members.lost is None:
@@ -103,7 +103,6 @@ class Returns:
             return
         if time.monotonic() < self._again_s:
             return
-        self._refused.clear()
         try:
             if not self._step():
                 self._ready(succession.now)
@@ -139,16 +138,17 @@ class Returns:
     def _step(self) -> bool:
         """Begin a move if one is due."""
         members, succession = self._members, self._succession
-        usable = frozenset(members.connected) - self._refused.keys()
-        if self._looked == (usable, succession.now.number):
+        refused = {d for d, until_s in self._refused.items() if time.monotonic() < until_s}
+        usable = frozenset(members.connected) - refused
+        seen = succession.seen(usable)
+        if seen.moving or self._looked == (usable, succession.now.number):
             return False
-        step = next_step(succession.wanted(0), succession.seen(usable))
+        step = next_step(succession.wanted(0), seen)
         if step.kind == "move":
             self._check_ways(succession.now.moved(step.placement, step.topology, -1))
             self._coming = self._move(step)
             return True
-        if step.why != "a move is under way":
-            self._looked = usable, succession.now.number
+        self._looked = usable, succession.now.number
         return False
 
     def _check_ways(self, epoch: Epoch) -> None:
@@ -173,12 +173,11 @@ class Returns:
 
     def _failed(self, error: Exception) -> None:
         self._looked = None
-        self._again_s = time.monotonic() + next(self._waits)
+        again_s = time.monotonic() + next(self._waits)
         refusing = getattr(error, "devices", ())
-        self._refused |= dict.fromkeys(refusing, str(error))
-        if refusing:
+        if refusing:  # the others need not wait for it
+            self._refused |= dict.fromkeys(refusing, again_s)
             self._members.warn_once(f"{', '.join(refusing)}: back with what cannot be used: {error}")
         else:
+            self._again_s = again_s
             logger.info("not complete yet: %s", error)
-        if refusing and self._step():  # the others need not wait for it
-            self._again_s = 0.0

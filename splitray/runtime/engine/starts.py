@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from splitray.errors import DeviceLost
 from splitray.runtime.engine.asking import ask
@@ -131,10 +131,13 @@ class Starts:
             return 0.0
         if self._recovery.restarts == 0:
             return math.inf
-        within_s, now = self._recovery.restarts_within_s, time.monotonic()
-        recent = self.restarted[device] = [t for t in self.restarted.get(device, ()) if now - t < within_s]
-        most = self._recovery.restarts
-        return max(0.0, recent[-most] + within_s - now) if len(recent) >= most else 0.0
+        recent, most = self._recent(device), self._recovery.restarts
+        within_s = self._recovery.restarts_within_s
+        return max(0.0, recent[-most] + within_s - time.monotonic()) if len(recent) >= most else 0.0
+
+    def _recent(self, device: str) -> list[float]:
+        since = time.monotonic() - self._recovery.restarts_within_s
+        return [t for t in self.restarted.get(device, ()) if t > since]
 
     def stop(self) -> None:
         """Try no more from now on; waits for nothing."""
@@ -164,7 +167,7 @@ class Starts:
         thread.start()
 
     def _run(self, device: str) -> None:
-        waits = replace(self._recovery.backoff, budget_s=math.inf).waits()  # a board may come back in an hour
+        waits = self._recovery.backoff.waits(budget_s=math.inf)  # a board may come back in an hour
         absent = self._absent[device]
         while True:
             why = self._attempt(absent)
@@ -208,7 +211,7 @@ class Starts:
         except Exception as error:  # noqa: BLE001 - a boundary: no process, no memory, no file, no room, no answer
             return str(error) if isinstance(error, DeviceLost) else f"{device}: {type(error).__name__}: {error}"
         if device in self._born:
-            self.restarted.setdefault(device, []).append(time.monotonic())
+            self.restarted[device] = [*self._recent(device), time.monotonic()]
         self._born.add(device)
         self._arrived(device, endpoint)
         return None
