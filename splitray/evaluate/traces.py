@@ -69,7 +69,7 @@ def trace_cells(options: Options, tell: Tell) -> Iterator[TraceCell]:
                 tell(f"{model} on {edge}, origin holds {holds.replace('_', ' ')}")
                 where = Topology.pair(edge, origin_holds=holds)
                 line_rng = np.random.default_rng([options.seed, 1])
-                rate = LOAD / service_s(arch, where, "static_cut")
+                rate = LOAD / service_s(arch, where, "static_cut:paper")
                 slot_s = max(1.0, REQUESTS / (rate * options.slots)) if options.arrivals is None else 1.0
                 line = arrivals(options.arrivals, options.slots * slot_s, rate, line_rng)
                 cases = []

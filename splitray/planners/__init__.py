@@ -1,6 +1,6 @@
 """Planners by name, and those that users bring: one table, and one function that makes a planner of what is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -54,10 +54,17 @@ def _fixed_cut(argument: str, _: int) -> Planner:
     return FixedCut(int(argument))
 
 
-def _layer_dp(argument: str, _: int) -> Planner:
-    if argument not in ("", "throughput"):
-        raise _refused("layer_dp", "layer_dp, or layer_dp:throughput", argument, "write one of the two")
-    return LayerDp(throughput=bool(argument))
+def _variant(name: str, variants: Mapping[str, Planner]) -> Callable[[str, int], Planner]:
+    """Of a planner with variants by name; the one without a name is the empty text's."""
+    named = [v for v in variants if v]
+
+    def build(argument: str, _: int) -> Planner:
+        if argument in variants:
+            return variants[argument]
+        expected = f"{name}, or {name}:VARIANT with one of {', '.join(named)}"
+        raise _refused(name, expected, argument, f"write one of them{did_you_mean(argument, named)}")
+
+    return build
 
 
 def _drift_plus_penalty(argument: str, _: int) -> Planner:
@@ -71,20 +78,18 @@ def _drift_plus_penalty(argument: str, _: int) -> Planner:
     return DriftPlusPenalty(v)
 
 
-def _myopic(argument: str, _: int) -> Planner:
-    if not argument:
-        return Myopic()
-    if argument in VARIANTS:
-        return VARIANTS[argument]
-    expected = f"myopic, or myopic:VARIANT with one of {', '.join(VARIANTS)}"
-    raise _refused("myopic", expected, argument, f"write one of them{did_you_mean(argument, VARIANTS)}")
-
-
 def _splitwise(argument: str, _: int) -> Planner:
     # By name, for the learned policy stands on planners and the simulator, and not the other way round.
     return import_module("splitray.rl.policy_planner").build(argument)
 
 
+_STATIC_CUTS = {"": BestCut(static=True), "paper": BestCut(static=True, paper=True)}
+_LAYER_CUTS = {"": BestCut(), "paper": BestCut(paper=True)}
+_LAYER_DPS = {
+    "": LayerDp(), "throughput": LayerDp(throughput=True), "paper": LayerDp(paper=True),
+    "paper_throughput": LayerDp(throughput=True, paper=True),
+}  # fmt: skip
+_MYOPICS: dict[str, Planner] = {"": Myopic(), **VARIANTS}
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly(), "one_device"),
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly(), "one_device"),
@@ -95,13 +100,13 @@ _PLANNERS = {
     "fixed_cut": _Entry("fixed_cut:P", _fixed_cut, "layers", once=True),
     "round_robin": _Entry("round_robin", lambda _, __: RoundRobin(), once=True),
     "greedy": _Entry("greedy", lambda _, __: Greedy(), "layers"),
-    "static_cut": _Entry("static_cut", lambda _, __: BestCut(static=True), "layers", once=True),
-    "layer_cut": _Entry("layer_cut", lambda _, __: BestCut(), "layers"),
-    "layer_dp": _Entry("layer_dp[:throughput]", _layer_dp, "layers"),
+    "static_cut": _Entry("static_cut[:paper]", _variant("static_cut", _STATIC_CUTS), "layers", once=True),
+    "layer_cut": _Entry("layer_cut[:paper]", _variant("layer_cut", _LAYER_CUTS), "layers"),
+    "layer_dp": _Entry("layer_dp[:throughput|paper|paper_throughput]", _variant("layer_dp", _LAYER_DPS), "layers"),
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
     "exact": _Entry("exact", lambda _, __: Exact()),
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True, charges_moves=True),
-    "myopic": _Entry("myopic[:as_coded|max|weighted]", _myopic, "heads", charges_moves=True),
+    "myopic": _Entry("myopic[:as_coded|max|weighted]", _variant("myopic", _MYOPICS), "heads", charges_moves=True),
     "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True, charges_moves=True),
     "splitwise": _Entry("splitwise[:PATH]", _splitwise, heeds_queues=True, charges_moves=True),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed)), once=True),

@@ -1,22 +1,25 @@
-"""One cut between two layers: the classic split of a model between an edge and the cloud, fixed or chosen by cost."""
+"""One cut of a model in two, which go to two devices: fixed, or chosen by cost from every cut or from the papers'."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from splitray.arrays import Bools, Floats, Ints
 from splitray.errors import PlacementError
 from splitray.placement import Placement
-from splitray.planners.layer_times import layer_times
-from splitray.planners.memory import first_fit, no_room, shortfall
+from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
+from splitray.planners.memory import first_fit, model_bytes, no_room, shortfall
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import clouds, layers_on, own_edge
-from splitray.topology import DeviceId
+from splitray.topology import DeviceId, Topology
 
 
 @dataclass(frozen=True, slots=True)
 class FixedCut:
     """Layers [0, cut) with the embedding on the edge, layers [cut, L) with the head on the cloud.
 
-    The edge is the origin if that is one, else the first; the cloud device is the fastest that has room.
+    The edge is the origin if that is one, else the first; of the cloud devices with room it is the quickest.
     """
 
     cut: int
@@ -29,7 +32,7 @@ class FixedCut:
             raise PlacementError("fixed_cut:P", expected=expected, actual=self.cut, remedy="cut within the model")
         edge = own_edge(state)
         return first_fit(
-            clouds(state),
+            clouds(state, first=(edge, self.cut), embedding=edge),
             lambda cloud: layers_on([edge] * self.cut + [cloud] * (num_layers - self.cut), edge, cloud, state),
             state,
         )
@@ -37,41 +40,116 @@ class FixedCut:
 
 @dataclass(frozen=True, slots=True)
 class BestCut:
-    """The cut and the cloud device of the shortest decode step, among those that fit.
+    """The cut and the two devices of the shortest decode step, among those that fit; of equals the edge's cheapest.
 
-    `static` is the best fixed cut in 1..L-1 for the mean rates of the run, decided from `ClusterState.average`;
-    otherwise one cut in 0..L for the present rates, as Neurosurgeon chooses it (ASPLOS 2017, abstract).
+    The pieces in order are the embedding, the layers and the head: what comes before the cut goes to one device, the
+    rest to another, or all to one; pinned ends stay where they are. Any two devices may take part, in either order.
+
+    Args:
+        static: decided from the mean rates of the run (`ClusterState.average`), and not from the present ones, as
+            Neurosurgeon does (ASPLOS 2017, abstract).
+        paper: only cuts between layers, with the embedding on the first layer's device and the head on the last one's,
+            from the user's edge to a cloud device; in 1..L-1 if static, else in 0..L.
     """
 
     static: bool = False
+    paper: bool = False
 
     def propose(self, state: ClusterState) -> Placement:
-        """See `Planner`; fails where a tier is missing or no cut fits into memory."""
-        priced = sorted(self._cuts(state), key=lambda item: item[0])
+        """See `Planner`; fails where a tier is missing (`paper` only) or no cut fits into memory."""
+        times = layer_times(state, _average(state) if self.static else None, thrifty=True)
+        if self.paper:
+            return self._paper(state, times)
+        found = _best_cut(state, times)
+        if found is None:
+            raise _no_cut(state, [f"{model_bytes(state):,} bytes, of which no two linked devices hold their parts"])
+        return found
+
+    def _paper(self, state: ClusterState, times: LayerTimes) -> Placement:
         short: list[str] = []
-        for _, layers, ends in priced:
+        for _, layers, ends in sorted(self._paper_cuts(state, times), key=lambda item: item[0]):
             placement = layers_on(layers, *ends, state)
             missing = shortfall(placement, state)
             if not missing:
                 return placement
             short += missing
-        remedy = "split finer (planner proportional or exact), or shorten the context"
-        needs = f"a need of {'; '.join(dict.fromkeys(short[:4]))}"
-        raise no_room(f"room for {state.arch.name} on either side of one cut", needs, remedy)
+        raise _no_cut(state, short)
 
-    def _cuts(self, state: ClusterState) -> Iterator[tuple[float, list[DeviceId], tuple[DeviceId, DeviceId]]]:
+    def _paper_cuts(
+        self, state: ClusterState, times: LayerTimes
+    ) -> Iterator[tuple[float, list[DeviceId], tuple[DeviceId, DeviceId]]]:
         """Seconds a token, devices of the layers, and holders of embedding and head."""
-        where = (state.average or state.topology) if self.static else state.topology
-        times, ids, total = layer_times(state, where), where.ids, state.arch.num_layers
-        edge = own_edge(state)
-        served = [c for c in state.topology.tier("cloud") if where.serves(c)]
+        ids, total, edge = state.topology.ids, state.arch.num_layers, own_edge(state)
+        served = [c for c in state.topology.tier("cloud") if state.topology.serves(c)]
         if not self.static and not served:  # there is no cloud now, or none that the origin reaches
-            ends = state.pinned_embedding or edge, state.pinned_head or edge
-            yield times.chain_s(ids.index(ends[0]), [ids.index(edge)] * total, ids.index(ends[1])), [edge] * total, ends
-            return
-        for cloud in clouds(state):
-            for cut in range(1, total) if self.static else range(total + 1):
-                layers = [edge] * cut + [cloud] * (total - cut)
-                ends = state.pinned_embedding or layers[0], state.pinned_head or layers[-1]
-                seconds = times.chain_s(ids.index(ends[0]), [ids.index(d) for d in layers], ids.index(ends[1]))
-                yield seconds, layers, ends
+            choices = [[edge] * total]
+        else:
+            cuts = range(1, total) if self.static else range(total + 1)
+            choices = [[edge] * cut + [cloud] * (total - cut) for cloud in clouds(state) for cut in cuts]
+        for layers in choices:
+            ends = state.pinned_embedding or layers[0], state.pinned_head or layers[-1]
+            seconds = times.chain_s(ids.index(ends[0]), [ids.index(d) for d in layers], ids.index(ends[1]))
+            yield seconds, layers, ends
+
+
+def _best_cut(state: ClusterState, times: LayerTimes) -> Placement | None:
+    """The best of all cuts between any two devices that fits; None if none does."""
+    ids, total = state.topology.ids, state.arch.num_layers
+    every = np.arange(len(ids))
+    pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
+    before = np.arange(total + 1)  # layers before the cut
+    best: tuple[float, int, int, int] | None = None
+    for a in range(len(ids)):  # one after the other, as many devices make large tables: rows are the second device b
+        e, h = a if pins[0] is None else pins[0], every if pins[1] is None else np.full(len(ids), pins[1])
+        seconds = before * times.layer_s[a] + (total - before) * times.layer_s[:, None]
+        crossing = np.repeat((times.state_s[e, a] + times.state_s[a] + times.state_s[every, h])[:, None], total + 1, 1)
+        crossing[:, 0], crossing[:, -1] = (
+            times.state_s[e] + times.state_s[every, h],
+            times.state_s[e, a] + times.state_s[a, h],
+        )
+        seconds = seconds + crossing + (times.head_s[h] + times.token_s[h, e])[:, None]
+        first, second, apart = _room(state, a, e, h)
+        fits = (before <= first[:, None]) & (total - before <= second[:, None])
+        fits[a] = total <= first[a]
+        seconds[~(fits & apart[:, None])] = np.inf
+        b, cut = divmod(int(seconds.argmin()), total + 1)
+        if best is None or seconds[b, cut] < best[0]:
+            best = float(seconds[b, cut]), a, b, cut
+    if best is None or not np.isfinite(best[0]):
+        return None
+    _, a, b, cut = best
+    return layers_on([ids[a]] * cut + [ids[b]] * (total - cut), ids[a], ids[b], state)
+
+
+def _room(state: ClusterState, a: int, e: int, h: Ints) -> tuple[Floats, Floats, Bools]:
+    """Layers for which there is room on device a and on each other one beside the ends' tables, [D] each.
+
+    And whether the ends fit where no layer is. `e` holds the embedding, `h` [D] the head.
+    """
+    memory, table = np.array([d.memory_bytes for d in state.topology.devices]), table_bytes(state)
+    head = np.where((h == e) & state.arch.tied_embeddings, 0, table)
+    every = np.arange(len(memory))
+    first = memory[a] - table * (e == a) - head * (h == a)
+    second = memory - table * (every == e) - head * (h == every)
+    fits = (memory[e] >= table + head * (h == e)) & (memory[h] >= head + table * (h == e))
+    return np.floor(first / layer_bytes(state)), np.floor(second / layer_bytes(state)), fits
+
+
+def _average(state: ClusterState) -> Topology | None:
+    """The mean rates of the devices that are there; None if they are not known."""
+    if state.average is None:
+        return None
+    here, links = set(state.topology.ids), state.average.links
+    return replace(
+        state.average,
+        devices=tuple(d for d in state.average.devices if d.id in here),
+        links=tuple(x for x in links if here.issuperset((x.source, x.target))),
+    )
+
+
+def _no_cut(state: ClusterState, short: list[str]) -> PlacementError:
+    remedy = "split finer (planner proportional or exact), or shorten the context"
+    needs = f"a need of {'; '.join(dict.fromkeys(short[:4]))}"
+    devices = state.topology.devices
+    there = ", ".join(f"{d.memory_bytes:,.0f} bytes on {d.id}" for d in devices[:6]) + ", ..." * (len(devices) > 6)
+    return no_room(f"room for {state.arch.name} on either side of one cut ({there})", needs, remedy)

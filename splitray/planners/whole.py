@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.planners.layer_times import layer_times
 from splitray.planners.memory import fastest_first, first_fit
 from splitray.planners.protocol import ClusterState
 from splitray.topology import DeviceId
@@ -21,7 +22,7 @@ class EdgeOnly:
 
 @dataclass(frozen=True, slots=True)
 class CloudOnly:
-    """Everything on the cloud device of the highest memory bandwidth that has room; tokens stream back."""
+    """Everything on the cloud device with room where a token is predicted to take the least; tokens stream back."""
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where there is no cloud device or none has room."""
@@ -35,19 +36,20 @@ class CloudOnlyRtt:
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where there is no cloud device or none has room."""
         origin, layers = state.topology.origin, state.arch.num_layers
-        return first_fit(clouds(state), lambda d: layers_on([d] * layers, origin, d, state), state)
+        return first_fit(clouds(state, embedding=origin), lambda d: layers_on([d] * layers, origin, d, state), state)
 
 
 @dataclass(frozen=True, slots=True)
 class BestDevice:
-    """Everything on the device of the highest memory bandwidth that has room, whatever its tier.
+    """Everything on the device with room where a token is predicted to take the least, whatever its tier.
 
-    One that the origin can reach, while there is any: during an outage the cloud is none.
+    Of devices that are equal in this, the one that costs the edge less energy. What the origin does not reach comes
+    last: during an outage the cloud is out.
     """
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no single device has room."""
-        return first_fit(served_first(state), lambda d: whole_on(d, state), state)
+        return first_fit(quickest_first(state, served_first(state)), lambda d: whole_on(d, state), state)
 
 
 def whole_on(device: DeviceId, state: ClusterState) -> Placement:
@@ -55,23 +57,43 @@ def whole_on(device: DeviceId, state: ClusterState) -> Placement:
     return layers_on([device] * state.arch.num_layers, device, device, state)
 
 
-def layers_on(
-    devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState, *, pinned: bool = True
-) -> Placement:
+def layers_on(devices: Sequence[DeviceId], embedding: DeviceId, head: DeviceId, state: ClusterState) -> Placement:
     """Whole layers, one device each, and the two ends where nothing pins them to the origin."""
     arch = state.arch
-    pins = (state.pinned_embedding, state.pinned_head) if pinned else (None, None)
     each = {d: LayerPlacement(Shares.whole(arch.num_kv_heads, d), Shares.whole(arch.ffn_dim, d)) for d in set(devices)}
     return Placement(
         tuple(each[d] for d in devices),
-        (pins[0] or embedding,),
-        Shares.whole(arch.vocab, pins[1] or head),
+        (state.pinned_embedding or embedding,),
+        Shares.whole(arch.vocab, state.pinned_head or head),
     )
 
 
 def served_first(state: ClusterState) -> list[DeviceId]:
     """All devices, those that the origin reaches first, the fastest of them first."""
     return sorted(fastest_first(state.topology.devices), key=lambda d: not state.topology.serves(d))
+
+
+def quickest_first(
+    state: ClusterState,
+    devices: Sequence[DeviceId],
+    *,
+    first: tuple[DeviceId, int] | None = None,
+    embedding: DeviceId | None = None,
+) -> list[DeviceId]:
+    """Devices by the predicted time of a token where all is on them; what a link is missing for comes last, in order.
+
+    `first`: another device holds so many of the first layers; `embedding`: another one holds that.
+    """
+    times, ids = layer_times(state, thrifty=True), state.topology.ids
+    before, count = first or (None, 0)
+
+    def seconds(device: DeviceId) -> float:
+        layers = [before or device] * count + [device] * (state.arch.num_layers - count)
+        table = state.pinned_embedding or embedding or layers[0]
+        head = state.pinned_head or device
+        return times.chain_s(ids.index(table), [ids.index(d) for d in layers], ids.index(head))
+
+    return sorted(devices, key=seconds)
 
 
 def own_edge(state: ClusterState) -> DeviceId:
@@ -82,12 +104,14 @@ def own_edge(state: ClusterState) -> DeviceId:
     return state.topology.origin if state.topology.origin in edges else edges[0]
 
 
-def clouds(state: ClusterState) -> list[DeviceId]:
-    """The cloud devices, fastest first."""
+def clouds(
+    state: ClusterState, *, first: tuple[DeviceId, int] | None = None, embedding: DeviceId | None = None
+) -> list[DeviceId]:
+    """The cloud devices, as `quickest_first` puts them in order."""
     found = fastest_first([d for d in state.topology.devices if d.tier == "cloud"])
     if not found:
         raise _no_tier(state, "cloud")
-    return found
+    return found if len(found) == 1 else quickest_first(state, found, first=first, embedding=embedding)
 
 
 def _no_tier(state: ClusterState, tier: str) -> PlacementError:

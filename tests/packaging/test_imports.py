@@ -86,9 +86,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "splitray.planners": (
         ("protocol",),
         ("memory",),
-        ("optimum", "checked", "pay_back", "whole", "random"),
-        ("layer_times", "outside", "ucb"),
-        ("cut", "dealt", "layer_dp", "myopic", "shares"),
+        ("optimum", "checked", "layer_times", "pay_back", "random"),
+        ("outside", "whole"),
+        ("cut", "dealt", "layer_dp", "myopic", "shares", "ucb"),
         ("exact", "scored"),
         ("drift_plus_penalty",),
         ("coded",),

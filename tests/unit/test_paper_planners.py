@@ -12,9 +12,9 @@ from splitray.arch import ModelArch
 from splitray.cost import CostModel
 from splitray.errors import PlacementError
 from splitray.planners import ClusterState, make_planner
-from splitray.planners.layer_dp import best_shards, caps
+from splitray.planners.layer_dp import Chain, best_shards, caps
 from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
-from splitray.planners.memory import needed_bytes
+from splitray.planners.memory import needed_bytes, shortfall
 from splitray.planners.ucb import Ucb
 from splitray.planners.whole import layers_on
 from splitray.route import compile_route
@@ -48,53 +48,86 @@ def cluster(num_devices: int, rng: np.random.Generator, *, layers: tuple[float, 
     return Topology(devices=devices, links=links, origin=devices[0].id)
 
 
-def brute_force(times: LayerTimes, state: ClusterState, *, throughput: bool) -> float:
-    """Every assignment of layers to devices in contiguous shards, one a device."""
+def brute_force(times: LayerTimes, state: ClusterState, *, throughput: bool, paper: bool) -> float:
+    """Every assignment of layers to devices in contiguous shards, one a device; the ends anywhere or as printed."""
     num_devices, best = len(state.topology.ids), float("inf")
-    for layers in itertools.product(range(num_devices), repeat=state.arch.num_layers):
+    every = range(num_devices)
+    for layers in itertools.product(every, repeat=state.arch.num_layers):
         runs = [(d, len(list(g))) for d, g in itertools.groupby(layers)]
         if len({d for d, _ in runs}) != len(runs):
             continue
-        fits = all(n <= caps(state, d)[0] for d, n in runs) and runs[-1][1] <= caps(state, runs[-1][0])[1]
-        if not fits:
-            continue
-        last = runs[-1][0]
-        stages = [n * times.layer_s[d] for d, n in runs] + [times.head_s[last], times.token_s[last, 0]]
-        stops = [0, *(d for d, _ in runs)]
-        stages += [times.state_s[a, b] for a, b in zip(stops, stops[1:], strict=False)]
-        best = min(best, max(stages) if throughput else sum(stages))
+        for e, h in [(0, layers[-1])] if paper else itertools.product(every, every):
+            limits = caps(state, list(every), e, h)
+            if limits is None or any(n > limits[d] for d, n in runs):
+                continue
+            stages = chain_stages(times, Chain(e, list(layers), h))
+            best = min(best, max(stages) if throughput else sum(stages))
     return best
 
 
-@pytest.mark.parametrize("throughput", [False, True])
+def chain_stages(times: LayerTimes, chain: Chain) -> list[float]:
+    """Seconds of every shard and transfer, of the head, and of the way of the token."""
+    runs = [(d, len(list(g))) for d, g in itertools.groupby(chain.layers)]
+    stops = [chain.embedding, *(d for d, _ in runs), chain.head]
+    moves = [times.state_s[a, b] for a, b in itertools.pairwise(stops)]
+    return [
+        *(n * times.layer_s[d] for d, n in runs), *moves, times.head_s[chain.head],
+        times.token_s[chain.head, chain.embedding],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["", "throughput", "paper", "paper_throughput"])
 @pytest.mark.parametrize("seed", range(12))
-def test_edgeshard_equals_brute_force(seed: int, throughput: bool) -> None:
+def test_edgeshard_equals_brute_force(seed: int, variant: str) -> None:
     rng = np.random.default_rng(seed)
     where = cluster(int(rng.integers(2, 5)), rng, layers=(1, 5))
-    state = ClusterState(arch=ARCH, topology=where, context_tokens=16)
-    times = layer_times(state)
-    best = brute_force(times, state, throughput=throughput)
-    found = best_shards(times, state, list(range(len(where.ids))), throughput=throughput)
+    state = ClusterState(arch=replace(ARCH, num_layers=4), topology=where, context_tokens=16)
+    times, throughput, paper = layer_times(state), "throughput" in variant, "paper" in variant
+    best = brute_force(times, state, throughput=throughput, paper=paper)
+    found = best_shards(times, state, list(range(len(where.ids))), throughput=throughput, paper=paper)
     if found is None:
         assert np.isinf(best)
         return
-    runs = [(d, len(list(g))) for d, g in itertools.groupby(found)]
-    stages = [n * times.layer_s[d] for d, n in runs] + [times.head_s[found[-1]], times.token_s[found[-1], 0]]
-    stages += [times.state_s[a, b] for a, b in zip([0, *found], found, strict=False) if a != b]
-    assert (max if throughput else sum)(stages) == pytest.approx(best)
-    placement = make_planner("layer_dp:throughput" if throughput else "layer_dp").propose(state)
-    assert placement == layers_on([where.ids[d] for d in found], where.origin, where.ids[found[-1]], state)
+    assert (max if throughput else sum)(chain_stages(times, found)) == pytest.approx(best)
+    placement = make_planner(f"layer_dp:{variant}" if variant else "layer_dp").propose(state)
+    layers = [where.ids.index(x.ffn.devices[0]) for x in placement.layers]
+    proposed = Chain(where.ids.index(placement.embedding[0]), layers, where.ids.index(placement.head.devices[0]))
+    assert (max if throughput else sum)(chain_stages(times, proposed)) == pytest.approx(best)
+    assert not shortfall(placement, state)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_shards_with_the_shortest_slowest_stage_the_quickest_chain_is_taken(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    where = cluster(3, rng, layers=(1, 5))
+    state = ClusterState(arch=replace(ARCH, num_layers=4), topology=where, context_tokens=16)
+    times = layer_times(state)
+    found = best_shards(times, state, [0, 1, 2], throughput=True)
+    if found is None:
+        return
+    most, total = max(chain_stages(times, found)), sum(chain_stages(times, found))
+    for layers in itertools.product(range(3), repeat=4):
+        if len({d for d, _ in itertools.groupby(layers)}) != len(list(itertools.groupby(layers))):
+            continue
+        for e, h in itertools.product(range(3), repeat=2):
+            limits = caps(state, [0, 1, 2], e, h)
+            if limits is not None and all(layers.count(d) <= limits[d] for d in layers):
+                stages = chain_stages(times, Chain(e, list(layers), h))
+                assert max(stages) > most * (1 - 1e-8)
+                assert max(stages) > most * (1 + 1e-8) or sum(stages) > total * (1 - 1e-8)
 
 
 def test_the_additive_view_of_whole_layers_is_the_clocks() -> None:
-    rng = np.random.default_rng(0)
-    where = cluster(3, rng)
-    state = ClusterState(arch=ARCH, topology=where, context_tokens=16)
-    times = layer_times(state)
-    for layers in itertools.product(range(3), repeat=ARCH.num_layers):
-        placement = layers_on([where.ids[d] for d in layers], where.origin, where.ids[2], state)
-        exact = CostModel(ARCH, where).tpot_s(placement, context_tokens=16)
-        assert times.chain_s(0, layers, 2) == pytest.approx(exact)
+    """Also with ends on other devices than the origin, which is told each token first or last."""
+    where = cluster(3, np.random.default_rng(0))
+    state = ClusterState(arch=ARCH, topology=where, context_tokens=16, codec="int8")
+    times_of = [layer_times(replace(state, topology=replace(where, origin=o))) for o in where.ids]
+    for layers in itertools.product(range(3), repeat=3):
+        for e, h, o in itertools.product(range(3), repeat=3):
+            here = replace(state, arch=replace(ARCH, num_layers=3), topology=replace(where, origin=where.ids[o]))
+            placement = layers_on([where.ids[d] for d in layers], where.ids[e], where.ids[h], here)
+            exact = CostModel(here.arch, here.topology, codec=here.codec).tpot_s(placement, context_tokens=16)
+            assert times_of[o].chain_s(e, layers, h) == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize("pins", ["none", "embedding", "embedding_and_head"])
@@ -110,10 +143,33 @@ def test_the_chosen_cut_is_the_best_of_all_cuts(seed: int, pins: str) -> None:
         return model.tpot_s(layers_on(layers, layers[0], layers[-1], state), context_tokens=16)
 
     every = {(p, c): tpot_s(p, c) for p in range(ARCH.num_layers + 1) for c in where.ids[1:]}
-    chosen = model.tpot_s(make_planner("layer_cut").propose(state), context_tokens=16)
+    chosen = model.tpot_s(make_planner("layer_cut:paper").propose(state), context_tokens=16)
     assert chosen == pytest.approx(min(every.values()))
-    fixed = model.tpot_s(make_planner("static_cut").propose(state), context_tokens=16)
+    fixed = model.tpot_s(make_planner("static_cut:paper").propose(state), context_tokens=16)
     assert fixed == pytest.approx(min(t for (p, _), t in every.items() if 0 < p < ARCH.num_layers))
+
+
+@pytest.mark.parametrize("pins", ["none", "embedding", "embedding_and_head"])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_freed_cut_is_the_best_between_any_two_pieces_and_devices_that_fits(seed: int, pins: str) -> None:
+    rng = np.random.default_rng(seed)
+    where = replace(cluster(3, rng, layers=(0, 7)), origin_holds=pins)  # type: ignore[arg-type]
+    state = ClusterState(arch=ARCH, topology=where, context_tokens=16)
+    model, total = CostModel(ARCH, where), ARCH.num_layers
+    every = []
+    for a, b in itertools.product(where.ids, repeat=2):
+        for cut in range(-1, total + 2):  # before the embedding, after it and so many layers, after the head
+            layers = [a] * max(0, cut) + [b] * (total - max(0, cut))
+            placement = layers_on(layers[:total], b if cut < 0 else a, a if cut > total else b, state)
+            if not shortfall(placement, state):
+                every.append(model.tpot_s(placement, context_tokens=16))
+    for name in ("layer_cut", "static_cut"):
+        if not every:
+            with pytest.raises(PlacementError, match="on either side of one cut"):
+                make_planner(name).propose(state)
+            continue
+        chosen = make_planner(name).propose(state)
+        assert model.tpot_s(chosen, context_tokens=16) == pytest.approx(min(every))
 
 
 def test_a_static_cut_is_decided_from_the_average_and_not_the_present() -> None:

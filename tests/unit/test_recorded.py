@@ -42,7 +42,7 @@ def outcomes() -> dict[tuple[str, str], list[tuple[Outcome, ...]]]:
     for edge in ("jetson-orin-nx-16gb", "galaxy-s23"):
         for holds in ("none", "embedding_and_head"):
             arch, where = architecture("gpt2-xl"), Topology.pair(edge, origin_holds=holds)
-            rate = 0.4 / service_s(arch, where, "static_cut")
+            rate = 0.4 / service_s(arch, where, "static_cut:paper")
             slot_s = max(1.0, REQUESTS / (rate * SLOTS))
             line = arrivals(None, SLOTS * slot_s, rate, np.random.default_rng(1))
             assert len(line) >= 20, "a mean of few requests says nothing"
