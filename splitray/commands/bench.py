@@ -4,13 +4,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from splitray.commands import options
+from splitray.errors import InputError
 from splitray.report import bench as tables
+from splitray.report.families import families_page, families_table
 from splitray.report.stdout import print_json, stdout_kept
 from splitray.report.suite import Suite, suite_named, suites_help
 
@@ -46,6 +50,12 @@ def _faults(say: Say) -> Measured:
     return faults(BENCH_110M, say=say), tables.faults_table
 
 
+def _families(say: Say, names: list[str] | None = None) -> Measured:
+    from splitray.profiling.families import sweep
+
+    return sweep(names, say=say), families_table
+
+
 SUITES: dict[str, Suite[Callable[[Say], Measured]]] = {
     "engine": Suite(
         "speed and CPU time of split generation beside transformers, and the time of an exchange",
@@ -61,31 +71,55 @@ SUITES: dict[str, Suite[Callable[[Say], Measured]]] = {
         "some minutes",
         _faults,
     ),
+    "families": Suite(
+        "which families of transformers come out exact, split at random; --out FILE.md writes docs/families.md",
+        "ten minutes",
+        _families,
+    ),
 }
 
 
 def bench(
     suite: Annotated[str, typer.Option(help=suites_help(SUITES), metavar="NAME")] = "engine",
     out: options.Folder = None,
+    families: Annotated[
+        str | None, typer.Option(help="Only these model types, in the suite families.", metavar="A,B,...")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure this machine; figures mean something only while nothing else runs on it."""
     chosen = suite_named(suite, SUITES)
+    measure, page = chosen.run, out is not None and out.suffix == ".md"
+    if suite == "families" and families is not None:
+        measure = partial(_families, names=[n.strip() for n in families.split(",") if n.strip()])
+    elif suite != "families" and (families is not None or page):
+        what = "--families" if families is not None else "--out"
+        raise InputError(
+            what, expected="--suite families with it", actual=f"--suite {suite}", remedy="add or leave out"
+        )
     with stdout_kept(as_json):
         import torch
 
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        document, table = chosen.run(_say)
+        document, table = measure(_say)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"bench-{suite}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        _write(out, suite, document)
     if as_json:
         print_json(document)
     else:
         console = Console(width=max(110, Console().width), highlight=False)
         table(console, document)
         console.print(f"load before the run      {document['machine']['load_before']:.2f}")
+
+
+def _write(out: Path, suite: str, document: dict[str, Any]) -> None:
+    if out.suffix == ".md":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(families_page(document), encoding="utf-8")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"bench-{suite}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:
