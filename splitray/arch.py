@@ -26,6 +26,11 @@ class ModelArch:
     `parallel_block`: attention and FFN read the same input and form one sub-block (GPT-NeoX, GPT-J, Cohere).
     `post_norm`: the sum of a sub-block is normalised before the residual is added (Gemma 2, OLMo 2).
     `qk_norm_over_heads`: q and k are normalised over all heads together (OLMo 2), one more small exchange.
+    `whole_layers`: nobody knows how a layer can be cut; it is one head group and one FFN unit, always together.
+    `tokens_everywhere`: layers read the tokens, so that every device with a piece of one holds the embedding, too.
+    `kv_layers`: for each layer the one whose KV it reads, where some read another's; who holds one holds both.
+    `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
+    not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
     """
 
@@ -45,6 +50,13 @@ class ModelArch:
     parallel_block: bool = False
     post_norm: bool = False
     qk_norm_over_heads: bool = False
+    whole_layers: bool = False
+    tokens_everywhere: bool = False
+    kv_layers: tuple[int, ...] = ()
+    attention_params: int | None = None
+    ffn_params: int | None = None
+    kv_values: int | None = None
+    embedding_params: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     weight_bits: float | None = None
 
@@ -83,11 +95,15 @@ class ModelArch:
     @property
     def group_params(self) -> int:
         """Weights of a head group without biases: its rows of q, k, v and its columns of o (docs/equations.md E1.8)."""
+        if self.attention_params is not None:
+            return -(-self.attention_params // self.num_kv_heads)
         return self.hidden_dim * self.head_dim * (2 * self.heads_per_group + 2)
 
     @property
     def ffn_unit_params(self) -> int:
         """Weights of one FFN column, or of one whole expert (docs/equations.md E1.9)."""
+        if self.ffn_params is not None:
+            return -(-self.ffn_params // self.ffn_dim)
         columns = self.expert_columns if self.num_experts else 1
         return self.ffn_matrices * self.hidden_dim * columns
 
@@ -99,6 +115,8 @@ class ModelArch:
     @property
     def kv_bytes_per_token(self) -> int:
         """KV bytes of one head group of one layer for one token (docs/equations.md E1.10)."""
+        if self.kv_values is not None:
+            return -(-self.kv_values // self.num_kv_heads) * self.dtype_bytes
         return 2 * self.head_dim * self.dtype_bytes
 
     @property
@@ -106,4 +124,13 @@ class ModelArch:
         """All weights but norms and biases (a tied embedding counted once)."""
         layer = self.num_kv_heads * self.group_params + self.ffn_dim * self.ffn_unit_params
         tables = (1 if self.tied_embeddings else 2) * self.vocab * self.vocab_row_params
-        return self.num_layers * layer + tables
+        return self.num_layers * layer + tables + self.embedding_params
+
+    @property
+    def grain(self) -> str:
+        """The pieces into which a layer can be cut, in words."""
+        if self.whole_layers:
+            return "whole layers"
+        groups = "attention whole" if self.num_kv_heads == 1 else f"{self.num_kv_heads} head groups"
+        units = "FFN whole" if self.ffn_dim == 1 else f"{self.ffn_dim} {'experts' if self.num_experts else 'columns'}"
+        return f"{groups}, {units}"

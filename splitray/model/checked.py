@@ -44,9 +44,6 @@ def check_weights(model: str | Path) -> None:
         names = checkpoint.names
     where = f"weights in {checkpoint.folder}"
     _refuse_types(checkpoint, list(names.keys.values()), names.unused)
-    if names.rewritten:
-        raise ModelError(where, expected="tensors that are used as they are stored", actual=_some(names.rewritten),
-                         remedy="use a version of the model whose tensors have transformers' own form")  # fmt: skip
     _refuse_missing(where, text, names.shapes)
     for name, parameter in text.state_dict().items():
         found = names.shapes.get(name)

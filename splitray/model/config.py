@@ -77,3 +77,12 @@ def _same_text(config: PretrainedConfig) -> PretrainedConfig:
         rope["rope_type"] = "default"
     values["rope_parameters"] = rope
     return CONFIG_MAPPING[_SAME_TEXT[config.model_type]](**values)  # type: ignore[no-any-return]
+
+
+def setting(config: PretrainedConfig, name: str) -> Any:
+    """A setting of a config, that of the first layer where it says another one for each; None if it has none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to answer for all layers at once
+        layers: Any = config.per_layer_config
+        return getattr(layers[0], name, None)

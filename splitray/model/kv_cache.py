@@ -106,27 +106,33 @@ class KvCache:
                     stored[i] = tensor.index_select(0, order.to(tensor.device))
         self._arrays = [None] * len(self._arrays)
 
-    def piece(self, layer: int, at: int, count: int, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """A copy of keys and values of `count` local groups from `at`, positions [start, stop); None if there are none.
+    def piece(
+        self, layer: int, at: int, count: int, start: int, stop: int, *, groups: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """A copy of keys and values of `count` of the local groups from `at`, positions [start, stop); None without.
+
+        A group has one head, or several where a layer is cut into fewer pieces than it has KV heads.
 
         Positions that a running step does not write may be read from another thread.
         """
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             return None
-        return tuple(t[:, at : at + count, start:stop].cpu().contiguous() for t in (keys, values))  # type: ignore[return-value]
+        each = keys.shape[1] // groups
+        return tuple(t[:, at * each : (at + count) * each, start:stop].cpu().contiguous() for t in (keys, values))  # type: ignore[return-value]
 
-    def put(self, layer: int, at: int, groups: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write a piece [batch, count, positions, head_dim] from `start` on, of `groups` local ones in all."""
-        batch, count, positions = keys.shape[:3]
+    def put(self, layer: int, at: int, count: int, groups: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write `count` groups [batch, heads, positions, head_dim] from `at` and `start` on, of `groups` in all."""
+        batch, heads, positions = keys.shape[:3]
+        each = heads // count
         known = self.keys[layer]
         if known is not None and len(known) != batch:  # beams that were made since a first copy
             self.keys[layer] = self.values[layer] = self._arrays[layer] = None
         if start + positions > self.capacity:  # it has become longer than was said
             self.grow(start + positions)
-        held = self.slots(layer, batch, groups, (keys.shape[3], values.shape[3]), keys)
+        held = self.slots(layer, batch, groups * each, (keys.shape[3], values.shape[3]), keys)
         for slots, new in zip(held, (keys, values), strict=True):
-            slots[:, at : at + count, start : start + positions] = new
+            slots[:, at * each : (at + count) * each, start : start + positions] = new
 
     def adopt(self, layer: int, other: KvCache) -> None:
         """Share a layer's memory with a cache of the same groups."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,10 +35,13 @@ def layer_kinds(config: PretrainedConfig) -> list[Kind]:
     return [_kind(layer) for layer in next(lists, ())]
 
 
-def one_of_each(config: PretrainedConfig, vocab: int) -> PretrainedConfig:
+def one_of_each(config: PretrainedConfig, vocab: int) -> tuple[PretrainedConfig, tuple[int, ...]]:
     """The config of a model with the kinds of layers of another, at least two layers, and `vocab` rows at most.
 
     Where no shorter config has the same kinds, that of the whole depth.
+
+    Returns:
+        The config, and for each layer of the other model which layer of this one is of its kind.
     """
     depth = config.num_hidden_layers
     try:
@@ -46,16 +50,24 @@ def one_of_each(config: PretrainedConfig, vocab: int) -> PretrainedConfig:
         kinds = []
     firsts = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:_MOST]
     if len(firsts) < 2:
-        return _shrunk(_chosen(config, [0, min(1, depth - 1)]), vocab)
+        return _shrunk(_chosen(config, [0, min(1, depth - 1)]), vocab), (0,) * depth
     wanted = {kinds[i] for i in firsts}
     for layers in (firsts, list(range(firsts[-1] + 1))):
         candidate = _chosen(config, layers)
         try:
-            if wanted <= set(layer_kinds(candidate)):
-                return _shrunk(candidate, vocab)
+            there = layer_kinds(candidate)
         except FAILURES:
             continue
-    return _shrunk(_chosen(config, list(range(depth))), vocab)
+        if wanted <= set(there):
+            outlines = [_outline(k) for k in there]
+            which = (there.index(k) if k in there else outlines.index(_outline(k)) for k in kinds)
+            return _shrunk(candidate, vocab), tuple(which)
+    return _shrunk(_chosen(config, list(range(depth))), vocab), tuple(range(depth))
+
+
+def _outline(kind: Kind) -> Kind:
+    """Its modules alone, for models of more kinds than a probe has layers: then they are told apart by sizes."""
+    return tuple(part[:2] for part in kind)
 
 
 def with_short_lengths(config: PretrainedConfig) -> PretrainedConfig:
@@ -106,6 +118,10 @@ def _chosen(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig
         values.attention_layers = kinds or ["global", "local"]
         values.attention_types = [[values.attention_layers, 1]]
     values.num_hidden_layers = len(layers)
+    spec: Any = getattr(config, "_heterogeneity_spec", None)
+    if spec is not None:  # sizes of their own of some layers, by their number
+        known = {new[old]: own for old, own in spec.per_layer_overrides.items() if old in new}
+        setattr(values, "_heterogeneity_spec", replace(spec, per_layer_overrides=known))  # noqa: B010 - not declared
     return values
 
 

@@ -2,7 +2,8 @@
 
 A layer is two residual sub-blocks, x + s * post(attention(norm(x))) and the same for the FFN, one after the other
 or both from one x. Which child is which norm, and which layer argument reaches the attention under which name, is
-observed on a small random model and not written down per family. Knows nothing of devices.
+observed on a small random model and not written down per family. A layer that is wired in another way is run whole.
+Knows nothing of devices.
 """
 
 import inspect
@@ -19,24 +20,61 @@ from splitray.errors import unsplittable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLayout:
-    """The wiring of one layer: names of its children in their roles, and the residual's factor."""
+    """The wiring of one layer: names of its children in their roles, and the residual's factor.
 
-    attention: str
-    attention_norm: str | None
-    attention_post_norm: str | None
-    ffn: tuple[str, ...]
-    ffn_norm: str | None
-    ffn_post_norm: str | None
-    parallel: bool
-    residual_scale: float
+    `whole`: it is run as it is, and all but `returns_tuple` has no meaning.
+    """
+
+    attention: str = ""
+    attention_norm: str | None = None
+    attention_post_norm: str | None = None
+    ffn: tuple[str, ...] = ()
+    ffn_norm: str | None = None
+    ffn_post_norm: str | None = None
+    parallel: bool = True
+    residual_scale: float = 1.0
     returns_tuple: bool
-    attention_arguments: tuple[tuple[str, str], ...]
+    attention_arguments: tuple[tuple[str, str], ...] = ()
     """(name of the attention's argument, name of the layer's argument that it receives)."""
+    whole: bool = False
 
     @property
     def has_post_norm(self) -> bool:
         """Whether a sub-block's sum is normalised before the residual is added."""
         return self.attention_post_norm is not None or self.ffn_post_norm is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layouts:
+    """The wiring of a model: of its `different` layers, `which` of them each layer is like, and what is around them.
+
+    `before` and `after` are the names of the decoder's other children with weights: those that run before the layers,
+    where tokens are embedded, and behind them, where the head is.
+    """
+
+    different: tuple[LayerLayout, ...]
+    which: tuple[int, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+    def of(self, layer: int) -> LayerLayout:
+        """The wiring of one layer."""
+        return self.different[self.which[layer]]
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the halves of a layer are one sub-block; all layers are alike in this."""
+        return self.different[0].parallel
+
+    @property
+    def whole(self) -> bool:
+        """Whether layers are run as they are; all layers are alike in this."""
+        return self.different[0].whole
+
+    @property
+    def has_post_norm(self) -> bool:
+        """Whether in some layer a sum is normalised before the residual is added."""
+        return any(x.has_post_norm for x in self.different)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from splitray.arch import ModelArch
 from splitray.model.kv_cache import KvCache
-from splitray.model.layout import LayerLayout
+from splitray.model.layout import Layouts
 from splitray.model.split_layer import Array, Exchange, LocalSubBlock, SplitLayer
 
 _ROPES = ("default", "linear", "llama3", "yarn")  # the others change their table with the length
@@ -30,7 +30,7 @@ _FFN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def can_be_lean(
-    layout: LayerLayout,
+    layout: Layouts,
     arch: ModelArch,
     config: PretrainedConfig,
     rotary: Any,
@@ -38,7 +38,9 @@ def can_be_lean(
     layers: Sequence[SplitLayer],
 ) -> bool:
     """Whether the layers have the form that the lean loop computes; its exactness is the self-test's to say."""
-    if layout.parallel or layout.has_post_norm or layout.residual_scale != 1.0 or len(layout.ffn) != 1:
+    if layout.whole or layout.parallel or layout.has_post_norm:
+        return False
+    if any(x.residual_scale != 1.0 or len(x.ffn) != 1 for x in layout.different):
         return False
     if getattr(config, "sliding_window", None) is not None or getattr(rotary, "rope_type", None) not in _ROPES:
         return False

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from splitray.errors import InputError
-from splitray.model.reading import probe_model
+from splitray.model.probe import probe_model
 
 
 def counts_masked(config: PretrainedConfig) -> bool:

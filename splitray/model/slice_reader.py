@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from splitray.arch import ModelArch, Range
+from splitray.model.layout import is_norm
 from splitray.model.slicing import Cut
 
 _LOCAL_COUNTS = ("num_heads", "num_attention_heads")
@@ -41,7 +42,7 @@ class SliceReader:
 
     def narrow_counts(self, attention: Any, held: int) -> None:
         """Write the counts of the held heads on an attention module, wherever it keeps such a count."""
-        heads = held * self.arch.heads_per_group
+        heads, groups = held * self.arch.heads_per_group, self.arch.num_kv_heads
         module: Any  # counts live in attributes that nn.Module does not declare
         for module in attention.modules():
             values = vars(module)
@@ -49,7 +50,7 @@ class SliceReader:
                 if name in values:
                     setattr(module, name, heads)
             if "num_key_value_heads" in values:
-                module.num_key_value_heads = held
+                module.num_key_value_heads = module.num_key_value_heads * held // groups
             if "split_size" in values:
                 module.split_size = heads * self.arch.head_dim
             for name in ("embed_dim", "hidden_size"):
@@ -58,8 +59,8 @@ class SliceReader:
             if "config" in values:
                 config = copy.copy(module.config)
                 config.num_attention_heads = heads
-                if hasattr(config, "num_key_value_heads"):
-                    config.num_key_value_heads = held
+                if getattr(config, "num_key_value_heads", None):
+                    config.num_key_value_heads = config.num_key_value_heads * held // groups
                 module.config = config
 
     def read_per_head(self, module: nn.Module, groups: tuple[Range, ...]) -> None:
@@ -77,7 +78,8 @@ class SliceReader:
             if not parameter.is_meta:
                 continue
             rows = parameter.shape[0]
-            by_head = parameter.ndim == 2 and rows in units
+            sinks = parameter.ndim == 1 and rows == arch.num_heads and not is_norm(module)
+            by_head = (parameter.ndim == 2 and rows in units) or sinks
             over_heads = arch.qk_norm_over_heads and rows in {n * arch.head_dim for n in units}
             full = f"{self.names[module]}.{name}"
             if by_head or over_heads:
@@ -90,8 +92,13 @@ class SliceReader:
     def read_experts(self, module: Any, held: tuple[Range, ...]) -> None:
         """Read some whole experts and translate the router's choices to them."""
         experts = [e for r in held for e in range(r.start, r.stop)]
-        gate_up, down = self.source.read_experts(self.names[module], experts)
-        module.gate_up_proj, module.down_proj = self.parameter(gate_up), self.parameter(down)
+        names = [n for n, _ in module.named_parameters(recurse=False)]
+        if set(names) == {"gate_up_proj", "down_proj"}:
+            gate_up, down = self.source.read_experts(self.names[module], experts)
+            module.gate_up_proj, module.down_proj = self.parameter(gate_up), self.parameter(down)
+        else:
+            for name in names:
+                setattr(module, name, self.parameter(self.source.read(f"{self.names[module]}.{name}", ranges=held)))
         module.num_experts = len(experts)
         module._is_expert_parallel = True  # tells HF that an index past the end means "not here"
         if len(experts) == self.arch.num_experts:
@@ -130,10 +137,14 @@ class SliceReader:
     def read_all(self, module: nn.Module) -> None:
         """Read every parameter of a module and its children whole."""
         for child in module.modules():
-            for name, parameter in list(child.named_parameters(recurse=False)):
-                if parameter.is_meta:
-                    full = f"{self.names[child]}.{name}"
-                    setattr(child, name, self.parameter(self.source.read(full)))
+            self.read_own(child)
+
+    def read_own(self, module: nn.Module) -> None:
+        """Read every parameter of a module, not those of its children, whole."""
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                full = f"{self.names[module]}.{name}"
+                setattr(module, name, self.parameter(self.source.read(full)))
 
     def read_buffers(self, module: nn.Module) -> None:
         """Read what a checkpoint stores of a module beside its parameters, for example a router's correction."""

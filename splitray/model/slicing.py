@@ -1,7 +1,7 @@
 """Which weights of a layer follow the head groups and which the FFN columns, and where each one is cut.
 
-Read from transformers' own `base_model_tp_plan`, with a small table for families without one. What the plan does
-not say is added here: packed layouts, Conv1D's transposed weights, per-head norms, norms over all heads.
+Read from transformers' own `base_model_tp_plan`, and from the names of projections where a family has none. What
+the plan does not say is added here: packed layouts, Conv1D's transposed weights.
 """
 
 from collections.abc import Sequence
@@ -14,45 +14,19 @@ from transformers.pytorch_utils import Conv1D
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
+from splitray.model.layout import LayerLayout
 
-_LLAMA_ATTENTION = {
-    "self_attn.q_proj": "colwise",
-    "self_attn.k_proj": "colwise",
-    "self_attn.v_proj": "colwise",
-}
-PLANS: dict[str, dict[str, str]] = {  # families without a tp_plan of their own
-    "gpt2": {
-        "attn.c_attn": "colwise",
-        "attn.c_proj": "rowwise",
-        "mlp.c_fc": "colwise",
-        "mlp.c_proj": "rowwise",
+_BY_NAME = {  # what linears of these names are in families that do not say it; whether it is so is tried
+    "heads": {
+        "colwise": "q_proj k_proj v_proj g_proj qkv_proj c_attn query_key_value query key value wq wk wv",
+        "rowwise": "o_proj out_proj c_proj dense wo",
     },
-    "gptj": {
-        "attn.q_proj": "colwise",
-        "attn.k_proj": "colwise",
-        "attn.v_proj": "colwise",
-        "attn.out_proj": "rowwise",
-        "mlp.fc_in": "colwise",
-        "mlp.fc_out": "rowwise",
-    },
-    "gpt_neo": {
-        "attn.attention.q_proj": "colwise",
-        "attn.attention.k_proj": "colwise",
-        "attn.attention.v_proj": "colwise",
-        "attn.attention.out_proj": "rowwise",
-        "mlp.c_fc": "colwise",
-        "mlp.c_proj": "rowwise",
-    },
-    "opt": {**_LLAMA_ATTENTION, "self_attn.out_proj": "rowwise", "fc1": "colwise", "fc2": "rowwise"},
-    "biogpt": {**_LLAMA_ATTENTION, "self_attn.out_proj": "rowwise", "fc1": "colwise", "fc2": "rowwise"},
-    "stablelm": {
-        **_LLAMA_ATTENTION,
-        "self_attn.o_proj": "rowwise",
-        "mlp.gate_proj": "colwise",
-        "mlp.up_proj": "colwise",
-        "mlp.down_proj": "rowwise",
+    "columns": {
+        "colwise": "gate_proj up_proj gate_up_proj c_fc fc1 fc_in dense_h_to_4h w1 w3",
+        "rowwise": "down_proj c_proj fc2 fc_out dense_4h_to_h w2",
     },
 }
+By = Literal["heads", "columns"]
 _COLWISE = {"colwise", "colwise_gather_output", "colwise_rep", "local_colwise"}
 _ROWWISE = {"rowwise", "rowwise_split_input", "rowwise_rep", "local_rowwise"}
 _EXPERT_STYLES = {"packed_colwise", "moe_tp_experts", "grouped_gemm", "packed_rowwise"}
@@ -67,7 +41,7 @@ class Cut:
     cut in the same proportion.
     """
 
-    by: Literal["heads", "columns"]
+    by: By
     side: Literal["out", "in"]
     sections: tuple[int, ...]
 
@@ -81,32 +55,52 @@ class Cut:
         return taken
 
 
-def read_cuts(layer: nn.Module, config: PretrainedConfig, arch: ModelArch) -> dict[str, Cut]:
-    """The cut of every projection of a layer, by its path inside the layer.
+def read_cuts(layer: nn.Module, layout: LayerLayout, config: PretrainedConfig, arch: ModelArch) -> dict[str, Cut]:
+    """The cut of every projection of a layer, by its path inside the layer; none of what is held whole.
 
     Raises:
         ModelError: the family has no plan, or the plan does something that is not known here.
     """
-    family = config.model_type
-    plan = PLANS.get(family) or {
-        key.split(".*.", 1)[1]: style for key, style in (config.base_model_tp_plan or {}).items() if ".*." in key
-    }
-    if not plan:
-        raise unsplittable(f"architecture {family}", "a base_model_tp_plan or an entry in slicing.PLANS", "neither")
-    modules = dict(layer.named_modules())
-    cuts = {}
-    for path, style in plan.items():
-        module = modules.get(path)
-        if module is None or style in _EXPERT_STYLES or style in _WHOLE or "experts" in path.split("."):
+    if layout.whole:
+        return {}
+    modules, cuts = dict(layer.named_modules()), dict[str, Cut]()
+    for path, (by, style) in plan_of(layer, layout, config).items():
+        if (arch.num_kv_heads if by == "heads" else arch.ffn_dim) == 1:
             continue
+        module = modules[path]
         if style not in _COLWISE | _ROWWISE or not isinstance(module, nn.Linear | Conv1D):
             found = f"{path}: {style} ({type(module).__name__})"
-            raise unsplittable(f"architecture {family}", "column- and row-parallel linears in its plan", found)
-        by: Literal["heads", "columns"] = "heads" if "att" in path.split(".")[0] else "columns"
+            what = f"architecture {config.model_type}"
+            raise unsplittable(what, "column- and row-parallel linears in its plan", found)
         side: Literal["out", "in"] = "out" if style in _COLWISE else "in"
-        cuts[path] = Cut(by, side, _sections(path, module, side, arch, family))
-    _complete(layer, cuts, family)
+        cuts[path] = Cut(by, side, _sections(path, module, side, by, arch, config.model_type))
     return cuts
+
+
+def plan_of(layer: nn.Module, layout: LayerLayout, config: PretrainedConfig) -> dict[str, tuple[By, str]]:
+    """By what, and along which side, the projections of a layer may be cut, by their paths inside it.
+
+    The family's own plan holds where it names them, else their names say it. Experts are cut as wholes.
+    """
+    own = {k.split(".*.", 1)[1]: v for k, v in (config.base_model_tp_plan or {}).items() if ".*." in k}
+    found: dict[str, tuple[By, str]] = {}
+    for path, module in layer.named_modules():
+        steps = path.split(".")
+        by: By = "heads" if steps[0] == layout.attention else "columns"
+        if "experts" in steps or (by == "columns" and steps[0] not in layout.ffn):
+            continue
+        style = own.get(path)
+        if style is None and isinstance(module, nn.Linear | Conv1D):
+            style = next((s for s, names in _BY_NAME[by].items() if steps[-1] in names.split()), None)
+        if style is not None and style not in _EXPERT_STYLES | _WHOLE:
+            found[path] = by, style
+    return found
+
+
+def is_experts(path: str, module: nn.Module, experts: int) -> bool:
+    """Whether a module holds the weights of so many experts, stacked."""
+    stacked = [p.ndim > 1 and p.shape[0] == experts for p in module.parameters(recurse=False)]
+    return path.split(".")[-1] == "experts" and bool(experts and stacked) and all(stacked)
 
 
 def features(module: nn.Module, side: Literal["out", "in"]) -> int:
@@ -118,27 +112,24 @@ def features(module: nn.Module, side: Literal["out", "in"]) -> int:
 
 
 def _sections(
-    path: str, module: nn.Module, side: Literal["out", "in"], arch: ModelArch, family: str
+    path: str,
+    module: nn.Module,
+    side: Literal["out", "in"],
+    by: By,
+    arch: ModelArch,
+    family: str,
 ) -> tuple[int, ...]:
     size = features(module, side)
     name = path.rsplit(".", 1)[-1]
-    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     if side == "out" and name in ("qkv_proj", "c_attn"):
-        parts: tuple[int, ...] = (q, kv, kv)
+        q = arch.num_heads * arch.head_dim
+        parts: tuple[int, ...] = (q, (size - q) // 2, (size - q) // 2)
     elif side == "out" and name in ("gate_up_proj", "gate_and_up_proj"):
         parts = (size // 2, size // 2)
     else:
         parts = (size,)
-    by_heads = "att" in path.split(".")[0]
-    units = arch.num_kv_heads if by_heads else arch.ffn_dim
-    even = by_heads or not arch.num_experts  # else columns among experts, cut as nearly evenly as it goes
+    units = arch.num_kv_heads if by == "heads" else arch.ffn_dim
+    even = by == "heads" or not arch.num_experts  # else columns among experts, cut as nearly evenly as it goes
     if sum(parts) != size or (even and any(p % units for p in parts)):
         raise unsplittable(f"architecture {family}: {path}", f"features in {units} equal units", f"{size} features")
     return parts
-
-
-def _complete(layer: nn.Module, cuts: dict[str, Cut], family: str) -> None:
-    for path, module in layer.named_modules():
-        inside_experts = "experts" in path.split(".")
-        if isinstance(module, nn.Linear | Conv1D) and path not in cuts and not inside_experts:
-            raise unsplittable(f"architecture {family}", "every linear of a layer in its plan", f"{path} is not")

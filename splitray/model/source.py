@@ -19,7 +19,7 @@ from splitray.arch import Range
 from splitray.errors import ModelError
 from splitray.model.config import text_part, whole_config
 from splitray.model.folder import config_values, model_folder, weight_files
-from splitray.model.stored_names import StoredNames, stored_names
+from splitray.model.stored_names import Made, StoredNames, stored_names
 from splitray.model.surgery import meta_model
 
 _SAMPLE_BYTES = 64  # of every tensor, for the fingerprint: a changed fine-tune shows, a big file is not read
@@ -46,6 +46,7 @@ class Checkpoint:
         named = config_values(folder).get("transformers_weights")
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._last: tuple[Made, dict[str, Tensor]] | None = None
         for name in weight_files(self.folder, named):
             path = self.folder / name
             try:
@@ -93,6 +94,8 @@ class Checkpoint:
         Returns:
             A tensor that owns its memory, in the checkpoint's dtype.
         """
+        if self.key(name) is None and name in self.names.made:
+            return self._made(name, axis, ranges)
         view = self._slice(self._required(name))
         if ranges is None:
             parts = [view[:]]
@@ -121,7 +124,18 @@ class Checkpoint:
             prefix = [f"{layer}{container}.{e}." for e in experts]
             gate_up = [torch.cat([self.read(f"{p}{gate}.weight"), self.read(f"{p}{up}.weight")]) for p in prefix]
             return torch.stack(gate_up), torch.stack([self.read(f"{p}{down}.weight") for p in prefix])
-        raise self._missing(f"{module}.gate_up_proj")
+        ranges = [Range(e, e + 1) for e in experts]
+        return self.read(f"{module}.gate_up_proj", ranges=ranges), self.read(f"{module}.down_proj", ranges=ranges)
+
+    def _made(self, name: str, axis: int, ranges: Sequence[Range] | None) -> Tensor:
+        """Read all that a parameter is made of, and make it; what is made of the same is kept for the next call."""
+        made = self.names.made[name]
+        if self._last is None or self._last[0] is not made:
+            self._last = made, made.make(lambda key: self.read(key))
+        tensor = self._last[1][name]
+        if ranges is None:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        return torch.cat([tensor.narrow(axis, r.start, r.count) for r in ranges], dim=axis)
 
     def equal(self, key: str, other: str) -> bool:
         """Whether two stored tensors have the same values; True is said only of what was compared to the end."""

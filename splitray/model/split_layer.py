@@ -38,7 +38,8 @@ class Exchange(Protocol):
 class LocalSubBlock(nn.Module):
     """norm -> body -> factor of the local slices; `post` is the norm of the sum, where the family has one.
 
-    A device that only settles a sum (it holds the next sub-block) has the `post` and no `body`.
+    A device that only settles a sum (it holds the next sub-block) has the `post` and no `body`. Where some sub-blocks
+    of a family have no norm of the sum, `post_norm` holds all the same, for all travel alike.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class LocalSubBlock(nn.Module):
         return self._settle if self.post_norm else None
 
     def _settle(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
-        assert self.post is not None, "whoever settles a sum holds its norm"
-        y_BTD = self.post(y_BTD)
+        if self.post is not None:
+            y_BTD = self.post(y_BTD)
         return x_BTD + (y_BTD if self.scale == 1.0 else y_BTD * self.scale)
 
 
@@ -109,8 +110,35 @@ class SplitLayer(nn.Module):
             x = self.exchange.cross(self.index, x, y, self.attention.settle)
             y = None if x is None else self.ffn.partial(x, {})
             x = self.exchange.cross(self.index + 1, x, y, self.ffn.settle)
-        out = hidden_states if x is None else x
-        if out.shape[1] != hidden_states.shape[1]:  # only the kept positions crossed into the head
-            kept, out = out, out.new_zeros(hidden_states.shape)
-            out[:, -kept.shape[1] :] = kept
-        return (out,) if self.layout.returns_tuple else out
+        return _as_layer(x, hidden_states, self.layout)
+
+
+class WholeLayer(nn.Module):
+    """Replaces a decoder layer that nobody can cut: HF's own, where this device holds it."""
+
+    def __init__(self, *, layout: LayerLayout, exchange: Exchange, index: int, layer: nn.Module | None) -> None:
+        """`index` is that of the layer's one sub-block in the route; `layer` is None where it is not held."""
+        super().__init__()
+        self.layout, self.exchange, self.index, self.layer = layout, exchange, index, layer
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """HF's layer call: residual in, residual out (of no meaning where this device does not know it)."""
+        x: Tensor | None = hidden_states
+        if self.index == 1:
+            x = self.exchange.cross(0, x, None, None)
+        out = None if self.layer is None or x is None else self.layer(x, *args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        return _as_layer(self.exchange.cross(self.index, x, y, _instead), hidden_states, self.layout)
+
+
+def _instead(_: Tensor, y_BTD: Tensor) -> Tensor:
+    return y_BTD
+
+
+def _as_layer(x: Tensor | None, hidden_states: Tensor, layout: LayerLayout) -> Any:
+    """What HF's model loop gets of a layer that took `hidden_states`."""
+    out = hidden_states if x is None else x
+    if out.shape[1] != hidden_states.shape[1]:  # only the kept positions crossed into the head
+        kept, out = out, out.new_zeros(hidden_states.shape)
+        out[:, -kept.shape[1] :] = kept
+    return (out,) if layout.returns_tuple else out

@@ -7,7 +7,7 @@ of the wrapper's decoder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -28,22 +26,49 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from splitray.errors import ModelError
 
-_READ_AS_STORED = (MergeModulelist, Concatenate)  # experts, which `Checkpoint.read_experts` joins itself
-
 
 @dataclass(slots=True)
 class StoredNames:
     """`keys` are stored names by the text model's, `shapes` what transformers would make of them there.
 
-    `unused` are stored names that are no parameter of the model, `others` those of a wrapper's other parts. `rewritten`
-    are parameters that transformers would compute from what is stored, and that are not read here.
+    `unused` are stored names that are no parameter of the model, `others` those of a wrapper's other parts. `made` are
+    parameters that transformers makes of several stored tensors or of another form of them.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    rewritten: list[str] = field(default_factory=list)
+    made: dict[str, Made] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Made:
+    """How transformers makes parameters of stored tensors: `keys` with the pattern that each one matched."""
+
+    name: str
+    converter: WeightConverter
+    model: PreTrainedModel
+    ours: Mapping[str, str]
+    keys: list[tuple[str, str]] = field(default_factory=list)
+
+    def make(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The parameters, by the text model's names.
+
+        Raises:
+            ModelError: what is stored does not fit together.
+        """
+        converter: Any = copy.deepcopy(self.converter)
+        for key, pattern in self.keys:
+            converter.add_tensor(self.name, key, pattern, read(key))
+        try:
+            made: dict[str, Any] = converter.convert(self.name, model=self.model, config=self.model.config)
+        except Exception as error:  # noqa: BLE001 - transformers' code: it wraps every failure in another type
+            said = str(error).strip().split("\n")[-1]
+            raise ModelError(f"weights of {self.name}", expected="stored tensors that make it together", actual=said,
+                             remedy="copy the checkpoint again") from error  # fmt: skip
+        tensors = {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
+        return {self.ours[n]: t for n, t in tensors.items() if n in self.ours}
 
 
 def stored_names(whole: PretrainedConfig, text: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> StoredNames:
@@ -61,7 +86,7 @@ def stored_names(whole: PretrainedConfig, text: PreTrainedModel, stored: Mapping
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     parameters = model.state_dict()
-    found, joined = StoredNames(), dict[str, Any]()
+    found, joined = StoredNames(), dict[str, Made]()
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if pattern is None:
@@ -75,30 +100,13 @@ def stored_names(whole: PretrainedConfig, text: PreTrainedModel, stored: Mapping
             continue
         plain = _with_prefix_of(name, apply_renamings(key, renamings), model, parameters)
         found.keys[_start_as(ours, name, plain)] = key
-        converter = joined.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-        converter.add_tensor(name, key, pattern, torch.empty(stored[key], device="meta"))
-    for name, converter in joined.items():
-        _join(found, name, converter, model, ours)
+        made = joined.setdefault(name, Made(name, copy.deepcopy(by_pattern[pattern]), model, ours))
+        made.keys.append((key, pattern))
+    for made in joined.values():
+        for mine, tensor in made.make(lambda key: torch.empty(stored[key], device="meta")).items():
+            found.made[mine], found.shapes[mine] = made, tuple(tensor.shape)
     _tie(found, text)
     return found
-
-
-def _join(found: StoredNames, name: str, converter: Any, model: PreTrainedModel, ours: Mapping[str, str]) -> None:
-    """Note the parameters that several stored tensors make together."""
-    read = all(isinstance(o, _READ_AS_STORED) for o in converter.operations)
-    try:
-        made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
-    except Exception as error:  # noqa: BLE001 - transformers' code: it wraps every failure in another type
-        said = str(error).strip().split("\n")[-1]
-        raise ModelError(f"weights of {name}", expected="stored tensors that make it together", actual=said,
-                         remedy="copy the checkpoint again") from error  # fmt: skip
-    for each, value in made.items():
-        tensor: Tensor = value[0] if isinstance(value, list) else value
-        if each not in ours:
-            continue
-        found.shapes[ours[each]] = tuple(tensor.shape)
-        if not read:
-            found.rewritten.append(ours[each])
 
 
 def _tie(found: StoredNames, text: PreTrainedModel) -> None:

@@ -7,9 +7,9 @@ placement of one device, not the wire.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
-from splitray.model.layout import LayerLayout, is_norm, layer_arguments
+from splitray.model.layout import Layouts, is_norm, layer_arguments
 from splitray.model.lean import LeanLoop, can_be_lean
 from splitray.model.lengths import RopeLength
+from splitray.model.pieces import ffn_of, read_attention, read_ffn
 from splitray.model.qk_norm import share_norm_sums
 from splitray.model.slice_reader import SliceReader, Source
-from splitray.model.slicing import read_cuts
-from splitray.model.split_layer import Exchange, LocalSubBlock, SplitLayer
+from splitray.model.slicing import Cut, read_cuts
+from splitray.model.split_layer import Exchange, LocalSubBlock, SplitLayer, WholeLayer
 
+S = TypeVar("S", SplitLayer, WholeLayer)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,7 +104,7 @@ class Shard:
         *,
         config: PretrainedConfig,
         arch: ModelArch,
-        layout: LayerLayout,
+        layout: Layouts,
         spec: ShardSpec,
         source: Source,
         exchange: Exchange,
@@ -122,7 +124,6 @@ class Shard:
         self.reader = SliceReader(source=source, names=self._names, arch=arch, dtype=self.dtype)
         decoder, layers_name = decoder_of(self.model, arch.num_layers)
         layers = getattr(decoder, layers_name)
-        self.cuts = [read_cuts(layer, self.model.config, arch) for layer in layers]
         self.rope = RopeLength(decoder, self.model.config)
         self.embedding: Any = self.model.get_input_embeddings()
         self.head: Any = self.model.get_output_embeddings()
@@ -133,7 +134,7 @@ class Shard:
         else:
             self._ends(decoder)
         for i in range(arch.num_layers):
-            layers[i] = self._layer(layers[i], i)
+            layers[i] = self._whole(layers[i], i) if layout.whole else self._layer(layers[i], i)
         self.layers: nn.ModuleList = layers
         self.decoder = decoder
         for module in self.model.modules():
@@ -230,25 +231,17 @@ class Shard:
         self.embedding, self.head = other.embedding, other.head
 
     def _ends(self, decoder: nn.Module) -> None:
-        hidden, spec = self.arch.hidden_dim, self.spec
+        hidden, spec, layout = self.arch.hidden_dim, self.spec, self.layout
         for name, child in list(decoder.named_children()):
-            if isinstance(child, nn.ModuleList) or not any(True for _ in child.parameters()):
+            if name not in layout.before + layout.after:
                 continue
-            if is_norm(child):
-                if spec.vocab_rows:
-                    self.reader.read_all(child)
-                else:
-                    setattr(decoder, name, nn.Identity())
-            elif isinstance(child, nn.Embedding):
-                if spec.embedding:
-                    self.reader.read_all(child)
-                elif child is self.embedding:
-                    child.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
-                else:
-                    setattr(decoder, name, Zeros(hidden, self.dtype))
+            if spec.vocab_rows if name in layout.after else spec.embedding:
+                self.reader.read_all(child)
+            elif child is self.embedding:
+                self.embedding.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
             else:
-                child_name = f"{name} ({type(child).__name__})"
-                raise unsplittable(f"architecture {self.arch.name}", "embeddings, layers and a final norm", child_name)
+                absent = Zeros(hidden, self.dtype) if isinstance(child, nn.Embedding) else nn.Identity()
+                setattr(decoder, name, absent)
         self._head()
 
     def _head(self) -> None:
@@ -273,9 +266,22 @@ class Shard:
         if getattr(head, "bias", None) is not None:
             head.bias = self.reader.parameter(self.source.read(f"{name}.bias", ranges=rows))
 
+    def _whole(self, layer: nn.Module, i: int) -> WholeLayer:
+        held, layout = bool(self.spec.layers[i].groups), self.layout.of(i)
+        kept: Any = None if self._reuse is None else self._reuse.layers[i]
+        module = layer if held else None
+        if held and kept is not None and kept.layer is not None:
+            module = kept.layer
+        elif held:
+            self.reader.read_all(layer)
+        split = WholeLayer(layout=layout, exchange=self.exchange, index=1 + i, layer=module)
+        return _named_as(split, layer)
+
     def _layer(self, layer: nn.Module, i: int) -> SplitLayer:
-        layout, share = self.layout, self.spec.layers[i]
+        layout, share, arch, reader = self.layout.of(i), self.spec.layers[i], self.arch, self.reader
         step = 1 if layout.parallel else 2
+        post_norm, index = self.layout.has_post_norm, 1 + i * step
+        cuts = read_cuts(layer, layout, self.model.config, arch)
         old = self._kept(i)
 
         def norm(name: str | None, needed: bool) -> nn.Module | None:
@@ -289,38 +295,41 @@ class Shard:
             old[0]
             or LocalSubBlock(
                 norm=norm(layout.attention_norm, bool(share.groups)),
-                body=self._attention(layer, i) if share.groups else None,
+                body=self._attention(layer, i, cuts) if share.groups else None,
                 post=norm(layout.attention_post_norm, share.attention_post),
                 scale=layout.residual_scale,
-                post_norm=layout.has_post_norm,
+                post_norm=post_norm,
             ),
             old[1]
             or LocalSubBlock(
                 norm=norm(layout.ffn_norm, bool(share.columns)),
-                body=self._ffn(layer, i) if share.columns else None,
+                body=_first_of(
+                    read_ffn(
+                        layer, layout, cuts=cuts, arch=arch, reader=reader, columns=share.columns, bias=share.ffn_bias
+                    )
+                )
+                if share.columns
+                else None,
                 post=norm(layout.ffn_post_norm, share.ffn_post),
                 scale=layout.residual_scale,
-                post_norm=layout.has_post_norm,
+                post_norm=post_norm,
             ),
         ]
         split = SplitLayer(
             layout=layout,
             exchange=self.exchange,
             argument_names=layer_arguments(layer),
-            index=1 + i * step,
+            index=index,
             attention=parts[0],
             ffn=parts[1],
         )
         split.attention_module = getattr(layer, layout.attention) if share.groups else None
-        split.ffn_module = _ffn_of(layer, layout) if share.columns else None
+        split.ffn_module = ffn_of(layer, layout) if share.columns else None
         if self._reuse is not None:
             before: Any = self._reuse.layers[i]
             split.attention_module = before.attention_module if old[0] else split.attention_module
             split.ffn_module = before.ffn_module if old[1] else split.ffn_module
-        for name, value in vars(layer).items():
-            if not name.startswith("_") and name not in vars(split):
-                setattr(split, name, value)  # HF's model loop reads e.g. attention_type off its layers
-        return split
+        return _named_as(split, layer)
 
     def _kept(self, i: int) -> tuple[LocalSubBlock | None, LocalSubBlock | None]:
         """Sub-blocks of a layer that the other shard holds just so; where both run in parallel, both or none."""
@@ -335,18 +344,10 @@ class Shard:
             attention = ffn = attention and ffn
         return there.attention if attention else None, there.ffn if ffn else None
 
-    def _attention(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
-        arch, share, name = self.arch, self.spec.layers[i], self.layout.attention
-        attention = getattr(layer, name)
-        held = sum(r.count for r in share.groups)
-        if held != arch.num_kv_heads:
-            self.reader.narrow_counts(attention, held)
-        for path, module in attention.named_modules():
-            cut = self.cuts[i].get(f"{name}.{path}")
-            if cut is not None:
-                self.reader.read_cut(module, cut, share.groups, arch.num_kv_heads, share.attention_bias)
-            else:
-                self.reader.read_per_head(module, share.groups)
+    def _attention(self, layer: nn.Module, i: int, cuts: Mapping[str, Cut]) -> Callable[..., Tensor]:
+        arch, share = self.arch, self.spec.layers[i]
+        attention = read_attention(layer, self.layout.of(i), cuts=cuts, arch=arch, reader=self.reader,
+                                   groups=share.groups, bias=share.attention_bias)  # fmt: skip
         if arch.qk_norm_over_heads:
             index = 1 + 2 * i
             share_norm_sums(
@@ -355,40 +356,26 @@ class Shard:
                 q_features=arch.num_heads * arch.head_dim,
                 k_features=arch.num_kv_heads * arch.head_dim,
             )
-
-        def body(x_BTD: Tensor, **arguments: Any) -> Tensor:
-            out = attention(x_BTD, **arguments)
-            return out[0] if isinstance(out, tuple) else out
-
-        return body
-
-    def _ffn(self, layer: nn.Module, i: int) -> Callable[..., Tensor]:
-        arch, share = self.arch, self.spec.layers[i]
-        ffn = _ffn_of(layer, self.layout)
-        for name in self.layout.ffn:
-            for path, module in getattr(layer, name).named_modules(prefix=name):
-                cut = self.cuts[i].get(path)  # where others have experts, in as many equal parts as those
-                if cut is not None:
-                    self.reader.read_cut(module, cut, share.columns, arch.ffn_dim, share.ffn_bias)
-                elif hasattr(module, "gate_up_proj") and path.split(".")[-1] == "experts":
-                    self.reader.read_experts(module, share.columns)
-                else:
-                    for p_name, parameter in list(module.named_parameters(recurse=False)):
-                        if parameter.is_meta:  # a router: every holder needs all of it
-                            full = f"{self._names[module]}.{p_name}"
-                            setattr(module, p_name, self.reader.parameter(self.source.read(full)))
-
-        def body(x_BTD: Tensor) -> Tensor:
-            out = ffn(x_BTD)
-            return out[0] if isinstance(out, tuple) else out
-
-        return body
+        return _first_of(attention)
 
 
-def _ffn_of(layer: nn.Module, layout: LayerLayout) -> nn.Module:
-    """The one module of a layer's FFN, or those that it lists (OPT) one after the other."""
-    modules = [getattr(layer, name) for name in layout.ffn]
-    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+def _first_of(module: nn.Module) -> Callable[..., Tensor]:
+    """The module's output without what it returns beside it."""
+
+    def body(x_BTD: Tensor, **arguments: Any) -> Tensor:
+        out = module(x_BTD, **arguments)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.view(x_BTD.shape)  # type: ignore[no-any-return]  # some flatten the batch
+
+    return body
+
+
+def _named_as(split: S, layer: nn.Module) -> S:
+    """Give a layer's stand-in what HF's model loop reads off its layers, such as attention_type."""
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and name not in vars(split):
+            setattr(split, name, value)
+    return split
 
 
 def weight_bytes(shards: Sequence[Shard]) -> int:

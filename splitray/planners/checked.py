@@ -8,6 +8,7 @@ from splitray.errors import InputError, PlacementError, PlannerError
 from splitray.placement import Placement
 from splitray.planners.memory import check
 from splitray.planners.protocol import ClusterState, Freedom, Learner, Planner
+from splitray.validity import fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class CheckedPlanner:
             PlannerError: the planner comes from outside and raised something else, or proposed no `Placement`.
         """
         if not self.outside:
-            placement = self.planner.propose(state)
+            placement = fitted(self.planner.propose(state), state.arch)
             check(placement, state)
             return placement
         with self._named("propose"):
@@ -43,6 +44,7 @@ class CheckedPlanner:
             actual = f"{placement!r:.80} of type {type(placement).__name__}"
             raise self._fault("a splitray.Placement from propose", actual, "return a Placement")
         with self._named("the check of its placement"):
+            placement = fitted(placement, state.arch)
             try:
                 check(placement, state)
             except PlacementError as error:

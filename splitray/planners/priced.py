@@ -16,6 +16,7 @@ from splitray.planners.protocol import ClusterState
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.route import compile_route
 from splitray.topology import Topology
+from splitray.validity import fitted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ def priced(
     else:
         state = replace(state, codec=as_codec(codec), accuracy=accuracy_of(as_codec(codec), way))
         searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
-        placement = chosen.propose(state) if searched is None else searched.placement
+        placement = chosen.propose(state) if searched is None else fitted(searched.placement, arch)
     decision_s, coded, accuracy = time.perf_counter() - started, state.codec, state.accuracy
     route = compile_route(placement, arch, topology, codec=coded)
     own = searched or solve(state, chosen.space, known=[placement])

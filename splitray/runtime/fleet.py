@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from splitray.errors import DeviceLost
-from splitray.model.reading import StateDictSource
+from splitray.model.state_dict_source import StateDictSource
 from splitray.runtime.device.shard_host import ShardHost
 from splitray.runtime.wire import Endpoint, new_token
 from splitray.runtime.wire.listener import DEADLINE_S

@@ -14,9 +14,9 @@ from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
 from splitray.model.checked import check_weights
 from splitray.model.folder import has_weights
-from splitray.model.layout import LayerLayout
+from splitray.model.layout import Layouts
 from splitray.model.reading import read_arch, read_config
-from splitray.placement import Placement, validate
+from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.memory import check
@@ -29,6 +29,7 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology
+from splitray.validity import validate
 
 RUNTIMES = ("local", "process", "ray")
 SHIPPED = Path(__file__).parent.parent / "model" / "shipped"
@@ -43,7 +44,7 @@ def model_path(model: str | Path) -> Path:
 
 def read_model(
     model: str | Path, *, dtype: Dtype = "float32", topology: Topology | None = None
-) -> tuple[ModelArch, LayerLayout, bool]:
+) -> tuple[ModelArch, Layouts, bool]:
     """Counts and wiring of a model, and whether the lean loop is exact for it, after the self-test.
 
     Its weights are checked if they lie here: the devices of a `topology` may have them in folders of their own.

@@ -9,15 +9,18 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from splitray.arch import ModelArch, Range
 from splitray.errors import DeviceLost, ModelError, unsplittable
 from splitray.model.layer_kinds import FAILURES
-from splitray.model.layout import LayerLayout
+from splitray.model.layout import Layouts
 from splitray.model.lengths import check_generation, length_rule
-from splitray.model.reading import StateDictSource, probe_model, read_arch
+from splitray.model.probe import probe_model
+from splitray.model.reading import read_arch
+from splitray.model.state_dict_source import StateDictSource
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
+from splitray.validity import fitted
 
 _PIECES = (12, 5, 1, 1, 1, 1, 1, 1, 1)
 """Tokens of each forward: past the windows at once, past the borders of ropes one by one."""
@@ -61,7 +64,7 @@ def self_test(config: PretrainedConfig) -> bool:
     return _passed[key]
 
 
-def _difference(probe: PreTrainedModel, arch: ModelArch, layout: LayerLayout, *, lean: bool, cut: int = 0) -> float:
+def _difference(probe: PreTrainedModel, arch: ModelArch, layout: Layouts, *, lean: bool, cut: int = 0) -> float:
     topology = Topology.uniform(3)
     fleet = ThreadFleet(source=StateDictSource(probe))
     batch, tokens = 1 if lean else 2, sum(_PIECES)  # the lean loop is for one sequence
@@ -114,4 +117,4 @@ def _uneven(arch: ModelArch, topology: Topology, cut: int) -> Placement:
         return LayerPlacement(Shares.whole(arch.num_kv_heads, a, c), spread(arch.ffn_dim, order))
 
     layers = tuple(layer(i) for i in range(arch.num_layers))
-    return Placement(layers, (a,), spread(arch.vocab, (b, c)))
+    return fitted(Placement(layers, (a,), spread(arch.vocab, (b, c))), arch)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
-from splitray.model.reading import StateDictSource, read_arch
+from splitray.model.reading import read_arch
+from splitray.model.state_dict_source import StateDictSource
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState

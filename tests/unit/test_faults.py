@@ -18,7 +18,7 @@ from splits import greedy, slow_devices, split, threads_of
 from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError
 from splitray.model.kv_cache import KvPiece
-from splitray.model.reading import StateDictSource
+from splitray.model.state_dict_source import StateDictSource
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState

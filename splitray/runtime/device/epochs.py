@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from splitray.errors import DeviceLost, InputError
-from splitray.model.reading import StateDictSource
+from splitray.model.state_dict_source import StateDictSource
 from splitray.model.surgery import weight_bytes
 from splitray.runtime.checkpoint import Store
 from splitray.runtime.device import kv_copy

@@ -18,8 +18,9 @@ from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError
 from splitray.model.kv_cache import KvCache, KvPiece, sliding_windows
 from splitray.model.lengths import LengthRule
-from splitray.model.reading import StateDictSource, read_config
+from splitray.model.reading import read_config
 from splitray.model.slice_reader import Source
+from splitray.model.state_dict_source import StateDictSource
 from splitray.model.surgery import Shard
 from splitray.runtime.device.crossing import Crossing, Junction
 from splitray.runtime.device.lending import Lent
@@ -88,16 +89,17 @@ class Holding:
                 raise DeviceLost(f"position {stop} of session {session} is not written yet")
             time.sleep(0.001)
             cache = self.caches.get(session)
-        at = _place(self.groups(piece.layer), piece.groups)
-        return cache.piece(piece.layer, at, piece.groups.count, start, stop)
+        held = self.groups(piece.layer)
+        at, groups = _place(held, piece.groups), sum(r.count for r in held)
+        return cache.piece(piece.layer, at, piece.groups.count, start, stop, groups=groups)
 
     def write(self, session: int, piece: KvPiece, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values of a session that has a cache here."""
         held = self.groups(piece.layer)
         where = self.crossing.torch_device
-        self.caches[session].put(
-            piece.layer, _place(held, piece.groups), sum(r.count for r in held), start, keys.to(where), values.to(where)
-        )
+        groups, count = sum(r.count for r in held), piece.groups.count
+        at, moved = _place(held, piece.groups), (keys.to(where), values.to(where))
+        self.caches[session].put(piece.layer, at, count, groups, start, *moved)
 
 
 def build(

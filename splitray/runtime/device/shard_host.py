@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from splitray.errors import DeviceLost
-from splitray.model.reading import StateDictSource
+from splitray.model.state_dict_source import StateDictSource
 from splitray.runtime.device import probes
 from splitray.runtime.device.busy import Busy
 from splitray.runtime.device.crossing import Crossing, Step

@@ -16,8 +16,8 @@ from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import DeviceLost
-from splitray.model.layout import LayerLayout
-from splitray.placement import Placement, validate
+from splitray.model.layout import Layouts
+from splitray.placement import Placement
 from splitray.route import Route
 from splitray.runtime.engine.epoch import Epoch, Next
 from splitray.runtime.engine.members import Members
@@ -36,6 +36,7 @@ from splitray.runtime.sampling import Sampling
 from splitray.runtime.wire.messages import EndOrder, PaceOrder, StatsOrder
 from splitray.runtime.wire.packing import to_plain
 from splitray.topology import Topology
+from splitray.validity import validate
 
 _STATS_S = 10.0
 
@@ -55,7 +56,7 @@ class Engine:
         fleet: Fleet,
         model_path: str | Path,
         arch: ModelArch,
-        layout: LayerLayout,
+        layout: Layouts,
         topology: Topology,
         placement: Placement,
         tokenizer: Any = None,

@@ -15,7 +15,7 @@ from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import ModelError
 from splitray.model.kv_cache import KvPiece
-from splitray.model.layout import LayerLayout
+from splitray.model.layout import Layouts
 from splitray.placement import Placement
 from splitray.route import Route, compile_route
 from splitray.runtime.checkpoint import Saved
@@ -37,7 +37,7 @@ class Epoch:
     topology: Topology
     route: Route
     arch: ModelArch
-    layout: LayerLayout
+    layout: Layouts
     model_path: str
     codec: Codec
     channel: NoisyChannel | None = None
@@ -174,15 +174,17 @@ def switch_orders(
 
 
 def kv_sources(
-    now: Placement, then: Placement, target: str, void: frozenset[str]
+    now: Placement, then: Placement, target: str, void: frozenset[str], *, kv_layers: tuple[int, ...] = ()
 ) -> dict[str | None, tuple[KvPiece, ...]]:
     """Where a device gets the KV of groups that it is to hold: pieces by source.
 
     The source may be itself, where only the layout changes, or None, where all who had it are gone. Layers whose groups
-    stay as they are need nothing.
+    stay as they are need nothing, nor those that have no KV of their own (`kv_layers` names whose they read).
     """
     found: dict[str | None, list[KvPiece]] = {}
     for layer, (before, after) in enumerate(zip(now.layers, then.layers, strict=True)):
+        if kv_layers and kv_layers[layer] != layer:
+            continue
         device = DeviceId(target)
         wanted = after.attention.ranges(device)
         if target not in void and before.attention.ranges(device) == wanted:
@@ -203,7 +205,7 @@ def kv_sources(
 def _succeeding(
     session: Kept, epoch: Epoch, now: Epoch, device: str, endpoints: Mapping[str, Endpoint], void: frozenset[str]
 ) -> Succeeding:
-    sources = kv_sources(now.placement, epoch.placement, device, void)
+    sources = kv_sources(now.placement, epoch.placement, device, void, kv_layers=epoch.arch.kv_layers)
     lost = sources.pop(None, ())
     return Succeeding(
         id=session.number, capacity=session.capacity, start=session.start, stop=session.stop,

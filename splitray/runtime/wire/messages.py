@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from splitray.arch import ModelArch, Range
 from splitray.model.kv_cache import KvPiece
-from splitray.model.layout import LayerLayout
+from splitray.model.layout import Layouts
 from splitray.model.surgery import ShardSpec
 from splitray.route import Route
 from splitray.runtime.checkpoint import Saved
@@ -29,7 +29,7 @@ class Assignment(Packable):
 
     model_path: str
     arch: ModelArch
-    layout: LayerLayout
+    layout: Layouts
     spec: ShardSpec | None
     """None for an origin that only gets tokens."""
     route: Route
