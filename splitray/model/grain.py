@@ -32,7 +32,7 @@ _TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
 
 
 @dataclass(slots=True)
-class Seen:
+class Passed:
     """What went into and out of the halves of one layer in one forward."""
 
     given: dict[str, Any]
@@ -69,7 +69,7 @@ def tried(arch: ModelArch, probe: Probe, layout: Layouts) -> tuple[ModelArch, La
 
 
 def _adds_up(
-    probe: Probe, layout: Layouts, seen: Sequence[Seen], arch: ModelArch, half: Half, source: StateDictSource
+    probe: Probe, layout: Layouts, seen: Sequence[Passed], arch: ModelArch, half: Half, source: StateDictSource
 ) -> bool:
     """Whether in every layer of the probe two unequal parts of a half add up to what the whole half gives.
 
@@ -87,7 +87,7 @@ def _adds_up(
 
 
 def _parts(
-    probe: Probe, layout: Layouts, seen: Sequence[Seen], arch: ModelArch, half: Half, source: StateDictSource,
+    probe: Probe, layout: Layouts, seen: Sequence[Passed], arch: ModelArch, half: Half, source: StateDictSource,
     part: tuple[Range, ...], *, first: bool,
 ) -> list[Tensor]:  # fmt: skip
     """What a part of a half gives in every layer for what the whole half got."""
@@ -117,9 +117,9 @@ def _parts(
     return found
 
 
-def _halves_seen(probe: Probe, layout: Layouts) -> list[Seen]:
+def _halves_seen(probe: Probe, layout: Layouts) -> list[Passed]:
     """Run the probe once and note what goes through the halves of its layers."""
-    found = [Seen({}, (), {}, {}) for _ in probe.layers]
+    found = [Passed({}, (), {}, {}) for _ in probe.layers]
     with _watching(probe.layers, [layout.of(i) for i in range(len(found))], found):
         probe.run()
     return found
@@ -138,22 +138,22 @@ def _whole(arch: ModelArch) -> ModelArch:
 
 
 @contextmanager
-def _watching(layers: nn.ModuleList, layouts: Sequence[LayerLayout], found: list[Seen]) -> Iterator[None]:
-    def around(seen: Seen, names: tuple[str, ...]) -> Callable[..., None]:
+def _watching(layers: nn.ModuleList, layouts: Sequence[LayerLayout], found: list[Passed]) -> Iterator[None]:
+    def around(seen: Passed, names: tuple[str, ...]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.given = dict(zip(names, args[1:], strict=False)) | kwargs
             seen.shape = (args[0] if args else kwargs["hidden_states"]).shape
 
         return hook
 
-    def entering(seen: Seen, half: Half) -> Callable[..., None]:
+    def entering(seen: Passed, half: Half) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else kwargs["hidden_states"]
             seen.inputs[half] = x.clone().view(seen.shape)  # some flatten the batch; here it stays as it is
 
         return hook
 
-    def leaving(seen: Seen, half: Half) -> Callable[..., None]:
+    def leaving(seen: Passed, half: Half) -> Callable[..., None]:
         def hook(_: nn.Module, __: object, out: Any) -> None:
             seen.outputs[half] = (out[0] if isinstance(out, tuple) else out).clone()
 

@@ -26,6 +26,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("catalog",),
         ("topology",),
         ("placement",),
+        ("validity",),
         ("route", "migration", "profile"),
         ("queues", "quality"),
         ("cost",),
@@ -107,7 +108,7 @@ COMMAND_LINE = ("commands", "local_ray")
 # Found by name when they are asked for, as they stand higher: the learned policy, and the fleet of Ray actors.
 BY_NAME = (("planners", "splitray.rl.policy_planner"), ("runtime", "actors.fleet"))
 WITHOUT_TORCH = (
-    "errors", "arch", "topology", "placement", "codecs", "channel", "route", "quality.accuracy", "papers", "planners",
+    "errors", "arch", "topology", "placement", "validity", "codecs", "channel", "route", "quality.accuracy", "papers", "planners",
     "text",
 )  # fmt: skip
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
