@@ -108,8 +108,8 @@ COMMAND_LINE = ("commands", "local_ray")
 # Found by name when they are asked for, as they stand higher: the learned policy, and the fleet of Ray actors.
 BY_NAME = (("planners", "splitray.rl.policy_planner"), ("runtime", "actors.fleet"))
 WITHOUT_TORCH = (
-    "errors", "arch", "topology", "placement", "validity", "codecs", "channel", "route", "quality.accuracy", "papers", "planners",
-    "text",
+    "errors", "arch", "topology", "placement", "validity", "codecs", "channel", "route", "quality.accuracy", "papers",
+    "planners", "text",
 )  # fmt: skip
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")
 WITHOUT_RAY = ("splitray.rl.policy_planner", "splitray.rl.grid", "splitray.rl.world")
