@@ -25,6 +25,7 @@ from splitray.placement import Placement, Shares
 from splitray.planners.protocol import ClusterState
 from splitray.planners.random import RandomPlanner
 from splitray.profiling.family_configs import WRAPPERS, auto_class, context_of, families, random_model, small_config
+from splitray.profiling.family_variants import VARIANTS
 from splitray.profiling.machine import machine
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.generation import continue_prompt, read_prompt
@@ -82,30 +83,31 @@ def _uneven(shares: Shares, total: int) -> bool:
 
 
 def sweep(names: Iterable[str] | None = None, *, seed: int = 0, say: Callable[[str], None] = lambda _: None) -> Result:
-    """Try families (all, and the wrappers, if none are named), one after the other, each in a child process.
+    """Try families (all, wrappers and variants too, if none are named), one after the other, each in a child process.
 
     Raises:
         InputError: a name is no family of transformers.
     """
-    listed = families()
-    tried = listed.pop("tried")
-    for name in names or ():
-        if name not in (*tried, *WRAPPERS):
+    left_out = families()
+    parts = {"families": left_out.pop("tried"), "wrappers": list(WRAPPERS), "variants": list(VARIANTS)}
+    every = [n for part in parts.values() for n in part]
+    wanted = every if names is None else list(names)
+    for name in wanted:
+        if name not in every:
             raise InputError("--families", expected="text decoders of transformers", actual=name,
-                             remedy=f"correct the name{did_you_mean(name, (*tried, *WRAPPERS))}")  # fmt: skip
+                             remedy=f"correct the name{did_you_mean(name, every)}")  # fmt: skip
     before, results = machine(), {}
-    for name in names or (*tried, *WRAPPERS):
+    for name in wanted:
         results[name] = in_a_process(name, seed)
         say(f"{name}: {results[name]['outcome']} {results[name].get('why', '')}")
-    counted = Counter(r["outcome"] for n, r in results.items() if n in tried)
+    counted = Counter(r["outcome"] for n, r in results.items() if n in parts["families"])
     return {
         "suite": "families",
         "machine": before,
         "transformers": transformers.__version__,
         "counts": {o: counted[o] for o in OUTCOMES},
-        "families": {n: r for n, r in results.items() if n in tried},
-        "wrappers": {n: r for n, r in results.items() if n not in tried},
-        "left_out": listed,
+        **{part: {n: r for n, r in results.items() if n in known} for part, known in parts.items()},
+        "left_out": left_out,
     }
 
 

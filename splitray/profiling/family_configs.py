@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto as known
 
+from splitray.profiling.family_variants import VARIANTS
+
 _LAYERS, _CONTEXT = 4, 1024
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _SIZES = {
@@ -140,11 +142,11 @@ def context_of(config: PretrainedConfig) -> int | None:
 
 
 def small_config(family: str) -> PretrainedConfig:
-    """A config of a family with small numbers, every kind of layer, windows of 64 tokens and a context of 1024."""
-    return _shrunk(CONFIG_MAPPING[family]())
+    """A config of a family, or of a variant, with small numbers, every kind of layer, and a context of 1024 tokens."""
+    return _shrunk(CONFIG_MAPPING[family.split(":")[0]](), VARIANTS.get(family, {}))
 
 
-def _shrunk(default: PretrainedConfig) -> PretrainedConfig:
+def _shrunk(default: PretrainedConfig, variant: dict[str, Any] | None = None) -> PretrainedConfig:
     values: dict[str, Any] = {n: _shrunk(getattr(default, n)) for n in default.sub_configs
                               if isinstance(getattr(default, n, None), PretrainedConfig)}  # fmt: skip
     for name, value in vars(default).items():
@@ -158,7 +160,7 @@ def _shrunk(default: PretrainedConfig) -> PretrainedConfig:
     if "kv_lora_rank" in values:  # a latent for all heads: each has keys of its own
         values |= {"num_key_value_heads": values["num_attention_heads"], "head_dim": values["qk_rope_head_dim"]}
     values |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    values |= CHANGES.get(default.model_type, {})
+    values |= CHANGES.get(default.model_type, {}) | (variant or {})
     return type(default)(**values)
 
 

@@ -39,7 +39,7 @@ shares, ranges apart, replicas, and embedding and head on different devices.
 
 def families_table(console: Console, document: dict[str, Any]) -> None:
     """The counts, and a line for each family that is not exact."""
-    rows = [*document["families"].items(), *document["wrappers"].items()]
+    rows = [row for part in ("families", "wrappers", "variants") for row in document[part].items()]
     several = len(rows) > 20
     shown = [(n, r) for n, r in rows if not several or r["outcome"] != "exact"]
     table = columns_table(("family", "outcome", "grain", "lean", "why"), named=5)
@@ -58,29 +58,28 @@ def families_page(document: Mapping[str, Any]) -> str:
     for outcome, title in _TITLES.items():
         rows = [(n, r) for n, r in document["families"].items() if r["outcome"] == outcome]
         if rows:
-            parts.append(f"\n## {title}\n\n{_rows(outcome, rows)}")
-    if document["wrappers"]:
-        heads = "| model | outcome | grain | lean | why |\n|---|---|---|---|---|\n"
-        parts.append(f"\n## Wrappers, read for their text\n\n{heads}")
-        parts += [f"| `{n}` | {r['outcome']} | {grain(r)} | {_lean(r)} | {_cell(r.get('why', ''))} |\n"
-                  for n, r in document["wrappers"].items()]  # fmt: skip
+            parts.append(f"\n## {title}\n\n{''.join(_lines(outcome, rows))}")
+    for part, title in (("wrappers", "Wrappers, read for their text"), ("variants", "Other wirings of some families")):
+        if document[part]:
+            parts.append(f"\n## {title}\n\n| model | outcome | grain | lean | why |\n|---|---|---|---|---|\n")
+            parts += [f"| `{n}` | {r['outcome']} | {grain(r)} | {_lean(r)} | {_cell(r.get('why', ''))} |\n"
+                      for n, r in document[part].items()]  # fmt: skip
     return "".join(parts)
-
-
-def _rows(outcome: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    return "\n".join(_lines(outcome, rows)) + "\n"
 
 
 def _lines(outcome: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
     if outcome == "exact":
-        yield "| family | model | grain | lean | prompts |\n|---|---|---|---|---|"
+        yield "| family | model | grain | lean | prompts |\n|---|---|---|---|---|\n"
         for name, r in rows:
             prompts = ", ".join(str(n) for n in r["prompts"])
-            yield f"| `{name}` | `{r['class']}` | {grain(r)} | {_lean(r)} | {prompts} |"
+            yield f"| `{name}` | `{r['class']}` | {grain(r)} | {_lean(r)} | {prompts} |\n"
     else:
-        yield "| family | model | why |\n|---|---|---|"
+        yield "| family | model | why | after | devices |\n|---|---|---|---|---|\n"
         for name, r in rows:
-            yield f"| `{name}` | `{r.get('class', '')}` | {_cell(r.get('why', ''))} |"
+            after = (
+                f"{r['after_s']:.1f} s | {'started' if r['started'] else 'not started'}" if "after_s" in r else " | "
+            )
+            yield f"| `{name}` | `{r.get('class', '')}` | {_cell(r.get('why', ''))} | {after} |\n"
 
 
 def grain(result: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from splitray.errors import InputError
 from splitray.planners.protocol import ClusterState
 from splitray.profiling import families as sweeping
 from splitray.profiling.families import Mixed, in_a_process, sweep, try_family
-from splitray.profiling.family_configs import families, random_model, small_config
+from splitray.profiling.family_configs import WRAPPERS, families, random_model, small_config
+from splitray.profiling.family_variants import VARIANTS
 from splitray.report.families import families_page, grain
 from splitray.topology import Topology
 
@@ -89,18 +90,19 @@ def test_options_of_the_families_are_refused_with_other_suites(arguments: list[s
 def test_the_page_tells_every_family_by_its_outcome():
     exact = {"outcome": "exact", "class": "A", "prompts": [12, 700], "groups": 4, "units": 6, "unit": "experts",
              "lean": True}  # fmt: skip
-    refused = {"outcome": "refused", "class": "B", "why": "expected attention, got a|b"}
+    refused = {"outcome": "refused", "class": "B", "why": "expected attention, got a|b", "after_s": 0.21,
+               "started": False}  # fmt: skip
     page = families_page({"transformers": "5", "families": {"a": exact, "b": refused}, "wrappers": {"w": exact},
-                          "left_out": {"encoders": ["bert"]},
+                          "variants": {}, "left_out": {"encoders": ["bert"]},
                           "counts": {"exact": 1, "refused": 1, "wrong": 0, "crashed": 0, "untried": 0}})  # fmt: skip
     assert "| 1 | 1 | 0 | 0 | 0 | 2 |" in page and "\n1 encoders. A wrapper" in page
     assert "| `a` | `A` | 4 groups, 6 experts | yes | 12, 700 |" in page
-    assert "| `b` | `B` | expected attention, got a\\|b |" in page
+    assert "| `b` | `B` | expected attention, got a\\|b | 0.2 s | not started |" in page
 
 
 @pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ALL["tried"])
+@pytest.mark.parametrize("family", [*ALL["tried"], *WRAPPERS, *VARIANTS])
 def test_no_family_is_wrong_and_none_crashes(family: str):
     result = in_a_process(family)
     assert result["outcome"] in ("exact", "refused", "untried"), result
