@@ -187,7 +187,7 @@ def _save(name: str, folder: Path, seed: int, result: Result) -> list[list[int]]
     prompts = [_prompt(n) for n in PROMPTS if n + NEW_TOKENS <= context]
     best: tuple[int, int] | None = None
     for draw in range(_SEEDS):
-        model = random_model(small_config(name), seed * _SEEDS + draw)
+        model = random_model(small_config(name), seed * _SEEDS + draw, gain=1.5 + draw / 2)
         if not best:
             model.save_pretrained(folder)  # there is something to refuse, whatever comes
         _, gap, varied = _answers(model, prompts)

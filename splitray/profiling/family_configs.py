@@ -64,6 +64,7 @@ CHANGES: dict[str, dict[str, Any]] = {
              "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 6, "moe_top_k": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "gemma3n_text": {"intermediate_size": [96] * 4},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "granite": _GRANITE, "granite_swa": _GRANITE, "granitemoe": _GRANITE, "granitemoe_swa": _GRANITE,
@@ -107,9 +108,9 @@ def families() -> dict[str, list[str]]:
         reason = _not_a_decoder(name, kind)
         before = modules.get(kind.__module__)
         if kind.model_type != name:
-            reason = "another name of a family"
+            reason = "second names of a family"
         if reason is None and before is not None:
-            reason, less = "a wrapper of a text decoder that is tried", name
+            reason, less = "wrappers of a text decoder that is tried", name
             if name == f"{before}_text":
                 found["tried"][found["tried"].index(before)], less = name, before
             name = less
@@ -124,13 +125,13 @@ def _not_a_decoder(name: str, kind: type[PretrainedConfig]) -> str | None:
                **{n: p.default for n, p in inspect.signature(kind).parameters.items()}}  # fmt: skip
     parts = " ".join(kind.sub_configs)
     if options.get("is_encoder_decoder"):
-        return "encoder and decoder"
+        return "models with an encoder and a decoder"
     if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES or (
         options.get("is_decoder") is False and "add_cross_attention" in options
     ):
-        return "an encoder, or the decoder of one"
+        return "encoders and their decoders"
     if name not in known.MODEL_MAPPING_NAMES:
-        return "a helper of another model"
+        return "helpers of other models"
     return "speech" if "audio" in parts and "vision" not in parts else None
 
 
@@ -138,7 +139,7 @@ def context_of(config: PretrainedConfig) -> int | None:
     """Tokens that a model of this config can hold, or None where the config does not say."""
     text = config.get_text_config(decoder=True)
     found = (getattr(text, n, None) for n in _SIZES[_CONTEXT].split())
-    return min((n for n in found if type(n) is int), default=None)
+    return min((n for n in found if type(n) is int and n > 0), default=None)
 
 
 def small_config(family: str) -> PretrainedConfig:
@@ -176,12 +177,17 @@ def _some_layers(lists: dict[str, list[Any]], depth: int) -> dict[str, list[Any]
 
 def auto_class(config: PretrainedConfig) -> Any:
     """What a user loads a model of this config with."""
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    parts = (type(config), type(config.get_text_config(decoder=True)))
+    loads = all(part in MODEL_FOR_CAUSAL_LM_MAPPING for part in parts) or parts[0] == parts[1]
+    return AutoModelForCausalLM if loads else AutoModelForImageTextToText
 
 
 @torch.no_grad()
-def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A float32 model whose every weight matters: no zero biases, no norms of one, sums large enough to be seen."""
+def random_model(config: PretrainedConfig, seed: int, gain: float = 1.5) -> PreTrainedModel:
+    """A float32 model whose every weight matters: no zero biases, no norms of one, sums large enough to be seen.
+
+    `gain` is by how much a linear layer makes what comes in larger.
+    """
     torch.manual_seed(seed)
     model = auto_class(config).from_config(config, dtype=torch.float32)
     read: Any = model.get_input_embeddings()
@@ -197,7 +203,7 @@ def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
             shared = written is not None and tensor is read.weight is written.weight  # or each token would say itself
             tensor.copy_(torch.randn_like(tensor) * (0.03 if shared else 1.0))
         else:
-            tensor.copy_(torch.randn_like(tensor) * (1.5 / max(tensor.shape[-1], 1) ** 0.5))
+            tensor.copy_(torch.randn_like(tensor) * (gain / max(tensor.shape[-1], 1) ** 0.5))
     return model.eval()
 
 

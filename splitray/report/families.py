@@ -1,6 +1,7 @@
 """What became of each family of transformers, as the page docs/families.md and for the terminal."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +19,10 @@ _INTRODUCTION = """\
 # Families of models
 
 Written by `splitray bench --suite families --out docs/families.md`, never by hand: what came of trying every family
-of text decoders that transformers {transformers} has a causal language model for. Left out of its list:
-{left_out}. A wrapper for images is tried for its text and does not count as a family of its own.
+of text decoders that transformers {transformers} has a causal language model for. A wrapper for images is tried for its
+text and does not count as a family of its own.
+
+{left_out}
 
 Each family is made as a small random model with every kind of layer that its usual config has (dense and mixture,
 window and full, layers that share KV) and windows of 64 tokens; weights, biases and corrections all matter. It is
@@ -52,7 +55,8 @@ def families_table(console: Console, document: dict[str, Any]) -> None:
 def families_page(document: Mapping[str, Any]) -> str:
     """The Markdown page."""
     counts = document["counts"]
-    left_out = ", ".join(f"{len(names)} {reason}" for reason, names in document["left_out"].items())
+    reasons = (f"{reason} ({len(names)})" for reason, names in document["left_out"].items())
+    left_out = fill(f"Left out of its list: {', '.join(reasons)}.", 118)
     parts = [_INTRODUCTION.format(transformers=document["transformers"], left_out=left_out, **counts,
                                   all=sum(counts.values()))]  # fmt: skip
     for outcome, title in _TITLES.items():

@@ -95,7 +95,7 @@ def test_the_page_tells_every_family_by_its_outcome():
     page = families_page({"transformers": "5", "families": {"a": exact, "b": refused}, "wrappers": {"w": exact},
                           "variants": {}, "left_out": {"encoders": ["bert"]},
                           "counts": {"exact": 1, "refused": 1, "wrong": 0, "crashed": 0, "untried": 0}})  # fmt: skip
-    assert "| 1 | 1 | 0 | 0 | 0 | 2 |" in page and "\n1 encoders. A wrapper" in page
+    assert "| 1 | 1 | 0 | 0 | 0 | 2 |" in page and "list: encoders (1).\n" in page
     assert "| `a` | `A` | 4 groups, 6 experts | yes | 12, 700 |" in page
     assert "| `b` | `B` | expected attention, got a\\|b | 0.2 s | not started |" in page
 
