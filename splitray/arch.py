@@ -28,6 +28,7 @@ class ModelArch:
     `qk_norm_over_heads`: q and k are normalised over all heads together (OLMo 2), one more small exchange.
     `whole_layers`: nobody knows how a layer can be cut; it is one head group and one FFN unit, always together.
     `tokens_everywhere`: layers read the tokens, so that every device with a piece of one holds the embedding, too.
+    `streams`: residuals that go from layer to layer side by side (Gemma 3n).
     `kv_layers`: for each layer the one whose KV it reads, where some read another's; who holds one holds both.
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
@@ -52,6 +53,7 @@ class ModelArch:
     qk_norm_over_heads: bool = False
     whole_layers: bool = False
     tokens_everywhere: bool = False
+    streams: int = 1
     kv_layers: tuple[int, ...] = ()
     attention_params: int | None = None
     ffn_params: int | None = None

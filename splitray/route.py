@@ -118,10 +118,11 @@ def message_bytes(
     tokens = batch * positions
     match message.content:
         case "state" | "partial":
-            return encoded_bytes(codec, tokens, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+            return encoded_bytes(codec, tokens * arch.streams, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
         case "partial_and_state":
-            coded = encoded_bytes(codec, tokens, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
-            return coded + tokens * arch.hidden_dim * arch.dtype_bytes
+            rows = tokens * arch.streams
+            coded = encoded_bytes(codec, rows, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+            return coded + rows * arch.hidden_dim * arch.dtype_bytes
         case "norm_sums":
             return tokens * NORM_SUMS_BYTES
         case "best":
@@ -216,7 +217,7 @@ def crossing(
     """The messages between two sub-blocks that follow each other, by the exchange rule of ARCHITECTURE.md."""
     lacking = [d for d in there.devices if d not in here.devices]
     if here.mode != "partitioned":
-        num_bytes = encoded_bytes(codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+        num_bytes = encoded_bytes(codec, arch.streams, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
         return tuple(Message(_cheapest(here.devices, d, num_bytes, topology), d, "state") for d in lacking)
     unfolded = arch.post_norm or codec != "none" or channel is not None
     messages = []

@@ -84,7 +84,7 @@ def fitted(placement: Placement, arch: ModelArch) -> Placement:
             layers[i] = replace(layer, attention=source.attention)
     embedding = placement.embedding
     if arch.tokens_everywhere:
-        embedding = tuple(dict.fromkeys([*embedding, *_holders(layers)]))
+        embedding = tuple(dict.fromkeys([*embedding, *_holders(layers), *placement.head.devices]))
     return Placement(tuple(layers), embedding, placement.head)
 
 
@@ -159,9 +159,10 @@ def _within_limits(placement: Placement, arch: ModelArch) -> None:
         if layer.attention != placement.layers[owner].attention:
             _refuse(f"layer {i} attention", f"as in layer {owner}, whose keys and values it reads",
                     f"{_named(layer.attention)} and not {_named(placement.layers[owner].attention)}")  # fmt: skip
-    missing = [d for d in _holders(placement.layers) if d not in placement.embedding]
+    holders = [*_holders(placement.layers), *placement.head.devices]
+    missing = [d for d in dict.fromkeys(holders) if d not in placement.embedding]
     if arch.tokens_everywhere and missing:
-        _refuse("embedding", f"on every device with a piece of a layer ({arch.name} embeds tokens for each layer)",
+        _refuse("embedding", f"on every device ({arch.name} embeds tokens for each layer)",
                 f"not on {', '.join(missing)}")  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def count(model: PreTrainedModel, layout: Layouts, dtype: Dtype = "float32") -> 
         parallel_block=layout.parallel,
         post_norm=layout.has_post_norm,
         whole_layers=layout.whole,
+        streams=layout.streams,
         kv_layers=_kv_layers(config),
         dtype=dtype,
         **ffn,

@@ -6,6 +6,7 @@ whole; a layer whose halves do not even run by themselves is run whole. Decides 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,7 +65,7 @@ def tried(arch: ModelArch, probe: Probe, layout: Layouts) -> tuple[ModelArch, La
         arch, small = _coarser(arch, half), _coarser(small, half)
         if not _adds_up(probe, there, seen, small, half, source):
             wiring = whole(probe, layout.before, layout.after)
-            return _whole(arch), wiring
+            return replace(_whole(arch), streams=wiring.streams), wiring
     return arch, layout
 
 
@@ -149,7 +150,8 @@ def _watching(layers: nn.ModuleList, layouts: Sequence[LayerLayout], found: list
     def entering(seen: Passed, half: Half) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else kwargs["hidden_states"]
-            seen.inputs[half] = x.clone().view(seen.shape)  # some flatten the batch; here it stays as it is
+            flat = x.numel() == math.prod(seen.shape)  # the batch is flattened by some; here it stays as it is
+            seen.inputs[half] = x.clone().view(seen.shape if flat else x.shape)
 
         return hook
 

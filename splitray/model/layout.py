@@ -56,6 +56,8 @@ class Layouts:
     which: tuple[int, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
+    streams: int = 1
+    """Residuals that go from layer to layer side by side."""
 
     def of(self, layer: int) -> LayerLayout:
         """The wiring of one layer."""

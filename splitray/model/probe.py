@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.errors import ModelError, unsplittable
 from splitray.model.config import setting
-from splitray.model.layer_kinds import one_of_each, with_short_lengths
+from splitray.model.layer_kinds import FAILURES, one_of_each, with_short_lengths
 from splitray.model.layout import LayerLayout, Layouts, layer_arguments, observe_layer
 from splitray.model.surgery import decoder_of
 
@@ -91,7 +91,7 @@ def observe(probe: Probe) -> Layouts:
         layouts = tuple(observe_layer(x, lambda: probe.run(use_cache=True), family=family) for x in probe.layers)
         if len({x.parallel for x in layouts}) > 1:
             raise unsplittable(f"the decoder layers of {family}", "halves one after the other, or both at once", "both")
-    except ModelError:
+    except (*FAILURES, ModelError):
         return whole(probe, before, after)
     return Layouts(different=layouts, which=probe.which, before=before, after=after)
 
@@ -100,9 +100,9 @@ def whole(probe: Probe, before: tuple[str, ...], after: tuple[str, ...]) -> Layo
     """The wiring of a probe whose layers are run as they are.
 
     Raises:
-        ModelError: not even that is possible, as something else than one residual goes from layer to layer.
+        ModelError: not even that is possible, as something else than residuals goes from layer to layer.
     """
-    family, outs = probe.model.config.model_type, []
+    family, outs, hidden = probe.model.config.model_type, [], probe.model.config.hidden_size
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         outs.append((args[0] if args else kwargs["hidden_states"], out))
@@ -111,14 +111,15 @@ def whole(probe: Probe, before: tuple[str, ...], after: tuple[str, ...]) -> Layo
         probe.run()
     for x, out in outs:
         first = out[0] if isinstance(out, tuple) else out
-        if not isinstance(first, Tensor) or first.shape != x.shape or x.shape != (2, 4, probe.model.config.hidden_size):
+        if not isinstance(first, Tensor) or first.shape != x.shape or x.shape[-3:] != (2, 4, hidden):
             found = f"{tuple(x.shape)} into a layer and {tuple(getattr(first, 'shape', ()))} out of it"
-            expected = "one residual [batch, positions, hidden] from layer to layer"
+            expected = "residuals [batch, positions, hidden] from layer to layer"
             raise unsplittable(f"the decoder layers of {family}", expected, found)
     layouts = tuple(LayerLayout(whole=True, returns_tuple=isinstance(out, tuple)) for _, out in outs)
     if len(layouts) != len(probe.layers):
         raise unsplittable(f"the decoder layers of {family}", "one call of each", f"{len(layouts)} calls")
-    return Layouts(different=layouts, which=probe.which, before=before, after=after)
+    streams = outs[0][0].numel() // (2 * 4 * hidden)
+    return Layouts(different=layouts, which=probe.which, before=before, after=after, streams=streams)
 
 
 def reads_tokens(probe: Probe) -> bool:
@@ -165,7 +166,7 @@ def _around(probe: Probe) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     handles = (
         probe.layers[0].register_forward_pre_hook(lambda *_: begun.append(True)),
-        *(m.register_forward_pre_hook(called(n)) for n, m in children.items()),
+        *(m.register_forward_pre_hook(called(n)) for n, child in children.items() for m in child.modules()),
     )
     with _hooked(handles):
         probe.run()

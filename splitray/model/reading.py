@@ -38,7 +38,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         ModelError: there is no readable config of a decoder there.
     """
     config = text_part(whole_config(folder))
-    if config.tie_word_embeddings and has_weights(folder):
+    if getattr(config, "tie_word_embeddings", False) and has_weights(folder):
         config.tie_word_embeddings = not _has_own_head(folder, config)
     return config
 

@@ -98,7 +98,7 @@ class Checkpoint:
             return self._made(name, axis, ranges)
         view = self._slice(self._required(name))
         if ranges is None:
-            parts = [view[:]]
+            parts = [view[:] if view.get_shape() else self._number(self._required(name))]
         elif axis == 0:
             parts = [view[r.start : r.stop] for r in ranges]
         else:
@@ -160,6 +160,10 @@ class Checkpoint:
                     file.seek(8 + size + start + max(0, (stop - start) // 2 - _SAMPLE_BYTES // 2))
                     digest.update(key.encode() + file.read(min(_SAMPLE_BYTES, stop - start)))
         return digest.hexdigest()[:16]
+
+    def _number(self, key: str) -> Any:
+        """A tensor without axes, which has no slices."""
+        return self._files[self._file_of[key]].get_tensor(key)
 
     def _slice(self, key: str) -> Any:
         return self._files[self._file_of[key]].get_slice(key)

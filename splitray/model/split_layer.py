@@ -138,7 +138,7 @@ def _instead(_: Tensor, y_BTD: Tensor) -> Tensor:
 def _as_layer(x: Tensor | None, hidden_states: Tensor, layout: LayerLayout) -> Any:
     """What HF's model loop gets of a layer that took `hidden_states`."""
     out = hidden_states if x is None else x
-    if out.shape[1] != hidden_states.shape[1]:  # only the kept positions crossed into the head
+    if out.shape[-2] != hidden_states.shape[-2]:  # only the kept positions crossed into the head
         kept, out = out, out.new_zeros(hidden_states.shape)
-        out[:, -kept.shape[1] :] = kept
+        out[..., -kept.shape[-2] :, :] = kept
     return (out,) if layout.returns_tuple else out

@@ -76,14 +76,20 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a config without memory, its computed buffers (rotary tables) made for real."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    name_of = {module: name for name, module in model.named_modules()}
+    owners = {name: module for module, name in name_of.items() if isinstance(module, PreTrainedModel)}
     for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:  # drawn by a function that heeds no device
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         computed = [n for n, b in module.named_buffers(recurse=False) if b is not None and b.is_meta]
         if computed:
             for name in computed:
                 buffer = getattr(module, name)
                 keep = name not in module._non_persistent_buffers_set
                 module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=keep)
-            model._init_weights(module)
+            owner = max((o for o in owners if name_of[module].startswith(o)), key=len)
+            owners[owner]._init_weights(module)
     return model.eval()
 
 
@@ -240,8 +246,7 @@ class Shard:
             elif child is self.embedding:
                 self.embedding.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
             else:
-                absent = Zeros(hidden, self.dtype) if isinstance(child, nn.Embedding) else nn.Identity()
-                setattr(decoder, name, absent)
+                setattr(decoder, name, _absent(child, hidden, self.dtype))
         self._head()
 
     def _head(self) -> None:
@@ -357,6 +362,13 @@ class Shard:
                 k_features=arch.num_kv_heads * arch.head_dim,
             )
         return _first_of(attention)
+
+
+def _absent(child: nn.Module, hidden: int, dtype: torch.dtype) -> nn.Module:
+    """Stands for a part of the ends that this device does not hold: what comes out of it is never used."""
+    if isinstance(child, nn.ModuleList):
+        return nn.ModuleList(_absent(c, hidden, dtype) for c in child)
+    return Zeros(hidden, dtype) if isinstance(child, nn.Embedding) else nn.Identity()
 
 
 def _first_of(module: nn.Module) -> Callable[..., Tensor]:

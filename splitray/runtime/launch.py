@@ -1,6 +1,6 @@
 """From what a user writes (a model, devices, a planner or a file, a runtime) to a running engine."""
 
-import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.selftest import self_test
 from splitray.topology import Topology
 from splitray.validity import validate
+
+logger = logging.getLogger(__name__)
 
 RUNTIMES = ("local", "process", "ray")
 SHIPPED = Path(__file__).parent.parent / "model" / "shipped"
@@ -61,9 +63,13 @@ def read_model(
 
 
 def read_tokenizer(model: str | Path) -> Any:
-    """The model's tokenizer, or None if its folder has none."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    """The model's tokenizer, or None if its folder has none that can be used here."""
+    try:
         return AutoTokenizer.from_pretrained(str(model_path(model)), trust_remote_code=False)
+    except ImportError as error:  # of a package that few need
+        logger.warning("%s: its tokenizer cannot be used: %s", model, " ".join(str(error).split()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
     return None
 
 

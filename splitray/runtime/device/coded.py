@@ -92,13 +92,13 @@ class CodedCrossing(Crossing):
     def _encode(self, x_BTD: Tensor) -> Tensor:
         if self.codec == "none":
             return x_BTD.cpu().contiguous().view(torch.uint8)
-        batch, positions, hidden = x_BTD.shape
+        *shape, hidden = x_BTD.shape
         rows_ND = x_BTD.detach().float().cpu().reshape(-1, hidden).numpy()
-        return torch.from_numpy(encode(self.codec, rows_ND)).view(batch, positions, self._part_bytes)
+        return torch.from_numpy(encode(self.codec, rows_ND)).view(*shape, self._part_bytes)
 
     def _decode(self, coded_BTB: Tensor) -> Tensor:
         if self.codec == "none":
             return coded_BTB.contiguous().view(self._dtype).to(self.torch_device)
         rows_NB: np.ndarray = coded_BTB.reshape(-1, self._part_bytes).numpy()
         rows_ND = torch.from_numpy(decode(self.codec, rows_NB, self._hidden))
-        return rows_ND.view(*coded_BTB.shape[:2], self._hidden).to(self.torch_device, self._dtype)
+        return rows_ND.view(*coded_BTB.shape[:-1], self._hidden).to(self.torch_device, self._dtype)

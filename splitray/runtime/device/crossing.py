@@ -111,8 +111,8 @@ class Crossing:
         plan = self.plans[index]
         if plan.into_head and plan.member:
             keep = self.step.keep
-            x_BTD = None if x_BTD is None else x_BTD[:, -keep:]
-            y_BTD = None if y_BTD is None else y_BTD[:, -keep:]
+            x_BTD = None if x_BTD is None else x_BTD[..., -keep:, :]
+            y_BTD = None if y_BTD is None else y_BTD[..., -keep:, :]
         leave = self._partitioned if plan.partitioned else self._whole
         return leave(index, plan, x_BTD, y_BTD, settle)
 
