@@ -18,7 +18,6 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from splitray.arch import ModelArch
 from splitray.errors import InputError, did_you_mean
 from splitray.model.folder import check_folder
 from splitray.placement import Placement, Shares
@@ -46,33 +45,30 @@ Result = dict[str, Any]
 class Mixed:
     """Random placements that are drawn until everything is in one that the model's grain allows.
 
-    Heads and FFN units shared unevenly in several ranges, a sub-block that is replicated, and embedding and head apart.
+    Heads and FFN units shared unevenly in several ranges, a sub-block that is replicated, embedding and head apart,
+    and layers on every device.
     """
 
     seed: int
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; the draw with the most of these, if none has all."""
-        draws = (RandomPlanner(np.random.default_rng([self.seed, i])).propose(state) for i in range(_DRAWS))
-        best: tuple[int, Placement] | None = None
-        for placement in draws:
-            found = sum(_traits(placement, state.arch))
-            if best is None or found > best[0]:
-                best = found, placement
-            if found == 4:
-                break
-        assert best is not None, "at least one draw"
-        return best[1]
+        draws = [RandomPlanner(np.random.default_rng(self.seed)).propose(state)]
+        allowed = 3 + (state.arch.num_kv_heads > 1) + (state.arch.ffn_dim > 1)
+        while sum(_traits(draws[-1], state)) < allowed and len(draws) < _DRAWS:
+            draws.append(RandomPlanner(np.random.default_rng([self.seed, len(draws)])).propose(state))
+        return max(draws, key=lambda p: sum(_traits(p, state)))
 
 
-def _traits(placement: Placement, arch: ModelArch) -> tuple[bool, bool, bool, bool]:
-    heads = [(x.attention, arch.num_kv_heads) for x in placement.layers]
-    units = [(x.ffn, arch.ffn_dim) for x in placement.layers]
+def _traits(placement: Placement, state: ClusterState) -> tuple[bool, ...]:
+    heads = [(x.attention, state.arch.num_kv_heads) for x in placement.layers]
+    units = [(x.ffn, state.arch.ffn_dim) for x in placement.layers]
     return (
         any(_uneven(s, n) for s, n in heads),
         any(_uneven(s, n) for s, n in units),
         any(s.is_replicated(n) for s, n in (*heads, *units)),
         not set(placement.embedding) & set(placement.head.devices),
+        {d for s, _ in (*heads, *units) for d in s.devices} == set(state.topology.ids),
     )
 
 
@@ -250,4 +246,4 @@ def _compared(found: list[list[int]], expected: list[list[int]]) -> Result:
 def _last_line(error: BaseException) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
+    return f"{type(error).__name__}: {said} (line {where.lineno} of {Path(where.filename).stem})"

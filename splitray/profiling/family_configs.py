@@ -198,7 +198,8 @@ def random_model(config: PretrainedConfig, seed: int, gain: float = 1.5) -> PreT
             tensor.zero_()  # transformers leaves some as they were allocated
         leaf = name.rsplit(".", 1)[-1]
         if tensor.ndim < 2 or "norm" in name or leaf.startswith(("A_log", "dt_", "conv")):
-            tensor.add_(torch.randn_like(tensor) * 0.2)
+            # a sink is weighed against a whole window of scores
+            tensor.add_(torch.randn_like(tensor) * (0.5 if "bias" in leaf else 0.2) + 3 * ("sink" in leaf))
         elif id(tensor) in tables:
             shared = written is not None and tensor is read.weight is written.weight  # or each token would say itself
             tensor.copy_(torch.randn_like(tensor) * (0.03 if shared else 1.0))

@@ -49,12 +49,14 @@ def test_no_weight_of_a_small_model_is_one_that_does_nothing():
     assert plain == []
 
 
-def test_placements_are_mixed_where_the_grain_allows():
-    arch = ModelArch(name="x", num_layers=4, num_heads=8, num_kv_heads=4, head_dim=8, hidden_dim=64, ffn_dim=96,
-                     vocab=256, context_tokens=1024)  # fmt: skip
+@pytest.mark.parametrize(("groups", "units", "parallel"), [(4, 96, False), (8, 6, False), (4, 96, True), (1, 6, False)])
+def test_placements_are_mixed_where_the_grain_allows(groups: int, units: int, parallel: bool):
+    arch = ModelArch(name="x", num_layers=4, num_heads=8, num_kv_heads=groups, head_dim=8, hidden_dim=64,
+                     ffn_dim=units, vocab=256, context_tokens=1024, parallel_block=parallel)  # fmt: skip
+    state = ClusterState(arch=arch, topology=Topology.uniform(3))
     for seed in range(3):
-        placement = Mixed(seed).propose(ClusterState(arch=arch, topology=Topology.uniform(3)))
-        assert all(sweeping._traits(placement, arch))
+        heads, *others = sweeping._traits(Mixed(seed).propose(state), state)
+        assert heads == (groups > 1) and all(others)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
