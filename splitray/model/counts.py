@@ -160,7 +160,8 @@ def _kv_values(layer: nn.Module, arch: ModelArch) -> int:
     for module in layer.modules():
         if isinstance(getattr(module, "k_proj", None), nn.Linear):
             keys = module.k_proj.out_features
-            return int(keys + (module.v_proj.out_features if isinstance(module.v_proj, nn.Linear) else keys))
+            own = getattr(module, "v_proj", None)
+            return int(keys + (own.out_features if isinstance(own, nn.Linear) else keys))
         if hasattr(module, "v_head_dim") and hasattr(module, "qk_head_dim"):  # latent attention, as HF caches it
             return int(arch.num_heads * (module.qk_head_dim + module.v_head_dim))
     return 2 * arch.head_dim * arch.num_kv_heads

@@ -114,7 +114,7 @@ def _parts(
                 reader.read_buffers(module)
         with torch.inference_mode():
             out = body(seen[i].inputs[half], **given)
-        found.append(out[0] if isinstance(out, tuple) else out)
+        found.append(out[0] if isinstance(out, tuple | list) else out)
     return found
 
 
@@ -157,7 +157,7 @@ def _watching(layers: nn.ModuleList, layouts: Sequence[LayerLayout], found: list
 
     def leaving(seen: Passed, half: Half) -> Callable[..., None]:
         def hook(_: nn.Module, __: object, out: Any) -> None:
-            seen.outputs[half] = (out[0] if isinstance(out, tuple) else out).clone()
+            seen.outputs[half] = (out[0] if isinstance(out, tuple | list) else out).clone()
 
         return hook
 

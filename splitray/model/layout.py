@@ -188,10 +188,10 @@ def _arguments(layer: nn.Module, outer: _Call, attention: _Call) -> tuple[tuple[
 def _watching(layer: nn.Module, calls: list[_Call], whole: list[_Call]) -> Iterator[None]:
     def watch(name: str, sink: list[_Call]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
+            first = output[0] if isinstance(output, tuple | list) else output
             keywords = dict(kwargs)
             if sink is whole:
-                keywords["__tuple__"] = isinstance(output, tuple)
+                keywords["__tuple__"] = isinstance(output, tuple | list)
             inputs = tuple(a.clone() if i == 0 and isinstance(a, Tensor) else a for i, a in enumerate(args))
             sink.append(_Call(name, module, inputs, keywords, first.clone()))
 

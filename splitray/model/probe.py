@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,28 @@ def observe(probe: Probe) -> Layouts:
     return Layouts(different=layouts, which=probe.which, before=before, after=after)
 
 
+def true_scales(layout: Layouts, probe: Probe, layers: nn.ModuleList) -> Layouts:
+    """The wiring of a probe with the residual factors of the true model, which may depend on its depth.
+
+    A factor is known by the setting of a layer that has its value; where there is none, layers are run whole.
+
+    Args:
+        layout: of the probe.
+        probe: the small model.
+        layers: of the true one, on the meta device.
+    """
+    found = list(layout.different)
+    for i, (wired, small) in enumerate(zip(layout.different, probe.layers, strict=True)):
+        if wired.residual_scale == 1.0:
+            continue
+        names = [n for n, v in vars(small).items() if type(v) is float and abs(v / wired.residual_scale - 1) < 1e-3]
+        values = {getattr(x, n) for x, which in zip(layers, layout.which, strict=True) if which == i for n in names}
+        if len(values) != 1:
+            return whole(probe, layout.before, layout.after)
+        found[i] = replace(wired, residual_scale=values.pop())
+    return replace(layout, different=tuple(found))
+
+
 def whole(probe: Probe, before: tuple[str, ...], after: tuple[str, ...]) -> Layouts:
     """The wiring of a probe whose layers are run as they are.
 
@@ -110,12 +132,12 @@ def whole(probe: Probe, before: tuple[str, ...], after: tuple[str, ...]) -> Layo
     with _hooked(layer.register_forward_hook(hook, with_kwargs=True) for layer in probe.layers):
         probe.run()
     for x, out in outs:
-        first = out[0] if isinstance(out, tuple) else out
+        first = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(first, Tensor) or first.shape != x.shape or x.shape[-3:] != (2, 4, hidden):
             found = f"{tuple(x.shape)} into a layer and {tuple(getattr(first, 'shape', ()))} out of it"
             expected = "residuals [batch, positions, hidden] from layer to layer"
             raise unsplittable(f"the decoder layers of {family}", expected, found)
-    layouts = tuple(LayerLayout(whole=True, returns_tuple=isinstance(out, tuple)) for _, out in outs)
+    layouts = tuple(LayerLayout(whole=True, returns_tuple=isinstance(out, tuple | list)) for _, out in outs)
     if len(layouts) != len(probe.layers):
         raise unsplittable(f"the decoder layers of {family}", "one call of each", f"{len(layouts)} calls")
     streams = outs[0][0].numel() // (2 * 4 * hidden)

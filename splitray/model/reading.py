@@ -16,11 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from splitray.arch import ModelArch
 from splitray.errors import InputError, ModelError, unsplittable
 from splitray.model.config import text_part, whole_config
-from splitray.model.counts import Dtype, count, sized
+from splitray.model.counts import Dtype, count, layers_of, sized
 from splitray.model.folder import has_weights
 from splitray.model.grain import tried
 from splitray.model.layout import Layouts, is_norm
-from splitray.model.probe import make_probe, observe, reads_tokens
+from splitray.model.probe import make_probe, observe, reads_tokens, true_scales
 from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
 
@@ -91,7 +91,7 @@ def _read_arch(config: PretrainedConfig, dtype: Dtype) -> tuple[ModelArch, Layou
     meta = meta_model(config, torch.float32)
     _refuse_mixers(meta, config)
     probe = make_probe(config)
-    layout = observe(probe)
+    layout = true_scales(observe(probe), probe, layers_of(meta))
     arch, layout = tried(count(meta, layout, dtype), probe, layout)
     arch = replace(arch, tokens_everywhere=reads_tokens(probe))
     return sized(arch, meta, layout), layout

@@ -127,7 +127,7 @@ class WholeLayer(nn.Module):
         if self.index == 1:
             x = self.exchange.cross(0, x, None, None)
         out = None if self.layer is None or x is None else self.layer(x, *args, **kwargs)
-        y = out[0] if isinstance(out, tuple) else out
+        y = out[0] if isinstance(out, tuple | list) else out
         return _as_layer(self.exchange.cross(self.index, x, y, _instead), hidden_states, self.layout)
 
 

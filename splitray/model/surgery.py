@@ -376,7 +376,7 @@ def _first_of(module: nn.Module) -> Callable[..., Tensor]:
 
     def body(x_BTD: Tensor, **arguments: Any) -> Tensor:
         out = module(x_BTD, **arguments)
-        out = out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple | list) else out
         return out.view(x_BTD.shape)  # type: ignore[no-any-return]  # some flatten the batch
 
     return body

@@ -1,6 +1,7 @@
 """From what a user writes (a model, devices, a planner or a file, a runtime) to a running engine."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from splitray.validity import validate
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|spm|\.model$", re.IGNORECASE)
 RUNTIMES = ("local", "process", "ray")
 SHIPPED = Path(__file__).parent.parent / "model" / "shipped"
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -64,8 +66,11 @@ def read_model(
 
 def read_tokenizer(model: str | Path) -> Any:
     """The model's tokenizer, or None if its folder has none that can be used here."""
+    folder = model_path(model)
+    if not any(_TOKENIZER_FILE.search(path.name) for path in folder.glob("*")):
+        return None  # transformers makes an empty one for some families
     try:
-        return AutoTokenizer.from_pretrained(str(model_path(model)), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except ImportError as error:  # of a package that few need
         logger.warning("%s: its tokenizer cannot be used: %s", model, " ".join(str(error).split()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
