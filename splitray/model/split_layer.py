@@ -31,6 +31,11 @@ class Exchange(Protocol):
     def cross_row(self, index: int, x_D: Array | None, y_D: Array | None) -> Array | None:
         """The same for one token of one sequence of a pre-norm family, as a numpy row."""
 
+    def settle_row(
+        self, index: int, x_D: Array | None, y_D: Array | None, settle: Callable[[Array, Array], Array]
+    ) -> Array | None:
+        """The same for a family that normalises sums before the residual is added; `settle` leaves its own row."""
+
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
         """Sum a small tensor over the holders of sub-block `index`, in device order."""
 

@@ -6,6 +6,7 @@ placement of one device, not the wire.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
 from splitray.model.layout import Layouts, is_norm, layer_arguments
-from splitray.model.lean import LeanLoop, can_be_lean
+from splitray.model.lean.loop import LeanLoop
+from splitray.model.lean.not_lean import NotLean
 from splitray.model.lengths import RopeLength
 from splitray.model.pieces import ffn_of, read_attention, read_ffn
 from splitray.model.qk_norm import share_norm_sums
@@ -161,20 +163,18 @@ class Shard:
 
         `reuse` is the loop of the shard that this one shares modules with.
         """
-        rotary = getattr(self.decoder, "rotary_emb", None)
-        norm = next((m for m in self.decoder.children() if is_norm(m)), None)
         layers = [layer for layer in self.layers if isinstance(layer, SplitLayer)]
-        if (
-            self.device.type == "cpu"
-            and rotary is not None
-            and can_be_lean(self.layout, self.arch, self.model.config, rotary, norm, layers)
-        ):
+        if self.device.type != "cpu":
+            return
+        with contextlib.suppress(NotLean):
             self.lean = LeanLoop(
+                model=self.model,
                 layers=layers,
                 arch=self.arch,
-                rotary=rotary,
+                layout=self.layout,
+                rotary=getattr(self.decoder, "rotary_emb", None),
                 embedding=self.embedding if self.spec.embedding else None,
-                norm=norm,
+                norm=next((m for m in self.decoder.children() if is_norm(m)), None),
                 head=self.head if self.spec.vocab_rows else None,
                 exchange=self.exchange,
                 reuse=reuse,

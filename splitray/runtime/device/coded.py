@@ -37,6 +37,18 @@ class CodedCrossing(Crossing):
         out = self.cross(index, x, y, None)
         return None if out is None else out.view(-1).numpy()
 
+    def settle_row(
+        self, index: int, x_D: Array | None, y_D: Array | None, settle: Callable[[Array, Array], Array]
+    ) -> Array | None:
+        """As `cross_row`."""
+
+        def settle_rows(x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+            return torch.from_numpy(settle(x_BTD.view(-1).numpy(), y_BTD.view(-1).numpy())).view(x_BTD.shape)
+
+        x, y = (None if row is None else torch.from_numpy(row)[None, None] for row in (x_D, y_D))
+        out = self.cross(index, x, y, settle_rows)
+        return None if out is None else out.view(-1).numpy()
+
     def _partitioned(
         self,
         index: int,

@@ -52,11 +52,12 @@ class Junction:
 
     cross: Callable[..., Tensor | None]
     cross_row: Callable[..., Array | None]
+    settle_row: Callable[..., Array | None]
     sum_over_holders: Callable[[int, Tensor], Tensor]
 
     def lead_to(self, crossing: Crossing) -> None:
         """From now on everything goes through this one."""
-        self.cross, self.cross_row = crossing.cross, crossing.cross_row
+        self.cross, self.cross_row, self.settle_row = crossing.cross, crossing.cross_row, crossing.settle_row
         self.sum_over_holders = crossing.sum_over_holders
 
 
@@ -200,6 +201,41 @@ class Crossing:
         if plan.partitioned:
             return None
         return mine if plan.state_from is None else self.receive_row(plan.state_from, index).copy()
+
+    def settle_row(
+        self, index: int, x_D: Array | None, y_D: Array | None, settle: Callable[[Array, Array], Array]
+    ) -> Array | None:
+        """As `cross_row`, where sums are normalised before the residual is added: by the messages of `cross`."""
+        plan = self.plans[index]
+        if not plan.partitioned:
+            if x_D is not None and plan.member:
+                x_D = x_D if y_D is None else settle(x_D, y_D)
+                for peer in plan.state_to:
+                    self.send_row(peer, index, x_D)
+                return x_D
+            return None if plan.state_from is None else self.receive_row(plan.state_from, index).copy()
+        if plan.member:
+            for peer in plan.partial_to:
+                self.send_row(peer, index, y_D)
+            if plan.both_to:
+                assert x_D is not None and y_D is not None, f"a holder of {index} without residual or partial"
+                both = torch.from_numpy(np.stack([y_D, x_D])[:, None, None])
+                for peer in plan.both_to:
+                    self._send(peer, index, both)
+        total: Array | None = None
+        for peer in plan.parts:
+            if peer == self.me:
+                part = y_D
+            elif not plan.member and peer == plan.parts[0]:
+                part, x_D = self._receive(peer, index).view(2, -1).numpy()
+            else:
+                part = self.receive_row(peer, index)
+            assert part is not None, "own partial exists for a holder"
+            total = part if total is None else total + part
+        if total is None:
+            return None
+        assert x_D is not None, "the lead sends x apart to whoever lacks it"
+        return settle(x_D, total)
 
     def send_row(self, peer: str, index: int, row_D: Array | None) -> None:
         """Send one row to a peer across the boundary of `index`."""

@@ -1,6 +1,6 @@
 """How fast this process multiplies and copies, the way the engine does it. Knows no model and no placement.
 
-The matrices lie as the lean loop's weights do (model/lean.py): [inputs, outputs] in torch's memory, read by OpenBLAS.
+The matrices lie as the lean loop has them (model/lean/linears.py): [inputs, outputs] in torch's memory, for OpenBLAS.
 """
 
 from __future__ import annotations

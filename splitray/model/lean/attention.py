@@ -1,0 +1,153 @@
+"""Attention of one token over the KV of the held heads: full or within a window, with sinks or capped logits.
+
+Shapes: D hidden, H heads here, G KV groups here, R = H / G, d head_dim, S positions attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PretrainedConfig
+
+from splitray.model.kv_cache import KvCache, sliding_windows
+from splitray.model.lean.linears import array, transpose
+from splitray.model.lean.norms import heads_norm, norm_form, row_norm
+from splitray.model.lean.not_lean import NotLean
+from splitray.model.lean.rope import Ropes
+from splitray.model.split_layer import Array, SplitLayer
+
+_OUTS = ("o_proj", "dense")
+_NORMS = {"q_norm", "k_norm"}
+_FOREVER = 1 << 62
+
+
+class Attention:
+    """The held heads of one layer."""
+
+    def __init__(self, layer: SplitLayer, index: int, hidden: int, config: PretrainedConfig, ropes: Ropes) -> None:
+        """Read the form of a layer's attention; nothing is changed before `take_over`.
+
+        Raises:
+            NotLean: it has a form that is not known here.
+        """
+        module: Any = layer.attention_module
+        self.index = index
+        self._projections, self._out = _linears(module)
+        self.d = int(module.head_dim)
+        rows, held = sum(m.weight.shape[0] for m in self._projections), self._out.weight.shape[1]
+        self.heads, self.groups = held // self.d, (rows - held) // (2 * self.d)
+        if (self.heads + 2 * self.groups) * self.d != rows or not self.groups or self.heads % self.groups:
+            raise NotLean("keys and values of another size")
+        form = None if layer.attention.norm is None else norm_form(layer.attention.norm, hidden)
+        self.norm = row_norm(form)
+        self.q_norm = heads_norm(norm_form(module.q_norm, self.d)) if hasattr(module, "q_norm") else None
+        self.k_norm = heads_norm(norm_form(module.k_norm, self.d)) if hasattr(module, "k_norm") else None
+        self.scale = np.float32(module.scaling)
+        self.window = _window(config, index)
+        self.rope = ropes.of(layer, index, self.d)
+        self._soften = _softening(module)
+        self._turned = np.zeros((self.heads + self.groups, self.d), np.float32)
+
+    def take_over(self) -> None:
+        """Transpose the weights in place of HF's own layout."""
+        self.weight, self.bias = transpose(self._projections)
+        self.out, self.out_bias = transpose((self._out,))
+
+    def partial(self, x_D: Array, cache: KvCache) -> Array:
+        """This device's partial sum; writes its keys and values."""
+        heads, groups, d, turned, at = self.heads, self.groups, self.d, self._turned, cache.position
+        qkv = self.norm(x_D) @ self.weight
+        if self.bias is not None:
+            qkv += self.bias
+        qkv = qkv.reshape(heads + 2 * groups, d)
+        qk = qkv[: heads + groups]
+        if self.q_norm is not None and self.k_norm is not None:
+            self.q_norm(qk[:heads])
+            self.k_norm(qk[heads:])
+        rope = self.rope
+        first, second = rope.pairs
+        turned[:, first], turned[:, second] = qk[:, second], qk[:, first]
+        turned *= rope.sin_d
+        qk *= rope.cos_d
+        qk += turned
+        keys_GSd, values_GSd = cache.arrays(self.index, groups, d)
+        keys_GSd[:, at] = qk[heads:]
+        values_GSd[:, at] = qkv[heads + groups :]
+        q_GRd = qk[:heads].reshape(groups, heads // groups, d)
+        q_GRd *= self.scale
+        start = at + 1 - self.window if at >= self.window else 0
+        weights_GRS: Array = q_GRd @ keys_GSd[:, start : at + 1].transpose(0, 2, 1)  # type: ignore[assignment]
+        self._soften(weights_GRS)
+        y: Array = (weights_GRS @ values_GSd[:, start : at + 1]).reshape(-1) @ self.out  # type: ignore[assignment]
+        if self.out_bias is not None:
+            np.add(y, self.out_bias, out=y)
+        return y
+
+
+def _linears(module: Any) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
+    """The projections to q, k and v in this order, and the one out."""
+    children = {n: m for n, m in module.named_children() if not isinstance(m, nn.Dropout)}
+    norms = _NORMS & set(children)
+    out = next((n for n in _OUTS if n in children), "")
+    own = {n for n, _ in module.named_parameters(recurse=False)}
+    for names in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)):
+        if set(children) == {*names, out, *norms} and norms in (set(), _NORMS) and own <= {"sinks"}:
+            linears = tuple(children[n] for n in names)
+            if all(type(m) is nn.Linear for m in (*linears, children[out])) and _all_or_none(linears):
+                return linears, children[out]
+    raise NotLean(f"{type(module).__name__} has {sorted({*children, *own})}")
+
+
+def _all_or_none(linears: tuple[nn.Linear, ...]) -> bool:
+    return len({m.bias is None for m in linears}) == 1
+
+
+def _window(config: PretrainedConfig, index: int) -> int:
+    types = getattr(config, "layer_types", None) or ()
+    if any(t not in ("full_attention", "sliding_attention") for t in types):
+        raise NotLean(f"layers of types {sorted(set(types))}")
+    if not sliding_windows(config, config.num_hidden_layers)[index]:
+        return _FOREVER
+    return int(config.sliding_window)
+
+
+def _softening(module: Any) -> Callable[[Array], None]:
+    """The softmax over positions in place, with what a family does to the logits before it."""
+    cap, sinks = getattr(module, "attn_logit_softcapping", None), array(getattr(module, "sinks", None))
+    if cap is not None and sinks is not None:
+        raise NotLean("capped logits and sinks")
+    if cap is not None:
+        return _capped(np.float32(cap))
+    return _softmax if sinks is None else _with_sinks(sinks)
+
+
+def _softmax(weights_GRS: Array) -> None:
+    weights_GRS -= weights_GRS.max(-1, keepdims=True)
+    np.exp(weights_GRS, out=weights_GRS)
+    weights_GRS /= weights_GRS.sum(-1, keepdims=True)
+
+
+def _capped(cap: np.float32) -> Callable[[Array], None]:
+    def soften(weights_GRS: Array) -> None:
+        weights_GRS /= cap
+        np.tanh(weights_GRS, out=weights_GRS)
+        weights_GRS *= cap
+        _softmax(weights_GRS)
+
+    return soften
+
+
+def _with_sinks(sinks_H: Array) -> Callable[[Array], None]:
+    """One more logit for each head that takes its share of the attention to nowhere."""
+
+    def soften(weights_GRS: Array) -> None:
+        sinks_GR1 = sinks_H.reshape(*weights_GRS.shape[:2], 1)
+        most_GR1 = np.maximum(weights_GRS.max(-1, keepdims=True), sinks_GR1)
+        weights_GRS -= most_GR1
+        np.exp(weights_GRS, out=weights_GRS)
+        weights_GRS /= weights_GRS.sum(-1, keepdims=True) + np.exp(sinks_GR1 - most_GR1)
+
+    return soften

@@ -1,0 +1,103 @@
+"""The FFN of one row: two gated projections on numpy, anything else by HF's own module.
+
+Shapes: D hidden, F columns here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from splitray.model.kv_cache import KvCache
+from splitray.model.lean.experts import Experts, stacked_experts
+from splitray.model.lean.linears import transpose
+from splitray.model.lean.norms import norm_form, row_norm
+from splitray.model.split_layer import Array, SplitLayer
+
+_GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+
+
+def read_ffn(layer: SplitLayer, hidden: int) -> GatedFfn | OwnFfn:
+    """The FFN of a layer in the form that its module allows.
+
+    Raises:
+        NotLean: its norm has a form that is not known here.
+    """
+    module: Any = layer.ffn_module
+    norm = row_norm(None if layer.ffn.norm is None else norm_form(layer.ffn.norm, hidden))
+    children = {n: m for n, m in module.named_children()}
+    linears = {n for n, m in children.items() if type(m) is nn.Linear}
+    others = [m for n, m in children.items() if n not in linears]
+    if linears in _GATED and len(others) == 1 and not any(True for _ in others[0].parameters()):
+        return GatedFfn(module, others[0], norm)
+    return OwnFfn(module, norm)
+
+
+class GatedFfn:
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, module: Any, activation: nn.Module, norm: Callable[[Array], Array]) -> None:
+        """`norm` comes before."""
+        self._gates = [getattr(module, n) for n in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(module, n)]
+        self._down = module.down_proj
+        self.columns, self.norm = self._down.weight.shape[1], norm
+        self._gate = _silu if "SiLU" in type(activation).__name__ else _gated_by(activation)
+
+    def take_over(self) -> None:
+        """Transpose the weights in place of HF's own layout."""
+        self.weight, self.bias = transpose(self._gates)
+        self.out, self.out_bias = transpose((self._down,))
+
+    def partial(self, x_D: Array, cache: KvCache) -> Array:
+        """This device's partial sum for a residual."""
+        both = self.norm(x_D) @ self.weight
+        if self.bias is not None:
+            both += self.bias
+        y: Array = self._gate(both[: self.columns], both[self.columns :]) @ self.out
+        if self.out_bias is not None:
+            np.add(y, self.out_bias, out=y)
+        return y
+
+
+def _silu(gate_F: Array, up_F: Array) -> Array:
+    up_F *= gate_F
+    np.negative(gate_F, out=gate_F)
+    np.exp(gate_F, out=gate_F)  # overflows to inf where silu is 0
+    gate_F += 1
+    up_F /= gate_F
+    return up_F
+
+
+def _gated_by(activation: nn.Module) -> Callable[[Array, Array], Array]:
+    def gate(gate_F: Array, up_F: Array) -> Array:
+        up_F *= activation(torch.from_numpy(gate_F)).numpy()
+        return up_F
+
+    return gate
+
+
+class OwnFfn:
+    """HF's own module on one row, its linears and its experts transposed: a router costs little in torch."""
+
+    def __init__(self, module: nn.Module, norm: Callable[[Array], Array]) -> None:
+        """`norm` comes before."""
+        self.module, self.norm = module, norm
+        self.experts: list[Experts] = [Experts(m) for m in module.modules() if stacked_experts(m)]
+
+    def take_over(self) -> None:
+        """Transpose the weights in place of HF's own layout."""
+        for experts in self.experts:
+            experts.take_over()
+        for module in self.module.modules():
+            if type(module) is nn.Linear:
+                transpose((module,))
+
+    def partial(self, x_D: Array, cache: KvCache) -> Array:
+        """This device's partial sum for a residual."""
+        out = self.module(torch.from_numpy(self.norm(x_D))[None, None])
+        y: Array = (out[0] if isinstance(out, tuple) else out).reshape(-1).numpy()
+        return y
