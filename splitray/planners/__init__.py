@@ -16,6 +16,7 @@ from splitray.planners.drift_plus_penalty import DriftPlusPenalty
 from splitray.planners.exact import Exact
 from splitray.planners.layer_dp import LayerDp
 from splitray.planners.myopic import Myopic
+from splitray.planners.myopic_search import MyopicSearch
 from splitray.planners.outside import USAGE, given, imported
 from splitray.planners.protocol import ClusterState, Freedom, Planner
 from splitray.planners.random import RandomPlanner
@@ -56,13 +57,13 @@ def _fixed_cut(argument: str, _: int) -> Planner:
 
 def _variant(name: str, variants: Mapping[str, Planner]) -> Callable[[str, int], Planner]:
     """Of a planner with variants by name; the one without a name is the empty text's."""
-    named = [v for v in variants if v]
+    named = [v for v in variants if v not in ("", "paper")]
 
     def build(argument: str, _: int) -> Planner:
         if argument in variants:
             return variants[argument]
-        expected = f"{name}, or {name}:VARIANT with one of {', '.join(named)}"
-        raise _refused(name, expected, argument, f"write one of them{did_you_mean(argument, named)}")
+        expected = f"{name}, {name}:paper" + (f", or {name}:VARIANT with one of {', '.join(named)}" if named else "")
+        raise _refused(name, expected, argument, f"write one of them{did_you_mean(argument, [*named, 'paper'])}")
 
     return build
 
@@ -89,7 +90,7 @@ _LAYER_DPS = {
     "": LayerDp(), "throughput": LayerDp(throughput=True), "paper": LayerDp(paper=True),
     "paper_throughput": LayerDp(throughput=True, paper=True),
 }  # fmt: skip
-_MYOPICS: dict[str, Planner] = {"": Myopic(), **VARIANTS}
+_MYOPICS: dict[str, Planner] = {"": MyopicSearch(), "paper": Myopic(), **VARIANTS}
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly(), "one_device"),
     "cloud_only": _Entry("cloud_only", lambda _, __: CloudOnly(), "one_device"),
@@ -106,7 +107,7 @@ _PLANNERS = {
     "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
     "exact": _Entry("exact", lambda _, __: Exact()),
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True, charges_moves=True),
-    "myopic": _Entry("myopic[:as_coded|max|weighted]", _variant("myopic", _MYOPICS), "heads", charges_moves=True),
+    "myopic": _Entry("myopic[:paper|as_coded|max|weighted]", _variant("myopic", _MYOPICS), "heads", charges_moves=True),
     "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True, charges_moves=True),
     "splitwise": _Entry("splitwise[:PATH]", _splitwise, heeds_queues=True, charges_moves=True),
     "random": _Entry("random", lambda _, seed: RandomPlanner(np.random.default_rng(seed)), once=True),
@@ -142,6 +143,6 @@ def make_planner(planner: str | Planner | None, *, seed: int = 0) -> CheckedPlan
         hidden = f", or rename {name}.py, as known names come first" if Path(f"{name}.py").is_file() else ""
         expected = entry.usage + (" without an argument" if entry.argument == "none" else "")
         raise _refused(name, expected, planner, f"write {entry.usage}{hidden}")
-    return CheckedPlanner(
-        planner, entry.build(argument, seed), entry.space, entry.once, entry.heeds_queues, entry.charges_moves
-    )
+    made = entry.build(argument, seed)
+    space = getattr(made, "space", entry.space)  # variants of one name differ in it
+    return CheckedPlanner(planner, made, space, entry.once, entry.heeds_queues, entry.charges_moves)

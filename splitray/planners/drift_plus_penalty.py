@@ -13,21 +13,25 @@ Where the mean request is known, a token also pays its share of the prompt: what
 other may be slow for many at once, and a queue grows by requests.
 
 The program is exact for costs that add up over sub-blocks (optimum/additive.py). Where memory binds, bytes are priced
-until the placement fits, and nothing is proven.
+until the placement fits, and nothing is proven. Of placements that cost the same it takes the one that costs the edge
+devices less energy, which has a price too small to decide otherwise.
 """
 
 import itertools
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from splitray.cost import CostModel
 from splitray.errors import TopologyError
 from splitray.placement import Placement
-from splitray.planners.exact import priced, simple, too_small
+from splitray.planners.exact import simple, too_small
 from splitray.planners.memory import shortfall
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
+from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.space import MISSING_S, Space
 from splitray.planners.pay_back import moving_s
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import ClusterState, equal_s_per_joule
 from splitray.route import compile_route
 
 
@@ -45,7 +49,7 @@ class DriftPlusPenalty:
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where nothing fits into memory."""
-        space, prices = Space(state), self.prices(state)
+        space, prices = Space(Space.part(state)), self.prices(state)
         chosen = Additive(space, prices, state.request).best()
         fitting = [chosen] if _fits(space, chosen) else []
         if fitting and not space.rates.shares_memory:
@@ -53,12 +57,12 @@ class DriftPlusPenalty:
             best = space.placement(chosen.path, chosen.embedding)
             if state.accuracy is not None and prices.per_loss:
                 # What a surrogate tells of a whole may be more than of its parts: never worse than one device.
-                alone = itertools.islice(simple(space), 1)
+                alone = itertools.islice(simple(space, state), 1)
                 best = min((best, *alone), key=lambda placement: cost_of(placement, state, prices))
             return self._paid_for(best, state, prices)
         if not fitting:
             fitting = [each for _, each, _ in priced(space, chosen, prices, state.request) if _fits(space, each)]
-        candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in fitting), *simple(space)]
+        candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in fitting), *simple(space, state)]
         if not candidates:
             raise too_small(space)
         best = min(candidates, key=lambda placement: cost_of(placement, state, prices))
@@ -86,9 +90,11 @@ class DriftPlusPenalty:
         per_joule = self.v + q.energy_debt_j
         idle_w = sum(d.idle_w for d in state.topology.devices)
         waiting = 1 + q.backlog_tokens + q.arrived_tokens / 2
+        per_second = waiting / state.slot_s + per_joule * idle_w
         return Prices(
-            per_second=waiting / state.slot_s + per_joule * idle_w,
+            per_second=per_second,
             per_joule=per_joule,
+            per_edge_joule=per_second * equal_s_per_joule(state.topology),
             per_loss=self.v + q.accuracy_debt,
         )
 
@@ -102,8 +108,10 @@ def cost_of(placement: Placement, state: ClusterState, prices: Prices) -> float:
     cost = CostModel(state.arch, state.topology, codec=state.codec)
     step = cost.decode(placement, context_tokens=max(1, state.context_tokens))
     seconds, idle_w = float(step.cycle_s[0]), sum(d.idle_w for d in state.topology.devices)
-    active_j = float(step.energy_j(state.topology).sum()) - idle_w * seconds
-    spent = prices.per_second * seconds + prices.per_joule * active_j
+    joule = step.energy_j(state.topology)[0]
+    edge = np.array([d.tier == "edge" for d in state.topology.devices])
+    spent = prices.per_second * seconds + prices.per_joule * (float(joule.sum()) - idle_w * seconds)
+    spent += prices.per_edge_joule * float(joule[edge].sum())
     if state.request is not None:
         prompt_s = cost.ttft_s(placement, prompt_tokens=round(state.request.prompt_tokens))
         spent += prices.per_second * prompt_s / state.request.output_tokens

@@ -1,9 +1,11 @@
 """Ours: the placement of the least time a token that we can find, with a proven bound on what is left to gain.
 
-Three steps over one set of tables (optimum/space.py): an additive dynamic program says which holdings are worth
-trying and what scarce memory is worth, a beam with the true clocks builds placements from them, and potentials bound
-every placement from below. Small instances are also solved by enumeration and by a mixed-integer program
-(optimum/enumerate.py), against which tests hold the three.
+Four steps over one set of tables (optimum/space.py): an additive dynamic program says which holdings are worth trying
+and what scarce memory is worth, a beam with the true clocks builds placements from them, a local search improves these
+and those of other planners, and potentials bound every placement from below. Small instances are also solved by
+enumeration and by a mixed-integer program (optimum/enumerate.py), against which tests hold the others.
+
+Placements that are equally quick within rounding differ in what they cost the edge: the one of less energy is taken.
 """
 
 import time
@@ -14,7 +16,6 @@ from math import comb, prod
 
 import numpy as np
 
-from splitray.arrays import Floats
 from splitray.cost import CostModel
 from splitray.errors import InputError, PlacementError
 from splitray.placement import Placement
@@ -22,22 +23,26 @@ from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
 from splitray.planners.memory import check, model_bytes, no_room
 from splitray.planners.myopic import Myopic
+from splitray.planners.myopic_search import MyopicSearch
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.bound import Potentials
-from splitray.planners.optimum.enumerate import Found, by_counts
+from splitray.planners.optimum.enumerate import Found, Step, by_counts
+from splitray.planners.optimum.improve import LocalSearch
+from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.search import beam
 from splitray.planners.optimum.space import MISSING_S, Kind, Space
-from splitray.planners.protocol import ClusterState, Freedom, Planner, RequestShape
+from splitray.planners.protocol import EQUAL, ClusterState, Freedom, Planner, equal_s_per_joule
 from splitray.planners.shares import Proportional
 from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route
 
 _GUIDED = 3  # searches along the bound's own path
-_ROUNDS = 40  # of pricing memory
 _TRIED = 10  # holdings of each kind that the beam may use
+_PROMISING = 6  # and the local search
 _WIDTH = 8
 _ENDS = 2  # devices of the embedding that the beam tries
 _MOST_WAYS = 600  # to do all sub-blocks, which are then enumerated
+_STARTS, _CHANGES, _GAIN = 3, 60, 1e-5  # of the local search
 PROVEN = 1e-6  # a gap below this counts as none
 
 
@@ -45,8 +50,9 @@ PROVEN = 1e-6  # a gap below this counts as none
 class ExactResult:
     """`tpot_s` of the placement by the cost model, and what no placement of the space goes below.
 
-    `lower_bound_s` is None where the space was cut down to `MOST_SHARED` devices that share sub-blocks, since it then
-    bounds the smaller space only. `proven`: nothing is left between the two.
+    The bound is over the whole of `space`; for `all` that is every placement that the engine can execute. It is None
+    where the search looked at a part of it: at few of many devices (`Space.part`), or `MOST_SHARED` that share
+    sub-blocks. `proven`: nothing is left between the two.
     """
 
     placement: Placement
@@ -77,13 +83,15 @@ def solve(
         PlacementError: no placement found that fits; says what is needed and available.
     """
     started = time.perf_counter()
-    search = _SpaceSearch(Space(state, space, blocks=blocks))
+    part = Space.part(state)
+    search = _SpaceSearch(Space(part, space, blocks=blocks), state)
     search.offer(known)
     bound = search.enumerate() if space == "one_device" or _is_small(search.space) else search.run()
     if search.best is None:
         raise too_small(search.space)
     tpot_s, placement = search.best
-    cut_down = len(state.topology.ids) > len(search.space.shared) and space in ("heads", "all")
+    shared = len(search.space.shared) if space in ("heads", "all") else len(part.topology.ids)
+    cut_down = len(state.topology.ids) > shared and space != "one_device"
     return ExactResult(
         placement=placement,
         tpot_s=tpot_s,
@@ -100,30 +108,40 @@ def _is_small(space: Space) -> bool:
 
 
 class _SpaceSearch:
-    """Collects placements of one space and keeps the quickest that fits."""
+    """Collects placements of one space and keeps the quickest that fits; of many devices the space may know a part."""
 
-    def __init__(self, space: Space) -> None:
-        self.space = space
+    def __init__(self, space: Space, state: ClusterState | None = None) -> None:
+        self.space, self.state = space, state or space.state
         self.best: tuple[float, Placement] | None = None
+        self._cost = CostModel(self.state.arch, self.state.topology, codec=self.state.codec)
+        self._known: dict[Placement, tuple[float, float]] = {}  # seconds, and joule of the edge
+        self._improved: set[Placement] = set()
+        self._near: list[int] = []  # holdings of the cheapest paths of the additive programs
         self._price = np.zeros(space.num_devices)  # of memory, seconds a byte
 
     def offer(self, placements: Iterable[Placement]) -> None:
-        """Keep the quickest; of equals the first, as simple placements are offered before intricate ones."""
+        """Keep the quickest, and of equally quick ones the one that costs the edge less energy."""
+        edge = [d.tier == "edge" for d in self.state.topology.devices]
         for placement in placements:
-            seconds = _seconds(self.space, placement)
-            if self.best is None or seconds < self.best[0] * (1 - PROVEN):
-                self.best = seconds, placement
+            if placement in self._known:
+                continue
+            step = self._cost.decode(placement, context_tokens=max(1, self.state.context_tokens))
+            joule = float(step.energy_j(self.state.topology)[0, edge].sum())
+            self._known[placement] = float(step.cycle_s[0]), joule
+            quickest = min(seconds for seconds, _ in self._known.values())
+            equal = (p for p, (seconds, _) in self._known.items() if seconds <= quickest * (1 + EQUAL))
+            self.best = min(((self._known[p][0], p) for p in equal), key=lambda each: self._known[each[1]][1])
 
     def _offer(self, found: Found | None) -> None:
-        if found is not None and (self.best is None or found.tpot_s < self.best[0]):
+        if found is not None and (self.best is None or found.tpot_s <= self.best[0] * (1 + EQUAL)):
             self.offer([self.space.placement(found.path, found.embedding)])
 
     def enumerate(self) -> float:
         """The optimum of a small space, which bounds itself."""
-        state = self.space.state
+        state = self.state
         if self.space.freedom == "one_device":
             whole = [whole_on(d, state) for d in state.topology.ids]
-            self.offer(p for p in whole if _fits(p, state))
+            self.offer(p for p in whole if _fits(p, self.state))
             return self.best[0] if self.best is not None else np.inf
         found = by_counts(self.space)
         self._offer(found)
@@ -132,18 +150,21 @@ class _SpaceSearch:
     def run(self) -> float:
         """Search, let the bound's own path say what else to try, and return the bound."""
         space = self.space
-        self.offer(simple(space))
+        self.offer(simple(space, self.state, [MyopicSearch()]))
         programs = self._additive()
         for program in programs:
             holdings, ends = program.near_best(_TRIED)
+            self._near += [h for each in holdings.values() for h in each[:_PROMISING]]
             first, second = [h[:4] for h in holdings.values()][:2]
             near = [(a, f) for a in first for f in second] if len(holdings) > 2 else []
             self._beam(holdings, near, ends[:_ENDS])
         if self.best is None:
-            self._offer(beam(space, width=2, price_s_per_byte=self._price))
+            alone = [e for e in space.embeddings if len(space.tables[e].devices) == 1]
+            self._offer(beam(space, width=2, price_s_per_byte=self._price, embeddings=alone))
         if self.best is None:
             return np.inf
-        potentials, tried = Potentials(space), set[tuple[int, int]]()
+        self._improve()
+        potentials, tried = Potentials(space, self.best[0]), set[tuple[int, int]]()
         for _ in range(_GUIDED):
             bound = potentials.lower_bound_s(self._price)
             pairs = [p for p in potentials.weakest[:3] if p not in tried]
@@ -153,18 +174,40 @@ class _SpaceSearch:
             few, ends = programs[-1].near_best(4)
             added = dict(zip(space.kinds[:2], zip(*pairs, strict=True), strict=False))
             self._beam({k: [*dict.fromkeys([*added.get(k, ()), *few[k]])] for k in few}, pairs, ends[:_ENDS])
+            self._improve()
         return potentials.climb_s(self._price, self.best[0])
+
+    def _improve(self) -> None:
+        """Search around the quickest that were found, each once."""
+        order = sorted(self._known, key=lambda placement: self._known[placement][0])
+        for placement in order[:_STARTS]:
+            if placement in self._improved:
+                continue
+            self._improved.add(placement)
+            path = self.space.path_of(placement)
+            if path is not None:
+                start = Found(tpot_s=self._known[placement][0], path=path[0], embedding=path[1])
+                better = LocalSearch(self.space, start, self._promising(path[0])).run(_CHANGES, _GAIN)
+                self.offer([self.space.placement(better.path, better.embedding)])
+
+    def _promising(self, path: Sequence[Step]) -> list[int]:
+        """Holdings for the local search: those of the path, each device alone, and those near the program's best."""
+        alone = [h for h, each in enumerate(self.space.holdings) if len(each.devices) == 1]
+        return [*dict.fromkeys([*(h for h, _ in path), *alone, *self._near])]
 
     def _additive(self) -> list[Additive]:
         """The additive program without and, where memory binds, with a price of memory; offers what they choose."""
-        free = Additive(self.space, Prices())
+        prices = Prices(per_edge_joule=equal_s_per_joule(self.space.topology))
+        free = Additive(self.space, prices)
         chosen = free.best()
         programs = [free]
         if (fits := _true(self.space, chosen)) is not None:
             self._offer(fits)
             return programs
         most = 0.0
-        for program, each, price in priced(self.space, chosen, Prices()):
+        for program, each, price in priced(
+            self.space, chosen, Prices(per_edge_joule=equal_s_per_joule(self.space.topology))
+        ):
             self._offer(_true(self.space, each))
             bound = each.cost - float(price @ self.space.memory_bytes)
             if bound > most:  # the price under which the program says most about the memory that there is
@@ -186,16 +229,19 @@ class _SpaceSearch:
         )
 
 
-def simple(space: Space) -> Iterator[Placement]:
-    """What the papers' planners find in this space, so that ours is never behind them; those that fit."""
+def simple(space: Space, state: ClusterState | None = None, also: Sequence[Planner] = ()) -> Iterator[Placement]:
+    """What other planners find in this space, so that ours is never behind them; those that fit.
+
+    `state`: of all devices, where the space knows a part of them; `also`: further planners where all may be chosen.
+    """
     kinds: list[Planner] = [BestDevice()]
     if space.freedom != "one_device":
         kinds += [BestCut(), LayerDp()]
     if space.freedom in ("heads", "all"):
         kinds.append(Myopic())
     if space.freedom == "all" and not space.coarse:
-        kinds.append(Proportional(priced=True))
-    state = replace(space.state, current=None)
+        kinds += [Proportional(priced=True), *also]
+    state = replace(state or space.state, current=None)
     for planner in kinds:
         try:
             placement = planner.propose(state)
@@ -213,29 +259,6 @@ def _fits(placement: Placement, state: ClusterState) -> bool:
     except InputError:
         return False
     return True
-
-
-def _seconds(space: Space, placement: Placement) -> float:
-    state = space.state
-    cost = CostModel(state.arch, state.topology, codec=state.codec)
-    return cost.tpot_s(placement, context_tokens=max(1, state.context_tokens))
-
-
-def priced(
-    space: Space, chosen: Chosen, prices: Prices, request: RequestShape | None = None
-) -> Iterator[tuple[Additive, Chosen, Floats]]:
-    """Raise the price of memory where too much is held, and lower it where there is room (a subgradient method)."""
-    price = np.zeros(space.num_devices)
-    capacity = space.memory_bytes
-    for turn in range(_ROUNDS):
-        over = chosen.held_bytes - capacity
-        step = 0.5 * chosen.cost / (1 + turn) ** 0.7 / max(float(over @ over), 1.0)
-        price = np.maximum(0.0, price + step * over)
-        program = Additive(space, replace(prices, per_byte=price), request)
-        chosen = program.best()
-        if not np.isfinite(chosen.cost):
-            return
-        yield program, chosen, price
 
 
 def _true(space: Space, chosen: Chosen) -> Found | None:

@@ -14,9 +14,9 @@ import numpy as np
 
 from splitray.arrays import Floats, Ints
 from splitray.placement import Placement
-from splitray.planners.layer_times import EQUAL, LayerTimes, layer_bytes, layer_times, table_bytes
+from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
 from splitray.planners.memory import fastest_first, model_bytes, no_room
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import EQUAL, ClusterState
 from splitray.planners.whole import layers_on
 
 MOST_DEVICES = 8  # more are left out: the states are sets of devices

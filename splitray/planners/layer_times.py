@@ -10,11 +10,9 @@ from splitray.codecs import encoded_bytes
 from splitray.cost import Rates, load_of, work_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, vocab_row_bytes
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import ClusterState, equal_s_per_joule
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
-
-EQUAL = 1e-9  # times that differ by less than this share count as equal, and then the edge's energy decides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +69,8 @@ def layer_times(state: ClusterState, topology: Topology | None = None, *, thrift
     edge = np.array([d.tier == "edge" for d in where.devices])
     active_w = edge * np.array([d.active_w - d.idle_w for d in where.devices])
     radio_w = edge * np.array([d.radio_w for d in where.devices])
-    most_w = max(float(np.abs(active_w).max()), 2 * float(radio_w.max()))
-    if not thrifty or not most_w:
+    price = equal_s_per_joule(where)
+    if not thrifty or not price:
         return times
     both_w = radio_w[:, None] + radio_w
     told_j = (on_air_s(TOKEN_BYTES) * both_w)[:, origin, None] * (np.arange(n) != origin)
@@ -80,7 +78,6 @@ def layer_times(state: ClusterState, topology: Topology | None = None, *, thrift
         layer_s=active_w * layer_s, head_s=active_w * head_s, state_s=on_air_s(hidden_bytes) * both_w,
         token_s=on_air_s(TOKEN_BYTES) * both_w + told_j,
     )  # fmt: skip
-    price = EQUAL / most_w
     return LayerTimes(**{f.name: getattr(times, f.name) + price * getattr(joules, f.name) for f in fields(LayerTimes)})
 
 

@@ -5,7 +5,8 @@ Head groups go one by one to the device on which they are done first, given the 
 whole, as in the released code. A layer that finds no place backtracks into the layer before. That code scores total
 capacity, never backtracks and never charges migration (K6, K8); those three are corrected here. Ours beyond the paper:
 for each holder of the FFN several sets of devices for the heads are tried, and the clock of the layer decides. The
-released scores are in scored.py.
+released scores are in scored.py, and the planner that starts from elsewhere too and may share every piece is in
+myopic_search.py.
 
 Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
 """

@@ -12,6 +12,19 @@ from splitray.topology import DeviceId, Topology
 
 Freedom = Literal["one_device", "layers", "heads", "all"]
 """What a planner may choose from, see `Space` in optimum/space.py."""
+EQUAL = 1e-10
+"""Predicted times that differ by no more than this share are equal; of such placements planners take the one that costs
+the edge devices less energy."""
+
+
+def equal_s_per_joule(topology: Topology) -> float:
+    """Seconds that a joule of the edge's devices may count for, so that it decides between `EQUAL` placements only.
+
+    Energy above idling, as equal times idle alike; 0 where nothing is known of what the edge spends.
+    """
+    edge = [d for d in topology.devices if d.tier == "edge"]
+    most_w = max((max(abs(d.active_w - d.idle_w), 2 * d.radio_w) for d in edge), default=0.0)
+    return EQUAL / most_w if most_w else 0.0
 
 
 @dataclass(frozen=True, slots=True)

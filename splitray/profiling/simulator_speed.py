@@ -34,11 +34,11 @@ def slots_per_s(num_instances: int, *, seed: int = 0) -> float:
 
 
 def many_devices(num_devices: int, num_tokens: int, *, seed: int = 0) -> dict[str, float]:
-    """LLaMA-7B on random devices (5-50 GFLOPS, 1-10 Gbit/s, up to 30 % background work), `myopic` at every token."""
+    """LLaMA-7B on random devices (5-50 GFLOPS, 1-10 Gbit/s, up to 30 % other work), `myopic:paper` at every token."""
     rng, arch = np.random.default_rng(seed), architecture("llama-7b")
     where = random_cluster(rng, num_devices, (1e9, 8e9))
     state = ClusterState(arch=arch, topology=where, context_tokens=num_tokens)
-    placement = make_planner("myopic").propose(state)
+    placement = make_planner("myopic:paper").propose(state)
     slot_s = CostModel(arch, where).tpot_s(placement, context_tokens=num_tokens)
     slots = int(1.5 * num_tokens)
     scenario = Scenario(
@@ -47,7 +47,7 @@ def many_devices(num_devices: int, num_tokens: int, *, seed: int = 0) -> dict[st
         background=background_load(slots, num_devices, rng=rng),
     )  # fmt: skip
     started = time.perf_counter()
-    (outcome,) = run([Case(planner="myopic", scenario=scenario)])
+    (outcome,) = run([Case(planner="myopic:paper", scenario=scenario)])
     finite = outcome.tpot_s[np.isfinite(outcome.tpot_s)]
     return {
         "devices": num_devices,

@@ -90,7 +90,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("optimum", "checked", "layer_times", "pay_back", "random"),
         ("outside", "whole"),
         ("cut", "dealt", "layer_dp", "myopic", "shares", "ucb"),
-        ("exact", "scored"),
+        ("myopic_search", "scored"),
+        ("exact",),
         ("drift_plus_penalty",),
         ("coded",),
         ("make_planner",),  # of __init__.py, the table of names: no planner knows it

@@ -22,7 +22,7 @@ def by_force(space: Space) -> Found | None:
         index = np.indices(sizes).reshape(len(sizes), -1)
         clock: Floats = np.zeros((index.shape[1], space.num_devices))
         held = np.zeros_like(clock)
-        held[:, embedding] = space.table_bytes
+        held += space.table_on[embedding] * space.table_bytes
         before: Ints | None = None
         for stage, kind in enumerate(space.kinds):
             chosen = known[kind]

@@ -21,9 +21,10 @@ from splitray.planners.optimum.space import MISSING_S, Space
 Terms = Sequence[tuple[int, float]]  # variable, coefficient
 
 
-def by_milp(space: Space, *, time_limit_s: float = 60.0) -> Found | None:
-    """The best path over all devices of the embedding; None if none fits."""
-    found = [_with_embedding(space, e, time_limit_s) for e in space.embeddings]
+def by_milp(space: Space, *, embeddings: Sequence[int] | None = None, time_limit_s: float = 60.0) -> Found | None:
+    """The best path over some holdings of the embedding, all by default; None if none fits."""
+    some = space.embeddings if embeddings is None else embeddings
+    found = [_with_embedding(space, e, time_limit_s) for e in some]
     return min((f for f in found if f is not None), key=lambda f: f.tpot_s, default=None)
 
 
@@ -98,7 +99,7 @@ def _with_embedding(space: Space, embedding: int, time_limit_s: float) -> Found 
                 program.require(mine + [(pair(stage, h, a), -1.0) for a in holdings], 0.0, 0.0)
     for d in devices:
         size = float(space.memory_bytes[d])
-        taken = space.table_bytes if d == embedding else 0.0
+        taken = space.table_bytes if space.table_on[embedding, d] else 0.0
         terms = [
             (v, o.held_bytes[d] / size)
             for each, vs in zip(known, takes, strict=True)

@@ -125,7 +125,7 @@ def brute_force(state: ClusterState, prices: Prices, blocks: int) -> float:
 
     size = len(space.holdings)
     steps = [
-        np.array([[step(k, b, a) for a in range(size)] for b in range(size if k else space.num_devices)])
+        np.array([[step(k, b, a) for a in range(size)] for b in range(size if k else len(space.tables))])
         for k in range(len(space.kinds))
     ]
     best = np.inf

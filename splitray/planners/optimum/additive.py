@@ -5,7 +5,7 @@ so the cost of a step depends on two neighbouring holdings only and the program 
 sub-blocks takes exactly this time; a partitioned one takes at most this time, as `CostModel` lets clocks run ahead.
 The shares of a partitioned sub-block are those that finish first.
 
-Shapes: S holdings, E devices of the embedding, D devices.
+Shapes: S holdings, E holdings of the embedding, D devices.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ from splitray.route import TOKEN_BYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """What a token's cost is made of: time, energy above idling, memory ([D], while it is scarce), accuracy."""
+    """What a token's cost is made of: time, energy above idling, memory ([D], while it is scarce), accuracy.
+
+    The energy of edge devices may cost more than that of others.
+    """
 
     per_second: float = 1.0
     per_joule: float = 0.0
+    per_edge_joule: float = 0.0
     per_byte: Floats | None = None
     per_loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """The cheapest path: its cost and seconds by this program, its steps, the embedding's device, bytes held [D]."""
+    """The cheapest path: its cost and seconds by this program, its steps, the embedding's holding, bytes held [D]."""
 
     cost: float
     seconds: float
@@ -73,8 +77,10 @@ class Additive:
         if request is not None:
             self.prompt = Space(space.state, space.freedom, positions=request.prompt_tokens)
             self.prompt_share = 1 / request.output_tokens
-        self._power = np.array([d.active_w - d.idle_w for d in space.topology.devices])
-        self._radio = np.array([d.radio_w for d in space.topology.devices])
+        devices = space.topology.devices
+        joule = np.array([prices.per_joule + prices.per_edge_joule * (d.tier == "edge") for d in devices])
+        self._power = joule * [d.active_w - d.idle_w for d in devices]  # what a second costs for its energy
+        self._radio = joule * [d.radio_w for d in devices]
         first, later = space.kinds[0], space.kinds[1 : len(space.kinds) // space.arch.num_layers]
         self._members = np.zeros((len(space.holdings), space.num_devices), bool)
         for row, holding in zip(self._members, space.holdings, strict=True):
@@ -88,7 +94,7 @@ class Additive:
                 [self.prompt.entry_s + self._ids_s()[:, None, None], self.prompt.crossing_s(first).max(2)]
             )
         begun = self._stage(first, begins, both, there)
-        self.entry, self.again = begun[: space.num_devices], begun[space.num_devices :]
+        self.entry, self.again = begun[: len(space.tables)], begun[len(space.tables) :]
         self.inside = [
             self._stage(k, crossing(k).max(2), air, None if self.prompt is None else self.prompt.crossing_s(k).max(2))
             for k in later
@@ -96,19 +102,18 @@ class Additive:
         head = crossing("head").max(2)  # one position of a prompt enters the head
         self.head = self._stage("head", head, air, None if self.prompt is None else head)
         ways = np.where(self._members[:, :, None], space.exit_s, -np.inf).max(1)  # [S, E]
-        energy = space.radio_s("exit") @ self._radio
-        self.exit = prices.per_second * ways + prices.per_joule * energy
+        self.exit = prices.per_second * ways + space.radio_s("exit") @ self._radio
         self.exit_seconds = ways
 
     def _ids_s(self) -> Floats:
-        """The way of a prompt's ids from the origin to each device, [D]; without a link it is as good as for ever."""
+        """The way of a prompt's ids from the origin to the last of the embedding's, [E]; for ever without a link."""
         space, origin = self.space, self.space.topology.ids.index(self.space.topology.origin)
         assert self.prompt is not None, "asked for a prompt only"
         rate = space.rates.link_bytes_per_s[0, origin]
         fixed = space.rates.latency_s[0, origin] + space.rates.exchange_s[0, origin]
         way = np.where(rate > 0, fixed + TOKEN_BYTES * self.prompt.positions / np.where(rate > 0, rate, 1.0), MISSING_S)
         way[origin] = 0.0
-        return way
+        return np.where(space.table_on, way, 0.0).max(1)
 
     def _stage(self, kind: Kind, arrive: Floats, air: Floats, prompt: Floats | None) -> _Stage:
         """Every step into a sub-block of this kind; `arrive` is when its devices may begin, [before, S, D].
@@ -133,13 +138,13 @@ class Additive:
         work = busy + sum(c * p.piece_s for c, p in zip(counts, space.pieces(kind), strict=True))
         seconds = np.where(allowed, finish.max(2), np.inf)
         cost = prices.per_second * seconds
-        if prices.per_joule:
-            cost = cost + prices.per_joule * (work @ self._power + air @ self._radio)
+        if self._power.any() or self._radio.any():
+            cost = cost + work @ self._power + air @ self._radio
         if prompt is not None and self.prompt is not None:
             parts = self.prompt.pieces(kind)
             done = sum((c * p.piece_s for c, p in zip(counts, parts, strict=True)), busy)
             end = np.where(self._members[None], prompt + done, -np.inf).max(2)
-            cost = cost + self.prompt_share * (prices.per_second * end + prices.per_joule * (done @ self._power))
+            cost = cost + self.prompt_share * (prices.per_second * end + done @ self._power)
         if prices.per_byte is not None:
             cost = cost + sum(
                 (c * prices.per_byte).sum(2) * p.piece_bytes for c, p in zip(counts, space.pieces(kind), strict=True)
@@ -148,7 +153,7 @@ class Additive:
 
     @cached_property
     def _stages(self) -> list[_Stage]:
-        """All stages, the first from the embedding's device, [E, S]; what codec or channel cost included."""
+        """All stages, the first from the embedding, [E, S]; what codec or channel cost included."""
         cycle = [*self.inside, self.again]
         stages = [self.entry, *(cycle[i % len(cycle)] for i in range(len(self.space.kinds) - 2)), self.head]
         state = self.space.state
@@ -166,11 +171,11 @@ class Additive:
     def _forward(self) -> tuple[list[Floats], list[Ints]]:
         """The cheapest way to have done each stage with each holding, [E, S], and the holding before."""
         space = self.space
-        allowed_e = np.full((space.num_devices, 1), np.inf)
+        allowed_e = np.full((len(space.tables), 1), np.inf)
         allowed_e[space.embeddings] = 0.0
         value = self._stages[0].cost + allowed_e
         if self.prices.per_byte is not None:
-            value = value + (self.prices.per_byte * space.table_bytes)[:, None]
+            value = value + (space.table_on @ self.prices.per_byte * space.table_bytes)[:, None]
         values: list[Floats] = [value]
         history: list[Ints] = []
         costs, cycle, rise = [s.cost for s in self._stages[1:]], len(self.inside) + 1, 0.0
@@ -188,7 +193,7 @@ class Additive:
         return values, history
 
     def best(self) -> Chosen:
-        """The cheapest path over all holdings and all devices of the embedding."""
+        """The cheapest path over all holdings, those of the embedding too."""
         values, history = self._forward
         end = values[-1] + self.exit.T
         embedding, last = divmod(int(end.argmin()), end.shape[1])
@@ -199,7 +204,7 @@ class Additive:
         return self._chosen(float(end[embedding, last]), holdings[::-1], embedding)
 
     def near_best(self, many: int) -> tuple[dict[Kind, list[int]], list[int]]:
-        """The holdings of each kind and the embedding's devices with the cheapest paths through them, best first."""
+        """The holdings of each kind and of the embedding with the cheapest paths through them, best first."""
         values, _ = self._forward
         rest = self.exit.T  # [E, S]
         through = {k: np.full(len(self.space.holdings), np.inf) for k in self.space.kinds}
@@ -219,7 +224,7 @@ class Additive:
         space = self.space
         stages = self._stages
         steps = list(zip(map(id, stages), [embedding, *holdings], holdings, strict=False))
-        held = np.where(np.arange(space.num_devices) == embedding, space.table_bytes, 0.0)
+        held = space.table_on[embedding] * space.table_bytes
         seconds = float(self.exit_seconds[holdings[-1], embedding])
         counts: dict[tuple[int, int, int], tuple[Counts, ...]] = {}
         for step, times in Counter(steps).items():  # few differ, as layers repeat

@@ -11,12 +11,17 @@ Memory enters twice. A price on bytes less its value on the capacity bounds the 
 or more (Lagrange). And the program remembers the set of devices used so far while that set is too small for the model,
 since a path must leave it. Shares are relaxed to real numbers, so the bound holds for any granularity of columns.
 
-Shapes: P weighted holdings, N of them with a set of devices so far, S holdings, E devices of the embedding, D devices.
+The embedding on each device alone has a bound of its own; copies on several have one for all sets of them: it enters
+and ends as quickly as any of them would, and holds copies where memory costs least. Where that is too weak, each set
+is bounded.
+
+Shapes: P weighted holdings, N of them with a set of devices so far, S holdings, R rows for the embedding,
+D devices.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 from scipy.optimize import linprog
@@ -37,8 +42,8 @@ Way = tuple[int, bytes, int, bytes]  # a coupling: holding and weights on either
 class Potentials:
     """The bound of one space."""
 
-    def __init__(self, space: Space) -> None:
-        """Choose the first weightings and the sets of devices to remember."""
+    def __init__(self, space: Space, upper_s: float = np.inf) -> None:
+        """Choose the first weightings and the sets of devices to remember; `upper_s` is known to be reachable."""
         self.space = space
         layer_s = sum(
             (p.count * p.piece_s for k in space.kinds[:-1][:2] for p in space.pieces(k)), np.zeros(space.num_devices)
@@ -48,11 +53,18 @@ class Potentials:
         for h in space.holdings:
             fair = unit[list(h.devices)].sum(0) / layer_s
             self._weightings.append([unit[d] for d in h.devices] + ([fair / fair.sum()] if len(h.devices) > 1 else []))
-        self._upper = np.inf  # what is known to be reachable
-        self._sets = _sets_too_small(space)
+        self._upper = upper_s
+        needed = space.table_bytes + sum(
+            p.count * p.piece_bytes for k in space.kinds for p in space.pieces(k) if not (k == "head" and space.tied)
+        )
+        self._sets = _sets_too_small(space, needed)
+        # Where all are too small even without the embedding, a path has to leave them wherever that is.
+        room = [space.memory_bytes[list(s)].sum() + space.table_bytes for s in self._sets]
+        self._embedding_apart = all(r < needed * (1 - 1e-9) for r in room)
         self._coupled: dict[tuple[bool, Way], float] = {}
-        self._of_embedding = np.full(space.num_devices, _FORBIDDEN)  # the best bound so far of each
-        self._of_embedding[space.embeddings] = -np.inf
+        several = [e for e in space.embeddings if space.table_on[e].sum() > 1]
+        self._rows = [[e] for e in space.embeddings if e not in several] + ([several] if several else [])
+        self._of_row = np.full(len(self._rows), -np.inf)  # the best bound so far of each
         self.weakest: list[tuple[int, int]] = []  # holdings of attention and FFN on the path of the last bound
         self._build()
 
@@ -87,22 +99,29 @@ class Potentials:
                     if weights.any():
                         self._weightings[holding].append(weights)
             self._build()
-        return min(self._upper, float(self._of_embedding.min()))
+        if len(self._rows[-1]) > 1 and self._of_row[-1] < self._of_row[:-1].min(initial=self._upper):
+            self._rows[-1:], least = [[e] for e in self._rows[-1]], self._of_row[-1]
+            self._of_row = np.append(self._of_row[:-1], np.full(len(self._rows) - len(self._of_row) + 1, least))
+            self.lower_bound_s(price)
+        return min(self._upper, float(self._of_row.min()))
 
     def lower_bound_s(self, price_s_per_byte: Floats | None = None) -> float:
-        """The bound at one price of memory, [D], where that is the best so far of an embedding's device."""
+        """The bound at one price of memory, [D], over the embeddings whose best so far is not enough."""
         space = self.space
         price = np.zeros(space.num_devices) if price_s_per_byte is None else price_s_per_byte
-        least, capacity = np.full(space.num_devices, _FORBIDDEN), float(price @ space.memory_bytes)
-        rows = [e for e in space.embeddings if self._of_embedding[e] < self._upper]
+        capacity = float(price @ space.memory_bytes)
+        rows = [r for r in range(len(self._rows)) if self._of_row[r] < self._upper]
         if not rows:
-            return float(self._of_embedding.min())
+            return float(self._of_row.min())
         value = np.full((len(rows), len(self._base)), _FORBIDDEN)
-        for row, e in enumerate(rows):
-            entered = np.einsum("nd,nd->n", self._weight, np.minimum(space.entry_s[e], MISSING_S)[self._holding])
-            value[row] = np.where(self._starts_at(e), entered + price[e] * space.table_bytes, _FORBIDDEN)
+        for row, r in enumerate(rows):
+            each = self._rows[r]
+            entry_s = np.minimum(space.entry_s[each].min(0), MISSING_S)
+            entered = np.einsum("nd,nd->n", self._weight, entry_s[self._holding])
+            tables = float((space.table_on[each] @ price).min()) * space.table_bytes
+            value[row] = np.where(self._starts_at(each), entered + tables, _FORBIDDEN)
         first = space.kinds[0]
-        work = {k: self._work(k, price, rows) for k in set(space.kinds)}
+        work = {k: self._work(k, price, [self._rows[r] for r in rows]) for k in set(space.kinds)}
         transfer = {
             k: np.where(self._allowed, self._transfer(k)[np.ix_(self._base, self._base)], _FORBIDDEN)
             for k in set(space.kinds)
@@ -114,17 +133,18 @@ class Potentials:
             step = np.full((len(rows), len(self._first), len(self._base)), -np.inf)
             for slot, way in zip(self._slots, onward[kind], strict=True):
                 np.maximum(step, value[:, slot, None] + way, out=step)  # a state's best weighting
-            value = self._mixed(np.minimum(step.min(1), _FORBIDDEN) + work[kind])
+            value = self._mixed(np.minimum(self._told(step), _FORBIDDEN) + work[kind])
             history.append(value)
-        way = np.where(np.isfinite(space.exit_s), space.exit_s, _NONE)[self._holding][..., rows]  # [N, D, E]
+        ends = np.stack([space.exit_s[..., self._rows[r]].min(2) for r in rows], axis=2)  # [S, D, R]
+        way = np.where(np.isfinite(ends), ends, _NONE)[self._holding]  # [N, D, R]
         out = np.einsum("nd,nde->en", self._weight, np.where(self._weight[:, :, None] > 0, way, 0.0))
         end = np.where(self._complete, np.minimum(value + out, _FORBIDDEN), _FORBIDDEN)
         by_state = np.maximum.reduceat(end, self._first, axis=1)
-        least[rows] = by_state.min(1) - capacity
-        self._of_embedding = np.maximum(self._of_embedding, least)
-        row = int(least[rows].argmin())
+        least = by_state.min(1) - capacity
+        self._of_row[rows] = np.maximum(self._of_row[rows], least)
+        row = int(least.argmin())
         self._trace([v[row] for v in history], transfer, end[row])
-        return float(least[rows].min())
+        return float(least.min())
 
     def _trace(self, values: list[Floats], transfer: dict[Kind, Floats], end: Floats) -> None:
         """The pairs of shared holdings on the path that attains the bound, the most frequent first."""
@@ -180,6 +200,9 @@ class Potentials:
         leads = np.array([[after[a, s] == b for b, s in states] for a in range(free + 1)])
         self._allowed = leads[label][:, self._state]
         self._index = index
+        self._copies = np.flatnonzero([space.holdings[s].replicated for _, s in states])
+        holders = np.array([hash(h.devices) for h in space.holdings])
+        self._elsewhere = holders[[states[k][1] for k in self._copies]][:, None] != holders[self._holding]
         alone = {
             (k, int(w.argmax())): n
             for n, (k, w) in enumerate(zip(self._state, self._weight, strict=True))
@@ -190,23 +213,38 @@ class Potentials:
             for d in np.flatnonzero(w):
                 self._mean[alone[k, int(d)], n] = w[d]
 
-    def _starts_at(self, embedding: int) -> Bools:
-        """Which nodes may follow an embedding on this device, [N]."""
-        free = len(self._sets)
-        labels = [self._index.get(frozenset({embedding, *h.devices}), free) for h in self.space.holdings]
-        return self._label == np.array(labels)[self._holding]
+    def _starts_at(self, embeddings: Sequence[int]) -> Bools:
+        """Which nodes may follow one of these holdings of the embedding, [N]."""
+        free, found = len(self._sets), np.zeros(len(self._label), bool)
+        for e in embeddings:
+            table = () if self._embedding_apart else self.space.tables[e].devices
+            labels = [self._index.get(frozenset({*table, *h.devices}), free) for h in self.space.holdings]
+            found |= self._label == np.array(labels)[self._holding]
+        return found
+
+    def _told(self, step: Floats) -> Floats:
+        """The least over all states before, [R, N]; `step` [R, states, N] has what each of them lets a node begin at.
+
+        From copies on other devices each device hears from one of them at most, so that a weighting of several follows
+        from no weighting of the copies: it is at least the mean of what its devices can have from any such copies.
+        """
+        least: Floats = step.min(1)
+        if not len(self._copies):
+            return least
+        from_copies = np.where(self._elsewhere, step[:, self._copies], _FORBIDDEN).min(1)
+        return np.minimum(least, from_copies @ self._mean)
 
     def _mixed(self, value: Floats) -> Floats:
         """A weighting is at least the mean of the bounds of its devices alone."""
         return np.maximum(value, np.minimum(value, _FORBIDDEN) @ self._mean)
 
-    def _work(self, kind: Kind, price: Floats, rows: Sequence[int]) -> Floats:
-        """The least that doing a sub-block adds, [E or 1, N]; forbidden where a holding may not do it."""
+    def _work(self, kind: Kind, price: Floats, rows: Sequence[Sequence[int]]) -> Floats:
+        """The least that doing a sub-block adds, [R or 1, N]; forbidden where a holding may not do it."""
         space, allowed = self.space, self.space.allowed(kind)
-        embeddings = rows if kind == "head" else [0]
-        found = np.full((len(embeddings), len(self._p_owner)), _FORBIDDEN)
-        for row, e in enumerate(embeddings):
-            free = space.free_rows(kind, e)
+        rows = rows if kind == "head" else rows[:1]
+        found = np.full((len(rows), len(self._p_owner)), _FORBIDDEN)
+        for row, each in enumerate(rows):
+            free = np.any([space.free_rows(kind, e) for e in each], axis=0)
             for p, s in enumerate(self._p_owner):
                 if not allowed[s]:
                     continue
@@ -232,7 +270,8 @@ class Potentials:
 
     def _couplings(self, inner: bool) -> Floats:
         """Independent weightings, or the best coupling where both are shared by several devices."""
-        table = self.space.crossing_s("attention" if inner else "ffn")
+        space = self.space
+        table = space.crossing_s("attention" if inner else "ffn")
         way = np.minimum(np.where(np.isfinite(table), table, _NONE), MISSING_S)
         left = np.einsum("pi,psij->psj", self._p_weights, way[self._p_owner])
         pairs = np.maximum(np.einsum("qj,pqj->pq", self._p_weights, left[:, self._p_owner]), _NONE)
@@ -241,7 +280,11 @@ class Potentials:
         for p in mixed:
             for q in mixed:
                 a, b = int(self._p_owner[p]), int(self._p_owner[q])
-                if way[a, b].max() < MISSING_S / 2:
+                if way[a, b].max() >= MISSING_S / 2:
+                    continue
+                if space.holdings[a].replicated and space.holdings[a].devices != space.holdings[b].devices:
+                    pairs[self._p_owner == a, q] = _FORBIDDEN  # see `_told`
+                else:
                     keys[int(p), int(q)] = a, self._p_weights[p].tobytes(), b, self._p_weights[q].tobytes()
         new = [(at, k) for at, k in keys.items() if (inner, k) not in self._coupled]
         problems = [(self._p_weights[p], self._p_weights[q], way[k[0], k[2]]) for (p, q), k in new]
@@ -252,21 +295,22 @@ class Potentials:
         return pairs
 
 
-def _sets_too_small(space: Space) -> list[frozenset[int]]:
-    """Sets of devices whose memory cannot hold the model, small ones first."""
-    needed = space.table_bytes + sum(
-        p.count * p.piece_bytes for k in space.kinds for p in space.pieces(k) if not (k == "head" and space.tied)
-    )
+def _sets_too_small(space: Space, needed: float) -> list[frozenset[int]]:
+    """Sets of devices whose memory cannot hold so many bytes, small ones first."""
     found: list[frozenset[int]] = []
+    rising = np.sort(space.memory_bytes).cumsum()
     for size in range(1, space.num_devices):
-        sets = [
+        if rising[size - 1] >= needed * (1 - 1e-9):
+            break  # the smallest of this size has room, and so has every larger one
+        sets = (
             frozenset(c)
             for c in combinations(range(space.num_devices), size)
             if space.memory_bytes[list(c)].sum() < needed * (1 - 1e-9)
-        ]
-        if len(found) + len(sets) > _MOST_SETS:
+        )
+        more = list(islice(sets, _MOST_SETS + 1 - len(found)))
+        if len(found) + len(more) > _MOST_SETS:
             break
-        found += sets
+        found += more
     return found
 
 

@@ -27,7 +27,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The best path: seconds a token, its steps (`Space.placement`) and the embedding's device; None if none fits."""
+    """The best path: seconds a token, its steps (`Space.placement`) and the embedding's holding; None if none fits."""
 
     tpot_s: float
     path: tuple[Step, ...]
@@ -88,7 +88,7 @@ def by_counts(space: Space) -> Found | None:
     """Labels of clocks and memory over the sub-blocks, dropped only where another is no worse in all of them."""
     best: Found | None = None
     for embedding in space.embeddings:
-        first = np.where(np.arange(space.num_devices) == embedding, space.table_bytes, 0.0)
+        first = space.table_on[embedding] * space.table_bytes
         labels: list[tuple[Floats, Floats, tuple[Step, ...]]] = []
         entry = space.entry_s
         known = {kind: options(space, kind, embedding=embedding) for kind in set(space.kinds)}

@@ -50,7 +50,7 @@ def beam(
         width: labels kept for each holding after each sub-block.
         holdings: those to try for each kind of sub-block, all by default.
         pairs: of holdings of attention and FFN, whose steady rhythm is a further way to share them.
-        embeddings: devices to try for the embedding, all by default.
+        embeddings: holdings of the embedding to try, all by default.
         price_s_per_byte: what memory costs while labels are ranked, [D]; scarce memory is then kept for later.
     """
     price = np.zeros(space.num_devices) if price_s_per_byte is None else price_s_per_byte
@@ -75,7 +75,7 @@ def _from(
     partners: Mapping[tuple[Kind, int], Sequence[int]],
 ) -> Found | None:
     d = space.num_devices
-    held0 = np.where(np.arange(d) == embedding, space.table_bytes, 0.0)
+    held0 = space.table_on[embedding] * space.table_bytes
     if (held0 > space.memory_bytes).any():
         return None
     history: list[list[tuple[int, _Labels]]] = []

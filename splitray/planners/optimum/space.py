@@ -6,11 +6,12 @@ its receivers may begin by maxima of sums: arrival_j = max_i(finish_i + crossing
 path through the tables takes exactly the time that `CostModel.tpot_s` gives its placement. One thing is left out, as it
 is not affine: devices that share one memory slow each other down; their paths take longer than the tables say.
 
-Shapes: S holdings, D devices. Times in seconds; -inf where nothing is sent.
+Shapes: S holdings, E holdings of the embedding (one device, or several with a copy each), D devices. Times in seconds;
+-inf where nothing is sent.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Literal
@@ -20,7 +21,7 @@ import numpy as np
 from splitray.arrays import Bools, Floats
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.memory import ffn_unit_bytes, group_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes
 from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
 from splitray.topology import DeviceId
@@ -30,6 +31,7 @@ Kind = Literal["attention", "ffn", "layer", "head"]
 Part = Literal["attention", "ffn", "head"]
 MISSING_S = 1e15  # what a boundary takes that needs a link which is not there
 MOST_SHARED = 5  # more devices than these are used for whole sub-blocks only
+MOST_DEVICES = 16  # of more the rest is left out, see `Space.part`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +53,11 @@ class Pieces:
 class Space:
     """The placements that a planner may choose from, for one state.
 
-    A replicated sub-block is followed by one on the same devices, which is what replication is for.
-
-    `freedom`: `one_device`; `layers` whole on any device in any order; `heads` by count with the FFN whole (the space
-    of arXiv 2505.02533); `all` heads by count, FFN by columns and the head by rows, attention and FFN replicated or
-    not. `blocks` coarsens columns and rows to so many equal blocks, for searches that enumerate them. `positions`: new
-    tokens of a step, 1 while decoding; a prompt of several has nothing before it, and its last one enters the head.
+    `freedom`: `one_device`; `layers` whole sub-blocks on any device in any order; `heads` by count with the FFN whole
+    (the space of arXiv 2505.02533); `all` is what the engine can execute: heads by count, FFN by columns and the head
+    by rows, attention, FFN and embedding replicated or not. `blocks` coarsens columns and rows to so many equal blocks,
+    for searches that enumerate them. `positions`: new tokens of a step, 1 while decoding; a prompt of several has
+    nothing before it, and its last one enters the head.
     """
 
     def __init__(
@@ -107,7 +108,33 @@ class Space:
         pinned = state.pinned_embedding
         free = [i for i, d in enumerate(ids) if pinned is None or d == pinned]
         # Prompts start at the origin; where it reaches no device that may hold the table, any is as good as another.
-        self.embeddings = [i for i in free if state.topology.serves(ids[i])] or free
+        served = [i for i in free if state.topology.serves(ids[i])] or free
+        copied = [i for i in served if i in self.shared] if freedom == "all" else []
+        sets = [BlockHolding(c, True) for n in range(2, len(copied) + 1) for c in combinations(copied, n)]
+        self.tables = (*(BlockHolding((d,)) for d in range(self.num_devices)), *sets)
+        """Who may hold the embedding: each device alone, then several."""
+        self.embeddings = [*served, *range(self.num_devices, len(self.tables))]
+        self.table_on = np.array([[d in e.devices for d in range(self.num_devices)] for e in self.tables])  # [E, D]
+
+    @staticmethod
+    def part(state: ClusterState) -> ClusterState:
+        """The state itself, or one with the devices of most use, where tables of all of them would be too large.
+
+        The origin, then those that it reaches and the fastest of them; the largest, where those have too little memory.
+        """
+        where = state.topology
+        if len(where.ids) <= MOST_DEVICES:
+            return state
+        others = [d for d in where.devices if d.id != where.origin]
+        fastest = sorted(others, key=lambda d: (not where.serves(d.id), -d.memory_bandwidth_bytes_per_s))
+        largest = sorted(others, key=lambda d: (not where.serves(d.id), -d.memory_bytes))
+        for few in (fastest, largest):
+            kept = {where.origin, *(d.id for d in few[: MOST_DEVICES - 1])}
+            devices = tuple(d for d in where.devices if d.id in kept)
+            if sum(d.memory_bytes for d in devices) > model_bytes(state):
+                break
+        links = tuple(x for x in where.links if kept.issuperset((x.source, x.target)))
+        return replace(state, topology=replace(where, devices=devices, links=links))
 
     def _pieces(self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float) -> Pieces:
         seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
@@ -128,7 +155,8 @@ class Space:
             return tuple(single)
         sets = [c for n in range(2, len(few) + 1) for c in combinations(few, n)]
         ids = self.topology.ids
-        linked = [c for c in sets if all(self.linked(ids[a], ids[b]) for a, b in combinations(c, 2))]
+        able = {d for d in few if any(self.linked(ids[d], other) for other in ids)}
+        linked = [c for c in sets if able.issuperset(c)]  # two that share need no link if another one is between them
         shared = [BlockHolding(c) for c in linked]
         copies = [BlockHolding(c, True) for c in linked] if self.freedom == "all" else []
         return tuple(single + shared + copies)
@@ -165,48 +193,56 @@ class Space:
 
     def free_rows(self, kind: Kind, embedding: int) -> Bools:
         """Where pieces of this kind take no memory: rows of a tied table beside the embedding, [D]."""
-        return (np.arange(self.num_devices) == embedding) & (kind == "head" and self.arch.tied_embeddings)
+        return self.table_on[embedding] & (kind == "head" and self.arch.tied_embeddings)
 
     @cached_property
     def _tables(self) -> dict[str, Floats]:
         """Every boundary of the space at once, each a max-plus matrix [D, D]."""
-        lists = patterns(self.arch, self.topology, self.holdings, self.state.codec)
+        lists = patterns(self.arch, self.topology, self.holdings, self.tables, self.state.codec)
         many = {"crossing": self.positions, "entry": self.positions, "inner": self.positions}
         every = [each for name in lists for each in lists[name]]
         times = np.concatenate([np.full(len(v), many.get(name, 1.0)) for name, v in lists.items()])
         matrices, on_air = self._exchanged(every, times)
-        n, s = self.num_devices, len(self.holdings)
+        n, s, e = self.num_devices, len(self.holdings), len(self.tables)
         sizes = np.cumsum([len(v) for v in lists.values()])[:-1]
         found = dict(zip(lists, np.split(matrices, sizes), strict=True))
         air = dict(zip(lists, np.split(on_air, sizes), strict=True))
-        gathered, sent = found["best"], found["token"].reshape(s, n, n, n)  # [S, source, sampler], [S, E, ..]
-        leads = [h.devices[0] for h in self.holdings]
+        gathered, sent = found["best"], found["token"].reshape(s, e, n, n)  # [S, source, sampler], [S, E, ..]
+        leads = np.array([h.devices[0] for h in self.holdings])
         to_lead = gathered[np.arange(s), :, leads]
-        from_lead = sent[np.arange(s)[:, None], np.arange(n)[None], np.array(leads)[:, None], np.arange(n)[None]]
+        held = np.where(self.table_on, 0.0, -np.inf)  # [E, D]
+        from_lead = (sent[np.arange(s), :, leads] + held).max(2)  # [S, E]: until the last holder has the token
         return {
-            "crossing": np.where(self._useless()[..., None, None], MISSING_S, found["crossing"].reshape(s, s, n, n)),
-            "entry": found["entry"].reshape(n, s, n, n)[np.arange(n), :, np.arange(n)],
+            "crossing": np.where(
+                self._idle(lists["crossing"])[..., None, None], MISSING_S, found["crossing"].reshape(s, s, n, n)
+            ),
+            "entry": (found["entry"].reshape(e, s, n, n) + held[:, None, :, None]).max(2),
             "inner": found["inner"],
-            # the embedding's device must also have done what it does itself
-            "exit": np.maximum(to_lead[:, :, None] + from_lead[:, None, :], np.where(np.eye(n), 0.0, -np.inf)),
+            # the embedding's devices must also have done what they do themselves
+            "exit": np.maximum(to_lead[:, :, None] + from_lead[:, None, :], held.T),
             "crossing_air": air["crossing"].reshape(s, s, n),
-            "entry_air": air["entry"].reshape(n, s, n),
-            "exit_air": air["best"][:, None] + air["token"].reshape(s, n, n),
+            "entry_air": air["entry"].reshape(e, s, n),
+            "exit_air": air["best"][:, None] + air["token"].reshape(s, e, n),
         }
 
-    def _useless(self) -> Bools:
-        """Where copies are followed by a sub-block on other devices, [S, S]: on fewer, some copies serve nothing."""
-        same = np.array([[a.devices == b.devices for b in self.holdings] for a in self.holdings])
-        return np.array([[h.replicated] for h in self.holdings]) & ~same
+    def _idle(self, crossing: Sequence[Messages]) -> Bools:
+        """Where copies are followed by a sub-block for which one of them does nothing, [S, S]: fewer copies do as well.
+
+        It neither does that sub-block nor tells another device what it needs.
+        """
+        tell = [{m[0] for m in messages} for messages in crossing]
+        pairs = [(a, b) for a in self.holdings for b in self.holdings]
+        idle = [a.replicated and not set(a.devices) <= {*b.devices, *t} for (a, b), t in zip(pairs, tell, strict=True)]
+        return np.array(idle).reshape(len(self.holdings), -1)
 
     @cached_property
     def crosses(self) -> Bools:
         """Whether anything is sent from one holding to the next, [S, S]."""
-        between = patterns(self.arch, self.topology, self.holdings, self.state.codec)["crossing"]
+        between = patterns(self.arch, self.topology, self.holdings, self.tables, self.state.codec)["crossing"]
         return np.array([bool(messages) for messages in between]).reshape(len(self.holdings), -1)
 
     def radio_s(self, where: Literal["crossing", "entry", "exit"]) -> Floats:
-        """Seconds that each device sends or receives at a boundary: [S, S, D], [D, S, D] or [S, D, D]."""
+        """Seconds that each device sends or receives at a boundary: [S, S, D], [E, S, D] or [S, E, D]."""
         return self._tables[f"{where}_air"]
 
     def crossing_s(self, into: Kind) -> Floats:
@@ -218,7 +254,7 @@ class Space:
 
     @cached_property
     def entry_s(self) -> Floats:
-        """From the embedding on a device at time 0 to any holding of the first sub-block, [D, S, D]."""
+        """From the embedding at time 0 to any holding of the first sub-block, [E, S, D]."""
         table = self._tables["entry"]
         if self.arch.qk_norm_over_heads:
             table = np.max(table[..., None] + self._tables["inner"][None], axis=-2)
@@ -226,7 +262,7 @@ class Space:
 
     @property
     def exit_s(self) -> Floats:
-        """From any holding of the head to the next token on the device of the embedding, [S, D, D]: max_i(f_i + it)."""
+        """From any holding of the head to the next token at the embedding, [S, D, E]: max_i(f_i + it)."""
         return self._tables["exit"]
 
     def _exchanged(self, messages: Sequence[Messages], times: Floats) -> tuple[Floats, Floats]:
@@ -287,4 +323,37 @@ class Space:
             shares.append(known[key])
         flat = [x for each in shares[:-1] for x in each]
         layers = tuple(LayerPlacement(a, f) for a, f in zip(flat[::2], flat[1::2], strict=True))
-        return Placement(layers, (ids[embedding],), shares[-1][0])
+        return Placement(layers, tuple(ids[d] for d in self.tables[embedding].devices), shares[-1][0])
+
+    def path_of(self, placement: Placement) -> tuple[tuple[tuple[int, tuple[Counts, ...]], ...], int] | None:
+        """The path of a placement and the holding of its embedding; None where this space has no such path."""
+        index, ids = {h: i for i, h in enumerate(self.holdings)}, self.topology.ids
+        known: dict[tuple[Shares, ...], tuple[int, tuple[Counts, ...]] | None] = {}
+
+        def step(kind: Kind, *shares: Shares) -> tuple[int, tuple[Counts, ...]] | None:
+            if shares in known:
+                return known[shares]
+            devices = tuple(i for i, d in enumerate(ids) if any(d in s.devices for s in shares))
+            parts = self.pieces(kind)
+            copied = len(devices) > 1 and all(s.is_replicated(p.total) for s, p in zip(shares, parts, strict=True))
+            at = index.get(BlockHolding(devices, copied))
+            counts = []
+            for share, part in zip(shares, parts, strict=True):
+                pieces = [share.count(d) * part.count / part.total for d in ids]
+                counts.append(tuple(round(n) for n in pieces))
+                if any(abs(n - round(n)) > 1e-9 for n in pieces):
+                    at = None
+            known[shares] = None if at is None or not self.allowed(kind)[at] else (at, tuple(counts))
+            return known[shares]
+
+        if self.arch.parallel_block:
+            steps = [step("layer", x.attention, x.ffn) for x in placement.layers]
+        else:
+            steps = [s for x in placement.layers for s in (step("attention", x.attention), step("ffn", x.ffn))]
+        steps.append(step("head", placement.head))
+        table = BlockHolding(
+            tuple(i for i, d in enumerate(ids) if d in placement.embedding), len(placement.embedding) > 1
+        )
+        path = [s for s in steps if s is not None]
+        embedding = next((e for e in self.embeddings if self.tables[e] == table), None)
+        return None if len(path) < len(steps) or embedding is None else (tuple(path), embedding)

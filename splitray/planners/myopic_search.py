@@ -1,0 +1,121 @@
+"""The myopic planner with every piece and start that the others have: a local search for the next interval.
+
+What is left of Kafetzis et al. (arXiv 2505.02533) is the question: the quickest placement at the present rates, within
+the memory at the end of the interval, migration charged. Heads one by one, as the paper places them (myopic.py), is one
+start; one device, one cut, contiguous layers and the additive program over all pieces are the others. The search goes
+on from the quickest of them by the true clocks (optimum/improve.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from splitray.cost import CostModel
+from splitray.errors import InputError
+from splitray.placement import Placement
+from splitray.planners.cut import BestCut
+from splitray.planners.layer_dp import LayerDp
+from splitray.planners.memory import model_bytes, no_room, shortfall
+from splitray.planners.myopic import Myopic
+from splitray.planners.optimum.additive import Additive, Chosen, Prices
+from splitray.planners.optimum.enumerate import Found
+from splitray.planners.optimum.improve import LocalSearch
+from splitray.planners.optimum.scarce import priced
+from splitray.planners.optimum.space import MISSING_S, Space
+from splitray.planners.pay_back import keep_or_move
+from splitray.planners.protocol import ClusterState, Freedom, Planner, equal_s_per_joule
+from splitray.planners.shares import Proportional
+from splitray.planners.whole import BestDevice
+
+_SHARED = 3  # devices that share sub-blocks
+_STARTS, _CHANGES = 2, 30
+_ROUNDS, _MOST_ROUNDS = 12, 40  # of pricing memory; the most where nothing else fits
+_GAIN = 1e-3  # of the time, that a change has to save for the search to go on
+
+
+@dataclass(frozen=True, slots=True)
+class MyopicSearch:
+    """A placement for the next interval from the present rates alone.
+
+    `staged`: weights lie on every device, so that only the KV moves.
+    """
+
+    staged: bool = True
+    space: ClassVar[Freedom] = "all"
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; keeps the current placement where moving does not pay within the interval.
+
+        Fails where no start has room at the end of the interval.
+        """
+        end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)
+        return keep_or_move(_quickest(replace(end, current=None)), state, end, staged=self.staged)
+
+
+def _quickest(state: ClusterState) -> Placement:
+    space = Space(Space.part(state), most_shared=_SHARED)
+    cost = CostModel(state.arch, state.topology, codec=state.codec)
+    edge = [d.tier == "edge" for d in state.topology.devices]
+
+    def price(placement: Placement) -> float:
+        """Seconds a token, with so little for the edge's energy that it decides between equals only."""
+        step = cost.decode(placement, context_tokens=max(1, state.context_tokens))
+        joule = float(step.energy_j(state.topology)[0, edge].sum())
+        return float(step.cycle_s[0]) + equal_s_per_joule(state.topology) * joule
+
+    prices = Prices(per_edge_joule=equal_s_per_joule(space.topology))
+    chosen = Additive(space, prices).best()
+    if _is_far_chain(space, chosen):
+        return space.placement(chosen.path, chosen.embedding)
+    starts = list(_simple(state))
+    if _fits(space, chosen):
+        starts.append(space.placement(chosen.path, chosen.embedding))
+    elif chosen.seconds < MISSING_S / 2:
+        rounds = _ROUNDS if starts else _MOST_ROUNDS
+        each = (c for _, c, _ in priced(space, chosen, prices, rounds=rounds) if _fits(space, c))
+        starts += [space.placement(c.path, c.embedding) for c in each]
+    found = {placement: price(placement) for placement in dict.fromkeys(starts)}
+    if not found:
+        needs = f"a need of {model_bytes(state):,} bytes, and no start of the search that meets it"
+        expected = f"room for {state.arch.name} at the end of the interval"
+        raise no_room(expected, needs, "add memory or a device, shorten the context, or use the planner proportional")
+    for placement in sorted(found, key=lambda each: found[each])[:_STARTS]:
+        path = space.path_of(placement)
+        if path is not None:
+            start = Found(tpot_s=found[placement], path=path[0], embedding=path[1])
+            better = LocalSearch(space, start).run(_CHANGES, _GAIN)
+            improved = space.placement(better.path, better.embedding)
+            found[improved] = price(improved)
+    return min(found, key=lambda each: found[each])
+
+
+def _fits(space: Space, chosen: Chosen) -> bool:
+    return bool((chosen.held_bytes <= space.memory_bytes).all()) and chosen.seconds < MISSING_S / 2
+
+
+def _is_far_chain(space: Space, chosen: Chosen) -> bool:
+    """Whether whole sub-blocks are best, fit, and no message is as short as one of them: then sharing none pays.
+
+    Such a chain is priced truly by the additive program, whose choice among chains is the best if memory has no price.
+    """
+    holdings = [space.holdings[h] for h in {h for h, _ in chosen.path}]
+    if not _fits(space, chosen) or any(len(h.devices) > 1 for h in (*holdings, space.tables[chosen.embedding])):
+        return False
+    used = sorted({h.devices[0] for h in holdings})
+    longest = max(float((p.count * p.piece_s)[used].max()) for k in set(space.kinds) for p in space.pieces(k))
+    linked = space.rates.link_bytes_per_s[0] > 0
+    hop_s = (space.rates.latency_s[0] + space.rates.exchange_s[0])[linked]
+    return bool((hop_s > longest).all())
+
+
+def _simple(state: ClusterState) -> Iterator[Placement]:
+    """Other planners' placements that fit and need no missing link."""
+    planners: tuple[Planner, ...] = (BestDevice(), BestCut(), LayerDp(), Myopic(), Proportional(priced=True))
+    for planner in planners:
+        try:
+            placement = planner.propose(state)
+            CostModel(state.arch, state.topology).decode(placement, context_tokens=1)
+        except InputError:
+            continue
+        if not shortfall(placement, state):
+            yield placement
