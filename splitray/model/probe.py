@@ -108,7 +108,7 @@ def true_scales(layout: Layouts, probe: Probe, layers: nn.ModuleList) -> Layouts
     """
     found = list(layout.different)
     for i, (wired, small) in enumerate(zip(layout.different, probe.layers, strict=True)):
-        if wired.residual_scale == 1.0:
+        if wired.residual_scale == 1.0 or i not in layout.which:
             continue
         names = [n for n, v in vars(small).items() if type(v) is float and abs(v / wired.residual_scale - 1) < 1e-3]
         values = {getattr(x, n) for x, which in zip(layers, layout.which, strict=True) if which == i for n in names}

@@ -97,6 +97,31 @@ MORE: dict[str, dict[str, object]] = {
         **IDS,
     },
 }
+EXPERTS: dict[str, object] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXERS: dict[str, dict[str, object]] = {  # attention of other kinds, experts and wirings
+    "gpt_oss": {**HEAD_DIM, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "deepseek_v3": {
+        **MHA, **EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 10,
+    },
+    "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6, **IDS},
+    "gemma3n_text": {
+        **HEAD_DIM, "num_hidden_layers": 4, "head_dim": 8, "intermediate_size": [40] * 4, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97, "altup_num_inputs": 3,
+    },
+    "llama4_text": {
+        **HEAD_DIM, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 40,
+        "moe_layers": [1], "no_rope_layers": [1, 0, 1], "attention_chunk_size": 7,
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+    },
+    "falcon": {**MHA, "multi_query": True, "parallel_attn": True},
+    "minicpm3": {
+        **MHA, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 10,
+    },
+}  # fmt: skip
+MORE |= MIXERS
 
 
 def family_config(name: str) -> PretrainedConfig:

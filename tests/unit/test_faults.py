@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from families import family_model
+from families import MIXERS, family_model
 from splits import greedy, slow_devices, split, threads_of
 
 from splitray.arch import Range
@@ -72,6 +72,19 @@ def test_five_hundred_faults_change_no_token(family, kept, sampling, tmp_path):
         restored = [t.replayed for t in run.struck]
         assert max(restored) > 0, "positions are read again"
     assert list(tmp_path.rglob("*.safetensors")) == [], "checkpoints of sessions that are over are deleted"
+
+
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("family", list(MIXERS)[:6])
+def test_sixty_faults_over_six_kinds_of_mixers_change_no_token(family, tmp_path):
+    """Ten in each; a store of checkpoints for every second."""
+    kept = list(MIXERS).index(family) % 2 == 0
+    recovery = Recovery(store=str(tmp_path) if kept else None, every_tokens=4 if kept else None)
+    with split(family_model(family), devices=3, seed=1, recovery=recovery) as engine:
+        run = trials(engine, threads_of(engine), prompt=PROMPT, sampling=GREEDY, count=10, seed=4)
+        assert len(run.trials) == 10 and run.hangs == 0 and run.leaks == 0
+        assert [t for t in run.trials if not t.identical] == []
+        assert len(run.struck) >= 5, "the faults happen"
 
 
 def test_a_checkpoint_spares_reading_positions_again(tmp_path, monkeypatch):
