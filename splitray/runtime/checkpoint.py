@@ -131,7 +131,9 @@ class Store:
             return
         for piece, held, both in overlaps:
             at = both.start - held.start
-            k, v = (tensors[_name(kind, piece.layer, held)][:, at : at + both.count] for kind in "kv")
+            stored = [tensors[_name(kind, piece.layer, held)] for kind in "kv"]
+            each = stored[0].shape[1] // held.count  # heads of a group
+            k, v = (t[:, at * each : (at + both.count) * each] for t in stored)
             holding.write(session, KvPiece(piece.layer, both), saved.start, k, v)
             yield piece, both.count
 

@@ -84,6 +84,9 @@ def _difference(probe: PreTrainedModel, arch: ModelArch, layout: Layouts, *, lea
                 out = probe(input_ids=piece, position_ids=places, attention_mask=seen, past_key_values=cache)
             whole.append(out.logits)
             at = stop
+        if not length_rule(probe.config).changes:  # what a prompt gives does not depend on how it is read
+            with torch.inference_mode():
+                whole = [probe(input_ids=ids, use_cache=False).logits]
         engine.forget(1)
         if length_rule(probe.config).borders and not _same_tokens(probe, engine, ids[:1, : _GROWING[0]]):
             return float("inf")

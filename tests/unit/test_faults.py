@@ -77,8 +77,8 @@ def test_five_hundred_faults_change_no_token(family, kept, sampling, tmp_path):
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("family", list(MIXERS)[:6])
 def test_sixty_faults_over_six_kinds_of_mixers_change_no_token(family, tmp_path):
-    """Ten in each; a store of checkpoints for every second."""
-    kept = list(MIXERS).index(family) % 2 == 0
+    """Ten in each; with a store of checkpoints, which keep latents and whole layers too, but for two."""
+    kept = family not in ("gpt_oss", "llama4_text")
     recovery = Recovery(store=str(tmp_path) if kept else None, every_tokens=4 if kept else None)
     with split(family_model(family), devices=3, seed=1, recovery=recovery) as engine:
         run = trials(engine, threads_of(engine), prompt=PROMPT, sampling=GREEDY, count=10, seed=4)
