@@ -31,10 +31,18 @@ def simulate(
         str | None,
         typer.Option(
             help="CSV arrival_s,prompt_tokens,output_tokens, azure:FILE, poisson[:PER_S] (0.2 of the best "
-            "device's rate) or bursty[:PER_S].",
+            "device's rate) or bursty[:PER_S]; a file is dealt to the edges, PER_S is of each.",
             metavar="ARRIVALS",
         ),
     ] = None,
+    edges: Annotated[
+        int | None,
+        typer.Option(help="So many users (1), each with the topology's edge devices and links to itself.", metavar="N"),
+    ] = None,
+    shared_cloud: Annotated[
+        bool,
+        typer.Option("--shared-cloud", help="All edges share the cloud devices; by default they load them by 0.8."),
+    ] = False,
     slots: Annotated[int, typer.Option(help="Slots with arrivals.", min=1, metavar="N")] = 600,
     slot_s: Annotated[float, typer.Option(help="Seconds of a slot.", metavar="S")] = 1.0,
     background: Annotated[float, typer.Option(help="Other work takes up to this share of devices.", metavar="X")] = 0.0,
@@ -59,7 +67,7 @@ def simulate(
     asked = Comparison(
         model=model, topology=topology, planners=planners, bandwidth_trace=bandwidth_trace, rtt_trace=rtt_trace,
         arrivals=arrivals, slots=slots, slot_s=slot_s, background=background, lose=lose, codec=codec, dtype=dtype,
-        channel=channel, seed=seed, staged=staged,
+        channel=channel, seed=seed, staged=staged, edges=edges, shared_cloud=shared_cloud,
     )  # fmt: skip
     with stdout_kept(as_json), bar(Console(stderr=True), "Simulating") as tell:
         document, outcomes = compare(asked, tell=tell)

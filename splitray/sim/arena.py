@@ -296,7 +296,7 @@ class _Arena:
             accuracy_loss=records[:, 3], energy_j=records[:, 4:], edge_share=np.array(line.shares),
             decisions_s=np.array(line.decisions_s), migrations=line.migrations,
             migration_bytes=line.migration_bytes, migration_s=line.migration_s, replays=line.replays,
-            refusal=line.refusal,
+            refusal=line.refusal, num_cut=scenario.num_cut,
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """From what a user writes to arrays over slots: a model of a link's rate or round trip, or a trace file; arrivals."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from splitray.arrays import Floats
@@ -92,6 +94,21 @@ def arrivals(spec: str | None, until_s: float, rate_per_s: float, rng: np.random
         return read_requests(spec or "").before(until_s)
     rate = _number(spec or "", argument, rate_per_s)
     return (poisson if name == "poisson" else bursty)(rate, until_s, rng=rng)
+
+
+def requests_of(
+    spec: str | None, until_s: float, rate_per_s: float, rngs: Sequence[np.random.Generator]
+) -> tuple[Requests, ...]:
+    """The requests of several users, each with a generator: `arrivals` of each, or those of a file dealt at random.
+
+    Raises:
+        InputError: as `arrivals`.
+    """
+    if (spec or "poisson").partition(":")[0] in ("poisson", "bursty") or len(rngs) == 1:
+        return tuple(arrivals(spec, until_s, rate_per_s, rng) for rng in rngs)
+    line = arrivals(spec, until_s, rate_per_s, rngs[0])
+    whose = rngs[0].integers(len(rngs), size=len(line))
+    return tuple(line.take(np.flatnonzero(whose == k)) for k in range(len(rngs)))
 
 
 def _number(spec: str, text: str, default: float) -> float:

@@ -1,6 +1,7 @@
 """What one planner did to one scenario: raw samples, and the figures that are made of them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class Outcome:
     migration_s: float
     replays: int
     refusal: InputError | None
+    num_cut: int  # requests that were longer than the model's window
 
     @property
     def num_unfinished(self) -> int:
@@ -115,10 +117,35 @@ class Outcome:
                 "finished": int((~np.isnan(self.finish_s)).sum()),
                 "unfinished": self.num_unfinished,
                 "failed": int(self.failed.sum()),
-                "cut_to_window": self.scenario.num_cut,
+                "cut_to_window": self.num_cut,
             },
             "refusal": None if self.refusal is None else str(self.refusal),
         }
+
+
+def together(lines: Sequence[Outcome]) -> Outcome:
+    """The outcomes of one planner's lines as one: requests of all, sums of backlog and energy, means of placements."""
+    if len(lines) == 1:
+        return lines[0]
+    each = {f.name: [getattr(x, f.name) for x in lines] for f in fields(Outcome)}
+    joined: dict[str, Any] = {
+        n: np.concatenate(each[n])
+        for n in ("arrival_s", "first_token_s", "finish_s", "failed", "output_tokens", "decisions_s")
+    }
+    joined |= {n: np.sum(each[n], axis=0) for n in ("backlog_tokens", "backlog_requests", "energy_j")}
+    joined |= {n: _mean_of(each[n]) for n in ("tpot_s", "edge_share")}
+    joined |= {"accuracy_loss": np.mean(each["accuracy_loss"], axis=0)}
+    joined |= {n: sum(each[n]) for n in ("num_cut", "migrations", "migration_bytes", "migration_s", "replays")}
+    refusal = next((r for r in each["refusal"] if r is not None), None)
+    return replace(lines[0], refusal=refusal, **joined)
+
+
+def _mean_of(many: Sequence[Floats]) -> Floats:
+    """The mean over lines where they have a value, NaN where none has."""
+    values = np.array(many)
+    there = np.isfinite(values)
+    total, count = np.where(there, values, 0.0).sum(0), there.sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def drift_p(backlog: Floats) -> float:

@@ -31,6 +31,10 @@ class Requests:
         keep = self.arrival_s < end_s
         return Requests(self.arrival_s[keep], self.prompt_tokens[keep], self.output_tokens[keep])
 
+    def take(self, rows: Ints) -> Requests:
+        """Some of them, in order."""
+        return Requests(self.arrival_s[rows], self.prompt_tokens[rows], self.output_tokens[rows])
+
     def within(self, window_tokens: int) -> Requests:
         """All of them, each cut to a model's window."""
         prompt = np.minimum(self.prompt_tokens, max(1, window_tokens - 1))

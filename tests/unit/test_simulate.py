@@ -127,6 +127,11 @@ def test_a_person_sees_a_table_in_eighty_columns(topology: Path) -> None:
         (["--slot-s", "inf"], "a finite slot"),
         (["--slot-s", "0", "--lose", "gpu:1:2"], "longer than 0 s"),
         (["--lose", "gpu:0:inf"], "finite times"),
+        (["--edges", "0"], "from 1 to 64 edges"),
+        (["--edges", "-3", "--shared-cloud"], "from 1 to 64 edges"),
+        (["--edges", "65", "--shared-cloud"], "from 1 to 64 edges"),
+        (["--edges", "two"], "--edges"),
+        (["--shared-cloud"], "--edges N"),
         (["--planners", "cloud_only,cloud_onyl"], "cloud_only"),
         (["--planners", "cloud_only,cloud_only"], "distinct names"),
     ],
@@ -136,6 +141,40 @@ def test_bad_input_ends_with_two_and_says_what_to_do(topology: Path, arguments: 
     assert result.exit_code == 2
     assert complaint in " ".join(result.stderr.split())
     assert "What to do" in result.stderr or "--help" in result.stderr
+
+
+def test_edges_that_share_a_cloud_slow_each_other_down_and_a_sum_is_told_of_them(
+    topology: Path, tmp_path: Path
+) -> None:
+    lines = "".join(f"{0.3 * i},64,32\n" for i in range(80))
+    (tmp_path / "asked.csv").write_text(f"arrival_s,prompt_tokens,output_tokens\n{lines}")
+    given = ("--json", "--slots", "30", "--arrivals", str(tmp_path / "asked.csv"))
+    trace = ("--bandwidth-trace", "log_ar1:0.5")
+    one, shared, apart = (
+        json.loads(simulate(topology, *given, *trace, *more, planners="cloud_only,static_cut").stdout)
+        for more in ((), ("--edges", "4", "--shared-cloud"), ("--edges", "4"))
+    )
+    assert (one["edges"], one["shared_cloud"], shared["edges"], shared["shared_cloud"]) == (1, False, 4, True)
+    for name, found in shared["planners"].items():
+        assert found.keys() == one["planners"][name].keys()
+        assert found["requests"]["arrived"] == one["planners"][name]["requests"]["arrived"] == 80
+        other = apart["planners"][name]
+        assert found["latency_s"]["mean"] > other["latency_s"]["mean"], "who is alone on a cloud is quicker"
+        assert found["energy_j_per_request"] == pytest.approx(other["energy_j_per_request"], rel=0.5)
+    again = json.loads(simulate(topology, *given, *trace, "--edges", "1", planners="cloud_only,static_cut").stdout)
+    for each in (one, again):
+        each["planners"]["cloud_only"].pop("decision_s")
+    assert again["planners"]["cloud_only"] == one["planners"]["cloud_only"], "one edge is what it was"
+
+
+def test_a_crowd_needs_the_tiers_that_make_it(tmp_path: Path) -> None:
+    path = tmp_path / "edges.yaml"
+    path.write_text("devices:\n- {id: pi, tier: edge, catalog: raspberry-pi-5}\n")
+    found = simulate(path, "--edges", "2", "--shared-cloud", planners="edge_only")
+    assert found.exit_code == 2 and "a device of tier cloud" in found.stderr
+    path.write_text("devices:\n- {id: gpu, tier: cloud, catalog: a100-80gb}\n")
+    found = simulate(path, "--edges", "2", planners="cloud_only")
+    assert found.exit_code == 2 and "a device of tier edge" in found.stderr
 
 
 def test_an_infeasible_model_names_the_constraint_and_by_how_much(tmp_path: Path) -> None:
