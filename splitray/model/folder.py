@@ -50,13 +50,22 @@ def config_values(model: str | Path) -> dict[str, Any]:
             raise _refused(folder, "a whole model with config.json", "an adapter only (adapter_config.json)", remedy)
         remedy = "give the path of a saved transformers model"
         raise _refused(folder, "a folder with config.json", "none there", remedy)
-    _refuse_pointer(path)
+    return json_values(folder, path.name)
+
+
+def json_values(folder: Path, name: str) -> dict[str, Any]:
+    """What a JSON file of a model's folder holds.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    _refuse_pointer(folder / name)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(f"model {folder}: config.json", "a JSON object", error) from error
+        raise _damaged(f"model {folder}: {name}", "a JSON object", error) from error
     if not isinstance(values, dict):
-        raise _damaged(f"model {folder}: config.json", "a JSON object", type(values).__name__)
+        raise _damaged(f"model {folder}: {name}", "a JSON object", type(values).__name__)
     return values
 
 

@@ -23,6 +23,7 @@ from splitray.model.layout import Layouts, is_norm
 from splitray.model.probe import make_probe, observe, reads_tokens, true_scales
 from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
+from splitray.model.token_ids import check_token_ids
 
 _RECURRENT = re.compile(
     "mamba|rwkv|recurrent|rglru|gateddelta|deltanet|shortconv|lstm|lightning|linearattention|retention", re.IGNORECASE
@@ -35,9 +36,10 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """The config of the text decoder in a model's folder; it is tied if its weights are, too.
 
     Raises:
-        ModelError: there is no readable config of a decoder there.
+        ModelError: there is no readable config of a decoder there, or one that names tokens which it does not have.
     """
     config = text_part(whole_config(folder))
+    check_token_ids(folder, config)
     if getattr(config, "tie_word_embeddings", False) and has_weights(folder):
         config.tie_word_embeddings = not _has_own_head(folder, config)
     return config

@@ -23,6 +23,7 @@ from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError, ModelError
 from splitray.model.reading import read_config
 from splitray.placement import Placement
+from splitray.runtime.engine.session import check_ids
 from splitray.runtime.hf import SplitModel
 from splitray.runtime.launch import model_path, needed_tokenizer
 from splitray.topology import Link, Topology
@@ -208,7 +209,7 @@ def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None)
     """The text's tokens, with whatever the tokenizer puts before them; the first `most` of them.
 
     Raises:
-        InputError: the model has no tokenizer, or the text is shorter than a window.
+        InputError: the model has no tokenizer, or no row for a token, or the text is shorter than a window.
     """
     if most is not None:
         at_least("tokens", most, 2)
@@ -218,6 +219,7 @@ def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None)
     if len(ids) < window:
         expected, remedy = f"at least a window of {window} tokens", f"give a longer text, or --window {len(ids)}"
         raise InputError("text", expected=expected, actual=f"{len(ids)} tokens", remedy=remedy)
+    check_ids(ids, read_config(model_path(model)).vocab_size)
     return ids
 
 

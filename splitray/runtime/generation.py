@@ -12,6 +12,7 @@ from splitray.errors import InputError
 from splitray.model.checked import check_weights
 from splitray.model.folder import has_weights
 from splitray.model.reading import read_config
+from splitray.runtime.engine.session import check_ids
 from splitray.runtime.launch import model_path, read_tokenizer
 from splitray.text import Detokenizer, end_ids
 
@@ -37,19 +38,22 @@ def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
     """A prompt as a user gives it: a text, or ids with commas between them.
 
     Raises:
-        InputError: not exactly one of the two is given, the ids are no numbers, or a text has no tokenizer.
+        InputError: not exactly one of the two is given, the ids are no numbers, there are none, or the model has no
+            token of one; a text has no tokenizer.
         ModelError: there is no such model.
     """
     if (text is None) == (ids is None):
         expected, remedy = "either --prompt or --prompt-ids", 'give one of them, for example --prompt "The list of"'
         raise InputError("prompt", expected=expected, actual="neither" if text is None else "both", remedy=remedy)
     folder = model_path(model)
-    read_config(folder)  # a wrong path must not look like a missing tokenizer
+    vocab = read_config(folder).vocab_size  # a wrong path must not look like a missing tokenizer
     if has_weights(folder):
         check_weights(folder)  # before Ray is started, too
     tokenizer = read_tokenizer(model)
     ends = end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None))
-    return Prompt(_prompt_ids(model, tokenizer, text, ids), tuple(sorted(set(ends))))
+    prompt = _prompt_ids(model, tokenizer, text, ids)
+    check_ids(prompt, vocab)
+    return Prompt(prompt, tuple(sorted(set(ends))))
 
 
 def _prompt_ids(model: str, tokenizer: Any, text: str | None, ids: str | None) -> list[int]:

@@ -14,9 +14,11 @@ from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError
 from splitray.model.checked import check_weights
-from splitray.model.folder import has_weights
+from splitray.model.config import text_part, whole_config
+from splitray.model.folder import check_folder, has_weights
 from splitray.model.layout import Layouts
 from splitray.model.reading import read_arch, read_config
+from splitray.model.token_ids import check_tokenizer
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
@@ -59,23 +61,31 @@ def read_model(
     folder = model_path(model)
     if has_weights(folder) or topology is None or not any(d.model_path for d in topology.devices):
         check_weights(folder)
+    else:
+        check_folder(folder)
     config = read_config(folder)
     arch, layout = read_arch(config, dtype=dtype)
     return arch, layout, self_test(config)
 
 
 def read_tokenizer(model: str | Path) -> Any:
-    """The model's tokenizer, or None if its folder has none that can be used here."""
+    """The model's tokenizer, or None if its folder has none that can be used here.
+
+    Raises:
+        ModelError: it is that of a model with more tokens.
+    """
     folder = model_path(model)
     if not any(_TOKENIZER_FILE.search(path.name) for path in folder.glob("*")):
         return None  # transformers makes an empty one for some families
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except ImportError as error:  # of a package that few need
         logger.warning("%s: its tokenizer cannot be used: %s", model, " ".join(str(error).split()))
+        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
+        return None
+    check_tokenizer(model, tokenizer, text_part(whole_config(folder)).vocab_size)
+    return tokenizer
 
 
 def needed_tokenizer(model: str | Path) -> Any:

@@ -74,20 +74,29 @@ def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, arch: ModelArch
     Raises:
         InputError: it is empty, has ids outside the vocabulary, or is too long for what is to follow.
     """
-    if not prompt_ids:
-        raise InputError("prompt", expected="at least one token", actual="none", remedy="write a prompt")
-    wrong = [i for i in prompt_ids if not 0 <= i < arch.vocab]
-    if wrong:
-        raise InputError(
-            "prompt ids",
-            expected=f"ids in [0, {arch.vocab})",
-            actual=wrong[:5],
-            remedy="use this model's tokenizer",
-        )
+    check_ids(prompt_ids, arch.vocab)
     if len(prompt_ids) + max_new_tokens > arch.context_tokens:
         raise InputError(
             "prompt",
             expected=f"prompt and new tokens within the context of {arch.context_tokens} tokens",
             actual=f"{len(prompt_ids)} + {max_new_tokens}",
             remedy="shorten the prompt or ask for fewer new tokens",
+        )
+
+
+def check_ids(prompt_ids: Sequence[int], vocab: int) -> None:
+    """Refuse what no embedding of so many rows can begin with.
+
+    Raises:
+        InputError: there are no ids, or some outside the vocabulary.
+    """
+    if not prompt_ids:
+        raise InputError("prompt", expected="at least one token", actual="none", remedy="write a prompt")
+    wrong = [i for i in prompt_ids if not 0 <= i < vocab]
+    if wrong:
+        raise InputError(
+            "prompt ids",
+            expected=f"ids in [0, {vocab})",
+            actual=wrong[:5],
+            remedy="use this model's tokenizer",
         )

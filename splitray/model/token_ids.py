@@ -1,0 +1,84 @@
+"""Token ids that a model's files name, against the rows of its vocabulary. Knows no weights and no devices."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from splitray.errors import ModelError
+from splitray.model.folder import json_values, model_folder
+
+logger = logging.getLogger(__name__)
+_NAMED = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def check_token_ids(model: str | Path, config: PretrainedConfig) -> None:
+    """Refuse an end, a start or a padding that is no token of the model.
+
+    A number below zero stands for none, as some files have it. What a family has by default says nothing of a model:
+    configs of small models keep it, and transformers runs them.
+
+    Args:
+        model: its folder.
+        config: of its text decoder.
+
+    Raises:
+        ModelError: a file names an id that is not in the vocabulary.
+    """
+    folder = model_folder(model)
+    files = {n: json_values(folder, n) for n in ("config.json", "generation_config.json") if (folder / n).is_file()}
+    for file, values in files.items():
+        inner = values.get("text_config")
+        for part in (values, inner if isinstance(inner, dict) else {}):
+            for name in _NAMED:
+                _check(f"model {model}: {name} in {file}", part.get(name), config, name)
+
+
+def _check(what: str, value: Any, config: PretrainedConfig, name: str) -> None:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int for i in ids):
+        raise ModelError(what, expected="a token id, or a list of some", actual=repr(value), remedy="correct it")
+    beyond = [i for i in ids if i >= config.vocab_size]
+    if not beyond:
+        return
+    expected = f"ids in [0, {config.vocab_size}), the vocabulary of config.json"
+    if value == getattr(type(config), name, None):
+        logger.warning("%s: expected %s, got the default of %s, %s; no token is that one", what, expected,
+                       config.model_type, value)  # fmt: skip
+        return
+    raise ModelError(what, expected=expected, actual=", ".join(map(str, beyond)),
+                     remedy="correct it, or use the files that belong to these weights")  # fmt: skip
+
+
+def check_tokenizer(model: str | Path, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer that turns plain texts into ids for which the model has no row.
+
+    Fewer ids than rows are usual, and so are a few markers past them that no plain text has (padding, images): those
+    are named, and a prompt that has one is refused when it comes.
+
+    Args:
+        model: its folder.
+        tokenizer: the one beside its weights.
+        rows: of its embedding.
+
+    Raises:
+        ModelError: ordinary tokens, the end or the start are beyond the last row.
+    """
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if not beyond:
+        return
+    markers = {
+        *tokenizer.all_special_ids,
+        *(i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special),
+    }
+    markers -= {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    some = ", ".join(f"{beyond[i]!r} ({i})" for i in sorted(beyond, key=lambda i: (i in markers, i))[:3])
+    some += f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
+    if set(beyond) <= markers:
+        logger.warning("tokenizer of %s: the model has no rows for %s, which no prompt may have", model, some)
+        return
+    remedy = f"save the model after resize_token_embeddings({max(beyond) + 1}), "
+    remedy += "or use the tokenizer that belongs to these weights"
+    raise ModelError(f"tokenizer of {model}", expected=f"ids in [0, {rows}), the vocabulary of config.json",
+                     actual=some, remedy=remedy)  # fmt: skip
