@@ -26,6 +26,11 @@ SUITES: dict[str, Suite[Callable[[Options, Tell], Report]]] = {
         "three minutes",
         _of("planners"),
     ),
+    "gaps": Suite(
+        "planners against the exact optimum on small random instances, with pinned ends and without",
+        "a minute",
+        _of("gaps"),
+    ),
     "splitwise": Suite(
         "the learned policy and all others, where many edges share one cloud", "an hour", _of("splitwise")
     ),

@@ -21,7 +21,7 @@ from splitray.planners.outside import USAGE, given, imported
 from splitray.planners.protocol import ClusterState, Freedom, Planner
 from splitray.planners.random import RandomPlanner
 from splitray.planners.scored import VARIANTS
-from splitray.planners.shares import Even, Proportional
+from splitray.planners.shares import Even, Proportional, TensorParallel
 from splitray.planners.ucb import Ucb
 from splitray.planners.whole import BestDevice, CloudOnly, CloudOnlyRtt, EdgeOnly
 
@@ -90,6 +90,7 @@ _LAYER_DPS = {
     "": LayerDp(), "throughput": LayerDp(throughput=True), "paper": LayerDp(paper=True),
     "paper_throughput": LayerDp(throughput=True, paper=True),
 }  # fmt: skip
+_TENSOR_PARALLELS: dict[str, Planner] = {"": TensorParallel(), "paper": Proportional(priced=True)}
 _MYOPICS: dict[str, Planner] = {"": MyopicSearch(), "paper": Myopic(), **VARIANTS}
 _PLANNERS = {
     "edge_only": _Entry("edge_only", lambda _, __: EdgeOnly(), "one_device"),
@@ -104,7 +105,7 @@ _PLANNERS = {
     "static_cut": _Entry("static_cut[:paper]", _variant("static_cut", _STATIC_CUTS), "layers", once=True),
     "layer_cut": _Entry("layer_cut[:paper]", _variant("layer_cut", _LAYER_CUTS), "layers"),
     "layer_dp": _Entry("layer_dp[:throughput|paper|paper_throughput]", _variant("layer_dp", _LAYER_DPS), "layers"),
-    "tensor_parallel": _Entry("tensor_parallel", lambda _, __: Proportional(priced=True)),
+    "tensor_parallel": _Entry("tensor_parallel[:paper]", _variant("tensor_parallel", _TENSOR_PARALLELS)),
     "exact": _Entry("exact", lambda _, __: Exact()),
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True, charges_moves=True),
     "myopic": _Entry("myopic[:paper|as_coded|max|weighted]", _variant("myopic", _MYOPICS), "heads", charges_moves=True),

@@ -32,7 +32,7 @@ from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.search import beam
 from splitray.planners.optimum.space import MISSING_S, Kind, Space
 from splitray.planners.protocol import EQUAL, ClusterState, Freedom, Planner, equal_s_per_joule
-from splitray.planners.shares import Proportional
+from splitray.planners.shares import TensorParallel
 from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route
 
@@ -240,7 +240,7 @@ def simple(space: Space, state: ClusterState | None = None, also: Sequence[Plann
     if space.freedom in ("heads", "all"):
         kinds.append(Myopic())
     if space.freedom == "all" and not space.coarse:
-        kinds += [Proportional(priced=True), *also]
+        kinds += [TensorParallel(), *also]
     state = replace(state or space.state, current=None)
     for planner in kinds:
         try:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from splitray.cost import CostModel
 from splitray.errors import InputError
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
@@ -24,8 +23,10 @@ from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.space import MISSING_S, Space
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState, Freedom, Planner, equal_s_per_joule
-from splitray.planners.shares import Proportional
+from splitray.planners.shares import TensorParallel
+from splitray.planners.thrift import thrifty_s
 from splitray.planners.whole import BestDevice
+from splitray.route import compile_route
 
 _SHARED = 3  # devices that share sub-blocks
 _STARTS, _CHANGES = 2, 30
@@ -54,15 +55,6 @@ class MyopicSearch:
 
 def _quickest(state: ClusterState) -> Placement:
     space = Space(Space.part(state), most_shared=_SHARED)
-    cost = CostModel(state.arch, state.topology, codec=state.codec)
-    edge = [d.tier == "edge" for d in state.topology.devices]
-
-    def price(placement: Placement) -> float:
-        """Seconds a token, with so little for the edge's energy that it decides between equals only."""
-        step = cost.decode(placement, context_tokens=max(1, state.context_tokens))
-        joule = float(step.energy_j(state.topology)[0, edge].sum())
-        return float(step.cycle_s[0]) + equal_s_per_joule(state.topology) * joule
-
     prices = Prices(per_edge_joule=equal_s_per_joule(space.topology))
     chosen = Additive(space, prices).best()
     if _is_far_chain(space, chosen):
@@ -74,7 +66,7 @@ def _quickest(state: ClusterState) -> Placement:
         rounds = _ROUNDS if starts else _MOST_ROUNDS
         each = (c for _, c, _ in priced(space, chosen, prices, rounds=rounds) if _fits(space, c))
         starts += [space.placement(c.path, c.embedding) for c in each]
-    found = {placement: price(placement) for placement in dict.fromkeys(starts)}
+    found = {placement: thrifty_s(placement, state) for placement in dict.fromkeys(starts)}
     if not found:
         needs = f"a need of {model_bytes(state):,} bytes, and no start of the search that meets it"
         expected = f"room for {state.arch.name} at the end of the interval"
@@ -85,7 +77,7 @@ def _quickest(state: ClusterState) -> Placement:
             start = Found(tpot_s=found[placement], path=path[0], embedding=path[1])
             better = LocalSearch(space, start).run(_CHANGES, _GAIN)
             improved = space.placement(better.path, better.embedding)
-            found[improved] = price(improved)
+            found[improved] = thrifty_s(improved, state)
     return min(found, key=lambda each: found[each])
 
 
@@ -110,11 +102,11 @@ def _is_far_chain(space: Space, chosen: Chosen) -> bool:
 
 def _simple(state: ClusterState) -> Iterator[Placement]:
     """Other planners' placements that fit and need no missing link."""
-    planners: tuple[Planner, ...] = (BestDevice(), BestCut(), LayerDp(), Myopic(), Proportional(priced=True))
+    planners: tuple[Planner, ...] = (BestDevice(), BestCut(), LayerDp(), Myopic(), TensorParallel())
     for planner in planners:
         try:
             placement = planner.propose(state)
-            CostModel(state.arch, state.topology).decode(placement, context_tokens=1)
+            compile_route(placement, state.arch, state.topology)
         except InputError:
             continue
         if not shortfall(placement, state):

@@ -1,16 +1,19 @@
-"""Planners that split every sub-block over all devices, evenly or in proportion to memory bandwidth."""
+"""Planners that split every sub-block over devices, evenly or in proportion to speed."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from splitray.errors import PlacementError
+from splitray.errors import InputError, PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_times
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
 from splitray.planners.protocol import ClusterState
+from splitray.planners.thrift import thrifty_s
 from splitray.topology import DeviceId
+
+_MOST_SHARING = 8  # devices; with more, messages take longer than they save
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Even:
         """See `Planner`; a device too small for its share is named by the check."""
         num_devices = len(state.topology.devices)
         even = [Fraction(1, num_devices)] * num_devices
-        return _split_all(state, even, [math.inf] * num_devices)
+        return _split_all(state, even, [math.inf] * num_devices, (state.topology.origin,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +45,63 @@ class Proportional:
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where the devices together are too small."""
-        arch, devices, origin = state.arch, state.topology.devices, state.topology.origin
-        table = arch.vocab * vocab_row_bytes(arch)
-        layers = arch.num_layers * (
-            arch.num_kv_heads * group_bytes(arch, state.context_tokens) + arch.ffn_dim * ffn_unit_bytes(arch)
-        )
-        room, caps = [], []
-        for device in devices:
-            holds_table = device.id == origin
-            head_is_free = holds_table and arch.tied_embeddings
-            pinned_head = state.pinned_head == device.id and not head_is_free
-            left = device.memory_bytes - table * (holds_table + pinned_head)
-            if left < 0:
-                raise _too_small(state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}")
-            head = 0 if head_is_free or state.pinned_head else table
-            room.append(left)
-            caps.append(left / (layers + head))
-        speeds = [d.memory_bandwidth_bytes_per_s for d in devices]
+        speeds = [d.memory_bandwidth_bytes_per_s for d in state.topology.devices]
         if self.priced:
             speeds = [1 / float(s) for s in layer_times(state).layer_s]
-        fractions = _water_fill(speeds, caps)
-        if fractions is None:
-            raise _too_small(state, f"{model_bytes(state):,} bytes")
-        return _split_all(state, [Fraction(f) for f in fractions], room)
+        return _in_proportion(state, speeds, (state.topology.origin,))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """Galaxy's shares over the devices that are quickest together: the fastest one, two, ..., or with the origin.
+
+    The embedding is on the origin, on the first of them or on each, whatever is quickest; `Proportional(priced=True)`
+    has it on the origin and shares over all devices.
+    """
+
+    def propose(self, state: ClusterState) -> Placement:
+        """See `Planner`; fails where the devices together are too small, or none of these shares finds its links."""
+        seconds, ids, where = layer_times(state).layer_s, state.topology.ids, state.topology
+        fastest = sorted(range(len(ids)), key=lambda d: (not where.serves(ids[d]), float(seconds[d])))
+        from_origin = sorted(fastest, key=lambda d: ids[d] != where.origin)
+        most = range(1, min(len(ids), _MOST_SHARING) + 1)
+        best: tuple[float, Placement] | None = None
+        for used in dict.fromkeys(tuple(sorted(order[:many])) for order in (fastest, from_origin) for many in most):
+            speeds = [1 / float(seconds[d]) if d in used else 0.0 for d in range(len(ids))]
+            tables = [(where.origin,), (ids[used[0]],), tuple(ids[d] for d in used)]
+            for table in tables[:1] if state.pinned_embedding else dict.fromkeys(tables):
+                try:
+                    placement = _in_proportion(state, speeds, table)
+                    found = thrifty_s(placement, state), placement
+                except InputError:
+                    continue
+                if best is None or found[0] < best[0]:
+                    best = found
+        return Proportional(priced=True).propose(state) if best is None else best[1]
+
+
+def _in_proportion(state: ClusterState, speeds: Sequence[float], embedding: tuple[DeviceId, ...]) -> Placement:
+    """Shares in proportion to speeds, 0 for devices that are to hold none, beside the embedding on some of them."""
+    arch, devices = state.arch, state.topology.devices
+    table = arch.vocab * vocab_row_bytes(arch)
+    layers = arch.num_layers * (
+        arch.num_kv_heads * group_bytes(arch, state.context_tokens) + arch.ffn_dim * ffn_unit_bytes(arch)
+    )
+    room, caps = [], []
+    for device, speed in zip(devices, speeds, strict=True):
+        holds_table = device.id in embedding
+        head_is_free = holds_table and arch.tied_embeddings
+        pinned_head = state.pinned_head == device.id and not head_is_free
+        left = device.memory_bytes - table * (holds_table + pinned_head)
+        if left < 0:
+            raise _too_small(state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}")
+        head = 0 if head_is_free or state.pinned_head else table
+        room.append(left if speed > 0 else 0.0)
+        caps.append(left / (layers + head) if speed > 0 else 0.0)
+    fractions = _water_fill(speeds, caps)
+    if fractions is None:
+        raise _too_small(state, f"{model_bytes(state):,} bytes")
+    return _split_all(state, [Fraction(f) for f in fractions], room, embedding)
 
 
 @dataclass(slots=True)
@@ -91,12 +128,14 @@ class _Rounding:
         return given
 
 
-def _split_all(state: ClusterState, fractions: Sequence[Fraction], room_bytes: Sequence[float]) -> Placement:
+def _split_all(
+    state: ClusterState, fractions: Sequence[Fraction], room_bytes: Sequence[float], embedding: tuple[DeviceId, ...]
+) -> Placement:
     arch, ids = state.arch, state.topology.ids
     left = list(room_bytes)
 
-    def rows(total: int, unit_bytes: int, repeat: int, free_on: DeviceId | None = None) -> list[Shares]:
-        costs = [0 if d == free_on else unit_bytes for d in ids]
+    def rows(total: int, unit_bytes: int, repeat: int, free_on: tuple[DeviceId, ...] = ()) -> list[Shares]:
+        costs = [0 if d in free_on and f > 0 else unit_bytes for d, f in zip(ids, fractions, strict=True)]
         rounding = _Rounding(fractions)
         found = []
         for _ in range(repeat):
@@ -108,17 +147,17 @@ def _split_all(state: ClusterState, fractions: Sequence[Fraction], room_bytes: S
             found.append(_in_order(ids, counts))
         return found
 
-    free_head = state.topology.origin if arch.tied_embeddings else None
+    free_head = embedding if arch.tied_embeddings else ()
     kinds = {
-        "attention": (arch.num_kv_heads, group_bytes(arch, state.context_tokens), arch.num_layers, None),
-        "ffn": (arch.ffn_dim, ffn_unit_bytes(arch), arch.num_layers, None),
+        "attention": (arch.num_kv_heads, group_bytes(arch, state.context_tokens), arch.num_layers, ()),
+        "ffn": (arch.ffn_dim, ffn_unit_bytes(arch), arch.num_layers, ()),
         "head": (arch.vocab, vocab_row_bytes(arch), 0 if state.pinned_head else 1, free_head),
     }
     # The largest pieces first: the small ones then fill what rounding left, so that nearly full devices work.
     split = {k: rows(*kinds[k]) for k in sorted(kinds, key=lambda k: -kinds[k][1])}
     head = split["head"][0] if not state.pinned_head else Shares.whole(arch.vocab, state.pinned_head)
     layers = zip(split["attention"], split["ffn"], strict=True)
-    return Placement(tuple(LayerPlacement(a, f) for a, f in layers), (state.topology.origin,), head)
+    return Placement(tuple(LayerPlacement(a, f) for a, f in layers), embedding, head)
 
 
 def _units(left_bytes: float, unit_bytes: int, total: int) -> int:

@@ -88,7 +88,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("protocol",),
         ("memory",),
         ("optimum", "checked", "layer_times", "pay_back", "random"),
-        ("outside", "whole"),
+        ("outside", "thrift", "whole"),
         ("cut", "dealt", "layer_dp", "myopic", "shares", "ucb"),
         ("myopic_search", "scored"),
         ("exact",),
