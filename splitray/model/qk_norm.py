@@ -3,7 +3,8 @@
 Both sums of squares travel together, so that there is one exchange and not two. Knows only the attention module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +21,24 @@ def share_norm_sums(
     """
     ahead = _Ahead()
     q_proj, k_proj = attention.q_proj, attention.k_proj
-    attention.q_proj = _ProjectBoth(q_proj, k_proj, sum_over_holders, ahead)
+    attention.q_proj = ProjectBoth(q_proj, k_proj, sum_over_holders, ahead)
     attention.k_proj = _Stored(ahead)
-    attention.q_norm = _SharedRmsNorm(attention.q_norm, ahead, which=0, features=q_features)
-    attention.k_norm = _SharedRmsNorm(attention.k_norm, ahead, which=1, features=k_features)
+    attention.q_norm = SharedRmsNorm(attention.q_norm, ahead, which=0, features=q_features)
+    attention.k_norm = SharedRmsNorm(attention.k_norm, ahead, which=1, features=k_features)
+
+
+@contextmanager
+def alone(attention: nn.Module) -> Iterator[None]:
+    """Let an attention be tried on this device without a message to another: its norms are of what it has."""
+    both = getattr(attention, "q_proj", None)
+    if not isinstance(both, ProjectBoth):
+        yield
+        return
+    total, both.total = both.total, lambda sums: sums
+    try:
+        yield
+    finally:
+        both.total = total
 
 
 class _Ahead:
@@ -33,12 +48,15 @@ class _Ahead:
     sums: Tensor
 
 
-class _ProjectBoth(nn.Module):
+class ProjectBoth(nn.Module):
+    """Stands for q_proj: projects to k too, and sums the squares of both over the holders by `total`."""
+
     def __init__(self, q_proj: nn.Module, k_proj: nn.Module, total: Callable[[Tensor], Tensor], ahead: _Ahead) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.total, self.ahead = q_proj, k_proj, total, ahead
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """The projection to q."""
         q, k = self.q_proj(x_BTD), self.k_proj(x_BTD)
         squares = torch.stack([q.float().pow(2).sum(-1), k.float().pow(2).sum(-1)], dim=-1)
         self.ahead.k, self.ahead.sums = k, self.total(squares)
@@ -54,7 +72,9 @@ class _Stored(nn.Module):
         return self.ahead.k
 
 
-class _SharedRmsNorm(nn.Module):
+class SharedRmsNorm(nn.Module):
+    """Stands for q_norm or k_norm: `features` are those of all heads, on whatever devices."""
+
     def __init__(self, norm: Any, ahead: _Ahead, *, which: int, features: int) -> None:
         super().__init__()
         self.norm: Any
@@ -62,6 +82,7 @@ class _SharedRmsNorm(nn.Module):
         self.eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The norm, by the sums that came with the projection."""
         mean = self.ahead.sums[..., self.which : self.which + 1] / self.features
         normal = x.float() * torch.rsqrt(mean + self.eps)
         return (self.norm.weight * normal).to(x.dtype)

@@ -22,8 +22,18 @@ from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 
 ATTENTION = ("mistral", "phi3", "glm", "smollm3", "starcoder2", "stablelm", "cohere2", "phi", "granite")
-POST_NORM = ("gemma2", "gemma3_text", "glm4", "exaone4")
-EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "glm4_moe", "ernie4_5_moe", "phimoe")
+POST_NORM = ("gemma2", "gemma3_text", "glm4", "exaone4", "olmo2", "olmo3")
+EXPERTS = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "gpt_oss",
+    "glm4_moe",
+    "ernie4_5_moe",
+    "phimoe",
+    "olmoe",
+    "hunyuan_v1_moe",
+)
 PROMPTS = tuple(torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 100))
 NEW_TOKENS = 12
 
@@ -90,7 +100,7 @@ def test_the_self_test_turns_the_lean_loop_off_where_it_differs(monkeypatch, fam
     assert not self_test(config)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gptj", "opt", "olmo2"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gptj", "opt"])
 def test_what_the_loop_does_not_know_runs_transformers_code(family):
     assert not self_test(family_config(family))
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from splitray.model.kv_cache import KvCache, sliding_windows
@@ -17,10 +18,11 @@ from splitray.model.lean.linears import array, transpose
 from splitray.model.lean.norms import heads_norm, norm_form, row_norm
 from splitray.model.lean.not_lean import NotLean
 from splitray.model.lean.rope import Ropes
+from splitray.model.qk_norm import ProjectBoth
 from splitray.model.split_layer import Array, SplitLayer
 
 _OUTS = ("o_proj", "dense")
-_NORMS = {"q_norm", "k_norm"}
+_EARLY, _LATE = ("q_norm", "k_norm"), ("query_layernorm", "key_layernorm")  # before q and k are turned, and after
 _FOREVER = 1 << 62
 
 
@@ -43,8 +45,7 @@ class Attention:
             raise NotLean("keys and values of another size")
         form = None if layer.attention.norm is None else norm_form(layer.attention.norm, hidden)
         self.norm = row_norm(form)
-        self.q_norm = heads_norm(norm_form(module.q_norm, self.d)) if hasattr(module, "q_norm") else None
-        self.k_norm = heads_norm(norm_form(module.k_norm, self.d)) if hasattr(module, "k_norm") else None
+        self.qk_norm, self.turned_norm = (self._qk_norm(module, *names) for names in (_EARLY, _LATE))
         self.scale = np.float32(module.scaling)
         self.window = _window(config, index)
         self.rope = ropes.of(layer, index, self.d)
@@ -56,6 +57,20 @@ class Attention:
         self.weight, self.bias = transpose(self._projections)
         self.out, self.out_bias = transpose((self._out,))
 
+    def _qk_norm(self, module: Any, q_name: str, k_name: str) -> Callable[[Array], None] | None:
+        if not hasattr(module, q_name):
+            return None
+        q, k, heads = getattr(module, q_name), getattr(module, k_name), self.heads
+        if isinstance(module.q_proj, ProjectBoth):
+            return _over_heads(q, k, heads * self.d, module.q_proj.total)
+        q_norm, k_norm = heads_norm(norm_form(q, self.d)), heads_norm(norm_form(k, self.d))
+
+        def norm(qk_Nd: Array) -> None:
+            q_norm(qk_Nd[:heads])
+            k_norm(qk_Nd[heads:])
+
+        return norm
+
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum; writes its keys and values."""
         heads, groups, d, turned, at = self.heads, self.groups, self.d, self._turned, cache.position
@@ -64,15 +79,16 @@ class Attention:
             qkv += self.bias
         qkv = qkv.reshape(heads + 2 * groups, d)
         qk = qkv[: heads + groups]
-        if self.q_norm is not None and self.k_norm is not None:
-            self.q_norm(qk[:heads])
-            self.k_norm(qk[heads:])
+        if self.qk_norm is not None:
+            self.qk_norm(qk)
         rope = self.rope
         first, second = rope.pairs
         turned[:, first], turned[:, second] = qk[:, second], qk[:, first]
         turned *= rope.sin_d
         qk *= rope.cos_d
         qk += turned
+        if self.turned_norm is not None:
+            self.turned_norm(qk)
         keys_GSd, values_GSd = cache.arrays(self.index, groups, d)
         keys_GSd[:, at] = qk[heads:]
         values_GSd[:, at] = qkv[heads + groups :]
@@ -90,11 +106,13 @@ class Attention:
 def _linears(module: Any) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
     """The projections to q, k and v in this order, and the one out."""
     children = {n: m for n, m in module.named_children() if not isinstance(m, nn.Dropout)}
-    norms = _NORMS & set(children)
+    if isinstance(children.get("q_proj"), ProjectBoth):
+        children |= {"q_proj": module.q_proj.q_proj, "k_proj": module.q_proj.k_proj}
+    norms = {*_EARLY, *_LATE} & set(children)
     out = next((n for n in _OUTS if n in children), "")
     own = {n for n, _ in module.named_parameters(recurse=False)}
     for names in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)):
-        if set(children) == {*names, out, *norms} and norms in (set(), _NORMS) and own <= {"sinks"}:
+        if set(children) == {*names, out, *norms} and norms in (set(), set(_EARLY), set(_LATE)) and own <= {"sinks"}:
             linears = tuple(children[n] for n in names)
             if all(type(m) is nn.Linear for m in (*linears, children[out])) and _all_or_none(linears):
                 return linears, children[out]
@@ -103,6 +121,21 @@ def _linears(module: Any) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
 
 def _all_or_none(linears: tuple[nn.Linear, ...]) -> bool:
     return len({m.bias is None for m in linears}) == 1
+
+
+def _over_heads(q: Any, k: Any, q_features: int, total: Callable[[Tensor], Tensor]) -> Callable[[Array], None]:
+    """The norms of q and k over all heads, wherever those are; `q_features` are here."""
+    parts = [(n.norm.weight.detach().numpy(), n.features, n.eps) for n in (q, k)]
+
+    def norm(qk_Nd: Array) -> None:
+        flat = qk_Nd.reshape(-1)
+        both = flat[:q_features], flat[q_features:]
+        sums = total(torch.tensor([[[np.dot(x, x) for x in both]]])).reshape(-1).tolist()
+        for x, squares, (weight, features, eps) in zip(both, sums, parts, strict=True):
+            x *= weight
+            x *= np.float32(1.0 / np.sqrt(squares / features + eps))
+
+    return norm
 
 
 def _window(config: PretrainedConfig, index: int) -> int:

@@ -5,11 +5,14 @@ Shapes: D hidden, E experts here, F columns of one, K experts chosen for a token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe
 
+from splitray.model.lean.activations import gate_of
 from splitray.model.lean.linears import array, transpose_experts
 from splitray.model.split_layer import Array
 
@@ -38,6 +41,7 @@ class Experts:
         self.outs_EFD = transpose_experts(module, "down_proj")
         self.biases_EF: Array | None = array(getattr(module, "gate_up_proj_bias", None))
         self.out_biases_ED: Array | None = array(getattr(module, "down_proj_bias", None))
+        self._gate = _gate(module, self.outs_EFD.shape[1])
         self._many, module.forward = module.forward, self._forward
 
     def _forward(self, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -52,9 +56,17 @@ class Experts:
             both = x_D @ self.weights_EDF[expert]
             if self.biases_EF is not None:
                 both += self.biases_EF[expert]
-            y_D = self.module._apply_gate(torch.from_numpy(both)[None])[0].numpy() @ self.outs_EFD[expert]
+            y_D = self._gate(both) @ self.outs_EFD[expert]
             if self.out_biases_ED is not None:
                 y_D += self.out_biases_ED[expert]
             y_D *= weight
             sum_D += y_D
         return total
+
+
+def _gate(module: Any, columns: int) -> Callable[[Array], Array]:
+    """From the joint outputs of both projections to what goes into the last one; a family may do it in its own way."""
+    if type(module)._apply_gate.__module__ != moe.__name__:
+        return lambda both: module._apply_gate(torch.from_numpy(both)[None])[0].numpy()
+    gate = gate_of(module.act_fn)
+    return lambda both: gate(both[:columns], both[columns:])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from splitray.model.kv_cache import KvCache
+from splitray.model.lean.activations import gate_of
 from splitray.model.lean.experts import Experts, stacked_experts
 from splitray.model.lean.linears import transpose
 from splitray.model.lean.norms import norm_form, row_norm
@@ -45,7 +46,7 @@ class GatedFfn:
         self._gates = [getattr(module, n) for n in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(module, n)]
         self._down = module.down_proj
         self.columns, self.norm = self._down.weight.shape[1], norm
-        self._gate = _silu if "SiLU" in type(activation).__name__ else _gated_by(activation)
+        self._gate = gate_of(activation)
 
     def take_over(self) -> None:
         """Transpose the weights in place of HF's own layout."""
@@ -61,23 +62,6 @@ class GatedFfn:
         if self.out_bias is not None:
             np.add(y, self.out_bias, out=y)
         return y
-
-
-def _silu(gate_F: Array, up_F: Array) -> Array:
-    up_F *= gate_F
-    np.negative(gate_F, out=gate_F)
-    np.exp(gate_F, out=gate_F)  # overflows to inf where silu is 0
-    gate_F += 1
-    up_F /= gate_F
-    return up_F
-
-
-def _gated_by(activation: nn.Module) -> Callable[[Array, Array], Array]:
-    def gate(gate_F: Array, up_F: Array) -> Array:
-        up_F *= activation(torch.from_numpy(gate_F)).numpy()
-        return up_F
-
-    return gate
 
 
 class OwnFfn:

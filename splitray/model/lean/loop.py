@@ -66,7 +66,7 @@ class LeanLoop:
         Raises:
             NotLean: some module has a form that is not known here; nothing has been changed then.
         """
-        if layout.whole or arch.qk_norm_over_heads or arch.tokens_everywhere or arch.kv_layers:
+        if layout.whole or arch.tokens_everywhere or arch.kv_layers:
             raise NotLean("layers of another wiring")
         if arch.dtype != "float32" or rotary is None:
             raise NotLean("weights of another type, or positions of another kind")

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from splitray.model.layer_kinds import FAILURES
 from splitray.model.lean.not_lean import NotLean
+from splitray.model.qk_norm import alone
 from splitray.model.split_layer import Array, SplitLayer
 
 _KNOWN = ("default", "linear", "llama3", "yarn")  # the others change their table with the length
@@ -108,7 +109,8 @@ class Rope:
         outs = []
         for angles in ((cos, sin), (torch.ones_like(cos), torch.zeros_like(sin))):
             names = layer.layout.attention_arguments
-            out = attention(x, **{n: angles if source == "position_embeddings" else None for n, source in names})
+            with alone(attention):
+                out = attention(x, **{n: angles if source == "position_embeddings" else None for n, source in names})
             outs.append(out[0] if isinstance(out, tuple) else out)
         return not torch.equal(*outs)
 
