@@ -44,6 +44,10 @@ def check_weights(model: str | Path) -> None:
         names = checkpoint.names
     where = f"weights in {checkpoint.folder}"
     _refuse_types(checkpoint, list(names.keys.values()), names.unused)
+    other = [n for n in names.made if len(checkpoint.shapes.get(n, (0, 0, 0))) < 3]
+    if other:
+        raise ModelError(where, expected="matrices that are used as they are stored", actual=_some(other),
+                         remedy="use a version of the model whose tensors have transformers' own form")  # fmt: skip
     _refuse_missing(where, text, names.shapes)
     for name, parameter in text.state_dict().items():
         found = names.shapes.get(name)

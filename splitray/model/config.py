@@ -76,6 +76,8 @@ def _same_text(config: PretrainedConfig) -> PretrainedConfig:
     if rope.get("rope_type") == "mrope":
         rope["rope_type"] = "default"
     values["rope_parameters"] = rope
+    if config.model_type == "qwen3_vl_moe_text":
+        values["norm_topk_prob"] = True  # as its router does, whatever the config says
     return CONFIG_MAPPING[_SAME_TEXT[config.model_type]](**values)  # type: ignore[no-any-return]
 
 

@@ -19,8 +19,9 @@ _INDEX_NAMES = ("layer_id", "layer_index", "layer_number", "training")
 FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 """What transformers' code may raise for a config that it, or this engine, cannot make a model of."""
 _SHORT = {  # lengths at which something changes, so small that a short prompt crosses them
-    "sliding_window": 5, "window_size": 5, "attention_chunk_size": 6, "floor_scale": 4,
-    "original_max_position_embeddings": 21,
+    "sliding_window": 5, "sliding_window_size": 5, "window_size": 5, "local_attention": 6, "attention_chunk_size": 6,
+    "keep_window_size": 5, "index_topk": 4, "index_topk_blocks": 2, "index_block_size": 3, "floor_scale": 4,
+    "log_scaling_n_floor": 4, "original_max_position_embeddings": 21,
 }  # fmt: skip
 
 Kind = tuple[Any, ...]

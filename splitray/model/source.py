@@ -94,7 +94,7 @@ class Checkpoint:
         Returns:
             A tensor that owns its memory, in the checkpoint's dtype.
         """
-        if self.key(name) is None and name in self.names.made:
+        if not self._is_stored_as_read(name) and name in self.names.made:
             return self._made(name, axis, ranges)
         view = self._slice(self._required(name))
         if ranges is None:
@@ -126,6 +126,10 @@ class Checkpoint:
             return torch.stack(gate_up), torch.stack([self.read(f"{p}{down}.weight") for p in prefix])
         ranges = [Range(e, e + 1) for e in experts]
         return self.read(f"{module}.gate_up_proj", ranges=ranges), self.read(f"{module}.down_proj", ranges=ranges)
+
+    def _is_stored_as_read(self, name: str) -> bool:
+        """Whether a matrix or vector of this name is there: names of stacked ones may hide another order of axes."""
+        return name in self._file_of and len(self._slice(name).get_shape()) < 3
 
     def _made(self, name: str, axis: int, ranges: Sequence[Range] | None) -> Tensor:
         """Read all that a parameter is made of, and make it; what is made of the same is kept for the next call."""

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from splitray.errors import ModelError
 from splitray.model.checked import check_weights
 from splitray.model.reading import read_config
+from splitray.profiling.family_configs import random_model, small_config
 from splitray.runtime.launch import launch_engine, model_path, read_model
 from splitray.runtime.sampling import Sampling
 
@@ -248,6 +249,8 @@ def wrapper(kind: str) -> Any:
             config = t.LlavaConfig(text_config={"model_type": "llama", **text}, image_token_index=90,
                                    vision_config={"model_type": "clip_vision_model", **VISION})  # fmt: skip
             return t.LlavaForConditionalGeneration(config)
+    if kind in ("gemma4", "llama4"):
+        return random_model(small_config(kind), 5)
     text |= {"rope_parameters": ROPE}
     vision: dict[str, Any] = {
         "depth": 1,
@@ -256,24 +259,22 @@ def wrapper(kind: str) -> Any:
         "num_heads": 2,
         "out_hidden_size": 48,
     }
-    if kind == "qwen3_vl":
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    if kind.startswith("qwen3_vl"):
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 4}
-        return t.Qwen3VLForConditionalGeneration(
-            t.Qwen3VLConfig(
-                text_config=text,
-                vision_config=vision,
-                image_token_id=90,
-                video_token_id=91,
-                vision_start_token_id=92,
-                vision_end_token_id=93,
-            )  # fmt: skip
+        if kind == "qwen3_vl":
+            return t.Qwen3VLForConditionalGeneration(t.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        return t.Qwen3VLMoeForConditionalGeneration(
+            t.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens)
         )
     config = t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=90, video_token_id=91,
                                 vision_start_token_id=92, vision_end_token_id=93)  # fmt: skip
     return t.Qwen2_5_VLForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "llava", "qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "llava", "qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe", "gemma4",
+                                  "llama4"])  # fmt: skip
 def test_models_that_also_read_images_are_read_for_their_text(kind, tmp_path, caplog):
     model = wrapper(kind)
     for name, parameter in model.named_parameters():
@@ -283,6 +284,19 @@ def test_models_that_also_read_images_are_read_for_their_text(kind, tmp_path, ca
     expected = greedy(model.eval(), PROMPT, NEW_TOKENS)
     assert tokens_of(tmp_path, devices=3, planner="random") == expected
     assert "images" in caplog.text
+
+
+def test_experts_that_are_stored_in_another_order_of_axes_are_turned(tmp_path):
+    model = wrapper("qwen3_vl_moe")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "visual" not in name:
+            parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path)
+    expected = greedy(model.eval(), PROMPT, NEW_TOKENS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    turned = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in tensors.items()}
+    save_file(turned, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert tokens_of(tmp_path, devices=3, planner="random") == expected
 
 
 @pytest.mark.parametrize(
