@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from splitray.errors import ModelError
-from splitray.model.config import text_part, whole_config
+from splitray.model.config import depth_of, text_part, whole_config
 from splitray.model.folder import NOT_QUANTISED, check_folder
 from splitray.model.reading import read_config, understood
 from splitray.model.source import Checkpoint
@@ -37,7 +37,7 @@ def check_weights(model: str | Path) -> None:
     """
     check_folder(model)
     checkpoint, whole = Checkpoint(model), whole_config(model)
-    _refuse_too_many_layers(checkpoint, getattr(text_part(whole), "num_hidden_layers", 0))
+    _refuse_too_many_layers(checkpoint, depth_of(text_part(whole)))
     config = read_config(model)
     with understood(config):
         text = meta_model(config, torch.float32)
@@ -106,7 +106,7 @@ def _refuse_unused(where: str, text: PreTrainedModel, unused: Sequence[str], use
     lists = {m.group(1) for k in used if (m := _IN_LAYERS.match(k))}
     ours = [k for k in left if (m := _IN_LAYERS.match(k)) and m.group(1) in lists]
     if ours:
-        expected = f"no more than the {text.config.num_hidden_layers} layers of config.json have"
+        expected = f"no more than the {depth_of(text.config)} layers of config.json have"
         raise ModelError(where, expected=expected, actual=f"also {_some(ours)}", remedy=_REMEDY)
     if left:
         logger.warning("%s: not used by this model: %s", where, _some(left))

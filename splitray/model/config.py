@@ -81,6 +81,13 @@ def _same_text(config: PretrainedConfig) -> PretrainedConfig:
     return CONFIG_MAPPING[_SAME_TEXT[config.model_type]](**values)  # type: ignore[no-any-return]
 
 
+def depth_of(config: PretrainedConfig) -> int:
+    """Decoder layers, each with all that belongs to it: transformers counts the two attentions of one as two layers."""
+    counted: int = config.num_hidden_layers
+    own = getattr(config, "num_layers", None)
+    return own if type(own) is int and 0 < own < counted and counted % own == 0 else counted
+
+
 def setting(config: PretrainedConfig, name: str) -> Any:
     """A setting of a config, that of the first layer where it says another one for each; None if it has none."""
     try:

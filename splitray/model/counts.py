@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch
-from splitray.model.config import setting
+from splitray.model.config import depth_of, setting
 from splitray.model.layout import Layouts
 from splitray.model.slicing import features, is_experts, plan_of, read_cuts
 from splitray.model.surgery import decoder_of
@@ -28,7 +28,7 @@ def count(model: PreTrainedModel, layout: Layouts, dtype: Dtype = "float32") -> 
     ffn: dict[str, Any] = {"ffn_dim": 1, "ffn_matrices": 3} if layout.whole else _ffn_counts(layers, layout, config)
     arch = ModelArch(
         name=config.model_type,
-        num_layers=config.num_hidden_layers,
+        num_layers=depth_of(config),
         num_heads=heads,
         num_kv_heads=1 if layout.whole else groups,
         head_dim=head_dim,
@@ -41,6 +41,7 @@ def count(model: PreTrainedModel, layout: Layouts, dtype: Dtype = "float32") -> 
         whole_layers=layout.whole,
         streams=layout.streams,
         kv_layers=_kv_layers(config),
+        kv_slots=kv_slots(config),
         dtype=dtype,
         **ffn,
     )
@@ -79,8 +80,15 @@ def sized(arch: ModelArch, model: PreTrainedModel, layout: Layouts) -> ModelArch
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers."""
-    decoder, name = decoder_of(model, model.config.num_hidden_layers)
+    decoder, name = decoder_of(model, depth_of(model.config))
     return getattr(decoder, name)  # type: ignore[no-any-return]
+
+
+def kv_slots(config: PretrainedConfig) -> int:
+    """Caches of KV that a layer has: one, or one for each of its attentions, and one more for what indexes its keys."""
+    cached = DynamicCache(config=config).layers
+    indexed = any(hasattr(layer, "update_indexer") for layer in cached)
+    return config.num_hidden_layers // depth_of(config) * (2 if indexed else 1)
 
 
 def _unless(total: int, expected: int, layers: int) -> int | None:
@@ -93,14 +101,14 @@ def _groups(config: PretrainedConfig, heads: int) -> int:
     found = [every] if isinstance(every, int) else list(every)
     per_layer: Any = getattr(config, "per_layer_config", None)
     if per_layer is not None:
-        found += [getattr(per_layer[i], "num_key_value_heads", None) or every for i in range(config.num_hidden_layers)]
+        found += [getattr(per_layer[i], "num_key_value_heads", None) or every for i in range(depth_of(config))]
     groups = math.gcd(*found)
     return groups if heads % groups == 0 else 1
 
 
 def _kv_layers(config: PretrainedConfig) -> tuple[int, ...]:
     """Of gemma3n and gemma4: the last layers read the KV of the last one of their type that has its own."""
-    shared, depth = getattr(config, "num_kv_shared_layers", 0) or 0, config.num_hidden_layers
+    shared, depth = getattr(config, "num_kv_shared_layers", 0) or 0, depth_of(config)
     types = getattr(config, "layer_types", None)
     if not shared or not types:
         return ()

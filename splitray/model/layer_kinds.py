@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from splitray.model.config import depth_of
+
 _MOST = 12  # layers of a probe, where each one is of a kind of its own
 _INDEX_NAMES = ("layer_id", "layer_index", "layer_number", "training")
 FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
@@ -31,7 +33,7 @@ def layer_kinds(config: PretrainedConfig) -> list[Kind]:
     """What each layer of a config's model is: equal where two layers differ in nothing but their weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    depth = config.num_hidden_layers
+    depth = depth_of(config)
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
     return [_kind(layer) for layer in next(lists, ())]
 
@@ -44,7 +46,7 @@ def one_of_each(config: PretrainedConfig, vocab: int) -> tuple[PretrainedConfig,
     Returns:
         The config, and for each layer of the other model which layer of this one is of its kind.
     """
-    depth = config.num_hidden_layers
+    depth = depth_of(config)
     try:
         kinds = layer_kinds(config)
     except FAILURES:
@@ -101,7 +103,7 @@ def _kind(layer: nn.Module) -> Kind:
 
 def _chosen(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
     """The config of some of its layers, as far as what it says of each can be told from what it says of all."""
-    values, depth = copy.deepcopy(config), config.num_hidden_layers
+    values, depth = copy.deepcopy(config), depth_of(config)
     new = {old: at for at, old in reversed(list(enumerate(layers)))}
     for name, value in list(vars(values).items()):
         if name == "attention_types":
@@ -118,7 +120,7 @@ def _chosen(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig
         kinds = [config.attention_layers[i] for i in layers] if len(set(config.attention_layers)) > 1 else []
         values.attention_layers = kinds or ["global", "local"]
         values.attention_types = [[values.attention_layers, 1]]
-    values.num_hidden_layers = len(layers)
+    values.num_hidden_layers = len(layers) * config.num_hidden_layers // depth
     spec: Any = getattr(config, "_heterogeneity_spec", None)
     if spec is not None:  # sizes of their own of some layers, by their number
         known = {new[old]: own for old, own in spec.per_layer_overrides.items() if old in new}

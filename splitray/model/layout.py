@@ -22,7 +22,7 @@ from splitray.errors import unsplittable
 class LayerLayout:
     """The wiring of one layer: names of its children in their roles, and the residual's factor.
 
-    `whole`: it is run as it is, and all but `returns_tuple` has no meaning.
+    `whole`: it is run as it is, and all but `tuple_size` has no meaning.
     """
 
     attention: str = ""
@@ -33,7 +33,8 @@ class LayerLayout:
     ffn_post_norm: str | None = None
     parallel: bool = True
     residual_scale: float = 1.0
-    returns_tuple: bool
+    tuple_size: int
+    """Of what HF's model loop gets of the layer; 0 for a tensor alone."""
     attention_arguments: tuple[tuple[str, str], ...] = ()
     """(name of the attention's argument, name of the layer's argument that it receives)."""
     whole: bool = False
@@ -156,7 +157,7 @@ def observe_layer(layer: nn.Module, run: Callable[[], object], *, family: str) -
         ffn_post_norm=ffn_post.name if ffn_post else None,
         parallel=parallel,
         residual_scale=1.0 if abs(scale - 1) < 1e-4 else round(scale, 6),
-        returns_tuple=bool(outer.keywords.get("__tuple__")),
+        tuple_size=outer.keywords["__tuple__"],
         attention_arguments=_arguments(layer, outer, attention),
     )
 
@@ -191,7 +192,7 @@ def _watching(layer: nn.Module, calls: list[_Call], whole: list[_Call]) -> Itera
             first = output[0] if isinstance(output, tuple | list) else output
             keywords = dict(kwargs)
             if sink is whole:
-                keywords["__tuple__"] = isinstance(output, tuple | list)
+                keywords["__tuple__"] = len(output) if isinstance(output, tuple | list) else 0
             inputs = tuple(a.clone() if i == 0 and isinstance(a, Tensor) else a for i, a in enumerate(args))
             sink.append(_Call(name, module, inputs, keywords, first.clone()))
 

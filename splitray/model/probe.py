@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.errors import ModelError, unsplittable
-from splitray.model.config import setting
+from splitray.model.config import depth_of, setting
 from splitray.model.layer_kinds import FAILURES, one_of_each, with_short_lengths
 from splitray.model.layout import LayerLayout, Layouts, layer_arguments, observe_layer
 from splitray.model.surgery import decoder_of
@@ -35,7 +35,7 @@ class Probe:
     @property
     def layers(self) -> nn.ModuleList:
         """Of the model's decoder."""
-        decoder, name = decoder_of(self.model, self.model.config.num_hidden_layers)
+        decoder, name = decoder_of(self.model, depth_of(self.model.config))
         return getattr(decoder, name)  # type: ignore[no-any-return]
 
     def run(self, *, first: int = 3, use_cache: bool = False) -> object:
@@ -47,12 +47,12 @@ class Probe:
             return self.model(input_ids=ids, attention_mask=mask, use_cache=use_cache)
 
 
-def probe_model(config: PretrainedConfig) -> PreTrainedModel:
+def probe_model(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """The model of a probe: random, float32, deterministic, small where that is allowed."""
-    return make_probe(config).model
+    return make_probe(config, seed=seed).model
 
 
-def make_probe(config: PretrainedConfig) -> Probe:
+def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
     """Choose the layers and draw the weights.
 
     Raises:
@@ -62,7 +62,7 @@ def make_probe(config: PretrainedConfig) -> Probe:
     small = with_short_lengths(chosen)
     model = None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         for candidate in (_fewer_heads(small), small):
             try:
                 model = AutoModelForCausalLM.from_config(candidate, dtype=torch.float32)
@@ -137,7 +137,9 @@ def whole(probe: Probe, before: tuple[str, ...], after: tuple[str, ...]) -> Layo
             found = f"{tuple(x.shape)} into a layer and {tuple(getattr(first, 'shape', ()))} out of it"
             expected = "residuals [batch, positions, hidden] from layer to layer"
             raise unsplittable(f"the decoder layers of {family}", expected, found)
-    layouts = tuple(LayerLayout(whole=True, returns_tuple=isinstance(out, tuple | list)) for _, out in outs)
+    layouts = tuple(
+        LayerLayout(whole=True, tuple_size=len(out) if isinstance(out, tuple | list) else 0) for _, out in outs
+    )
     if len(layouts) != len(probe.layers):
         raise unsplittable(f"the decoder layers of {family}", "one call of each", f"{len(layouts)} calls")
     streams = outs[0][0].numel() // (2 * 4 * hidden)
@@ -175,7 +177,7 @@ def _equal(a: object, b: object) -> bool:
 
 def _around(probe: Probe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the decoder's other children with weights: those that run before the layers, and those behind them."""
-    decoder, layers_name = decoder_of(probe.model, probe.model.config.num_hidden_layers)
+    decoder, layers_name = decoder_of(probe.model, depth_of(probe.model.config))
     children = {n: m for n, m in decoder.named_children() if n != layers_name and any(True for _ in m.parameters())}
     begun, late = list[bool](), set[str]()
 

@@ -146,4 +146,4 @@ def _as_layer(x: Tensor | None, hidden_states: Tensor, layout: LayerLayout) -> A
     if out.shape[-2] != hidden_states.shape[-2]:  # only the kept positions crossed into the head
         kept, out = out, out.new_zeros(hidden_states.shape)
         out[..., -kept.shape[-2] :, :] = kept
-    return (out,) if layout.returns_tuple else out
+    return (out, *[None] * (layout.tuple_size - 1)) if layout.tuple_size else out

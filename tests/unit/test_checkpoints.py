@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from splitray.errors import ModelError
 from splitray.model.checked import check_weights
 from splitray.model.reading import read_config
-from splitray.profiling.family_configs import random_model, small_config
+from splitray.profiling.family_configs import small_config
 from splitray.runtime.launch import launch_engine, model_path, read_model
 from splitray.runtime.sampling import Sampling
 
@@ -250,7 +250,7 @@ def wrapper(kind: str) -> Any:
                                    vision_config={"model_type": "clip_vision_model", **VISION})  # fmt: skip
             return t.LlavaForConditionalGeneration(config)
     if kind in ("gemma4", "llama4"):
-        return random_model(small_config(kind), 5)
+        return t.AutoModelForImageTextToText.from_config(small_config(kind), dtype=torch.float32)
     text |= {"rope_parameters": ROPE}
     vision: dict[str, Any] = {
         "depth": 1,

@@ -117,7 +117,7 @@ def test_a_model_whose_small_copy_does_not_run_is_refused_and_not_a_crash(monkey
         raise AttributeError("no such cache")
 
     monkeypatch.setattr(probe, "forward", broken)
-    monkeypatch.setattr(selftest, "probe_model", lambda _: probe)
+    monkeypatch.setattr(selftest, "probe_model", lambda _, **__: probe)
     with pytest.raises(ModelError, match="architecture llama: .* AttributeError: no such cache"):
         self_test(family_config("llama"))
 

@@ -97,7 +97,7 @@ def _without(layers: Sequence[SplitLayer], rows_TD: Tensor) -> Iterator[list[Ten
     def given(layer: SplitLayer) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
             entered.append(hidden_states)
-            return (rows_TD,) if layer.layout.returns_tuple else rows_TD
+            return (rows_TD, *[None] * (layer.layout.tuple_size - 1)) if layer.layout.tuple_size else rows_TD
 
         return forward
 

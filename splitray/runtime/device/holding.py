@@ -50,8 +50,8 @@ class Holding:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole model, held here or not."""
-        return self.assignment.arch.num_layers
+        """Layers of the whole model, held here or not; one that has several caches counts for each."""
+        return self.assignment.arch.num_layers * self.assignment.arch.kv_slots
 
     @property
     def rule(self) -> LengthRule:
@@ -62,12 +62,14 @@ class Holding:
         """A session's cache, made if there is none."""
         if session not in self.caches:
             windows = self.windows or (False,) * self.num_layers
-            self.caches[session] = KvCache(num_layers=self.num_layers, windows=windows, capacity=capacity)
+            step = self.num_layers // len(windows)
+            self.caches[session] = KvCache(num_layers=self.num_layers, windows=windows, capacity=capacity, step=step)
         return self.caches[session]
 
     def groups(self, layer: int) -> tuple[Range, ...]:
         """The KV head groups that are held of a layer."""
-        return self.assignment.spec.layers[layer].groups if self.assignment.spec is not None else ()
+        spec = self.assignment.spec
+        return () if spec is None else spec.layers[layer // self.assignment.arch.kv_slots].groups
 
     def adopt(self, other: Holding, session: int) -> None:
         """Share the KV of layers of which both hold the same groups."""
@@ -159,7 +161,7 @@ def build(
                 remedy="set torch_device: cpu",
             )
         before = None if old is None else old.shard
-        windows = sliding_windows(config, assignment.arch.num_layers)
+        windows = sliding_windows(config, config.num_hidden_layers)
         held = (x.shard for x in (old, ready) if x is not None and x.shard is not None)
         if (known := next((s for s in held if s.spec == assignment.spec), None)) is not None:
             shard = known

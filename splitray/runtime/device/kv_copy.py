@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from splitray.runtime.device.holding import Holding
@@ -33,7 +34,9 @@ def fetch(staged: Holding, source: KvSource, session: int, start: int, stop: int
         got.append(tensor)
         copied += tensor.nbytes
         if len(got) == 2:
-            staged.write(session, next(wanted), start, *got)
+            piece = next(wanted)
+            if got[0].ndim > 1:
+                staged.write(session, piece, start, *got)
             got.clear()
 
     try:
@@ -44,7 +47,8 @@ def fetch(staged: Holding, source: KvSource, session: int, start: int, stop: int
 
 
 def send(channel: Channel, holding: Holding, order: KvOrder) -> None:
-    """The other end of `fetch`: keys, then values of each piece that there are KV of."""
+    """The other end of `fetch`: keys, then values of each piece; two empty tensors where it has none."""
     for piece in order.pieces:
-        for tensor in holding.read(order.session, piece, order.start, order.stop) or ():
+        none = torch.empty(0), torch.empty(0)
+        for tensor in holding.read(order.session, piece, order.start, order.stop) or none:
             send_tensor(channel, tensor)

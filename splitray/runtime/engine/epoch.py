@@ -174,12 +174,19 @@ def switch_orders(
 
 
 def kv_sources(
-    now: Placement, then: Placement, target: str, void: frozenset[str], *, kv_layers: tuple[int, ...] = ()
+    now: Placement,
+    then: Placement,
+    target: str,
+    void: frozenset[str],
+    *,
+    kv_layers: tuple[int, ...] = (),
+    slots: int = 1,
 ) -> dict[str | None, tuple[KvPiece, ...]]:
     """Where a device gets the KV of groups that it is to hold: pieces by source.
 
     The source may be itself, where only the layout changes, or None, where all who had it are gone. Layers whose groups
-    stay as they are need nothing, nor those that have no KV of their own (`kv_layers` names whose they read).
+    stay as they are need nothing, nor those that have no KV of their own (`kv_layers` names whose they read). A layer
+    has `slots` caches.
     """
     found: dict[str | None, list[KvPiece]] = {}
     for layer, (before, after) in enumerate(zip(now.layers, then.layers, strict=True)):
@@ -199,13 +206,17 @@ def kv_sources(
             if pieces and pieces[-1].layer == layer and pieces[-1].groups.stop == group:
                 start = pieces.pop().groups.start
             pieces.append(KvPiece(layer, Range(start, group + 1)))
-    return {source: tuple(pieces) for source, pieces in found.items()}
+    return {
+        source: tuple(KvPiece(p.layer * slots + slot, p.groups) for p in pieces for slot in range(slots))
+        for source, pieces in found.items()
+    }
 
 
 def _succeeding(
     session: Kept, epoch: Epoch, now: Epoch, device: str, endpoints: Mapping[str, Endpoint], void: frozenset[str]
 ) -> Succeeding:
-    sources = kv_sources(now.placement, epoch.placement, device, void, kv_layers=epoch.arch.kv_layers)
+    sources = kv_sources(now.placement, epoch.placement, device, void, kv_layers=epoch.arch.kv_layers,
+                         slots=epoch.arch.kv_slots)  # fmt: skip
     lost = sources.pop(None, ())
     return Succeeding(
         id=session.number, capacity=session.capacity, start=session.start, stop=session.stop,
