@@ -176,13 +176,13 @@ def load_cell(job: tuple[Cell, float], *, options: Options, planners: Sequence[s
 def every(planner: str, cell: Cell) -> int:
     """Slots between decisions: one, but for programs that take too long to simulate.
 
-    EdgeShard plans offline, and its program takes ten milliseconds. Ours takes up to a hundred where memory binds:
-    where ends are pinned to an edge that has no room for the whole model.
+    EdgeShard plans offline. Ours and myopic take up to a hundred milliseconds where memory binds: where ends are pinned
+    to an edge that has no room for the whole model.
     """
-    if planner == "layer_dp":
+    if planner == "layer_dp:paper":
         return RARELY
     tight = cell.holds != "none" and references(cell.arch, cell.topology).edge.weight_share > 0.8
-    return BOUND if tight and planner in ("drift_plus_penalty", ALONE) else 1
+    return BOUND if tight and planner in ("drift_plus_penalty", "myopic", ALONE) else 1
 
 
 def scenarios_of(cell: Cell, load: float, options: Options, seed: int) -> list[Scenario]:

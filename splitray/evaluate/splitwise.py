@@ -15,8 +15,8 @@ from splitray.report.simulation import plots_of
 OURS = "splitwise"
 ONLINE = ("drift_plus_penalty", "myopic", "layer_cut")
 PLANNERS = (
-    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "greedy", "static_cut", "layer_dp", "ucb", *ONLINE,
-    OURS, ALONE,
+    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "greedy", "static_cut:paper", "static_cut",
+    "layer_dp:paper", "layer_dp", "ucb", *ONLINE, OURS, ALONE,
 )  # fmt: skip
 _FIGURES: dict[What, str] = {
     "mean": "Mean latency of a request, s",
@@ -80,7 +80,9 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
         return None if np.isnan(ratio) else ratio <= most
 
     online = [p for p in ONLINE if p in others]
-    row("latency at least 1.4x below static_cut", "two thirds", [against(c, "static_cut", 1 / 1.4) for c in cells])
+    for cut in ("static_cut:paper", "static_cut"):
+        wanted = "two thirds" if cut == "static_cut:paper" else "-"
+        row(f"latency at least 1.4x below {cut}", wanted, [against(c, cut, 1 / 1.4) for c in cells if cut in others])
 
     def lowest(c: LoadCell) -> str:
         means = {p: mean_and_interval(c.values(p, "mean"))[0] for p in online}
@@ -93,10 +95,11 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
         [c.paired(ours, b, "mean").p_lower < _CLEAR for c, b in zip(cells, best, strict=True)])  # fmt: skip
     for cloud in ("cloud_only", "cloud_only_rtt"):
         row(f"p95 at least 53 % below {cloud}", "-", [against(c, cloud, 0.47, "p95") for c in cells])
-    for other in ("static_cut", "layer_dp", "layer_cut"):
+    fixed = [p for p in ("static_cut:paper", "static_cut", "layer_dp:paper", "layer_dp", "layer_cut") if p in others]
+    for other in fixed:
         row(f"edge energy at most 5 % above {other}", "all", [against(c, other, 1.05, "edge_j") for c in cells])
     count = Number(len(cells), "count", "simulated")
-    for other in ("static_cut", "layer_dp", "layer_cut"):
+    for other in fixed:
         saved = [1 - c.paired(ours, other, "edge_j").ratio for c in cells]
         largest = Number(float(np.nanmax(saved)), "share", "simulated")
         rows.append((f"largest saving of edge energy against {other}", "41 %", largest, count))
@@ -115,7 +118,8 @@ def targets(cells: Sequence[LoadCell], ours: str, others: Sequence[str]) -> Tabl
         ("target", "wanted in", "reached in", "cells"),
         tuple(rows),
         "The figures wanted are the paper's (1.4x to 2.8x, p95 by 53 to 61 %, energy by 41 %); the baselines are ours, "
-        "as it does not name its own. With a cloud of its own an edge is placed by drift_plus_penalty: what is above 1 "
+        "as it does not name its own: static_cut:paper cuts between layers with an end on either side, static_cut "
+        "anywhere or not at all. With a cloud of its own an edge is placed by drift_plus_penalty: what is above 1 "
         "is due to sharing, and no policy can take all of it away.",
     )
 

@@ -20,9 +20,14 @@ EDGES = ("jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5")
 MODELS = ("gpt2-xl", "llama-7b", "llama-13b")
 HOLDS = ("none", "embedding_and_head")
 ONLINE = (
-    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "static_cut", "layer_cut", "layer_dp", "greedy",
-    "tensor_parallel", "ucb", "myopic", "drift_plus_penalty",
+    "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "static_cut:paper", "static_cut", "layer_cut:paper",
+    "layer_cut", "layer_dp:paper", "layer_dp", "greedy", "tensor_parallel:paper", "tensor_parallel", "ucb",
+    "myopic:paper", "myopic", "drift_plus_penalty",
 )  # fmt: skip
+VARIANTS = (
+    "What ends in :paper may choose only what its paper describes; the same name alone may use every device, cut and "
+    "end, and myopic every piece, as the others do."
+)
 DRAWN = ("log_ar1:0.4", "log_ar1:0.8", "log_ar1:0.4+gilbert_elliott")  # where no trace is given
 EVERY = 4  # slots between decisions
 LOAD = 0.3  # of what a static cut serves
@@ -127,7 +132,8 @@ def summary(cells: Sequence[TraceCell], holds: str) -> Table:
         ("planner", "latency", "best", "worst", "p95", "slower than cloud_only", "energy", "edge energy", "decision"),
         tuple(rows),
         "Ratios of mean latency to cloud_only's (streamed): geometric mean, best and worst over devices, models and "
-        "traces; unfit: no placement of the planner's kind fits. Energy of a request of all devices, and of the edge.",
+        f"traces. {VARIANTS} Unfit: no placement of the planner's kind fits. Energy of a request of all devices, and "
+        "of the edge.",
     )
 
 
@@ -164,5 +170,8 @@ def pairwise(cells: Sequence[TraceCell]) -> Table:
         told = (simulated(share, "share"), *(simulated(r, "ratio") for r in ratios), simulated(count, "count"))
         rows.append((other, *told))
     return Table(
-        "drift_plus_penalty against each", ("planner", "loses in", "latency ratio", "worst", "runs"), tuple(rows)
+        "drift_plus_penalty against each",
+        ("planner", "loses in", "latency ratio", "worst", "runs"),
+        tuple(rows),
+        VARIANTS,
     )

@@ -18,6 +18,9 @@ from splitray.route import compile_route
 from splitray.topology import Topology
 from splitray.validity import fitted
 
+BOUND_OVER = "every placement of heads, columns, rows and copies that the engine can execute"
+PART = "no bound: the search looked at some of the devices, or shared sub-blocks among some of them, only"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PricedPlacement:
@@ -35,7 +38,7 @@ class PricedPlacement:
     optimum: ExactResult
     """Over the planner's own action space."""
     global_optimum: ExactResult
-    """Over ours: heads by count, columns and rows, replication."""
+    """Over every placement that the engine can execute: heads, columns and rows by count, copies, any ends."""
     decision_s: float
 
     def document(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class PricedPlacement:
             "global_gap": predicted.tpot_s / self.global_optimum.tpot_s - 1,
             "lower_bound": self.global_optimum.lower_bound_s,
             "proven": self.global_optimum.proven,
+            "bound_over": BOUND_OVER if self.global_optimum.lower_bound_s is not None else PART,
             "decision_s": self.decision_s,
         }
 

@@ -12,7 +12,7 @@ from splitray.topology import DeviceId, Topology
 
 Freedom = Literal["one_device", "layers", "heads", "all"]
 """What a planner may choose from, see `Space` in optimum/space.py."""
-EQUAL = 1e-10
+EQUAL = 5e-10
 """Predicted times that differ by no more than this share are equal; of such placements planners take the one that costs
 the edge devices less energy."""
 

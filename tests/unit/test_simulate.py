@@ -275,7 +275,7 @@ def test_the_planners_suite_shows_who_loses_to_cloud_only(tmp_path: Path, monkey
     monkeypatch.setattr(clusters, "INSTANCES", 3)
     monkeypatch.setattr(clusters, "CLUSTERS", 1)
     monkeypatch.setattr(trade, "SLOTS", 100)
-    monkeypatch.setattr(clusters, "PLANNERS", ("layer_dp", "exact"))
+    monkeypatch.setattr(clusters, "PLANNERS", ("layer_dp", "myopic", "exact"))
     report = evaluate("planners", Options(slots=60, traces=("log_ar1:0.8",), arrivals="poisson:0.1"))
     titles = [t.title for t in report.tables]
     assert len(titles) == len(set(titles)) >= 9
