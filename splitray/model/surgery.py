@@ -238,6 +238,7 @@ class Shard:
 
     def _ends(self, decoder: nn.Module) -> None:
         hidden, spec, layout = self.arch.hidden_dim, self.spec, self.layout
+        self.reader.read_own(decoder)
         for name, child in list(decoder.named_children()):
             if name not in layout.before + layout.after:
                 continue

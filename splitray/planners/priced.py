@@ -46,6 +46,7 @@ class PricedPlacement:
         predicted = self.predicted
         return {
             "model": self.arch.name,
+            "grain": self.arch.grain,
             "planner": self.planner,
             "codec": self.codec,
             "placement": self.placement.to_document(),

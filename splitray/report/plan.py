@@ -17,6 +17,7 @@ def plan_table(document: Mapping[str, Any], topology: Topology) -> RenderableTyp
     proof = "proven" if document["proven"] else "no bound" if bound is None else f"none below {seconds_text(bound)}"
     facts = [
         ("planner", f"{document['planner']}, decided in {seconds_text(document['decision_s'])}"),
+        ("cut into", document["grain"]),
         ("predicted time to first token", seconds_text(predicted["ttft_s"])),
         ("predicted time per later token", seconds_text(predicted["tpot_s"])),
         ("predicted energy per token", f"{predicted['energy_j_per_token']:.3g} J"),

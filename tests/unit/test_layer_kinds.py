@@ -82,7 +82,6 @@ def test_a_dense_layer_among_experts_is_exact_wherever_it_is_and_however_wide(de
 
 def test_a_wrong_sum_in_a_late_layer_alone_is_seen(monkeypatch):
     monkeypatch.setattr(selftest, "_passed", {})
-    assert not self_test(_moe(48, [47]))
     cut = SliceReader.read_cut
 
     def wrong(self, module, cut_, held, total, bias):
