@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from splitray.errors import ModelError
+from splitray.model.recurrent import refuse_recurrent
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # how the stand-in of a large file begins
@@ -73,9 +74,11 @@ def check_folder(model: str | Path) -> None:
     """Refuse, at once and without torch, what names, config.json and the first bytes of files tell.
 
     Raises:
-        ModelError: no folder, no config, quantised weights, or files that are missing, pickled or pointers.
+        ModelError: no folder, no config, quantised weights, recurrent layers, or files that are missing, pickled or
+            pointers.
     """
     values = config_values(model)
+    refuse_recurrent(values)
     for part in (values, *(v for v in values.values() if isinstance(v, dict))):
         found = part.get("quantization_config") or part.get("compression_config")
         if found:

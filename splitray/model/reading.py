@@ -21,13 +21,11 @@ from splitray.model.folder import has_weights
 from splitray.model.grain import tried
 from splitray.model.layout import Layouts, is_norm
 from splitray.model.probe import make_probe, observe, reads_tokens, true_scales
+from splitray.model.recurrent import RECURRENT
 from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
 from splitray.model.token_ids import check_token_ids
 
-_RECURRENT = re.compile(
-    "mamba|rwkv|recurrent|rglru|gateddelta|deltanet|shortconv|lstm|lightning|linearattention|retention", re.IGNORECASE
-)
 _NOT_UNDERSTOOD = (AttributeError, LookupError, TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError,
                    ImportError, MemoryError)  # fmt: skip
 
@@ -103,5 +101,5 @@ def _refuse_mixers(model: PreTrainedModel, config: PretrainedConfig) -> None:
     """Refuse layers that mix positions by something else than attention, by the module's name."""
     what, expected = f"architecture {config.model_type}", "attention in every layer"
     for name, module in model.named_modules():
-        if not is_norm(module) and _RECURRENT.search(type(module).__name__) and re.search(r"\.\d+\.", name):
+        if not is_norm(module) and RECURRENT.search(type(module).__name__) and re.search(r"\.\d+\.", name):
             raise unsplittable(what, expected, f"{name} ({type(module).__name__})")
