@@ -5,13 +5,13 @@ Reads the headers of its files only, and decides nothing but whether it can be r
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from splitray.errors import ModelError
+from splitray.errors import ModelError, unsplittable
 from splitray.model.config import depth_of, text_part, whole_config
 from splitray.model.folder import NOT_QUANTISED, check_folder
 from splitray.model.reading import read_config, understood
@@ -26,6 +26,7 @@ _PACKED = re.compile(
     r"\.(?:qweight|qzeros|scales|absmax|quant_map|SCB|weight_(?:packed|scale\w*|zero_point)|w\w*_scale\w*)$"
     r"|_(?:blocks|scales|scale_inv)$"
 )
+_MOST_TRIED = 200  # layers that are built without memory in about a second
 _REMEDY = "use the config.json that belongs to these weights, or copy the model again"
 
 
@@ -37,12 +38,13 @@ def check_weights(model: str | Path) -> None:
     """
     check_folder(model)
     checkpoint, whole = Checkpoint(model), whole_config(model)
-    _refuse_too_many_layers(checkpoint, depth_of(text_part(whole)))
+    _refuse_too_many_layers(checkpoint, text_part(whole))
     config = read_config(model)
     with understood(config):
         text = meta_model(config, torch.float32)
         names = checkpoint.names
     where = f"weights in {checkpoint.folder}"
+    _refuse_numbers(checkpoint, text, names.keys)
     _refuse_types(checkpoint, list(names.keys.values()), names.unused)
     other = [n for n in names.made if len(checkpoint.shapes.get(n, (0, 0, 0))) < 3]
     if other:
@@ -56,23 +58,37 @@ def check_weights(model: str | Path) -> None:
             what = f"{name} in {checkpoint.file_of(key) if key else checkpoint.folder}"
             raise ModelError(what, expected=f"shape {list(parameter.shape)} by config.json", actual=list(found),
                              remedy=_REMEDY)  # fmt: skip
-    buffers = [n for n, b in text.named_buffers() if n in names.keys and not b.is_floating_point()]
-    if buffers:
-        actual = f"buffers that are not read here: {_some(buffers)}"
-        raise ModelError(where, expected="parameters and buffers of floats", actual=actual,
-                         remedy="this architecture cannot be split; use another model")  # fmt: skip
     _refuse_unused(where, text, names.unused, list(names.keys.values()))
     if type(whole) is not type(config):
         logger.warning("%s: read for its text alone: images, sound and their %d tensors are not read", model,
                        len(names.others))  # fmt: skip
 
 
-def _refuse_too_many_layers(checkpoint: Checkpoint, layers: int) -> None:
-    """Before a model of that many layers is built, even without memory."""
-    stored = [int(m.group(2)) + 1 for k in checkpoint.shapes if (m := _IN_LAYERS.match(k))]
-    if stored and layers > max(stored):
+def _refuse_too_many_layers(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+    """Before a model of that many layers is built, even without memory; some run the stored ones several times."""
+    stored = _depth(checkpoint.shapes)
+    with understood(config):
+        layers = depth_of(config)
+        if stored < layers <= _MOST_TRIED:
+            layers = max(stored, _depth(meta_model(config, torch.float32).state_dict()))
+    if 0 < stored < layers:
         raise ModelError(f"weights in {checkpoint.folder}", expected=f"the {layers} layers of config.json",
-                         actual=f"{max(stored)} layers", remedy=_REMEDY)  # fmt: skip
+                         actual=f"{stored} layers", remedy=_REMEDY)  # fmt: skip
+
+
+def _depth(names: Iterable[str]) -> int:
+    return max((int(m.group(2)) + 1 for n in names if (m := _IN_LAYERS.match(n))), default=0)
+
+
+def _refuse_numbers(checkpoint: Checkpoint, text: PreTrainedModel, keys: Mapping[str, str]) -> None:
+    """Refuse what a layer keeps of whole numbers: only weights are cut and sent."""
+    for path, module in text.named_modules():
+        for name, buffer in module.named_buffers(prefix=path, recurse=False):
+            if name in keys and not buffer.is_floating_point():
+                what, kind = f"{keys[name]} in {checkpoint.file_of(keys[name])}", checkpoint.type_of(keys[name])
+                raise unsplittable(
+                    what, "weights, which are floats", f"{kind}: numbers that {type(module).__name__} keeps"
+                )
 
 
 def _refuse_types(checkpoint: Checkpoint, keys: Sequence[str], unused: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch
 from splitray.errors import InputError, ModelError, unsplittable
+from splitray.model.cache_calls import check_cache_calls
 from splitray.model.config import text_part, whole_config
 from splitray.model.counts import Dtype, count, layers_of, sized
 from splitray.model.folder import has_weights
@@ -91,6 +92,7 @@ def _read_arch(config: PretrainedConfig, dtype: Dtype) -> tuple[ModelArch, Layou
     meta = meta_model(config, torch.float32)
     _refuse_mixers(meta, config)
     probe = make_probe(config)
+    check_cache_calls(probe)
     layout = true_scales(observe(probe), probe, layers_of(meta))
     arch, layout = tried(count(meta, layout, dtype), probe, layout)
     arch = replace(arch, tokens_everywhere=reads_tokens(probe))

@@ -101,7 +101,9 @@ def decoder_of(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == num_layers:
                 return module, name
-    raise unsplittable(f"architecture {model.config.model_type}", f"a list of {num_layers} layers", "none")
+    lists = [f"{len(m)} in {n}" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and ".0." not in n]
+    expected, actual = f"one list of its {num_layers} layers", ", ".join(lists) or "none"
+    raise unsplittable(f"architecture {model.config.model_type}", expected, actual)
 
 
 class Shard:

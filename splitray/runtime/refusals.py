@@ -6,7 +6,7 @@ It knows no engine and no devices.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +37,7 @@ METHODS = {
     "set_output_embeddings": _UNSPLIT,
     "resize_token_embeddings": "resize and save the unsplit model, and split that",
     "add_adapter": _MERGE,
+    "peft_config": _MERGE,
     "load_adapter": _MERGE,
     "generate_batch": "call generate, or serve the model",
     "init_continuous_batching": "call generate, or serve the model",
@@ -45,14 +46,14 @@ METHODS = {
 """Methods of transformers' models that need the weights in this process, and what to do instead."""
 
 
-def refused_method(name: str, remedy: str) -> Callable[..., NoReturn]:
-    """A method that raises `InputError` in place of one that would find no weights."""
-    what = "copying a model" if name == "__reduce__" else name
+def refused_method(name: str, remedy: str) -> Any:
+    """What raises `InputError` in place of a method that would find no weights, or of an attribute of adapters."""
+    what = {"__reduce__": "copying a model", "peft_config": "an adapter (PEFT)"}.get(name, name)
 
     def refuse(*_: object, **__: object) -> NoReturn:
         raise InputError(what, expected="weights in this process", actual="a model split over devices", remedy=remedy)
 
-    return refuse
+    return property(refuse) if name == "peft_config" else refuse
 
 
 def refuse_arguments(config: PretrainedConfig, given: Mapping[str, Any], *, labelled: bool = False) -> None:

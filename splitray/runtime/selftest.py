@@ -4,7 +4,7 @@ Runs once per config before a model is loaded, on threads of the caller, through
 """
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import DeviceLost, ModelError, unsplittable
@@ -49,8 +49,8 @@ def self_test(config: PretrainedConfig) -> bool:
     if key not in _passed:
         what = f"architecture {config.model_type}"
         try:
+            check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)
             probe = _steady(config)
-            check_generation(type(probe), config)
             arch, layout = read_arch(probe.config)
             problem = max(_difference(probe, arch, layout, lean=False, cut=cut) for cut in (0, 1))
             lean = problem <= _TOLERANCE and all(

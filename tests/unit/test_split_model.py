@@ -298,6 +298,7 @@ CALLS: dict[str, Any] = {
     "resize_token_embeddings": lambda m: m.resize_token_embeddings(7),
     "get_memory_footprint": lambda m: m.get_memory_footprint(),
     "add_adapter": lambda m: m.add_adapter({}),
+    r"an adapter \(PEFT\)": lambda m: hasattr(m, "peft_config"),  # as get_peft_model asks
     "load_adapter": lambda m: m.load_adapter("there"),
     "get_submodule": lambda m: m.get_submodule("model.embed_tokens"),
     "copying": copy.deepcopy,
