@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from splitray.model.kv_cache import KvCache, sliding_windows
-from splitray.model.lean.linears import array, transpose
+from splitray.model.lean.linears import Projection, array, transpose
 from splitray.model.lean.norms import heads_norm, norm_form, row_norm
 from splitray.model.lean.not_lean import NotLean
 from splitray.model.lean.rope import Ropes
 from splitray.model.qk_norm import ProjectBoth
+from splitray.model.slicing import features
 from splitray.model.split_layer import Array, SplitLayer
 
-_OUTS = ("o_proj", "dense")
+_INS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",), ("query_key_value",))
+_OUTS = ("o_proj", "dense", "out_proj", "c_proj")
 _EARLY, _LATE = ("q_norm", "k_norm"), ("query_layernorm", "key_layernorm")  # before q and k are turned, and after
 _FOREVER = 1 << 62
 
@@ -38,11 +41,16 @@ class Attention:
         module: Any = layer.attention_module
         self.index = index
         self._projections, self._out = _linears(module)
-        self.d = int(module.head_dim)
-        rows, held = sum(m.weight.shape[0] for m in self._projections), self._out.weight.shape[1]
+        self.d = int(getattr(module, "head_dim", 0) or getattr(module, "head_size", 0))
+        if not self.d or not hasattr(module, "scaling"):
+            raise NotLean(f"{type(module).__name__} does not say how large its heads are, or its scale")
+        rows, held = sum(features(m, "out") for m in self._projections), features(self._out, "in")
         self.heads, self.groups = held // self.d, (rows - held) // (2 * self.d)
         if (self.heads + 2 * self.groups) * self.d != rows or not self.groups or self.heads % self.groups:
             raise NotLean("keys and values of another size")
+        self._by_head = hasattr(module, "query_key_value")  # q, k and v of one head after the other
+        if self._by_head and self.heads != self.groups:
+            raise NotLean("groups that are packed by head")
         form = None if layer.attention.norm is None else norm_form(layer.attention.norm, hidden)
         self.norm = row_norm(form)
         self.qk_norm, self.turned_norm = (self._qk_norm(module, *names) for names in (_EARLY, _LATE))
@@ -77,6 +85,8 @@ class Attention:
         qkv = self.norm(x_D) @ self.weight
         if self.bias is not None:
             qkv += self.bias
+        if self._by_head:
+            qkv = qkv.reshape(heads, 3, d).transpose(1, 0, 2)
         qkv = qkv.reshape(heads + 2 * groups, d)
         qk = qkv[: heads + groups]
         if self.qk_norm is not None:
@@ -103,7 +113,7 @@ class Attention:
         return y
 
 
-def _linears(module: Any) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
+def _linears(module: Any) -> tuple[tuple[Projection, ...], Projection]:
     """The projections to q, k and v in this order, and the one out."""
     children = {n: m for n, m in module.named_children() if not isinstance(m, nn.Dropout)}
     if isinstance(children.get("q_proj"), ProjectBoth):
@@ -111,16 +121,13 @@ def _linears(module: Any) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
     norms = {*_EARLY, *_LATE} & set(children)
     out = next((n for n in _OUTS if n in children), "")
     own = {n for n, _ in module.named_parameters(recurse=False)}
-    for names in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)):
-        if set(children) == {*names, out, *norms} and norms in (set(), set(_EARLY), set(_LATE)) and own <= {"sinks"}:
-            linears = tuple(children[n] for n in names)
-            if all(type(m) is nn.Linear for m in (*linears, children[out])) and _all_or_none(linears):
+    if norms in (set(), set(_EARLY), set(_LATE)) and own <= {"sinks"}:
+        for names in _INS:
+            linears = tuple(children[n] for n in names if n in children)
+            known = all(type(m) in (nn.Linear, Conv1D) for m in (*linears, children.get(out)))
+            if set(children) == {*names, out, *norms} and known and len({m.bias is None for m in linears}) == 1:
                 return linears, children[out]
     raise NotLean(f"{type(module).__name__} has {sorted({*children, *own})}")
-
-
-def _all_or_none(linears: tuple[nn.Linear, ...]) -> bool:
-    return len({m.bias is None for m in linears}) == 1
 
 
 def _over_heads(q: Any, k: Any, q_features: int, total: Callable[[Tensor], Tensor]) -> Callable[[Array], None]:
@@ -131,9 +138,9 @@ def _over_heads(q: Any, k: Any, q_features: int, total: Callable[[Tensor], Tenso
         flat = qk_Nd.reshape(-1)
         both = flat[:q_features], flat[q_features:]
         sums = total(torch.tensor([[[np.dot(x, x) for x in both]]])).reshape(-1).tolist()
-        for x, squares, (weight, features, eps) in zip(both, sums, parts, strict=True):
+        for x, squares, (weight, count, eps) in zip(both, sums, parts, strict=True):
             x *= weight
-            x *= np.float32(1.0 / np.sqrt(squares / features + eps))
+            x *= np.float32(1.0 / np.sqrt(squares / count + eps))
 
     return norm
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from splitray.model.kv_cache import KvCache
 from splitray.model.lean.activations import gate_of
@@ -30,10 +31,11 @@ def read_ffn(layer: SplitLayer, hidden: int) -> GatedFfn | OwnFfn:
     """
     module: Any = layer.ffn_module
     norm = row_norm(None if layer.ffn.norm is None else norm_form(layer.ffn.norm, hidden))
-    children = {n: m for n, m in module.named_children()}
+    children: dict[str, Any] = dict(module.named_children())
     linears = {n for n, m in children.items() if type(m) is nn.Linear}
     others = [m for n, m in children.items() if n not in linears]
-    if linears in _GATED and len(others) == 1 and not any(True for _ in others[0].parameters()):
+    alike = len({children[n].bias is None for n in linears - {"down_proj"}}) == 1
+    if linears in _GATED and alike and len(others) == 1 and not any(True for _ in others[0].parameters()):
         return GatedFfn(module, others[0], norm)
     return OwnFfn(module, norm)
 
@@ -77,7 +79,7 @@ class OwnFfn:
         for experts in self.experts:
             experts.take_over()
         for module in self.module.modules():
-            if type(module) is nn.Linear:
+            if type(module) in (nn.Linear, Conv1D):
                 transpose((module,))
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from splitray.model.split_layer import Array
+
+Projection: TypeAlias = nn.Linear | Conv1D
 
 
 def array(tensor: Tensor | None) -> Array | None:
@@ -22,11 +25,16 @@ def array(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else tensor.detach().numpy()
 
 
-def transpose(linears: Sequence[nn.Linear]) -> tuple[Array, Array | None]:
+def transpose(linears: Sequence[Projection]) -> tuple[Array, Array | None]:
     """Weights of linears with one input side by side as [inputs, outputs], and their biases.
 
-    The linears' own weights become views of it, so nothing is held twice.
+    The linears' own weights become views of it, so nothing is held twice. A Conv1D, which has them so, comes alone.
     """
+    if isinstance(linears[0], Conv1D):
+        (module,) = linears
+        weight = module.weight.detach().numpy()
+        module.forward = partial(_multiply, weight, module.bias)  # type: ignore[method-assign]
+        return weight, array(module.bias)
     joint = linears[0].weight.new_empty((linears[0].weight.shape[1], sum(m.weight.shape[0] for m in linears)))
     at = 0
     for module in linears:

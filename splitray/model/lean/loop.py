@@ -25,7 +25,7 @@ from splitray.model.lean.ends import Ends
 from splitray.model.lean.ffn import read_ffn
 from splitray.model.lean.linears import array, transpose_head
 from splitray.model.lean.norms import norm_form, row_norm, settling
-from splitray.model.lean.not_lean import NotLean
+from splitray.model.lean.not_lean import NotLean, trying
 from splitray.model.lean.rope import Ropes
 from splitray.model.split_layer import Array, Exchange, LocalSubBlock, SplitLayer
 
@@ -68,8 +68,8 @@ class LeanLoop:
         """
         if layout.whole or arch.tokens_everywhere or arch.kv_layers:
             raise NotLean("layers of another wiring")
-        if arch.dtype != "float32" or rotary is None:
-            raise NotLean("weights of another type, or positions of another kind")
+        if arch.dtype != "float32":
+            raise NotLean("weights of another type")
         self.exchange = exchange
         hidden, config, known = arch.hidden_dim, model.config, {} if reuse is None else reuse.held
         self.ropes: Ropes = Ropes(rotary, config, None if reuse is None else reuse.ropes)
@@ -84,17 +84,18 @@ class LeanLoop:
                 return known.get(layer.ffn)
             return _scaled(read_ffn(layer, hidden), layer.ffn)
 
-        self.attention = [attention_of(i, x) for i, x in enumerate(layers)]
-        self.ffn = [ffn_of(x) for x in layers]
-        self._settles = [_settles(x, hidden) for x in layers]
+        with trying():
+            self.attention = [attention_of(i, x) for i, x in enumerate(layers)]
+            self.ffn = [ffn_of(x) for x in layers]
+            self._settles = [_settles(x, hidden) for x in layers]
+            norm_of_all = None if norm is None else norm_form(norm, hidden)
+            self.norm = row_norm(norm_of_all) if head is not None else None
+            self._held_ends = (embedding, head)
+            same = reuse if reuse is not None and reuse._held_ends == self._held_ends else None
+            self._ends: Ends = (
+                same._ends if same else Ends(model, layers, arch, embedding=embedding, norm=norm, head=head)
+            )
         self._through = self._at_once if layout.parallel else self._settled if layout.has_post_norm else self._added
-        norm_of_all = None if norm is None else norm_form(norm, hidden)
-        self.norm = row_norm(norm_of_all) if head is not None else None
-        self._held_ends = (embedding, head)
-        same = reuse if reuse is not None and reuse._held_ends == self._held_ends else None
-        self._ends: Ends = (
-            same._ends if same else Ends(model, layers, hidden, embedding=embedding, norm=norm, head=head)
-        )
         self.held: dict[LocalSubBlock, LeanPiece | None] = {}
         for layer, attention, ffn in zip(layers, self.attention, self.ffn, strict=True):
             self.held |= {layer.attention: attention, layer.ffn: ffn}
@@ -118,6 +119,8 @@ class LeanLoop:
         if self.table is not None:
             assert tokens_BT is not None, "an embedding holder needs the tokens"
             x = self.table[int(tokens_BT[0, 0])] * self._ends.scale
+            if self._ends.places_SD is not None:
+                x += self._ends.places_SD[cache.position]
         with np.errstate(over="ignore"):
             x = self._through(x, cache)
         if self.head is None or self.norm is None or x is None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from splitray.model.layer_kinds import FAILURES
 from splitray.model.lean.not_lean import NotLean
 from splitray.model.qk_norm import alone
 from splitray.model.split_layer import Array, SplitLayer
@@ -46,10 +45,7 @@ class Ropes:
         key = kind, getattr(layer.attention_module, "use_rope", None), head_dim
         if key not in self._kinds:
             rope = Rope(self._rotary, layer.attention_module, head_dim, kind)
-            try:
-                turns = rope.matters(layer, self._hidden)
-            except FAILURES as error:
-                raise NotLean(f"attention that is not to be tried: {error}") from error
+            turns = self._rotary is not None and rope.matters(layer, self._hidden)
             self._kinds[key] = rope if turns else Rope(None, layer.attention_module, head_dim, kind)
         return self._kinds[key]
 
