@@ -59,7 +59,7 @@ def _quickest(state: ClusterState) -> Placement:
     chosen = Additive(space, prices).best()
     if _is_far_chain(space, chosen):
         return space.placement(chosen.path, chosen.embedding)
-    starts = list(_simple(state))
+    starts = list(_simple(state)) or list(_simple(state, (TensorParallel(),)))
     if _fits(space, chosen):
         starts.append(space.placement(chosen.path, chosen.embedding))
     elif chosen.seconds < MISSING_S / 2:
@@ -100,9 +100,10 @@ def _is_far_chain(space: Space, chosen: Chosen) -> bool:
     return bool((hop_s > longest).all())
 
 
-def _simple(state: ClusterState) -> Iterator[Placement]:
+def _simple(
+    state: ClusterState, planners: tuple[Planner, ...] = (BestDevice(), BestCut(), LayerDp(), Myopic())
+) -> Iterator[Placement]:
     """Other planners' placements that fit and need no missing link."""
-    planners: tuple[Planner, ...] = (BestDevice(), BestCut(), LayerDp(), Myopic(), TensorParallel())
     for planner in planners:
         try:
             placement = planner.propose(state)
