@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ["SPLITRAY_CACHE"] = ""  # self-tests are run, and nothing is kept in the folder of whoever runs them
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: programs that tests interrupt would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -30,7 +30,7 @@ from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
-from splitray.runtime.selftest import self_test
+from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
 from splitray.validity import validate
 
@@ -65,7 +65,7 @@ def read_model(
         check_folder(folder)
     config = read_config(folder)
     arch, layout = read_arch(config, dtype=dtype)
-    return arch, layout, self_test(config)
+    return arch, layout, lean_is_exact(config)
 
 
 def read_tokenizer(model: str | Path) -> Any:

@@ -49,6 +49,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("kept_fleet",),
         ("engine",),
         ("selftest", "timing"),
+        ("remembered",),
         ("launch", "cache_handle"),
         ("refusals",),
         ("hf", "generation", "model_arch"),
