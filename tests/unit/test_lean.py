@@ -35,6 +35,7 @@ EXPERTS = (
     "olmoe",
     "hunyuan_v1_moe",
 )
+OWN_ATTENTION = ("deepseek_v3", "glm4_moe_lite", "falcon", "gptj", "ministral3")
 PROMPTS = tuple(torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 100))
 NEW_TOKENS = 12
 
@@ -61,14 +62,14 @@ def test_windows_partial_ropes_packed_weights_and_sums_that_are_normalised_run_l
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize("family", EXPERTS)
-def test_experts_run_lean(family):
+@pytest.mark.parametrize("family", [*EXPERTS, *OWN_ATTENTION])
+def test_experts_and_attention_of_other_forms_run_lean(family):
     for seed in (1, 2):
         same_tokens(random_model(small_config(family), seed=seed), seed=seed)
 
 
 def wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_window", lambda *_: 1 << 62)
+    monkeypatch.setattr(attention, "window_of", lambda *_: 1 << 62)
 
 
 def no_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +102,9 @@ def test_the_self_test_turns_the_lean_loop_off_where_it_differs(monkeypatch, fam
     assert not self_test(config)
 
 
-@pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
+@pytest.mark.parametrize("family", ["gpt_neo", "afmoe", "nanochat"])
 def test_what_the_loop_does_not_know_runs_transformers_code(family):
-    assert not self_test(family_config(family))
+    assert not self_test(small_config(family))
 
 
 def test_the_self_test_meets_devices_none_some_or_all_of_whose_experts_are_chosen(monkeypatch):
@@ -130,6 +131,15 @@ def test_a_module_that_does_not_let_itself_be_tried_runs_transformers_code(monke
 
     monkeypatch.setattr(selftest, "_passed", {})
     monkeypatch.setattr(loop, "Ends", fails)
+    assert not self_test(family_config("llama"))
+
+
+def test_a_loop_that_fails_in_a_step_costs_the_loop_and_not_the_family(monkeypatch):
+    def fails(*_: object) -> None:
+        raise RuntimeError("another shape")
+
+    monkeypatch.setattr(selftest, "_passed", {})
+    monkeypatch.setattr(GatedFfn, "partial", fails)
     assert not self_test(family_config("llama"))
 
 

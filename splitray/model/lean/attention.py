@@ -26,7 +26,7 @@ from splitray.model.split_layer import Array, SplitLayer
 _INS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",), ("query_key_value",))
 _OUTS = ("o_proj", "dense", "out_proj", "c_proj")
 _EARLY, _LATE = ("q_norm", "k_norm"), ("query_layernorm", "key_layernorm")  # before q and k are turned, and after
-_FOREVER = 1 << 62
+FOREVER = 1 << 62
 
 
 class Attention:
@@ -55,7 +55,7 @@ class Attention:
         self.norm = row_norm(form)
         self.qk_norm, self.turned_norm = (self._qk_norm(module, *names) for names in (_EARLY, _LATE))
         self.scale = np.float32(module.scaling)
-        self.window = _window(config, index)
+        self.window = window_of(config, index)
         self.rope = ropes.of(layer, index, self.d)
         self._soften = _softening(module)
         self._turned = np.zeros((self.heads + self.groups, self.d), np.float32)
@@ -145,12 +145,17 @@ def _over_heads(q: Any, k: Any, q_features: int, total: Callable[[Tensor], Tenso
     return norm
 
 
-def _window(config: PretrainedConfig, index: int) -> int:
+def window_of(config: PretrainedConfig, index: int) -> int:
+    """How many positions a layer attends to, its own among them.
+
+    Raises:
+        NotLean: layers differ in another way than by a window.
+    """
     types = getattr(config, "layer_types", None) or ()
     if any(t not in ("full_attention", "sliding_attention") for t in types):
         raise NotLean(f"layers of types {sorted(set(types))}")
     if not sliding_windows(config, config.num_hidden_layers)[index]:
-        return _FOREVER
+        return FOREVER
     return int(config.sliding_window)
 
 

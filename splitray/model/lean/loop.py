@@ -26,6 +26,7 @@ from splitray.model.lean.ffn import read_ffn
 from splitray.model.lean.linears import array, transpose_head
 from splitray.model.lean.norms import norm_form, row_norm, settling
 from splitray.model.lean.not_lean import NotLean, trying
+from splitray.model.lean.own_attention import OwnAttention
 from splitray.model.lean.rope import Ropes
 from splitray.model.split_layer import Array, Exchange, LocalSubBlock, SplitLayer
 
@@ -77,7 +78,12 @@ class LeanLoop:
         def attention_of(i: int, layer: SplitLayer) -> LeanPiece | None:
             if layer.attention_module is None or layer.attention in known:
                 return known.get(layer.attention)
-            return _scaled(Attention(layer, i, hidden, config, self.ropes), layer.attention)
+            try:
+                with trying():
+                    piece: LeanPiece = Attention(layer, i, hidden, config, self.ropes)
+            except NotLean:
+                piece = OwnAttention(layer, i, hidden, config, rotary)
+            return _scaled(piece, layer.attention)
 
         def ffn_of(layer: SplitLayer) -> LeanPiece | None:
             if layer.ffn_module is None or layer.ffn in known:

@@ -27,6 +27,18 @@ _TRIED = 24  # positions
 Pairs = tuple[slice, slice]
 
 
+def rope_options(rotary: Any, layer_type: str | None) -> dict[str, Any]:
+    """What a rotary module is to be given beside the positions.
+
+    Raises:
+        NotLean: its table depends on the length.
+    """
+    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {layer_type: rotary.rope_type}
+    if any(k not in _KNOWN for k in kinds.values()):
+        raise NotLean(f"rope of type {rotary.rope_type}")
+    return {"layer_type": layer_type} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
+
+
 class Ropes:
     """Those of all layers, one for each kind."""
 
@@ -76,11 +88,7 @@ class Rope:
         self.pairs: Pairs = (slice(0, 0), slice(0, 0))
         if rotary is None:
             return
-        kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {layer_type: rotary.rope_type}
-        if any(k not in _KNOWN for k in kinds.values()):
-            raise NotLean(f"rope of type {rotary.rope_type}")
-        if "layer_type" in inspect.signature(rotary.forward).parameters:
-            self._options = {"layer_type": layer_type}
+        self._options = rope_options(rotary, layer_type)
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if apply is None:
             raise NotLean("no function that turns q and k")
