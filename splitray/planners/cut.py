@@ -8,7 +8,7 @@ import numpy as np
 from splitray.arrays import Bools, Floats, Ints
 from splitray.errors import PlacementError
 from splitray.placement import Placement
-from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
+from splitray.planners.layer_times import LayerTimes, embedding_bytes, layer_bytes, layer_times, table_bytes
 from splitray.planners.memory import first_fit, model_bytes, no_room, shortfall
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import clouds, layers_on, own_edge
@@ -126,8 +126,8 @@ def _room(state: ClusterState, a: int, e: int, h: Ints) -> tuple[Floats, Floats,
 
     And whether the ends fit where no layer is. `e` holds the embedding, `h` [D] the head.
     """
-    memory, table = np.array([d.memory_bytes for d in state.topology.devices]), table_bytes(state)
-    head = np.where((h == e) & state.arch.tied_embeddings, 0, table)
+    memory, table = np.array([d.memory_bytes for d in state.topology.devices]), embedding_bytes(state)
+    head = np.where((h == e) & state.arch.tied_embeddings, 0, table_bytes(state))
     every = np.arange(len(memory))
     first = memory[a] - table * (e == a) - head * (h == a)
     second = memory - table * (every == e) - head * (h == every)

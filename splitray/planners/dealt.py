@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.layer_times import layer_bytes, table_bytes
+from splitray.planners.layer_times import embedding_bytes, layer_bytes, table_bytes
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, no_room
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import layers_on, served_first
@@ -48,7 +48,7 @@ class RoundRobin:
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no device has room for a piece."""
         arch, ids, room = state.arch, list(state.topology.ids), _Room(state)
-        embedding = room.take([state.topology.origin], table_bytes(state), "the embedding")
+        embedding = room.take([state.topology.origin], embedding_bytes(state), "the embedding")
         turn = 0
 
         def next_one(num_bytes: float, piece: str) -> DeviceId:
@@ -76,6 +76,6 @@ class Greedy:
         """See `Planner`; fails where no device has room for a layer."""
         order, room = served_first(state), _Room(state)
         first = [state.pinned_embedding] if state.pinned_embedding else order
-        embedding = room.take(first, table_bytes(state), "the embedding")
+        embedding = room.take(first, embedding_bytes(state), "the embedding")
         layers = [room.take(order, layer_bytes(state), "a layer") for _ in range(state.arch.num_layers)]
         return layers_on(layers, embedding, room.head(layers[-1], embedding), state)

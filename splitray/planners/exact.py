@@ -35,6 +35,7 @@ from splitray.planners.protocol import EQUAL, ClusterState, Freedom, Planner, eq
 from splitray.planners.shares import TensorParallel
 from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route
+from splitray.validity import fitted
 
 _GUIDED = 3  # searches along the bound's own path
 _TRIED = 10  # holdings of each kind that the beam may use
@@ -122,8 +123,9 @@ class _SpaceSearch:
     def offer(self, placements: Iterable[Placement]) -> None:
         """Keep the quickest, and of equally quick ones the one that costs the edge less energy."""
         edge = [d.tier == "edge" for d in self.state.topology.devices]
-        for placement in placements:
-            if placement in self._known:
+        for proposed in placements:
+            placement = fitted(proposed, self.state.arch)
+            if placement in self._known or (placement is not proposed and not _fits(placement, self.state)):
                 continue
             step = self._cost.decode(placement, context_tokens=max(1, self.state.context_tokens))
             joule = float(step.energy_j(self.state.topology)[0, edge].sum())
@@ -244,7 +246,7 @@ def simple(space: Space, state: ClusterState | None = None, also: Sequence[Plann
     state = replace(state or space.state, current=None)
     for planner in kinds:
         try:
-            placement = planner.propose(state)
+            placement = fitted(planner.propose(state), state.arch)
         except InputError:
             continue
         if _fits(placement, state):

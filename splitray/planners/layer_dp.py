@@ -14,7 +14,7 @@ import numpy as np
 
 from splitray.arrays import Floats, Ints
 from splitray.placement import Placement
-from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
+from splitray.planners.layer_times import LayerTimes, embedding_bytes, layer_bytes, layer_times, table_bytes
 from splitray.planners.memory import fastest_first, model_bytes, no_room
 from splitray.planners.protocol import EQUAL, ClusterState
 from splitray.planners.whole import layers_on
@@ -72,10 +72,10 @@ class Chain:
 
 def caps(state: ClusterState, used: Sequence[int], embedding: int, head: int) -> Ints | None:
     """How many layers fit on each of some devices beside the ends, [n]; None where an end does not fit."""
-    table, devices = table_bytes(state), state.topology.devices
+    devices = state.topology.devices
     left = {d: devices[d].memory_bytes for d in {*used, embedding, head}}
-    left[embedding] -= table
-    left[head] -= 0 if state.arch.tied_embeddings and embedding == head else table
+    left[embedding] -= embedding_bytes(state)
+    left[head] -= 0 if state.arch.tied_embeddings and embedding == head else table_bytes(state)
     if min(left[embedding], left[head]) < 0:
         return None
     many = state.arch.num_layers

@@ -104,5 +104,10 @@ def layer_bytes(state: ClusterState) -> int:
 
 
 def table_bytes(state: ClusterState) -> int:
-    """The embedding, or the head."""
+    """The head."""
     return state.arch.vocab * vocab_row_bytes(state.arch)
+
+
+def embedding_bytes(state: ClusterState) -> int:
+    """The embedding, with the tables that some models keep beside it."""
+    return table_bytes(state) + state.arch.weight_bytes(state.arch.embedding_params)

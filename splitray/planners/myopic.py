@@ -19,7 +19,7 @@ import numpy as np
 from splitray.arrays import Floats, Ints
 from splitray.cost import Rates
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.layer_times import table_bytes, work_alone_s
+from splitray.planners.layer_times import embedding_bytes, table_bytes, work_alone_s
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
@@ -142,7 +142,7 @@ def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int
     for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.lexsort((head_s, apart))]:
         embedding = head if pins[0] is None else pins[0]
         need = np.zeros(len(ids))
-        need[embedding] += table
+        need[embedding] += embedding_bytes(state)
         need[head] += 0 if state.arch.tied_embeddings and embedding == head else table
         if (need <= left).all():
             left -= need

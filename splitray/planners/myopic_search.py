@@ -27,6 +27,7 @@ from splitray.planners.shares import TensorParallel
 from splitray.planners.thrift import thrifty_s
 from splitray.planners.whole import BestDevice
 from splitray.route import compile_route
+from splitray.validity import fitted
 
 _SHARED = 3  # devices that share sub-blocks
 _STARTS, _CHANGES = 2, 30
@@ -58,15 +59,17 @@ def _quickest(state: ClusterState) -> Placement:
     prices = Prices(per_edge_joule=equal_s_per_joule(space.topology))
     chosen = Additive(space, prices).best()
     if _is_far_chain(space, chosen):
-        return space.placement(chosen.path, chosen.embedding)
+        chain = space.placement(chosen.path, chosen.embedding)
+        if fitted(chain, state.arch) == chain:
+            return chain
     starts = list(_simple(state)) or list(_simple(state, (TensorParallel(),)))
     if _fits(space, chosen):
-        starts.append(space.placement(chosen.path, chosen.embedding))
+        starts.append(fitted(space.placement(chosen.path, chosen.embedding), state.arch))
     elif chosen.seconds < MISSING_S / 2:
         rounds = _ROUNDS if starts else _MOST_ROUNDS
         each = (c for _, c, _ in priced(space, chosen, prices, rounds=rounds) if _fits(space, c))
-        starts += [space.placement(c.path, c.embedding) for c in each]
-    found = {placement: thrifty_s(placement, state) for placement in dict.fromkeys(starts)}
+        starts += [fitted(space.placement(c.path, c.embedding), state.arch) for c in each]
+    found = {p: thrifty_s(p, state) for p in dict.fromkeys(starts) if not shortfall(p, state)}
     if not found:
         needs = f"a need of {model_bytes(state):,} bytes, and no start of the search that meets it"
         expected = f"room for {state.arch.name} at the end of the interval"
@@ -77,7 +80,9 @@ def _quickest(state: ClusterState) -> Placement:
             start = Found(tpot_s=found[placement], path=path[0], embedding=path[1])
             better = LocalSearch(space, start).run(_CHANGES, _GAIN)
             improved = space.placement(better.path, better.embedding)
-            found[improved] = thrifty_s(improved, state)
+            executed = fitted(improved, state.arch)
+            if executed is improved or not shortfall(executed, state):
+                found[executed] = thrifty_s(executed, state)
     return min(found, key=lambda each: found[each])
 
 
@@ -106,7 +111,7 @@ def _simple(
     """Other planners' placements that fit and need no missing link."""
     for planner in planners:
         try:
-            placement = planner.propose(state)
+            placement = fitted(planner.propose(state), state.arch)
             compile_route(placement, state.arch, state.topology)
         except InputError:
             continue

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from splitray.errors import InputError, PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.layer_times import layer_times
+from splitray.planners.layer_times import embedding_bytes, layer_times
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.planners.thrift import thrifty_s
@@ -92,7 +92,7 @@ def _in_proportion(state: ClusterState, speeds: Sequence[float], embedding: tupl
         holds_table = device.id in embedding
         head_is_free = holds_table and arch.tied_embeddings
         pinned_head = state.pinned_head == device.id and not head_is_free
-        left = device.memory_bytes - table * (holds_table + pinned_head)
+        left = device.memory_bytes - embedding_bytes(state) * holds_table - table * pinned_head
         if left < 0:
             raise _too_small(state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}")
         head = 0 if head_is_free or state.pinned_head else table

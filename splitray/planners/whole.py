@@ -49,7 +49,9 @@ class BestDevice:
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no single device has room."""
-        return first_fit(quickest_first(state, served_first(state)), lambda d: whole_on(d, state), state)
+        only_origin = state.arch.tokens_everywhere and state.pinned_embedding is not None
+        able = [state.topology.origin] if only_origin else served_first(state)
+        return first_fit(quickest_first(state, able), lambda d: whole_on(d, state), state)
 
 
 def whole_on(device: DeviceId, state: ClusterState) -> Placement:

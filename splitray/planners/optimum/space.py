@@ -97,7 +97,7 @@ class Space:
             positions,
         )
         row = arch.weight_bytes(arch.vocab_row_params)
-        self.table_bytes = float(arch.vocab * row)
+        self.table_bytes = float(arch.vocab * row + arch.weight_bytes(arch.embedding_params))
         whole_head = freedom != "all" or state.pinned_head is not None
         rows = 1 if whole_head else min(arch.vocab, blocks or arch.vocab)
         self._head = self._weights("head", rows, arch.vocab, arch.vocab_row_params, row)
