@@ -14,7 +14,7 @@ from splitray.errors import InputError
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
-from splitray.planners.memory import model_bytes, no_room, shortfall
+from splitray.planners.memory import check, model_bytes, no_room
 from splitray.planners.myopic import Myopic
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.enumerate import Found
@@ -69,7 +69,7 @@ def _quickest(state: ClusterState) -> Placement:
         rounds = _ROUNDS if starts else _MOST_ROUNDS
         each = (c for _, c, _ in priced(space, chosen, prices, rounds=rounds) if _fits(space, c))
         starts += [fitted(space.placement(c.path, c.embedding), state.arch) for c in each]
-    found = {p: thrifty_s(p, state) for p in dict.fromkeys(starts) if not shortfall(p, state)}
+    found = {p: thrifty_s(p, state) for p in dict.fromkeys(starts) if _runs(p, state)}
     if not found:
         needs = f"a need of {model_bytes(state):,} bytes, and no start of the search that meets it"
         expected = f"room for {state.arch.name} at the end of the interval"
@@ -81,7 +81,7 @@ def _quickest(state: ClusterState) -> Placement:
             better = LocalSearch(space, start).run(_CHANGES, _GAIN)
             improved = space.placement(better.path, better.embedding)
             executed = fitted(improved, state.arch)
-            if executed is improved or not shortfall(executed, state):
+            if executed is improved or _runs(executed, state):
                 found[executed] = thrifty_s(executed, state)
     return min(found, key=lambda each: found[each])
 
@@ -112,8 +112,17 @@ def _simple(
     for planner in planners:
         try:
             placement = fitted(planner.propose(state), state.arch)
-            compile_route(placement, state.arch, state.topology)
         except InputError:
             continue
-        if not shortfall(placement, state):
+        if _runs(placement, state):
             yield placement
+
+
+def _runs(placement: Placement, state: ClusterState) -> bool:
+    """Whether a placement is valid, fits into memory and needs no missing link."""
+    try:
+        check(placement, state)
+        compile_route(placement, state.arch, state.topology)
+    except InputError:
+        return False
+    return True
