@@ -30,7 +30,7 @@ class ModelArch:
     `tokens_everywhere`: layers read the tokens, so that every device with a piece of one holds the embedding, too.
     `streams`: residuals that go from layer to layer side by side (Gemma 3n).
     `kv_layers`: for each layer the one whose KV it reads, where some read another's; who holds one holds both.
-    `kv_slots`: caches of keys and values that a layer has, as those with two attentions or an index of keys.
+    `kv_slots`: caches of keys and values that a layer has, as those with two attentions.
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.

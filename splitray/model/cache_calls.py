@@ -21,7 +21,7 @@ def check_cache_calls(probe: Probe) -> None:
     """
     layers, ids = probe.model.config.num_hidden_layers, torch.arange(3, 7)[None]
     windows = sliding_windows(probe.model.config, layers)
-    cache = KvCache(num_layers=2 * layers, windows=windows, capacity=ids.numel(), step=2)  # room for indices, too
+    cache = KvCache(num_layers=layers, windows=windows, capacity=ids.numel())
     cache.begin(0, ids.numel())
     try:
         with torch.inference_mode():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch
 from splitray.model.config import depth_of, setting
@@ -85,10 +85,8 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def kv_slots(config: PretrainedConfig) -> int:
-    """Caches of KV that a layer has: one, or one for each of its attentions, and one more for what indexes its keys."""
-    cached = DynamicCache(config=config).layers
-    indexed = any(hasattr(layer, "update_indexer") for layer in cached)
-    return config.num_hidden_layers // depth_of(config) * (2 if indexed else 1)
+    """Caches of KV that a layer has: one for each of its attentions."""
+    return int(config.num_hidden_layers // depth_of(config))
 
 
 def _unless(total: int, expected: int, layers: int) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import ModelError
@@ -42,13 +43,14 @@ class Passed:
     outputs: dict[Half, Tensor]
 
 
-def tried(arch: ModelArch, probe: Probe, layout: Layouts) -> tuple[ModelArch, Layouts]:
+def tried(arch: ModelArch, probe: Probe, layout: Layouts, model: PreTrainedModel) -> tuple[ModelArch, Layouts]:
     """The counts of a model in the finest pieces that add up in its probe, and its wiring: whole layers if none do.
 
     Args:
         arch: the model's counts in the finest pieces that are thinkable.
         probe: its probe.
         layout: how that is wired.
+        model: the true one on the meta device, whose sizes must allow the pieces.
     """
     if layout.whole:
         return arch, layout
@@ -60,13 +62,28 @@ def tried(arch: ModelArch, probe: Probe, layout: Layouts) -> tuple[ModelArch, La
         pieces = arch.num_kv_heads if half == "attention" else arch.ffn_dim
         # norms over all heads need what other holders know: the self-test, which has some, sees whether it adds up
         untried = half == "attention" and arch.qk_norm_over_heads
-        if pieces > 1 and (untried or _adds_up(probe, there, seen, small, half, source)):
+        if (
+            pieces > 1
+            and _fits(arch, half, layout, model)
+            and (untried or _adds_up(probe, there, seen, small, half, source))
+        ):
             continue
         arch, small = _coarser(arch, half), _coarser(small, half)
         if not _adds_up(probe, there, seen, small, half, source):
             wiring = whole(probe, layout.before, layout.after)
             return replace(_whole(arch), streams=wiring.streams), wiring
     return arch, layout
+
+
+def _fits(arch: ModelArch, half: Half, layout: Layouts, model: PreTrainedModel) -> bool:
+    """Whether the projections of a half have the sizes for so many equal pieces."""
+    alone = _coarser(arch, "ffn" if half == "attention" else "attention")
+    try:
+        for i, layer in enumerate(layers_of(model)):
+            read_cuts(layer, layout.of(i), model.config, alone)
+    except ModelError:
+        return False
+    return True
 
 
 def _adds_up(

@@ -31,12 +31,8 @@ class KvCache:
 
     is_compileable = False
 
-    def __init__(self, *, num_layers: int, windows: tuple[bool, ...], capacity: int, step: int = 1) -> None:
-        """Allocate nothing yet: shapes come with the first write of each layer.
-
-        `step` is how many caches lie from one layer of transformers' to the next: 2 where each has an index beside it.
-        """
-        self.step = step
+    def __init__(self, *, num_layers: int, windows: tuple[bool, ...], capacity: int) -> None:
+        """Allocate nothing yet: shapes come with the first write of each layer."""
         self.capacity = capacity
         self.position = 0
         self.length = 0
@@ -88,18 +84,10 @@ class KvCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write new keys and values [batch, groups, new, head_dim]; return all up to the step's end."""
         batch, groups = key.shape[:2]
-        layer_idx *= self.step
         keys, values = self.slots(layer_idx, batch, groups, (key.shape[3], value.shape[3]), key)
         keys[:, :, self.position : self.length] = key
         values[:, :, self.position : self.length] = value
         return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        """Write new keys of a layer's index [batch, new, dim]; return all up to the step's end."""
-        assert self.step == 2, "a layer with an index has a cache for it"
-        held, _ = self.slots(layer_idx * 2 + 1, keys.shape[0], 1, (keys.shape[2], 1), keys)
-        held[:, 0, self.position : self.length] = keys
-        return held[:, 0, : self.length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions whose keys and values were written before this step."""

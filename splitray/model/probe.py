@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.errors import ModelError, unsplittable
-from splitray.model.config import depth_of, setting
-from splitray.model.layer_kinds import FAILURES, one_of_each, with_short_lengths
+from splitray.model.config import depth_of
+from splitray.model.layer_kinds import FAILURES, layer_kinds, one_of_each, with_short_lengths
 from splitray.model.layout import LayerLayout, Layouts, layer_arguments, observe_layer
+from splitray.model.smaller import smaller
 from splitray.model.surgery import decoder_of
 
 _VOCAB = 64
@@ -60,17 +61,24 @@ def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
     """
     chosen, which = one_of_each(config, _VOCAB)
     small = with_short_lengths(chosen)
-    model = None
+    wanted = _pattern(small)
+    failure: Exception | None = None
+    for candidate in smaller(small):
+        try:
+            probe = Probe(_random(candidate, seed), which)
+            if _pattern(candidate) == wanted:
+                probe.run()
+                return probe
+        except FAILURES as error:
+            failure = error
+    raise unsplittable(f"architecture {config.model_type}", "a small model of the same config", failure)
+
+
+def _random(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model whose every weight matters, so that a wrong sum shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for candidate in (_fewer_heads(small), small):
-            try:
-                model = AutoModelForCausalLM.from_config(candidate, dtype=torch.float32)
-                break
-            except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
-                failure = error
-        if model is None:
-            raise unsplittable(f"architecture {config.model_type}", "a small model of the same config", failure)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "norm" in name.rsplit(".", 2)[-2]:
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -80,7 +88,13 @@ def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
         for name, buffer in model.named_buffers():
             if name in kept and buffer.is_floating_point():
                 buffer.add_(torch.randn_like(buffer) * 0.2)
-    return Probe(model.eval(), which)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _pattern(config: PretrainedConfig) -> list[int]:
+    """Which layers of a config are of one kind: for each layer the first one that is like it."""
+    kinds = layer_kinds(config)
+    return [kinds.index(kind) for kind in kinds]
 
 
 def observe(probe: Probe) -> Layouts:
@@ -205,22 +219,3 @@ def _hooked(handles: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in made:
             handle.remove()
-
-
-def _fewer_heads(config: PretrainedConfig) -> PretrainedConfig:
-    values = copy.deepcopy(config)
-    heads = setting(config, "num_attention_heads")
-    groups = setting(config, "num_key_value_heads") or heads
-    if not isinstance(groups, int) or not isinstance(heads, int) or getattr(config, "_heterogeneity_spec", None):
-        return values
-    fewer = min(groups, 4)
-    if config.hidden_size <= 256 or groups % fewer:
-        return values
-    scale = groups // fewer
-    values.hidden_size = config.hidden_size // scale
-    values.num_attention_heads = heads // scale
-    if getattr(config, "num_key_value_heads", None):
-        values.num_key_value_heads = fewer
-    if getattr(config, "intermediate_size", None):
-        values.intermediate_size = 96
-    return values

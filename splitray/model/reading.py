@@ -94,14 +94,19 @@ def _read_arch(config: PretrainedConfig, dtype: Dtype) -> tuple[ModelArch, Layou
     probe = make_probe(config)
     check_cache_calls(probe)
     layout = true_scales(observe(probe), probe, layers_of(meta))
-    arch, layout = tried(count(meta, layout, dtype), probe, layout)
+    arch, layout = tried(count(meta, layout, dtype), probe, layout, meta)
     arch = replace(arch, tokens_everywhere=reads_tokens(probe))
     return sized(arch, meta, layout), layout
 
 
 def _refuse_mixers(model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Refuse layers that mix positions by something else than attention, by the module's name."""
+    """Refuse layers that mix positions by something else than attention, by the module's name, or that choose keys."""
     what, expected = f"architecture {config.model_type}", "attention in every layer"
+    for name in ("index_topk", "keep_window_size"):
+        most = getattr(config, name, None)
+        if most is not None and (name == "index_topk" or most < config.max_position_embeddings):
+            actual = f"{name}: the {most} best by a score, so that a prompt in chunks gives other tokens"
+            raise unsplittable(what, "attention to all keys, or to those of a window", actual)
     for name, module in model.named_modules():
         if not is_norm(module) and RECURRENT.search(type(module).__name__) and re.search(r"\.\d+\.", name):
             raise unsplittable(what, expected, f"{name} ({type(module).__name__})")

@@ -18,39 +18,22 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto as known
 
+from splitray.model import smaller as sizes
 from splitray.profiling.family_variants import VARIANTS
 
 _LAYERS, _CONTEXT = 4, 1024
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _SIZES = {
-    256: "vocab_size vocab_size_per_layer_input unpadded_vocab_size original_max_position_embeddings",
-    64: "hidden_size d_model n_embd embedding_dim attention_hidden_size word_embed_proj_dim lru_width mamba_d_ssm "
-        "sliding_window sliding_window_size window_size attention_window_size local_attention keep_window_size "
-        "local_attention_window_len index_topk attention_chunk_size floor_scale rel_extent chunk_size "
-        "mamba_chunk_size block_size",
-    96: "intermediate_size ffn_dim dff dim_ff d_inner n_inner ffn_hidden_size intermediate_size_mlp "
-        "dense_intermediate_size prefix_dense_intermediate_size",
-    32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-        "moe_shared_expert_intermediate_size shared_experts_intermediate_size q_lora_rank o_lora_rank state_size "
-        "index_block_size ssm_state_size mamba_d_state router_hidden_size image_size",
-    24: "kv_lora_rank",
-    16: "head_dim d_head dim_head kv_channels swa_head_dim qk_nope_head_dim v_head_dim index_head_dim d_rel "
-        "laurel_rank adapter_rank gated_norm_rank hidden_size_per_layer_input linear_key_head_dim "
-        "linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim mamba_headdim time_step_rank "
-        "mamba_dt_rank global_head_dim hc_lowrank patch_size",
-    8: "num_attention_heads n_head n_heads num_heads attention_heads qk_rope_head_dim rotary_dim mamba_n_heads "
-       "mamba_num_heads swa_num_attention_heads linear_num_heads linear_num_value_heads index_topk_blocks",
-    6: "num_experts n_routed_experts num_local_experts moe_num_experts",
-    4: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads index_n_heads "
-       "zero_expert_num",
-    2: "num_experts_per_tok moe_k moe_topk num_experts_per_token top_k_experts sliding_window_pattern n_groups "
-       "mamba_n_groups mamba_ngroups num_kv_shared_layers global_attn_every_n_layers o_groups n_group num_expert_group "
-       "moe_top_k attn_layer_period num_layers_per_stack n_layers_per_attn_res_block",
-    1: "first_k_dense_replace num_dense_layers topk_group moe_layer_start_index attn_layer_offset "
-       "n_shared_experts num_shared_experts moe_num_shared_experts",
+    256: "original_max_position_embeddings",
+    64: "sliding_window sliding_window_size window_size attention_window_size local_attention keep_window_size "
+        "local_attention_window_len index_topk attention_chunk_size floor_scale",
+    2: "sliding_window_pattern num_kv_shared_layers global_attn_every_n_layers attn_layer_period num_layers_per_stack "
+       "n_layers_per_attn_res_block",
+    1: "first_k_dense_replace num_dense_layers moe_layer_start_index attn_layer_offset",
     _CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length",
 }  # fmt: skip
-SMALL = {name: size for size, names in _SIZES.items() for name in names.split()} | dict.fromkeys(_DEPTHS, _LAYERS)
+_LENGTHS = {name: size for size, names in _SIZES.items() for name in names.split()}
+SMALL = {**sizes.SMALL, **_LENGTHS, **dict.fromkeys(_DEPTHS, _LAYERS)}
 """The most that a number of a config may be."""
 
 _GRANITE = {"residual_multiplier": 0.4, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2}

@@ -28,9 +28,6 @@ _GROWING = (18, 8)
 """Tokens of a prompt and behind it: past the borders while the devices generate among themselves."""
 _TOLERANCE = 2e-4  # of the largest logit: float32 sums in another order, some layers deep
 _LONG_PIECES = (37, 20, 1, 1, 1)
-_PROBES = 4
-_CHOOSERS = ("index_topk", "index_topk_blocks")
-"""Settings of models that attend to some of their keys, chosen by a score: these are looked at more than once."""
 _passed: dict[str, bool] = {}
 
 
@@ -104,26 +101,18 @@ def _steady(config: PretrainedConfig) -> PreTrainedModel:
     They are read in chunks, and again after a fault. Where a rope changes with the length, the pieces are what counts.
 
     Raises:
-        ModelError: they do not, as some do that choose among keys: two nearly as good change places by rounding alone.
+        ModelError: they do not.
     """
-    kept = getattr(config, "keep_window_size", None)
-    if kept is not None and kept < config.max_position_embeddings:  # scores that overflow are equal, whatever the seed
-        actual = f"the {kept} best by a score, of which equal ones change places"
-        raise unsplittable(f"architecture {config.model_type}", "attention to all keys of a window", actual)
     probe = probe_model(config)
     if length_rule(probe.config).changes:
         return probe
-    for seed in range(_PROBES):
-        each = probe if seed == 0 else probe_model(config, seed=seed)
-        ids = torch.arange(1, 1 + 2 * sum(_LONG_PIECES)).reshape(2, -1) % each.config.vocab_size
-        with torch.inference_mode():
-            apart = _apart(_in_pieces(each, ids, _LONG_PIECES), each(input_ids=ids, use_cache=False).logits)
-        if apart > _TOLERANCE:
-            expected = "the same logits for a prompt at once and in pieces"
-            actual = f"a difference of {apart:.2g} in transformers"
-            raise unsplittable(f"architecture {config.model_type}", expected, actual)
-        if not any(hasattr(config, name) for name in _CHOOSERS):
-            break
+    ids = torch.arange(1, 1 + 2 * sum(_LONG_PIECES)).reshape(2, -1) % probe.config.vocab_size
+    with torch.inference_mode():
+        apart = _apart(_in_pieces(probe, ids, _LONG_PIECES), probe(input_ids=ids, use_cache=False).logits)
+    if apart > _TOLERANCE:
+        expected = "the same logits for a prompt at once and in pieces"
+        actual = f"a difference of {apart:.2g} in transformers"
+        raise unsplittable(f"architecture {config.model_type}", expected, actual)
     return probe
 
 

@@ -62,8 +62,7 @@ class Holding:
         """A session's cache, made if there is none."""
         if session not in self.caches:
             windows = self.windows or (False,) * self.num_layers
-            step = self.num_layers // len(windows)
-            self.caches[session] = KvCache(num_layers=self.num_layers, windows=windows, capacity=capacity, step=step)
+            self.caches[session] = KvCache(num_layers=self.num_layers, windows=windows, capacity=capacity)
         return self.caches[session]
 
     def groups(self, layer: int) -> tuple[Range, ...]:
