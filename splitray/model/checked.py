@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from splitray.errors import ModelError, unsplittable
 from splitray.model.config import depth_of, text_part, whole_config
-from splitray.model.folder import NOT_QUANTISED, check_folder
-from splitray.model.reading import read_config, understood
+from splitray.model.folder import INDEX, NOT_QUANTISED, ONE_FILE, check_folder, indexed
+from splitray.model.reading import NOT_UNDERSTOOD, read_config, understood
 from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
 
@@ -40,8 +40,8 @@ def check_weights(model: str | Path) -> None:
     checkpoint, whole = Checkpoint(model), whole_config(model)
     _refuse_too_many_layers(checkpoint, text_part(whole))
     config = read_config(model)
+    text = _built(model, config)
     with understood(config):
-        text = meta_model(config, torch.float32)
         names = checkpoint.names
     where = f"weights in {checkpoint.folder}"
     _refuse_numbers(checkpoint, text, names.keys)
@@ -50,7 +50,7 @@ def check_weights(model: str | Path) -> None:
     if other:
         raise ModelError(where, expected="matrices that are used as they are stored", actual=_some(other),
                          remedy="use a version of the model whose tensors have transformers' own form")  # fmt: skip
-    _refuse_missing(where, text, names.shapes)
+    _refuse_missing(checkpoint.folder, text, names.shapes)
     for name, parameter in text.state_dict().items():
         found = names.shapes.get(name)
         if found is not None and found != tuple(parameter.shape):
@@ -58,6 +58,8 @@ def check_weights(model: str | Path) -> None:
             what = f"{name} in {checkpoint.file_of(key) if key else checkpoint.folder}"
             raise ModelError(what, expected=f"shape {list(parameter.shape)} by config.json", actual=list(found),
                              remedy=_REMEDY)  # fmt: skip
+    if (checkpoint.folder / ONE_FILE).is_file() and (checkpoint.folder / INDEX).is_file():
+        logger.warning("%s: %s is read, as transformers does, and not what %s names", where, ONE_FILE, INDEX)
     _refuse_unused(where, text, names.unused, list(names.keys.values()))
     if type(whole) is not type(config):
         logger.warning("%s: read for its text alone: images, sound and their %d tensors are not read", model,
@@ -69,11 +71,29 @@ def _refuse_too_many_layers(checkpoint: Checkpoint, config: PretrainedConfig) ->
     stored = _depth(checkpoint.shapes)
     with understood(config):
         layers = depth_of(config)
-        if stored < layers <= _MOST_TRIED:
-            layers = max(stored, _depth(meta_model(config, torch.float32).state_dict()))
+    if stored < layers <= _MOST_TRIED:
+        layers = max(stored, _depth(_built(checkpoint.folder, config).state_dict()))
     if 0 < stored < layers:
         raise ModelError(f"weights in {checkpoint.folder}", expected=f"the {layers} layers of config.json",
                          actual=f"{stored} layers", remedy=_REMEDY)  # fmt: skip
+
+
+def _built(model: str | Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config, without memory.
+
+    Raises:
+        ModelError: transformers makes none of it: sizes, kinds or names in it are wrong.
+    """
+    with understood(config):
+        try:
+            return meta_model(config, torch.float32)
+        except ImportError:
+            raise  # says nothing about the config
+        except NOT_UNDERSTOOD as error:
+            expected = f"a config of which transformers makes a model of {config.model_type}"
+            actual = f"{type(error).__name__}: {error}"
+            raise ModelError(f"model {model}: config.json", expected=expected, actual=actual,
+                             remedy="correct config.json, or copy the model again") from error  # fmt: skip
 
 
 def _depth(names: Iterable[str]) -> int:
@@ -100,19 +120,21 @@ def _refuse_types(checkpoint: Checkpoint, keys: Sequence[str], unused: Sequence[
                              actual=f"{kind}: quantised or packed weights", remedy=NOT_QUANTISED)  # fmt: skip
 
 
-def _refuse_missing(where: str, text: PreTrainedModel, shapes: object) -> None:
-    assert isinstance(shapes, dict)
+def _refuse_missing(folder: Path, text: PreTrainedModel, shapes: Mapping[str, object]) -> None:
     ignored = [re.compile(p) for p in text._keys_to_ignore_on_load_missing or ()]
     needed = (n for n, _ in text.named_parameters(remove_duplicate=False))
     missing = [n for n in needed if n not in shapes and not any(p.search(n) for p in ignored)]
     if missing:
         head = text.get_output_embeddings()
         heads = {f"{n}.weight" for n, m in text.named_modules() if m is head}
-        remedy = "copy the checkpoint again"
+        remedy = _REMEDY
         if set(missing) <= heads:
             remedy = "the config says that the head is not tied to the embedding: correct tie_word_embeddings in "
             remedy += "config.json if it is, or add the head"
-        raise ModelError(where, expected=f"a tensor {_some(missing)}", actual=f"{len(shapes)} others", remedy=remedy)
+        promised = indexed(folder) if (folder / INDEX).is_file() and not (folder / ONE_FILE).is_file() else {}
+        files = sorted({promised[n] for n in missing if n in promised})
+        what = f"weights {_some(files)} in {folder}" if files else f"weights in {folder}"
+        raise ModelError(what, expected=f"a tensor {_some(missing)}", actual=f"{len(shapes)} others", remedy=remedy)
 
 
 def _refuse_unused(where: str, text: PreTrainedModel, unused: Sequence[str], used: Sequence[str]) -> None:

@@ -33,10 +33,11 @@ def whole_config(model: str | Path) -> PretrainedConfig:
             remedy = "code that comes with a model is not run here: use a model that transformers has built in"
         raise ModelError(f"{what}: model_type", expected=f"one that transformers {transformers_version} has built in",
                          actual=repr(kind), remedy=remedy)  # fmt: skip
+    inner = values.get("text_config")
     for part in (values, *(v for v in values.values() if isinstance(v, dict))):
-        layers = part.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > _MOST_LAYERS:
-            raise ModelError(f"{what}: num_hidden_layers", expected=f"at most {_MOST_LAYERS}", actual=layers,
+        layers, least = part.get("num_hidden_layers"), 1 if part is values or part is inner else 0
+        if isinstance(layers, int) and not least <= layers <= _MOST_LAYERS:
+            raise ModelError(f"{what}: num_hidden_layers", expected=f"{least} to {_MOST_LAYERS}", actual=layers,
                              remedy="correct config.json")  # fmt: skip
     try:
         return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)  # type: ignore[no-any-return]

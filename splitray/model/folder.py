@@ -8,7 +8,7 @@ from typing import Any
 from splitray.errors import ModelError
 from splitray.model.recurrent import refuse_recurrent
 
-_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # how the stand-in of a large file begins
 _SAVE = "save the model with save_pretrained (safetensors)"
 NOT_QUANTISED = "use the model's version that is not quantised (bfloat16 or float32)"
@@ -94,7 +94,7 @@ def check_folder(model: str | Path) -> None:
 def has_weights(model: str | Path) -> bool:
     """Whether a model's folder has safetensors weights, in one file or several."""
     folder = Path(model).expanduser()
-    return (folder / _ONE).is_file() or (folder / _INDEX).is_file() or any(folder.glob("*.safetensors"))
+    return (folder / ONE_FILE).is_file() or (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path, named: str | None = None) -> list[str]:
@@ -108,7 +108,7 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
     if (folder / "adapter_config.json").is_file():
         remedy = "merge the adapter (merge_and_unload) and save the whole model, or move adapter_config.json away"
         raise _refused(folder, "weights without an adapter", "adapter_config.json beside them", remedy)
-    first = [named] if named else [_ONE, _INDEX]
+    first = [named] if named else [ONE_FILE, INDEX]
     found = next((n for n in first if (folder / n).is_file()), None)
     if found is None:
         other = sorted({p.name for kind in ("*.safetensors", *_PICKLED) for p in folder.glob(kind)})
@@ -116,20 +116,18 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
         if any(p.endswith((".bin", ".pt", ".pth", ".ckpt")) for p in other):
             remedy = f"pickled weights are not read: load them with transformers once and {_SAVE}"
         elif sum(p.endswith(".safetensors") for p in other) > 1:
-            remedy = f"add {_INDEX}, which says what is in which file"
+            remedy = f"add {INDEX}, which says what is in which file"
         elif any(p.endswith(".safetensors") for p in other):
-            remedy = f"rename the file to {_ONE}"
+            remedy = f"rename the file to {ONE_FILE}"
         expected = named or "model.safetensors or its index"
         raise ModelError(f"weights in {folder}", expected=expected, actual=other or "none", remedy=remedy)
     _refuse_pointer(folder / found)
     if not found.endswith(".index.json"):
         return [found]
-    try:
-        names = sorted(
-            {str(n) for n in json.loads((folder / found).read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(f"weights {found}", "a JSON weight_map", error) from error
+    names = sorted(set(indexed(folder, found).values()))
+    outside = [n for n in names if Path(n).is_absolute() or ".." in Path(n).parts]
+    if outside or not names:
+        raise _damaged(f"weights {found}", "names of files in its folder", outside[0] if outside else "none")
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         found_too = f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -137,6 +135,19 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
     for name in names:
         _refuse_pointer(folder / name)
     return names
+
+
+def indexed(folder: Path, index: str = INDEX) -> dict[str, str]:
+    """The file of each tensor, as an index says.
+
+    Raises:
+        ModelError: it says nothing of the kind.
+    """
+    try:
+        named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        return {str(k): str(n) for k, n in named.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(f"weights {index}", "a JSON weight_map", error) from error
 
 
 def _refuse_pointer(path: Path) -> None:

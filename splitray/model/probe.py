@@ -71,7 +71,9 @@ def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
                 return probe
         except FAILURES as error:
             failure = error
-    raise unsplittable(f"architecture {config.model_type}", "a small model of the same config", failure)
+    said = "none" if failure is None else f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+    expected = f"a config of {config.model_type} by which transformers runs a small model"
+    raise ModelError("config.json", expected=expected, actual=said, remedy="correct it, or use another model")
 
 
 def _random(config: PretrainedConfig, seed: int) -> PreTrainedModel:

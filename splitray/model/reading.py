@@ -27,7 +27,7 @@ from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
 from splitray.model.token_ids import check_token_ids
 
-_NOT_UNDERSTOOD = (AttributeError, LookupError, TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError,
+NOT_UNDERSTOOD = (AttributeError, LookupError, TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError,
                    ImportError, MemoryError)  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def understood(config: PretrainedConfig) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except _NOT_UNDERSTOOD as error:
+    except NOT_UNDERSTOOD as error:
         expected = "a decoder of attention and FFN layers as they are known here"
         said = f"{type(error).__name__}: {error}"
         raise unsplittable(f"architecture {config.model_type}", expected, said) from error

@@ -79,10 +79,8 @@ def read_tokenizer(model: str | Path) -> Any:
         return None  # transformers makes an empty one for some families
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except ImportError as error:  # of a package that few need
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: its tokenizer cannot be used: %s", model, " ".join(str(error).split()))
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     check_tokenizer(model, tokenizer, text_part(whole_config(folder)).vocab_size)
     return tokenizer

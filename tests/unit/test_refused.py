@@ -69,7 +69,6 @@ except ValueError as error:
     [
         ("bamba", r"layers\.0\.mamba \(BambaMixer\): get_conv_state"),
         ("zaya", r"qkv_proj \(ZayaCCAProjection\): get_conv_state"),
-        ("deepseek_v4", r"compressor \(DeepseekV4HCACompressor\): layers"),
         ("hrm_text", "one call of each, got 12 calls"),
     ],
 )
