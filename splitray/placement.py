@@ -1,8 +1,8 @@
-"""Which device holds which piece: a frozen total map, and its form in YAML. Knows no cost or wire."""
+"""Which device holds which piece: a frozen total map, its checks and its YAML form. Knows no cost or wire."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import PlacementError, did_you_mean
-from splitray.topology import DeviceId
+from splitray.topology import DeviceId, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,63 @@ class Placement:
         return Placement.from_document(document)
 
 
+def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
+    """Check that the placement covers the model once, names known devices, and fits their memory.
+
+    Raises:
+        PlacementError: says which piece, what was expected, what came and what to do.
+    """
+    if len(placement.layers) != arch.num_layers:
+        raise PlacementError(
+            "layers",
+            expected=f"{arch.num_layers} of {arch.name}",
+            actual=len(placement.layers),
+            remedy="give one entry a layer",
+        )
+    for device in placement.devices:
+        if device not in topology.ids:
+            raise PlacementError(
+                "placement",
+                expected=f"devices among {list(topology.ids)}",
+                actual=device,
+                remedy="correct the device's name or add it to the topology",
+            )
+    if not placement.embedding or len(set(placement.embedding)) != len(placement.embedding):
+        raise PlacementError(
+            "embedding",
+            expected="at least one device, each once",
+            actual=list(placement.embedding),
+            remedy="name each holder of the embedding once",
+        )
+    i = 0
+    for layer, count in placement.runs():
+        _covered(layer.attention, arch.num_kv_heads, f"layer {i} attention", "head groups")
+        _covered(layer.ffn, arch.ffn_dim, f"layer {i} ffn", "experts" if arch.num_experts else "columns")
+        if arch.parallel_block:
+            _one_sub_block(layer, arch, i)
+        i += count
+    _covered(placement.head, arch.vocab, "head", "vocabulary rows")
+    if placement.head.is_replicated(arch.vocab):
+        raise PlacementError(
+            "head",
+            expected="one holder or disjoint rows",
+            actual="a full copy on several devices",
+            remedy="give each device its own vocabulary rows",
+        )
+    _within_limits(placement, arch)
+    if topology.origin_holds != "none":
+        _pinned(placement, topology)
+    for device, needed in weight_bytes(placement, arch).items():
+        available = topology.device(device).memory_bytes
+        if needed > available:
+            raise PlacementError(
+                f"memory of {device}",
+                expected=f"at most {available:,.0f} bytes of weights",
+                actual=f"{needed:,.0f} bytes",
+                remedy="move pieces to another device",
+            )
+
+
 def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
     """Weight bytes a device holds, norms and biases left out; a tied table is shared where rows coincide."""
     params = dict.fromkeys(placement.devices, 0)
@@ -174,6 +231,97 @@ def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
         if not (arch.tied_embeddings and device in placement.embedding):
             params[device] += placement.head.count(device) * arch.vocab_row_params
     return {d: arch.weight_bytes(n) for d, n in params.items()}
+
+
+def _covered(shares: Shares, total: int, where: str, unit: str) -> None:
+    for device, ranges in shares.by_device:
+        for r in ranges:
+            if not 0 <= r.start < r.stop <= total:
+                raise PlacementError(
+                    f"{where} on {device}",
+                    expected=f"ranges within [0, {total}) {unit}",
+                    actual=f"[{r.start}, {r.stop})",
+                    remedy="correct the range",
+                )
+    if shares.is_replicated(total):
+        return
+    taken = sorted((r, d) for d, ranges in shares.by_device for r in ranges)
+    end, holder = 0, DeviceId("")
+    for r, device in taken:
+        if r.start < end:
+            raise PlacementError(
+                where,
+                expected=f"each of {total} {unit} on one device, or all of them on each",
+                actual=f"[{r.start}, {min(end, r.stop)}) on {holder} and on {device}",
+                remedy="make the ranges disjoint, or replicate the whole sub-block",
+            )
+        if r.start > end:
+            break
+        end, holder = r.stop, device
+    if end != total:
+        gap = next((r.start for r, _ in taken if r.start > end), total)
+        raise PlacementError(
+            where,
+            expected=f"all {total} {unit} placed",
+            actual=f"[{end}, {gap}) on no device",
+            remedy="add the missing range to a device",
+        )
+
+
+def _one_sub_block(layer: LayerPlacement, arch: ModelArch, index: int) -> None:
+    attention, ffn = layer.attention.is_replicated(arch.num_kv_heads), layer.ffn.is_replicated(arch.ffn_dim)
+    same = set(layer.attention.devices) == set(layer.ffn.devices)
+    if (attention or ffn) and not (attention and ffn and same):
+        raise PlacementError(
+            f"layer {index}",
+            expected=f"attention and FFN replicated together, on the same devices ({arch.name} "
+            "computes both from one input)",
+            actual="one of them replicated, or on other devices",
+            remedy="replicate both on the same devices, or partition both",
+        )
+
+
+def _pinned(placement: Placement, topology: Topology) -> None:
+    held = {"embedding": placement.embedding}
+    if topology.origin_holds == "embedding_and_head":
+        held["head"] = placement.head.devices
+    for piece, devices in held.items():
+        if devices != (topology.origin,):
+            raise PlacementError(
+                piece,
+                expected=f"on the origin {topology.origin} (origin_holds: {topology.origin_holds})",
+                actual=list(devices),
+                remedy="place it there, or set origin_holds: none",
+            )
+
+
+def _within_limits(placement: Placement, arch: ModelArch) -> None:
+    for i, layer in enumerate(placement.layers):
+        if arch.whole_layers and set(layer.attention.devices) != set(layer.ffn.devices):
+            _refuse(f"layer {i}", f"attention and FFN on the same devices ({arch.name} is cut between layers only)",
+                    f"{_named(layer.attention)} and {_named(layer.ffn)}")  # fmt: skip
+        owner = arch.kv_layers[i] if arch.kv_layers else i
+        if layer.attention != placement.layers[owner].attention:
+            _refuse(f"layer {i} attention", f"as in layer {owner}, whose keys and values it reads",
+                    f"{_named(layer.attention)} and not {_named(placement.layers[owner].attention)}")  # fmt: skip
+    named = [*holders(placement.layers), *placement.head.devices]
+    missing = [d for d in dict.fromkeys(named) if d not in placement.embedding]
+    if arch.tokens_everywhere and missing:
+        _refuse("embedding", f"on every device ({arch.name} embeds tokens for each layer)",
+                f"not on {', '.join(missing)}")  # fmt: skip
+
+
+def holders(layers: Sequence[LayerPlacement]) -> list[DeviceId]:
+    """The devices that hold a piece of a layer, in order of first mention."""
+    return list(dict.fromkeys(d for x in layers for d in (*x.attention.devices, *x.ffn.devices)))
+
+
+def _named(shares: Shares) -> str:
+    return ", ".join(f"{[list(r) for r in ranges]} on {d}" for d, ranges in shares.by_device)
+
+
+def _refuse(what: str, expected: str, actual: str) -> None:
+    raise PlacementError(what, expected=expected, actual=actual, remedy="place it there, or let a planner place it")
 
 
 def _keys(entry: Any, keys: tuple[str, ...], where: str) -> None:

@@ -43,7 +43,7 @@ def _check(what: str, value: Any, config: PretrainedConfig, name: str) -> None:
     if not beyond:
         return
     expected = f"ids in [0, {config.vocab_size}), the vocabulary of config.json"
-    if value == getattr(type(config), name, None):
+    if value == getattr(type(config)(), name, None):
         logger.warning("%s: expected %s, got the default of %s, %s; no token is that one", what, expected,
                        config.model_type, value)  # fmt: skip
         return

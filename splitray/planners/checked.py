@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from splitray.errors import InputError, PlacementError, PlannerError
+from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners.memory import check
 from splitray.planners.protocol import ClusterState, Freedom, Learner, Planner
-from splitray.validity import fitted
 
 
 @dataclass(frozen=True, slots=True)

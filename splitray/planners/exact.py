@@ -18,6 +18,7 @@ import numpy as np
 
 from splitray.cost import CostModel
 from splitray.errors import InputError, PlacementError
+from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
@@ -35,7 +36,6 @@ from splitray.planners.protocol import EQUAL, ClusterState, Freedom, Planner, eq
 from splitray.planners.shares import TensorParallel
 from splitray.planners.whole import BestDevice, whole_on
 from splitray.route import compile_route
-from splitray.validity import fitted
 
 _GUIDED = 3  # searches along the bound's own path
 _TRIED = 10  # holdings of each kind that the beam may use

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 
 from splitray.arch import ModelArch
 from splitray.errors import PlacementError
-from splitray.placement import Placement, weight_bytes
+from splitray.placement import Placement, validate, weight_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.topology import Device, DeviceId
-from splitray.validity import validate
 
 
 def no_room(expected: str, actual: str, remedy: str) -> PlacementError:

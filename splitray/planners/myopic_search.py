@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from splitray.errors import InputError
+from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
@@ -27,7 +28,6 @@ from splitray.planners.shares import TensorParallel
 from splitray.planners.thrift import thrifty_s
 from splitray.planners.whole import BestDevice
 from splitray.route import compile_route
-from splitray.validity import fitted
 
 _SHARED = 3  # devices that share sub-blocks
 _STARTS, _CHANGES = 2, 30

@@ -8,6 +8,7 @@ from splitray.arch import ModelArch
 from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.cost import CostModel, Prediction
+from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
@@ -16,7 +17,6 @@ from splitray.planners.protocol import ClusterState
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.route import compile_route
 from splitray.topology import Topology
-from splitray.validity import fitted
 
 BOUND_OVER = "every placement of heads, columns, rows and copies that the engine can execute"
 PART = "no bound: the search looked at some of the devices, or shared sub-blocks among some of them, only"

@@ -19,7 +19,7 @@ from splitray.model.folder import check_folder, has_weights
 from splitray.model.layout import Layouts
 from splitray.model.reading import read_arch, read_config
 from splitray.model.token_ids import check_tokenizer
-from splitray.placement import Placement
+from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.memory import check
@@ -32,7 +32,6 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
-from splitray.validity import validate
 
 logger = logging.getLogger(__name__)
 

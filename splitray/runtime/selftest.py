@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import DeviceLost, ModelError, unsplittable
+from splitray.fitted import fitted
 from splitray.model.layer_kinds import FAILURES
 from splitray.model.layout import Layouts
 from splitray.model.lengths import check_generation, length_rule
@@ -20,7 +21,6 @@ from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
-from splitray.validity import fitted
 
 _PIECES = (12, 5, 1, 1, 1, 1, 1, 1, 1)
 """Tokens of each forward: past the windows at once, past the borders of ropes one by one."""

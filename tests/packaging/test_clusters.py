@@ -15,10 +15,9 @@ import pytest
 import yaml
 
 from splitray.arch import ModelArch
-from splitray.placement import Placement
+from splitray.placement import Placement, validate
 from splitray.route import compile_route
 from splitray.topology import Topology
-from splitray.validity import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "clusters"

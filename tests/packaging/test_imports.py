@@ -26,7 +26,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("catalog",),
         ("topology",),
         ("placement",),
-        ("validity",),
+        ("fitted",),
         ("route", "migration", "profile"),
         ("queues", "quality"),
         ("cost",),
@@ -110,7 +110,7 @@ COMMAND_LINE = ("commands", "local_ray")
 # Found by name when they are asked for, as they stand higher: the learned policy, and the fleet of Ray actors.
 BY_NAME = (("planners", "splitray.rl.policy_planner"), ("runtime", "actors.fleet"))
 WITHOUT_TORCH = (
-    "errors", "arch", "topology", "placement", "validity", "codecs", "channel", "route", "quality.accuracy", "papers",
+    "errors", "arch", "topology", "placement", "fitted", "codecs", "channel", "route", "quality.accuracy", "papers",
     "planners", "text",
 )  # fmt: skip
 WITH_RAY = ("actors", "serve_apps", "rllib_configs", "splitray.rl")

@@ -17,6 +17,7 @@ from splitray.catalog import architecture
 from splitray.cost import CostModel, Load, Rates, exchange, load_of, prompt_s, step_cost, work_s
 from splitray.errors import ModelError, TopologyError
 from splitray.migration import diff
+from splitray.placement import validate
 from splitray.planners import ClusterState
 from splitray.planners.drift_plus_penalty import DriftPlusPenalty
 from splitray.planners.memory import needed_bytes
@@ -24,7 +25,6 @@ from splitray.planners.protocol import RequestShape
 from splitray.rl.grid.choice import CLOUD, COPIED, EDGE, SPLIT, Choice
 from splitray.rl.grid.grid import Grid
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
-from splitray.validity import validate
 
 TOY = ModelArch(
     name="toy", num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16, hidden_dim=64, ffn_dim=256, vocab=500,

@@ -9,13 +9,12 @@ import pytest
 from rich.console import Console
 
 from splitray.arch import ModelArch
-from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.placement import LayerPlacement, Placement, Shares, validate
 from splitray.profiling.named_placements import uneven_placement
 from splitray.report.export import as_svg, as_text
 from splitray.report.picture import BLOCK_CELLS, cells, placement_picture, rows
 from splitray.report.quantities import bytes_text, seconds_text, share_text
 from splitray.topology import DeviceId, Topology
-from splitray.validity import validate
 
 EDGE, CLOUD = DeviceId("edge0"), DeviceId("cloud0")
 

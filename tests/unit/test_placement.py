@@ -11,9 +11,8 @@ import yaml
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import PlacementError
-from splitray.placement import Placement, Shares, weight_bytes
+from splitray.placement import Placement, Shares, validate, weight_bytes
 from splitray.topology import Device, DeviceId, Topology
-from splitray.validity import validate
 
 EDGE_A, EDGE_B, CLOUD_A = DeviceId("edge_a"), DeviceId("edge_b"), DeviceId("cloud_a")
 ARCH = ModelArch(

@@ -10,12 +10,11 @@ import pytest
 
 from splitray.arch import ModelArch
 from splitray.errors import InputError, PlacementError
-from splitray.placement import LayerPlacement, Placement, Shares, weight_bytes
+from splitray.placement import LayerPlacement, Placement, Shares, validate, weight_bytes
 from splitray.planners import PLANNER_USAGES, CheckedPlanner, ClusterState, make_planner
 from splitray.planners.memory import model_bytes, needed_bytes
 from splitray.route import compile_route
 from splitray.topology import Device, DeviceId, Link, Topology
-from splitray.validity import validate
 
 EDGE_A, EDGE_B, CLOUD_A, CLOUD_B = map(DeviceId, ("edge_a", "edge_b", "cloud_a", "cloud_b"))
 ARCH = ModelArch(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from splitray.errors import InputError, PlacementError
+from splitray.placement import validate
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.memory import check
 from splitray.planners.protocol import RequestShape
@@ -25,7 +26,6 @@ from splitray.sim.arena import Case, run
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.workload import poisson
 from splitray.topology import Topology
-from splitray.validity import validate
 
 SLOTS = 60
 EDGES = 4

@@ -14,10 +14,9 @@ from exchange_simulation import complaints
 import splitray.route as route_module
 from splitray.arch import ModelArch
 from splitray.errors import TopologyError
-from splitray.placement import LayerPlacement, Placement, Shares
+from splitray.placement import LayerPlacement, Placement, Shares, validate
 from splitray.route import Boundary, Content, Message, compile_route, message_bytes
 from splitray.topology import Device, DeviceId, Link, Topology
-from splitray.validity import validate
 
 A, B, C = DeviceId("A"), DeviceId("B"), DeviceId("C")
 LAYERS = 12

@@ -17,7 +17,7 @@ from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.errors import DeviceLost
 from splitray.model.layout import Layouts
-from splitray.placement import Placement
+from splitray.placement import Placement, validate
 from splitray.route import Route
 from splitray.runtime.engine.epoch import Epoch, Next
 from splitray.runtime.engine.members import Members
@@ -36,7 +36,6 @@ from splitray.runtime.sampling import Sampling
 from splitray.runtime.wire.messages import EndOrder, PaceOrder, StatsOrder
 from splitray.runtime.wire.packing import to_plain
 from splitray.topology import Topology
-from splitray.validity import validate
 
 _STATS_S = 10.0
 

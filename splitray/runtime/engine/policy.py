@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from splitray.arch import ModelArch
 from splitray.errors import DeviceLost, InputError
-from splitray.placement import Placement
+from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.runtime.engine.backoff import Backoff
 from splitray.topology import Topology
-from splitray.validity import validate
 
 Replan = Callable[[Topology, int], Placement]
 """From the devices that are left and the tokens of context to a placement."""

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from splitray.errors import DeviceLost, InputError
-from splitray.placement import Placement
+from splitray.placement import Placement, validate
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept, Next, stage_orders, switch_orders, the_same_weights
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.next_step import SeenState, WantedState
 from splitray.runtime.wire.answers import Staged, Switched
 from splitray.topology import Topology
-from splitray.validity import validate
 
 Sessions = Callable[[Next], list[Kept]]
 """From what is on its way to the sessions whose KV it needs."""
