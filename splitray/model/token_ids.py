@@ -1,5 +1,6 @@
 """Token ids that a model's files name, against the rows of its vocabulary. Knows no weights and no devices."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from transformers import PretrainedConfig
 
 from splitray.errors import ModelError
 from splitray.model.folder import json_values, model_folder
+from splitray.model.layer_kinds import FAILURES
 
 logger = logging.getLogger(__name__)
 _NAMED = ("eos_token_id", "bos_token_id", "pad_token_id")
@@ -43,12 +45,18 @@ def _check(what: str, value: Any, config: PretrainedConfig, name: str) -> None:
     if not beyond:
         return
     expected = f"ids in [0, {config.vocab_size}), the vocabulary of config.json"
-    if value == getattr(type(config)(), name, None):
+    if value == _default(type(config), name):
         logger.warning("%s: expected %s, got the default of %s, %s; no token is that one", what, expected,
                        config.model_type, value)  # fmt: skip
         return
     raise ModelError(what, expected=expected, actual=", ".join(map(str, beyond)),
                      remedy="correct it, or use the files that belong to these weights")  # fmt: skip
+
+
+def _default(family: type[PretrainedConfig], name: str) -> Any:
+    with contextlib.suppress(*FAILURES):  # some have no config without values
+        return getattr(family(), name, None)
+    return None
 
 
 def check_tokenizer(model: str | Path, tokenizer: Any, rows: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel, as_channel
@@ -17,6 +17,7 @@ from splitray.model.checked import check_weights
 from splitray.model.config import text_part, whole_config
 from splitray.model.folder import check_folder, has_weights
 from splitray.model.layout import Layouts
+from splitray.model.lengths import check_generation
 from splitray.model.reading import read_arch, read_config
 from splitray.model.token_ids import check_tokenizer
 from splitray.placement import Placement, validate
@@ -63,6 +64,7 @@ def read_model(
     else:
         check_folder(folder)
     config = read_config(folder)
+    check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
     return arch, layout, lean_is_exact(config)
 

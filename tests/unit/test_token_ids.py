@@ -91,13 +91,14 @@ def test_none_is_said_in_several_ways(llama, tmp_path, value):
     read_config(copied(llama, tmp_path, "generation_config.json", eos_token_id=value, pad_token_id=-1))
 
 
-def test_the_default_of_a_family_says_nothing_of_a_model(tmp_path, caplog):
-    """GPT-2's default end is in many configs of small models; transformers runs them."""
-    save_family("gpt2", tmp_path)
+@pytest.mark.parametrize(("family", "default"), [("gpt2", 50256), ("glm4", [151329, 151336, 151338])])
+def test_the_default_of_a_family_says_nothing_of_a_model(tmp_path, caplog, family, default):
+    """They are in many configs of small models; transformers runs those."""
+    save_family(family, tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 50256}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": default}))
     assert read_config(tmp_path).vocab_size == ROWS
-    assert "eos_token_id in config.json" in caplog.text and "50256" in caplog.text
+    assert "eos_token_id in config.json" in caplog.text and str(default) in caplog.text
 
 
 @pytest.mark.parametrize(
