@@ -225,7 +225,7 @@ def _split(folder: str, prompts: list[list[int]], seed: int, fleet: ThreadFleet,
     with launch_engine(model=folder, topology=Topology.uniform(DEVICES), planner=Mixed(seed), runtime="local",
                        fleet=fleet, context=context) as engine:  # fmt: skip
         arch = engine.arch
-        result |= {"layers": arch.num_layers, "groups": arch.num_kv_heads, "units": arch.ffn_dim,
+        result |= {"layers": arch.num_layers, "grain": arch.grain, "groups": arch.num_kv_heads, "units": arch.ffn_dim,
                    "unit": "experts" if arch.num_experts else "columns", "parallel": arch.parallel_block,
                    "placement": engine.placement.to_document(),
                    "lean": all(s["lean"] for s in engine.stats().values() if s["weight_bytes"])}  # fmt: skip

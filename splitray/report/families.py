@@ -47,7 +47,7 @@ def families_table(console: Console, document: dict[str, Any]) -> None:
     shown = [(n, r) for n, r in rows if not several or r["outcome"] != "exact"]
     table = columns_table(("family", "outcome", "grain", "lean", "why"), named=5)
     for name, result in shown:
-        table.add_row(name, result["outcome"], grain(result), _lean(result), result.get("why", ""))
+        table.add_row(name, result["outcome"], result.get("grain", ""), _lean(result), result.get("why", ""))
     console.print(table)
     console.print(", ".join(f"{n} {outcome}" for outcome, n in document["counts"].items()))
 
@@ -66,7 +66,7 @@ def families_page(document: Mapping[str, Any]) -> str:
     for part, title in (("wrappers", "Wrappers, read for their text"), ("variants", "Other wirings of some families")):
         if document[part]:
             parts.append(f"\n## {title}\n\n| model | outcome | grain | lean | why |\n|---|---|---|---|---|\n")
-            parts += [f"| `{n}` | {r['outcome']} | {grain(r)} | {_lean(r)} | {_cell(r.get('why', ''))} |\n"
+            parts += [f"| `{n}` | {r['outcome']} | {r.get('grain', '')} | {_lean(r)} | {_cell(r.get('why', ''))} |\n"
                       for n, r in document[part].items()]  # fmt: skip
     return "".join(parts)
 
@@ -76,7 +76,7 @@ def _lines(outcome: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Itera
         yield "| family | model | grain | lean | prompts |\n|---|---|---|---|---|\n"
         for name, r in rows:
             prompts = ", ".join(str(n) for n in r["prompts"])
-            yield f"| `{name}` | `{r['class']}` | {grain(r)} | {_lean(r)} | {prompts} |\n"
+            yield f"| `{name}` | `{r['class']}` | {r.get('grain', '')} | {_lean(r)} | {prompts} |\n"
     else:
         yield "| family | model | why | after | devices |\n|---|---|---|---|---|\n"
         for name, r in rows:
@@ -84,18 +84,6 @@ def _lines(outcome: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Itera
                 f"{r['after_s']:.1f} s | {'started' if r['started'] else 'not started'}" if "after_s" in r else " | "
             )
             yield f"| `{name}` | `{r.get('class', '')}` | {_cell(r.get('why', ''))} | {after} |\n"
-
-
-def grain(result: Mapping[str, Any]) -> str:
-    """The pieces of a layer: how many groups by how many FFN units; nothing where it did not come so far."""
-    if "groups" not in result:
-        return ""
-    groups, units = result["groups"], result["units"]
-    if groups == units == 1:
-        return "whole layers"
-    attention = f"{groups} groups" if groups > 1 else "attention whole"
-    ffn = f"{units} {result['unit']}" if units > 1 else "FFN whole"
-    return f"{attention}, {ffn}"
 
 
 def _lean(result: Mapping[str, Any]) -> str:

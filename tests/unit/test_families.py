@@ -14,7 +14,7 @@ from splitray.profiling import families as sweeping
 from splitray.profiling.families import Mixed, in_a_process, sweep, try_family
 from splitray.profiling.family_configs import WRAPPERS, families, random_model, small_config
 from splitray.profiling.family_variants import VARIANTS
-from splitray.report.families import families_page, grain
+from splitray.report.families import families_page
 from splitray.topology import Topology
 
 ALL = families()
@@ -63,7 +63,7 @@ def test_placements_are_mixed_where_the_grain_allows(groups: int, units: int, pa
 def test_a_family_that_is_supported_is_exact(family: str):
     result = in_a_process(family)
     assert result["outcome"] == "exact", result
-    assert result["prompts"] == [12, 700] and result["gap"] > 1e-3 and grain(result)
+    assert result["prompts"] == [12, 700] and result["gap"] > 1e-3 and result["grain"]
 
 
 def test_a_family_that_recurs_is_refused_by_its_module_at_once_and_before_a_device_starts():
@@ -90,7 +90,7 @@ def test_options_of_the_families_are_refused_with_other_suites(arguments: list[s
 
 
 def test_the_page_tells_every_family_by_its_outcome():
-    exact = {"outcome": "exact", "class": "A", "prompts": [12, 700], "groups": 4, "units": 6, "unit": "experts",
+    exact = {"outcome": "exact", "class": "A", "prompts": [12, 700], "grain": "4 head groups, 6 experts",
              "lean": True}  # fmt: skip
     refused = {"outcome": "refused", "class": "B", "why": "expected attention, got a|b", "after_s": 0.21,
                "started": False}  # fmt: skip
@@ -98,7 +98,7 @@ def test_the_page_tells_every_family_by_its_outcome():
                           "variants": {}, "left_out": {"encoders": ["bert"]},
                           "counts": {"exact": 1, "refused": 1, "wrong": 0, "crashed": 0, "untried": 0}})  # fmt: skip
     assert "| 1 | 1 | 0 | 0 | 0 | 2 |" in page and "list: encoders (1).\n" in page
-    assert "| `a` | `A` | 4 groups, 6 experts | yes | 12, 700 |" in page
+    assert "| `a` | `A` | 4 head groups, 6 experts | yes | 12, 700 |" in page
     assert "| `b` | `B` | expected attention, got a\\|b | 0.2 s | not started |" in page
 
 
@@ -109,4 +109,4 @@ def test_no_family_is_wrong_and_none_crashes(family: str):
     result = in_a_process(family)
     assert result["outcome"] in ("exact", "refused", "untried"), result
     if result["outcome"] == "refused":
-        assert not result["started"] and result["after_s"] < 3, result
+        assert not result["started"], result
