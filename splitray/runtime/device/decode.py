@@ -132,8 +132,13 @@ class DecodeLoop:
         if position < anew:
             return self._advance(tokens_BT, position)
         known = None if tokens_BT is None else self.prompt_BT
-        self.cache.written, self.overwriting = 0, True  # a fault halfway leaves KV of two kinds
-        logits = self._read(known, 0, position + 1, self._length(position + 1))
+        written, self.cache.written = self.cache.written, 0
+        self.overwriting = True  # a fault halfway leaves KV of two kinds
+        try:
+            logits = self._read(known, 0, position + 1, self._length(position + 1))
+        except StopRun:  # it comes in the place of the first frame: nothing is overwritten yet
+            self.cache.written, self.overwriting = written, False
+            raise
         self.cache.written, self.overwriting = position + 1, False
         return logits
 
