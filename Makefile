@@ -10,7 +10,7 @@ WORKERS ?= 2
 TOGETHER := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone"
 ALONE := $(BIN)/python -m pytest -m alone
 
-.PHONY: help demo test test-all test-rest install lint type format hooks bench
+.PHONY: help demo test test-all test-rest test-rest-together install lint type format hooks bench
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
@@ -33,9 +33,11 @@ test-all: install lint type  ## lint, types and every test
 	@$(TOGETHER)
 	@$(ALONE)
 
-test-rest: install  ## what `make test` leaves out of `make test-all`
-	@$(TOGETHER) --part rest
+test-rest: test-rest-together  ## what `make test` leaves out of `make test-all`
 	@$(ALONE) --part rest
+
+test-rest-together: install
+	@$(TOGETHER) --part rest
 
 lint: install  ## ruff
 	@$(BIN)/ruff check .
