@@ -13,7 +13,7 @@ from splitray.arch import ModelArch
 from splitray.model.config import depth_of, setting
 from splitray.model.layout import Layouts
 from splitray.model.slicing import features, is_experts, plan_of, read_cuts
-from splitray.model.surgery import decoder_of
+from splitray.model.surgery import layers_of
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -41,7 +41,7 @@ def count(model: PreTrainedModel, layout: Layouts, dtype: Dtype = "float32") -> 
         whole_layers=layout.whole,
         streams=layout.streams,
         kv_layers=_kv_layers(config),
-        kv_slots=kv_slots(config),
+        kv_slots=_kv_slots(config),
         dtype=dtype,
         **ffn,
     )
@@ -78,13 +78,7 @@ def sized(arch: ModelArch, model: PreTrainedModel, layout: Layouts) -> ModelArch
     )
 
 
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers."""
-    decoder, name = decoder_of(model, depth_of(model.config))
-    return getattr(decoder, name)  # type: ignore[no-any-return]
-
-
-def kv_slots(config: PretrainedConfig) -> int:
+def _kv_slots(config: PretrainedConfig) -> int:
     """Caches of KV that a layer has: one for each of its attentions."""
     return int(config.num_hidden_layers // depth_of(config))
 
@@ -116,9 +110,7 @@ def _kv_layers(config: PretrainedConfig) -> tuple[int, ...]:
 
 def _ffn_counts(layers: nn.ModuleList, layout: Layouts, config: PretrainedConfig) -> dict[str, Any]:
     """Experts, or the columns of the first layer; one unit where the plan does not say what they are."""
-    named = (
-        getattr(config, n, None) for n in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    )
+    named = (getattr(config, name, None) for name in _EXPERT_COUNTS)
     for experts in (n for n in named if isinstance(n, int) and n > 1):
         for path, module in layers.named_modules():
             if is_experts(path, module, experts):

@@ -18,15 +18,15 @@ from transformers import PreTrainedModel
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import ModelError
-from splitray.model.counts import count, layers_of
+from splitray.model.counts import count
 from splitray.model.layer_kinds import FAILURES
-from splitray.model.layout import LayerLayout, Layouts, layer_arguments
+from splitray.model.layout import LayerLayout, Layouts, hooked, layer_arguments
 from splitray.model.pieces import read_attention, read_ffn
 from splitray.model.probe import Probe, whole
 from splitray.model.slice_reader import SliceReader
 from splitray.model.slicing import read_cuts
 from splitray.model.state_dict_source import StateDictSource
-from splitray.model.surgery import meta_model
+from splitray.model.surgery import layers_of, meta_model
 
 Half = Literal["attention", "ffn"]
 HALVES: tuple[Half, Half] = ("attention", "ffn")
@@ -187,11 +187,8 @@ def _watching(layers: nn.ModuleList, layouts: Sequence[LayerLayout], found: list
         for half, first, last in ends:
             entered = getattr(layer, first).register_forward_pre_hook(entering(seen, half), with_kwargs=True)
             handles += [entered, getattr(layer, last).register_forward_hook(leaving(seen, half))]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

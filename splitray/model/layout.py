@@ -7,7 +7,7 @@ Knows nothing of devices.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -200,10 +200,18 @@ def _watching(layer: nn.Module, calls: list[_Call], whole: list[_Call]) -> Itera
 
     handles = [m.register_forward_hook(watch(n, calls), with_kwargs=True) for n, m in layer.named_children()]
     handles.append(layer.register_forward_hook(watch("layer", whole), with_kwargs=True))
+    with hooked(handles):
+        yield
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks of modules behind a block, however it ends."""
+    made = list(handles)
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in made:
             handle.remove()
 
 

@@ -7,8 +7,6 @@ the same model. Reads no weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from splitray.errors import ModelError, unsplittable
 from splitray.model.config import depth_of
 from splitray.model.layer_kinds import FAILURES, layer_kinds, one_of_each, with_short_lengths
-from splitray.model.layout import LayerLayout, Layouts, layer_arguments, observe_layer
+from splitray.model.layout import LayerLayout, Layouts, hooked, layer_arguments, observe_layer
 from splitray.model.smaller import smaller
-from splitray.model.surgery import decoder_of
+from splitray.model.surgery import decoder_of, layers_of
 
 _VOCAB = 64
 
@@ -36,8 +34,7 @@ class Probe:
     @property
     def layers(self) -> nn.ModuleList:
         """Of the model's decoder."""
-        decoder, name = decoder_of(self.model, depth_of(self.model.config))
-        return getattr(decoder, name)  # type: ignore[no-any-return]
+        return layers_of(self.model)
 
     def run(self, *, first: int = 3, use_cache: bool = False) -> object:
         """One forward over two short sequences, the first of them padded on the left."""
@@ -48,12 +45,12 @@ class Probe:
             return self.model(input_ids=ids, attention_mask=mask, use_cache=use_cache)
 
 
-def probe_model(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+def probe_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a probe: random, float32, deterministic, small where that is allowed."""
-    return make_probe(config, seed=seed).model
+    return make_probe(config).model
 
 
-def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
+def make_probe(config: PretrainedConfig) -> Probe:
     """Choose the layers and draw the weights.
 
     Raises:
@@ -65,7 +62,7 @@ def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
     failure: Exception | None = None
     for candidate in smaller(small):
         try:
-            probe = Probe(_random(candidate, seed), which)
+            probe = Probe(_random(candidate), which)
             if _pattern(candidate) == wanted:
                 probe.run()
                 return probe
@@ -76,10 +73,10 @@ def make_probe(config: PretrainedConfig, *, seed: int = 0) -> Probe:
     raise ModelError("config.json", expected=expected, actual=said, remedy="correct it, or use another model")
 
 
-def _random(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+def _random(config: PretrainedConfig) -> PreTrainedModel:
     """A model whose every weight matters, so that a wrong sum shows."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "norm" in name.rsplit(".", 2)[-2]:
@@ -145,7 +142,7 @@ def whole(probe: Probe, before: tuple[str, ...], after: tuple[str, ...]) -> Layo
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         outs.append((args[0] if args else kwargs["hidden_states"], out))
 
-    with _hooked(layer.register_forward_hook(hook, with_kwargs=True) for layer in probe.layers):
+    with hooked(layer.register_forward_hook(hook, with_kwargs=True) for layer in probe.layers):
         probe.run()
     for x, out in outs:
         first = out[0] if isinstance(out, tuple | list) else out
@@ -175,7 +172,7 @@ def _given(probe: Probe, first: int) -> list[object]:
         given = dict(zip(names, args[1:], strict=False)) | kwargs
         found.append({n: copy.copy(v) for n, v in given.items() if n != "hidden_states"})
 
-    with _hooked(layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in probe.layers):
+    with hooked(layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in probe.layers):
         probe.run(first=first)
     return found
 
@@ -208,16 +205,6 @@ def _around(probe: Probe) -> tuple[tuple[str, ...], tuple[str, ...]]:
         probe.layers[0].register_forward_pre_hook(lambda *_: begun.append(True)),
         *(m.register_forward_pre_hook(called(n)) for n, child in children.items() for m in child.modules()),
     )
-    with _hooked(handles):
+    with hooked(handles):
         probe.run()
     return tuple(n for n in children if n not in late), tuple(n for n in children if n in late)
-
-
-@contextmanager
-def _hooked(handles: Iterable[Any]) -> Iterator[None]:
-    made = list(handles)
-    try:
-        yield
-    finally:
-        for handle in made:
-            handle.remove()

@@ -17,14 +17,14 @@ from splitray.arch import ModelArch
 from splitray.errors import InputError, ModelError, unsplittable
 from splitray.model.cache_calls import check_cache_calls
 from splitray.model.config import text_part, whole_config
-from splitray.model.counts import Dtype, count, layers_of, sized
+from splitray.model.counts import Dtype, count, sized
 from splitray.model.folder import has_weights
 from splitray.model.grain import tried
 from splitray.model.layout import Layouts, is_norm
 from splitray.model.probe import make_probe, observe, reads_tokens, true_scales
 from splitray.model.recurrent import RECURRENT
 from splitray.model.source import Checkpoint
-from splitray.model.surgery import meta_model
+from splitray.model.surgery import layers_of, meta_model
 from splitray.model.token_ids import check_token_ids
 
 NOT_UNDERSTOOD = (AttributeError, LookupError, TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError,

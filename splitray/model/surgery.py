@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
+from splitray.model.absent import Skip, absent
+from splitray.model.config import depth_of
 from splitray.model.layout import Layouts, is_norm, layer_arguments
 from splitray.model.lean.loop import LeanLoop
 from splitray.model.lean.not_lean import NotLean
@@ -53,27 +55,6 @@ class ShardSpec:
     vocab_rows: tuple[Range, ...]
 
 
-class Zeros(nn.Module):
-    """Stands for an embedding that this device does not hold; its sum is never used."""
-
-    def __init__(self, hidden_dim: int, dtype: torch.dtype) -> None:
-        """Return [1, 1, hidden_dim] zeros to every call."""
-        super().__init__()
-        self.register_buffer("zero", torch.zeros(1, 1, hidden_dim, dtype=dtype), persistent=False)
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        """Zeros that broadcast over batch and positions."""
-        return self.zero  # type: ignore[return-value]
-
-
-class Skip(nn.Module):
-    """Stands for a head that this device does not hold."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """No logits at all: [batch, positions, 0]."""
-        return hidden_states[..., :0]
-
-
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a config without memory, its computed buffers (rotary tables) made for real."""
     with torch.device("meta"):
@@ -104,6 +85,12 @@ def decoder_of(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]
     lists = [f"{len(m)} in {n}" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and ".0." not in n]
     expected, actual = f"one list of its {num_layers} layers", ", ".join(lists) or "none"
     raise unsplittable(f"architecture {model.config.model_type}", expected, actual)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers."""
+    decoder, name = decoder_of(model, depth_of(model.config))
+    return getattr(decoder, name)  # type: ignore[no-any-return]
 
 
 class Shard:
@@ -249,7 +236,7 @@ class Shard:
             elif child is self.embedding:
                 self.embedding.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
             else:
-                setattr(decoder, name, _absent(child, hidden, self.dtype))
+                setattr(decoder, name, absent(child, hidden, self.dtype))
         self._head()
 
     def _head(self) -> None:
@@ -365,13 +352,6 @@ class Shard:
                 k_features=arch.num_kv_heads * arch.head_dim,
             )
         return _first_of(attention)
-
-
-def _absent(child: nn.Module, hidden: int, dtype: torch.dtype) -> nn.Module:
-    """Stands for a part of the ends that this device does not hold: what comes out of it is never used."""
-    if isinstance(child, nn.ModuleList):
-        return nn.ModuleList(_absent(c, hidden, dtype) for c in child)
-    return Zeros(hidden, dtype) if isinstance(child, nn.Embedding) else nn.Identity()
 
 
 def _first_of(module: nn.Module) -> Callable[..., Tensor]:

@@ -27,9 +27,9 @@ from splitray.errors import TopologyError
 from splitray.placement import Placement
 from splitray.planners.exact import simple, too_small
 from splitray.planners.memory import shortfall
-from splitray.planners.optimum.additive import Additive, Chosen, Prices
+from splitray.planners.optimum.additive import Additive, Prices
 from splitray.planners.optimum.scarce import priced
-from splitray.planners.optimum.space import MISSING_S, Space
+from splitray.planners.optimum.space import Space
 from splitray.planners.pay_back import moving_s
 from splitray.planners.protocol import ClusterState, equal_s_per_joule
 from splitray.route import compile_route
@@ -51,7 +51,7 @@ class DriftPlusPenalty:
         """See `Planner`; fails where nothing fits into memory."""
         space, prices = Space(Space.part(state)), self.prices(state)
         chosen = Additive(space, prices, state.request).best()
-        fitting = [chosen] if _fits(space, chosen) else []
+        fitting = [chosen] if chosen.fits(space) else []
         if fitting and not space.rates.shares_memory:
             # No slower than one device or one cut: those chains are in the program, which prices them truly.
             best = space.placement(chosen.path, chosen.embedding)
@@ -61,7 +61,7 @@ class DriftPlusPenalty:
                 best = min((best, *alone), key=lambda placement: cost_of(placement, state, prices))
             return self._paid_for(best, state, prices)
         if not fitting:
-            fitting = [each for _, each, _ in priced(space, chosen, prices, state.request) if _fits(space, each)]
+            fitting = [each for _, each, _ in priced(space, chosen, prices, state.request) if each.fits(space)]
         candidates = [*dict.fromkeys(space.placement(c.path, c.embedding) for c in fitting), *simple(space, state)]
         if not candidates:
             raise too_small(space)
@@ -97,10 +97,6 @@ class DriftPlusPenalty:
             per_edge_joule=per_second * equal_s_per_joule(state.topology),
             per_loss=self.v + q.accuracy_debt,
         )
-
-
-def _fits(space: Space, chosen: Chosen) -> bool:
-    return bool((chosen.held_bytes <= space.memory_bytes).all()) and chosen.seconds < MISSING_S / 2
 
 
 def cost_of(placement: Placement, state: ClusterState, prices: Prices) -> float:

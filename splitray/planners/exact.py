@@ -17,12 +17,12 @@ from math import comb, prod
 import numpy as np
 
 from splitray.cost import CostModel
-from splitray.errors import InputError, PlacementError
+from splitray.errors import PlacementError
 from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
-from splitray.planners.memory import check, model_bytes, no_room
+from splitray.planners.memory import model_bytes, no_room
 from splitray.planners.myopic import Myopic
 from splitray.planners.myopic_search import MyopicSearch
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
@@ -31,11 +31,11 @@ from splitray.planners.optimum.enumerate import Found, Step, by_counts
 from splitray.planners.optimum.improve import LocalSearch
 from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.search import beam
-from splitray.planners.optimum.space import MISSING_S, Kind, Space
+from splitray.planners.optimum.space import Kind, Space
+from splitray.planners.proposals import proposals, runs
 from splitray.planners.protocol import EQUAL, ClusterState, Freedom, Planner, equal_s_per_joule
 from splitray.planners.shares import TensorParallel
 from splitray.planners.whole import BestDevice, whole_on
-from splitray.route import compile_route
 
 _GUIDED = 3  # searches along the bound's own path
 _TRIED = 10  # holdings of each kind that the beam may use
@@ -125,7 +125,7 @@ class _SpaceSearch:
         edge = [d.tier == "edge" for d in self.state.topology.devices]
         for proposed in placements:
             placement = fitted(proposed, self.state.arch)
-            if placement in self._known or (placement is not proposed and not _fits(placement, self.state)):
+            if placement in self._known or (placement is not proposed and not runs(placement, self.state)):
                 continue
             step = self._cost.decode(placement, context_tokens=max(1, self.state.context_tokens))
             joule = float(step.energy_j(self.state.topology)[0, edge].sum())
@@ -143,7 +143,7 @@ class _SpaceSearch:
         state = self.state
         if self.space.freedom == "one_device":
             whole = [whole_on(d, state) for d in state.topology.ids]
-            self.offer(p for p in whole if _fits(p, self.state))
+            self.offer(p for p in whole if runs(p, self.state))
             return self.best[0] if self.best is not None else np.inf
         found = by_counts(self.space)
         self._offer(found)
@@ -244,28 +244,12 @@ def simple(space: Space, state: ClusterState | None = None, also: Sequence[Plann
     if space.freedom == "all" and not space.coarse:
         kinds += [TensorParallel(), *also]
     state = replace(state or space.state, current=None)
-    for planner in kinds:
-        try:
-            placement = fitted(planner.propose(state), state.arch)
-        except InputError:
-            continue
-        if _fits(placement, state):
-            yield placement
-
-
-def _fits(placement: Placement, state: ClusterState) -> bool:
-    """Whether it fits into memory and every link that it needs is there."""
-    try:
-        check(placement, state)
-        compile_route(placement, state.arch, state.topology)
-    except InputError:
-        return False
-    return True
+    return proposals(kinds, state)
 
 
 def _true(space: Space, chosen: Chosen) -> Found | None:
     """The path with its true clocks, None where it does not fit or needs a missing link."""
-    if (chosen.held_bytes > space.memory_bytes).any() or chosen.seconds > MISSING_S / 2:
+    if not chosen.fits(space):
         return None
     seconds = space.seconds(chosen.path, chosen.embedding)
     return Found(tpot_s=seconds, path=chosen.path, embedding=chosen.embedding)

@@ -6,16 +6,14 @@ start; one device, one cut, contiguous layers and the additive program over all 
 on from the quickest of them by the true clocks (optimum/improve.py).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from splitray.errors import InputError
 from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
 from splitray.planners.layer_dp import LayerDp
-from splitray.planners.memory import check, model_bytes, no_room
+from splitray.planners.memory import model_bytes, no_room
 from splitray.planners.myopic import Myopic
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.enumerate import Found
@@ -23,11 +21,11 @@ from splitray.planners.optimum.improve import LocalSearch
 from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.space import MISSING_S, Space
 from splitray.planners.pay_back import keep_or_move
-from splitray.planners.protocol import ClusterState, Freedom, Planner, equal_s_per_joule
+from splitray.planners.proposals import proposals, runs
+from splitray.planners.protocol import ClusterState, Freedom, equal_s_per_joule
 from splitray.planners.shares import TensorParallel
 from splitray.planners.thrift import thrifty_s
 from splitray.planners.whole import BestDevice
-from splitray.route import compile_route
 
 _SHARED = 3  # devices that share sub-blocks
 _STARTS, _CHANGES = 2, 30
@@ -62,14 +60,15 @@ def _quickest(state: ClusterState) -> Placement:
         chain = space.placement(chosen.path, chosen.embedding)
         if fitted(chain, state.arch) == chain:
             return chain
-    starts = list(_simple(state)) or list(_simple(state, (TensorParallel(),)))
-    if _fits(space, chosen):
+    simple = (BestDevice(), BestCut(), LayerDp(), Myopic())
+    starts = list(proposals(simple, state)) or list(proposals((TensorParallel(),), state))
+    if chosen.fits(space):
         starts.append(fitted(space.placement(chosen.path, chosen.embedding), state.arch))
     elif chosen.seconds < MISSING_S / 2:
         rounds = _ROUNDS if starts else _MOST_ROUNDS
-        each = (c for _, c, _ in priced(space, chosen, prices, rounds=rounds) if _fits(space, c))
+        each = (c for _, c, _ in priced(space, chosen, prices, rounds=rounds) if c.fits(space))
         starts += [fitted(space.placement(c.path, c.embedding), state.arch) for c in each]
-    found = {p: thrifty_s(p, state) for p in dict.fromkeys(starts) if _runs(p, state)}
+    found = {p: thrifty_s(p, state) for p in dict.fromkeys(starts) if runs(p, state)}
     if not found:
         needs = f"a need of {model_bytes(state):,} bytes, and no start of the search that meets it"
         expected = f"room for {state.arch.name} at the end of the interval"
@@ -81,13 +80,9 @@ def _quickest(state: ClusterState) -> Placement:
             better = LocalSearch(space, start).run(_CHANGES, _GAIN)
             improved = space.placement(better.path, better.embedding)
             executed = fitted(improved, state.arch)
-            if executed is improved or _runs(executed, state):
+            if executed is improved or runs(executed, state):
                 found[executed] = thrifty_s(executed, state)
     return min(found, key=lambda each: found[each])
-
-
-def _fits(space: Space, chosen: Chosen) -> bool:
-    return bool((chosen.held_bytes <= space.memory_bytes).all()) and chosen.seconds < MISSING_S / 2
 
 
 def _is_far_chain(space: Space, chosen: Chosen) -> bool:
@@ -96,33 +91,10 @@ def _is_far_chain(space: Space, chosen: Chosen) -> bool:
     Such a chain is priced truly by the additive program, whose choice among chains is the best if memory has no price.
     """
     holdings = [space.holdings[h] for h in {h for h, _ in chosen.path}]
-    if not _fits(space, chosen) or any(len(h.devices) > 1 for h in (*holdings, space.tables[chosen.embedding])):
+    if not chosen.fits(space) or any(len(h.devices) > 1 for h in (*holdings, space.tables[chosen.embedding])):
         return False
     used = sorted({h.devices[0] for h in holdings})
     longest = max(float((p.count * p.piece_s)[used].max()) for k in set(space.kinds) for p in space.pieces(k))
     linked = space.rates.link_bytes_per_s[0] > 0
     hop_s = (space.rates.latency_s[0] + space.rates.exchange_s[0])[linked]
     return bool((hop_s > longest).all())
-
-
-def _simple(
-    state: ClusterState, planners: tuple[Planner, ...] = (BestDevice(), BestCut(), LayerDp(), Myopic())
-) -> Iterator[Placement]:
-    """Other planners' placements that fit and need no missing link."""
-    for planner in planners:
-        try:
-            placement = fitted(planner.propose(state), state.arch)
-        except InputError:
-            continue
-        if _runs(placement, state):
-            yield placement
-
-
-def _runs(placement: Placement, state: ClusterState) -> bool:
-    """Whether a placement is valid, fits into memory and needs no missing link."""
-    try:
-        check(placement, state)
-        compile_route(placement, state.arch, state.topology)
-    except InputError:
-        return False
-    return True

@@ -88,7 +88,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "splitray.planners": (
         ("protocol",),
         ("memory",),
-        ("optimum", "checked", "layer_times", "pay_back", "random"),
+        ("optimum", "checked", "layer_times", "pay_back", "proposals", "random"),
         ("outside", "thrift", "whole"),
         ("cut", "dealt", "layer_dp", "myopic", "shares", "ucb"),
         ("myopic_search", "scored"),

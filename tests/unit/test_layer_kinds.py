@@ -81,7 +81,6 @@ def test_a_dense_layer_among_experts_is_exact_wherever_it_is_and_however_wide(de
 
 
 def test_a_wrong_sum_in_a_late_layer_alone_is_seen(monkeypatch):
-    monkeypatch.setattr(selftest, "_passed", {})
     cut = SliceReader.read_cut
 
     def wrong(self, module, cut_, held, total, bias):
@@ -116,7 +115,7 @@ def test_a_model_whose_small_copy_does_not_run_is_refused_and_not_a_crash(monkey
         raise AttributeError("no such cache")
 
     monkeypatch.setattr(probe, "forward", broken)
-    monkeypatch.setattr(selftest, "probe_model", lambda _, **__: probe)
+    monkeypatch.setattr(selftest, "probe_model", lambda _: probe)
     with pytest.raises(ModelError, match="architecture llama: .* AttributeError: no such cache"):
         self_test(family_config("llama"))
 

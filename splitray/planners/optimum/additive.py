@@ -48,6 +48,10 @@ class Chosen:
     embedding: int
     held_bytes: Floats
 
+    def fits(self, space: Space) -> bool:
+        """Whether it needs no more memory than there is, and no missing link."""
+        return bool((self.held_bytes <= space.memory_bytes).all()) and self.seconds < MISSING_S / 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stage:
