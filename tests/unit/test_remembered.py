@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import transformers
 from families import family_config, save_family
 
 from splitray.errors import ModelError, unsplittable
@@ -26,6 +26,7 @@ def tests_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         return bool(int(os.environ["LEAN"]))
 
     monkeypatch.setattr(remembered, "self_test", self_test)
+    monkeypatch.setattr(remembered, "_surroundings", remembered._surroundings.__wrapped__)  # asked anew each time
     monkeypatch.setenv("LEAN", "1")
     monkeypatch.setenv(remembered.VARIABLE, str(tmp_path / "cache"))
     return run
@@ -56,12 +57,10 @@ def test_a_model_that_is_copied_is_the_same_config(tests_run, tmp_path):
 def test_other_code_and_other_libraries_are_tested_again(tests_run, monkeypatch, what):
     lean_is_exact(family_config("llama"))
     if what == "versions":
-        monkeypatch.setattr(transformers, "__version__", "6.0")
+        monkeypatch.setattr(remembered, "transformers", SimpleNamespace(__version__="6.0"))
     else:
         monkeypatch.setattr(remembered, "__file__", __file__)  # the package is another folder
-    remembered._surroundings.cache_clear()
     lean_is_exact(family_config("llama"))
-    remembered._surroundings.cache_clear()
     assert tests_run == ["llama"] * 2
 
 
