@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from serve_apps.api_error import ApiError
 from serve_apps.protocol import ChatMessage, ChatRequest, GenerationRequest
 from splitray.errors import InputError
-from splitray.text import chat_text
+from splitray.text.chat import chat_text
 
 if TYPE_CHECKING:
     from splitray.runtime.sampling import Sampling

@@ -15,7 +15,9 @@ from serve_apps.prompts import chat_prompt, completion_prompts, sampling_for
 from serve_apps.protocol import ChatRequest, CompletionRequest
 from serve_apps.replies import DONE, ChatReply, CompletionReply, FinishReason, Usage, event
 from splitray.errors import InputError
-from splitray.text import TextStream, end_ids, special_ids
+from splitray.text.chat import end_ids
+from splitray.text.stops import special_ids
+from splitray.text.stream import TextStream
 
 if TYPE_CHECKING:
     from splitray.runtime.sampling import Sampling

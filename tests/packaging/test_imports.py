@@ -85,6 +85,10 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("engine",),
         ("controller",),
     ),
+    "splitray.text": (
+        ("chat", "detokenizer", "stops"),
+        ("stream",),
+    ),
     "splitray.planners": (
         ("protocol",),
         ("memory",),

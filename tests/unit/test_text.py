@@ -7,7 +7,9 @@ from fake_engine import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitray.text import Detokenizer, StopStrings, TextStream
+from splitray.text.detokenizer import Detokenizer
+from splitray.text.stops import StopStrings
+from splitray.text.stream import TextStream
 
 TOKENIZER = byte_tokenizer()
 TEXTS = [
