@@ -61,7 +61,9 @@ def make_app(service: TextService) -> FastAPI:
 
 async def _answer(service: TextService, body: CompletionRequest | ChatRequest, request: Request) -> Response:
     try:
-        jobs, reply = service.jobs(body), service.reply(body)
+        # A chat template may take its time; nobody else waits for it.
+        jobs = await asyncio.to_thread(service.jobs, body) if isinstance(body, ChatRequest) else service.jobs(body)
+        reply = service.reply(body)
         pieces = service.pieces(jobs)
         if not body.stream:
             return JSONResponse(await _unless_gone(request, whole(reply, jobs, pieces)))

@@ -16,6 +16,7 @@ from serve_apps.api_error import as_api_error
 from serve_apps.app import make_app
 from serve_apps.engine_queue import EngineQueue, ServedEngine
 from serve_apps.service import TextService
+from splitray.text.template_processes import template_processes
 
 
 class Args(BaseModel):
@@ -38,6 +39,9 @@ class Args(BaseModel):
         default=None, ge=2, description="longest request in tokens, for which room is kept; longer ones are refused"
     )
     start_s: float | None = Field(default=None, gt=0, description="seconds that a device may take to start")
+    trust_request_chat_template: bool = Field(
+        default=False, description="requests may bring a chat_template and chat_template_kwargs"
+    )
     seed: int = Field(default=0, description="seeds the planner, and sampling where a request names no seed")
 
     @model_validator(mode="after")
@@ -61,8 +65,13 @@ class Replica:
 
     def __init__(self, args: Args) -> None:
         """Launch the engine; a launch that fails shows its reason in `serve status`."""
-        queue = EngineQueue(partial(_launch, args))
-        self._service = TextService(queue, model_name=args.model_name or Path(args.model).name, seed=args.seed)
+        template_processes()  # ready by the time that the engine is
+        self._service = TextService(
+            EngineQueue(partial(_launch, args)),
+            model_name=args.model_name or Path(args.model).name,
+            seed=args.seed,
+            trust_request_chat_template=args.trust_request_chat_template,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the routes once the engine is there."""

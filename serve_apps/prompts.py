@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from serve_apps.api_error import ApiError
-from serve_apps.protocol import ChatMessage, ChatRequest, GenerationRequest
+from serve_apps.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from splitray.errors import InputError
 from splitray.text.chat import chat_text
 
@@ -16,31 +16,51 @@ if TYPE_CHECKING:
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
 
 
-def completion_prompts(prompt: Any, tokenizer: Any, *, vocab: int) -> list[list[int]]:
+def completion_prompts(request: CompletionRequest, tokenizer: Any, *, vocab: int) -> list[list[int]]:
     """Token ids of every prompt of a completion request: a string, ids, or a list of either.
 
     Raises:
         ApiError: 400 if the prompt has another shape, is empty, or holds ids outside the vocabulary.
     """
-    prompts = prompt if _is_many(prompt) else [prompt]
-    ids = [_text_ids(p, tokenizer) if isinstance(p, str) else _checked_ids(p, vocab) for p in prompts]
+    prompts = request.prompt if _is_many(request.prompt) else [request.prompt]
+    special = request.add_special_tokens is not False
+    ids = [
+        _text_ids(p, tokenizer, add_special_tokens=special) if isinstance(p, str) else _checked_ids(p, vocab)
+        for p in prompts
+    ]
     if not ids or not all(ids):
         raise ApiError(400, "prompt: expected at least one token, got an empty prompt", param="prompt")
     return ids
 
 
-def chat_prompt(messages: Sequence[ChatMessage], tokenizer: Any) -> list[int]:
-    """Token ids of a dialogue in the model's own chat template, ready for the assistant's turn.
+def chat_prompt(request: ChatRequest, tokenizer: Any, *, trust_request_chat_template: bool = False) -> list[int]:
+    """Token ids of a dialogue in the model's own chat template, or in the request's where that is trusted.
 
     Raises:
-        ApiError: 400 if the model has no template or the template refuses the dialogue.
+        ApiError: 400 if the model has no template, the template refuses the dialogue or leaves out its words, or the
+            request brings what only a trusted one may.
     """
+    for name in ("chat_template", "chat_template_kwargs"):
+        if getattr(request, name) and not trust_request_chat_template:
+            how = "start it with --trust-request-chat-template (serve run: trust_request_chat_template=true)"
+            raise ApiError(400, f"{name}: this server does not take it; {how}", param=name,
+                           code="unsupported_parameter")  # fmt: skip
+    continued = bool(request.continue_final_message)
     try:
-        text = chat_text([_turn(m) for m in messages], tokenizer)
+        text = chat_text(
+            [m.turn for m in request.messages],
+            tokenizer,
+            template=request.chat_template or None,
+            variables=request.chat_template_kwargs,
+            add_generation_prompt=not continued
+            if request.add_generation_prompt is None
+            else request.add_generation_prompt,
+            continue_final_message=continued,
+        )
     except InputError as error:
-        raise ApiError(400, f"messages: {error.actual}; {error.remedy}", param="messages") from error
+        raise ApiError(400, f"{error.what}: {error.actual}; {error.remedy}", param=error.what) from error
     # The template writes the special tokens itself.
-    ids = _text_ids(text, tokenizer, param="messages", add_special_tokens=False)
+    ids = _text_ids(text, tokenizer, param="messages", add_special_tokens=bool(request.add_special_tokens))
     if not ids:
         raise ApiError(400, "messages: expected at least one token, got none", param="messages")
     return ids
@@ -82,13 +102,6 @@ def sampling_for(
         )
     except InputError as error:
         raise ApiError(400, str(error), param=error.what) from error
-
-
-def _turn(message: ChatMessage) -> dict[str, str]:
-    # `developer` is OpenAI's newer word for `system`; chat templates know the old one.
-    role = "system" if message.role == "developer" else message.role
-    name = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": message.text, **name}
 
 
 def _is_many(prompt: Any) -> bool:

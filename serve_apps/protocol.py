@@ -66,6 +66,7 @@ class GenerationRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -123,16 +124,21 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
     @property
-    def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+    def turn(self) -> dict[str, Any]:
+        """What a chat template gets of it; `developer` is OpenAI's newer word for `system`, templates know the old."""
+        role = "system" if self.role == "developer" else self.role
+        return {**self.model_dump(include={"content", "name"}, exclude_none=True), "role": role}
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. What concerns the template is as vLLM has it."""
 
     messages: list[ChatMessage]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def check(self) -> None:
         """Also refuse what a message carries besides text: clients send back nulls, tool calls are not ours.

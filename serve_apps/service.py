@@ -15,7 +15,7 @@ from serve_apps.prompts import chat_prompt, completion_prompts, sampling_for
 from serve_apps.protocol import ChatRequest, CompletionRequest
 from serve_apps.replies import DONE, ChatReply, CompletionReply, FinishReason, Usage, event
 from splitray.errors import InputError
-from splitray.text.chat import end_ids
+from splitray.text.ends import end_ids
 from splitray.text.stops import special_ids
 from splitray.text.stream import TextStream
 
@@ -45,8 +45,13 @@ class Piece:
 class TextService:
     """Serves one model under one name."""
 
-    def __init__(self, queue: EngineQueue, *, model_name: str, seed: int = 0) -> None:
-        """`seed` starts the series of seeds for requests that sample and name none."""
+    def __init__(
+        self, queue: EngineQueue, *, model_name: str, seed: int = 0, trust_request_chat_template: bool = False
+    ) -> None:
+        """`seed` starts the series of seeds for requests that sample and name none.
+
+        `trust_request_chat_template`: a request may bring a chat template, and variables for one.
+        """
         if queue.engine.tokenizer is None:
             raise InputError(
                 "model",
@@ -58,6 +63,7 @@ class TextService:
         self.queue = queue
         self._tokenizer = queue.engine.tokenizer
         self._end_ids = end_ids(queue.engine.model_path, self._tokenizer)
+        self._trust = trust_request_chat_template
         self._seeds = Random(seed)
         # Cleaning up spaces rewrites text that a stream has already sent.
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -73,9 +79,9 @@ class TextService:
         request.check()
         arch = self.queue.engine.arch
         if isinstance(request, ChatRequest):
-            prompts = [chat_prompt(request.messages, self._tokenizer)]
+            prompts = [chat_prompt(request, self._tokenizer, trust_request_chat_template=self._trust)]
         else:
-            prompts = completion_prompts(request.prompt, self._tokenizer, vocab=arch.vocab)
+            prompts = completion_prompts(request, self._tokenizer, vocab=arch.vocab)
         return [
             Job(
                 prompt_ids=ids,

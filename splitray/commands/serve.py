@@ -36,6 +36,10 @@ def serve(
         typer.Option(help="Longest request, for which room is kept; longer ones are refused.", min=2, metavar="N"),
     ] = None,
     start_s: options.StartS = None,
+    trust_request_chat_template: Annotated[
+        bool,
+        typer.Option("--trust-request-chat-template", help="Requests may bring chat_template, chat_template_kwargs."),
+    ] = False,
     seed: options.Seed = 0,
 ) -> None:
     """Run the OpenAI API over a split model on this machine, until Ctrl-C."""
@@ -59,6 +63,7 @@ def serve(
     arguments: dict[str, Any] = {
         "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
         "replan": replan, "runtime": runtime, "seed": seed, "context": context, "start_s": start_s,
+        "trust_request_chat_template": trust_request_chat_template,
     }  # fmt: skip
     with ExitStack() as stack:
         with progress(watcher, "Starting Ray") as tell:

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from splitray.profiling.served_answer import ServedAnswer
-from splitray.text.chat import end_ids
 from splitray.text.detokenizer import Detokenizer
+from splitray.text.ends import end_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from splitray.model.folder import has_weights
 from splitray.model.reading import read_config
 from splitray.runtime.engine.session import check_ids
 from splitray.runtime.launch import model_path, read_tokenizer
-from splitray.text.chat import end_ids
 from splitray.text.detokenizer import Detokenizer
+from splitray.text.ends import end_ids
 
 if TYPE_CHECKING:
     from splitray.runtime.engine.engine import Engine

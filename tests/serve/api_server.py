@@ -51,8 +51,8 @@ class Served:
 
 
 @contextmanager
-def serving(engine: FakeEngine) -> Iterator[Served]:
-    service = TextService(EngineQueue(lambda: engine), model_name="fake", seed=3)
+def serving(engine: FakeEngine, **options: Any) -> Iterator[Served]:
+    service = TextService(EngineQueue(lambda: engine), model_name="fake", seed=3, **options)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(make_app(service), log_level="error", lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

@@ -41,7 +41,7 @@ def test_a_chat_answer_has_the_shape_the_client_parses(served: Served) -> None:
 def test_the_dialogue_goes_through_the_models_chat_template(served: Served) -> None:
     messages: Any = [
         {"role": "developer", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
         {"role": "assistant", "content": "three", "refusal": None, "tool_calls": None},
         {"role": "user", "content": "four", "name": "ann"},
     ]

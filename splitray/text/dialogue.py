@@ -1,0 +1,128 @@
+"""A dialogue as a chat template writes it, with the content of messages in the form that the template reads.
+
+Runs in a process of its own (template_processes.py); knows no tokenizer.
+"""
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+_THOUGHT = "</think>"
+
+
+class LeftOut(ValueError):  # noqa: N818 - a noun: what became of a message
+    """A template that writes a prompt without the words of a message."""
+
+
+def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], str], *, parts_only: bool) -> str:
+    """The prompt, in which the words of every message stand.
+
+    Some templates read content as a string, some as a list of parts, some one way for one role and the other way for
+    another. Messages are given as they came, as transformers does; where the words of one are missing, or its parts
+    are written as the code of a list, that one takes the other form. Where this fails the template is asked with
+    strings only and with parts only.
+
+    Args:
+        messages: content is a string, or a list of parts with their `text`.
+        render: what the template makes of messages; may raise anything.
+        parts_only: begin with parts, whatever came.
+
+    Raises:
+        LeftOut: in no form do all words come through.
+        Exception: what the template raised, on purpose if it did so in any form.
+    """
+    failures: list[Exception] = []
+    as_given = tuple(parts_only or m["content"] != [] and isinstance(m["content"], list) for m in messages)
+    for start in dict.fromkeys((as_given, (False,) * len(messages), (True,) * len(messages))):
+        in_parts = start
+        for _ in range(2):
+            try:
+                text = render([_formed(m, parts) for m, parts in zip(messages, in_parts, strict=True)])
+            except (TimeoutError, MemoryError):
+                raise
+            except Exception as error:  # a boundary: templates are programs of others
+                failures.append(error)
+                break
+            lost = _lost(messages, in_parts, text)
+            if not any(lost):
+                return text
+            first = lost.index(True)
+            failures.append(LeftOut(f"it leaves out the words of messages[{first}] ({messages[first]['role']})"))
+            in_parts = tuple(parts != wrong for parts, wrong in zip(in_parts, lost, strict=True))
+    raise min(failures, key=_importance)
+
+
+def reads_parts_only(template: Any) -> bool:
+    """Whether a template's syntax tree goes through the parts of a content and never asks if it is a string.
+
+    As vLLM finds it out. It spares such a template to go through the characters of a long string.
+    """
+    from jinja2 import nodes
+
+    reads = (nodes.Getattr, nodes.Getitem, nodes.Name)
+    sources = [node for loop in template.find_all(nodes.For) for node in (loop.iter, *loop.iter.find_all(reads))]
+    asks = any(test.name == "string" for test in template.find_all(nodes.Test))
+    return not asks and any(_named(node) == "content" for node in sources)
+
+
+def _named(node: Any) -> object:
+    return getattr(node, "attr", None) or getattr(node, "name", None) or getattr(getattr(node, "arg", 0), "value", None)
+
+
+def _formed(message: Message, in_parts: bool) -> Message:
+    content = message["content"]
+    if in_parts != isinstance(content, list):
+        # transformers' own server joins with a space for a model of text.
+        content = [{"type": "text", "text": content}] if in_parts else " ".join(_texts(message))
+    return message | {"content": content}
+
+
+def _texts(message: Message) -> list[str]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
+
+
+def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str) -> list[bool]:
+    """Which messages' words are not in a prompt, or stand there in the code of a list.
+
+    Spaces may be others, letters large or small, and characters escaped as in JSON or HTML. Of what the assistant said
+    the last line is enough: templates take out what it thought in earlier turns.
+    """
+    squeezed, end, lost = _squeezed(prompt), 0, []
+    code = [before for before in ("'text': ", '"text": ') if before in prompt]
+    for message, parts in zip(messages, in_parts, strict=True):
+        texts = _texts(message)
+        opened = [value[:-1] for t in texts for value in (repr(t), _quoted(t))]  # what follows may be left open
+        as_code = parts and any(c + value in prompt for c in code for value in opened)
+        if message["role"] == "assistant":
+            texts = [line for t in texts for line in t.rpartition(_THOUGHT)[2].strip().splitlines()[-1:]]
+        ends = [_end_of(text, squeezed, end) for text in texts]
+        end = max([end, *ends])
+        lost.append(as_code or -1 in ends)
+    return lost
+
+
+def _end_of(text: str, squeezed: str, last: int) -> int:
+    """Where a text ends in a prompt, or -1; most templates keep the order, so it is sought after the last one first."""
+    words = _squeezed(text)
+    for start in (last, 0):
+        if (at := squeezed.find(words, start)) >= 0:
+            return at + len(words)
+    return 0 if any(_squeezed(way) in squeezed for way in (_quoted(text)[1:-1], html.escape(text))) else -1
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _importance(failure: Exception) -> int:
+    from jinja2 import TemplateError
+
+    # raise_exception() of transformers raises this class itself, faults of a template its subclasses.
+    return 0 if type(failure) is TemplateError else 1 if isinstance(failure, LeftOut) else 2
