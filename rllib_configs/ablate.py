@@ -1,6 +1,5 @@
 """`python -m rllib_configs.ablate --out DIR`: train every ablation with some seeds, and say what each part is worth."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from splitray.evaluate.shared_cloud import mean_and_interval
 from splitray.report.document import Number, Report, Table
 from splitray.report.progress import bar
 from splitray.report.stdout import reader_may_leave
+from splitray.user_file import UserFile
 
 REFERENCE = "fifth"
 _WHOLE = ("splitwise", "splitwise_smoke")  # no ablations
@@ -55,7 +55,7 @@ def compared(out: Path, names: list[str], seeds: int) -> Table:
     for name in names:
         by_cell: dict[str, list[list[float]]] = {}
         for seed in range(seeds):
-            card = json.loads(_card(out, name, seed).read_text(encoding="utf-8"))
+            card = UserFile(_card(out, name, seed), "card", "train it again").json()
             for row in card["results"]["held_out"]:
                 by_cell.setdefault(row["cell"], [[] for _ in range(seeds)])[seed].append(np.log(row["over_program"][0]))
         cells = list(by_cell)

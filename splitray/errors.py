@@ -3,15 +3,19 @@
 import difflib
 from collections.abc import Iterable
 
+_MOST_SAID = 2000  # characters of each part of an error
+
 
 class InputError(ValueError):
     """Bad input: says what was expected, what came and what to do. The CLI exits with code 2 on it."""
 
     def __init__(self, what: str, *, expected: object, actual: object, remedy: str) -> None:
-        self.what, self.expected, self.actual, self.remedy = what, str(expected), str(actual), remedy
+        self.what, self.expected, self.actual, self.remedy = map(_short, (what, expected, actual, remedy))
+        self.where = ""
+        """The key of a document that is wrong, where `what` does not begin with it: devices[0].tier."""
         self.devices: tuple[str, ...] = ()
         """The devices that refused it, where devices did."""
-        super().__init__(f"{what}: expected {expected}, got {actual}; {remedy}")
+        super().__init__(f"{self.what}: expected {self.expected}, got {self.actual}; {self.remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by fields, so that the error crosses process boundaries unchanged."""
@@ -21,6 +25,12 @@ class InputError(ValueError):
 def unwritable(what: str, error: OSError, *, expected: str = "a folder that can be written") -> InputError:
     """The error for a folder (or what else is expected) that a user names and that cannot be written."""
     return InputError(what, expected=expected, actual=error, remedy="give another one")
+
+
+def _short(said: object) -> str:
+    """As it is said, or its beginning: what came may be a file's worth of text."""
+    text = str(said)
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]} ... ({len(text):,} characters)"
 
 
 def _rebuild(cls: type[InputError], what: str, expected: str, actual: str, remedy: str) -> InputError:

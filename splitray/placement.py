@@ -12,6 +12,8 @@ import yaml
 from splitray.arch import ModelArch, Range
 from splitray.errors import PlacementError, did_you_mean
 from splitray.topology import DeviceId, Topology
+from splitray.user_file import UserFile
+from splitray.yaml_document import kind_of, number, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +125,7 @@ class Placement:
         _keys(document, ("layers", "embedding", "head"), "placement")
         layers = document["layers"]
         if not isinstance(layers, list):
-            raise PlacementError(
-                "layers", expected="a list", actual=type(layers).__name__, remedy="give one entry a layer"
-            )
+            raise PlacementError("layers", expected="a list", actual=kind_of(layers), remedy="give one entry a layer")
         parsed = []
         for i, layer in enumerate(layers):
             _keys(layer, ("attention", "ffn"), f"layers[{i}]")
@@ -136,7 +136,7 @@ class Placement:
                 )
             )
         embedding = document["embedding"]
-        if not isinstance(embedding, list) or not embedding:
+        if not isinstance(embedding, list) or not all(isinstance(d, str | int) for d in embedding) or not embedding:
             raise PlacementError(
                 "embedding",
                 expected="a list of devices",
@@ -147,17 +147,15 @@ class Placement:
 
     @staticmethod
     def load(path: str | Path) -> Placement:
-        """Read a placement file (YAML or JSON)."""
-        try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PlacementError(
-                f"placement {path}",
-                expected="a readable YAML file",
-                actual=error,
-                remedy="give the path of a placement file",
-            ) from error
-        return Placement.from_document(document)
+        """Read a placement file (YAML or JSON).
+
+        Raises:
+            PlacementError: the file cannot be read, or is no such document.
+        """
+        remedy = "give a placement file, as clusters/placement-example.yaml"
+        document = read_yaml(UserFile(path, "placement", remedy, PlacementError))
+        with document.located():
+            return Placement.from_document(document.value)
 
 
 def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
@@ -326,7 +324,7 @@ def _refuse(what: str, expected: str, actual: str) -> None:
 
 def _keys(entry: Any, keys: tuple[str, ...], where: str) -> None:
     if not isinstance(entry, dict) or set(entry) != set(keys):
-        actual = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        actual = sorted(map(str, entry)) if isinstance(entry, dict) else kind_of(entry)
         unknown = [k for k in entry if k not in keys] if isinstance(entry, dict) else []
         hint = f"{where}.{unknown[0]} is unknown{did_you_mean(unknown[0], keys)}; " if unknown else ""
         raise PlacementError(
@@ -342,18 +340,25 @@ def _shares(entry: Any, where: str) -> Shares:
         raise PlacementError(
             where,
             expected="a mapping device -> ranges",
-            actual=type(entry).__name__,
+            actual=kind_of(entry),
             remedy="write {device: [[start, stop], ...]}",
         )
+    shares: dict[str, list[tuple[int, int]]] = {}
     for device, ranges in entry.items():
-        whole = isinstance(ranges, list) and all(
-            isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r) and 0 <= r[0] <= r[1] for r in ranges
-        )
-        if not whole:
+        found = [_range(r) for r in ranges] if isinstance(ranges, list) else [None]
+        shares[str(device)] = [r for r in found if r is not None]
+        if None in found:
             raise PlacementError(
                 f"{where}.{device}",
                 expected="a list of [start, stop] with start <= stop",
                 actual=ranges,
                 remedy="write half-open ranges of whole numbers",
             )
-    return Shares.of({str(d): [(r[0], r[1]) for r in ranges] for d, ranges in entry.items()})
+    return Shares.of(shares)
+
+
+def _range(entry: Any) -> tuple[int, int] | None:
+    match [number(end) for end in entry] if isinstance(entry, list) else []:
+        case [int(start), int(stop)] if 0 <= start <= stop:
+            return start, stop
+    return None

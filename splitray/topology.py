@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import permutations
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NewType
 
-import yaml
-
 from splitray.catalog import DEVICES, LINKS, device_values, link_values
 from splitray.errors import TopologyError, did_you_mean
+from splitray.user_file import UserFile
+from splitray.yaml_document import kind_of, number, read_yaml
 
 DeviceId = NewType("DeviceId", str)
 _RATES = ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
 _COSTS = ("idle_w", "active_w", "radio_w", "price_per_s", "launch_s")
 _CORRECT = "correct it, or run `splitray profile`"
 _ADD = "add the missing keys or a `catalog:` name"
-_LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str, str], ...] = (
+_ID = re.compile(r"(?! )[^/\\,\[\]]{1,100}(?<! )")  # it is part of file names, lists and tables
+_TORCH_DEVICE = re.compile(r"[a-z]+(:\d{1,3})?")
+_LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], object], str, str], ...] = (
+    (
+        ("id",),
+        lambda v: _ID.fullmatch(v) and v.isprintable(),
+        "1 to 100 characters on a line, none of / \\ , [ ]",
+        "rename the device",
+    ),
+    (("torch_device",), _TORCH_DEVICE.fullmatch, "a device of torch, such as cpu or cuda:1", "correct the name"),
     (("tier",), lambda v: v in ("edge", "cloud"), "edge or cloud", "set tier to edge or cloud"),
-    (_RATES, lambda v: v > 0, "a number above 0", "give the device's {}"),
+    (_RATES, lambda v: 0 < v < inf, "a number above 0", "give the device's {}"),
     (("compute_efficiency", "memory_efficiency"), lambda v: 0 < v <= 1, "a share of the peak: above 0 to 1", _CORRECT),
-    (_COSTS, lambda v: v >= 0, "0 or more", "give the device's {}"),
+    (_COSTS, lambda v: 0 <= v < inf, "0 or more", "give the device's {}"),
 )
 """What the fields of a device must be: their names, the check, what is expected and what to do."""
 
@@ -82,6 +94,12 @@ class Link:
     exchange_s: float = 0.0
     medium: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 < self.bandwidth_bytes_per_s < inf or not 0 <= self.rtt_s < inf or not 0 <= self.exchange_s < inf:
+            found = f"{self.bandwidth_bytes_per_s}, {self.rtt_s}, {self.exchange_s}"
+            expected = "bandwidth above 0, rtt_s and exchange_s of 0 or more"
+            raise _wrong(f"link {self.source} -> {self.target}", expected, found, "correct the link")
+
     def transfer_s(self, num_bytes: float) -> float:
         """One-way time of a message: half the RTT, the fixed cost, and bytes over rate (docs/equations.md E1.15)."""
         return self.rtt_s / 2 + self.exchange_s + num_bytes / self.bandwidth_bytes_per_s
@@ -104,25 +122,26 @@ class Topology:
         object.__setattr__(self, "ids", ids)
         if not ids:
             raise _wrong("devices", "at least one device", "none", "list a device under `devices:`")
-        twice = sorted({i for i in ids if ids.count(i) > 1})
+        first = {d: i for i, d in reversed(list(enumerate(ids)))}
+        twice = [i for i, d in enumerate(ids) if first[d] < i]
         if twice:
-            raise _wrong("devices", "distinct ids", f"{twice} more than once", "rename one of them")
+            found = f"{sorted({str(ids[i]) for i in twice})} more than once"
+            raise _at(f"devices[{twice[0]}]", _wrong("devices", "distinct ids", found, "rename one of them"))
         self._known(self.origin, "origin")
         if self.origin_holds not in ("none", "embedding", "embedding_and_head"):
             expected = "none, embedding or embedding_and_head"
             raise _wrong("origin_holds", expected, self.origin_holds, "use one of the three")
         pairs: dict[tuple[DeviceId, DeviceId], Link] = {}
-        for link in self.links:
-            self._known(link.source, "link")
-            self._known(link.target, "link")
+        for i, link in enumerate(self.links):
+            where = f"links[{i // 2}]"  # of a file, which gives both ways of a pair at once
             pair = (link.source, link.target)
+            with _under(where):
+                self._known(link.source, "link")
+                self._known(link.target, "link")
             if pair[0] == pair[1] or pair in pairs:
                 found = f"{pair[0]} -> {pair[1]} again" if pair in pairs else f"{pair[0]} to itself"
-                raise _wrong("links", "one link between two different devices", found, "remove it")
-            if not link.bandwidth_bytes_per_s > 0 or not link.rtt_s >= 0 or not link.exchange_s >= 0:
-                found = f"{link.bandwidth_bytes_per_s}, {link.rtt_s}, {link.exchange_s}"
-                expected = "bandwidth above 0, rtt_s and exchange_s of 0 or more"
-                raise _wrong(f"link {pair[0]} -> {pair[1]}", expected, found, "correct the link")
+                wrong = _wrong("links", "one link between two different devices", found, "remove it")
+                raise _at(where, wrong)
             pairs[pair] = link
         object.__setattr__(self, "_by_pair", pairs)
 
@@ -203,59 +222,65 @@ class Topology:
         Raises:
             TopologyError: the file cannot be read, a key is unknown or missing, or a value is out of range.
         """
-        try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            remedy = "give the path of a topology file"
-            raise _wrong(f"topology {path}", "a readable YAML file", error, remedy) from error
-        return parse_topology(document)
+        document = read_yaml(UserFile(path, "topology", "give a topology file, as in clusters/", TopologyError))
+        with document.located():
+            return parse_topology(document.value)
 
 
 _DEVICE_KEYS = tuple(f.name for f in fields(Device))
+_TEXTS = ("id", "tier", "memory_group", "torch_device", "model_path")
+_OPTIONAL = ("catalog", "memory_group", "shared_bandwidth_bytes_per_s", "model_path")
+_TIMES = ("rtt_s", "exchange_s", "launch_s")
+_LEAST, _MOST, _MOST_S = 1e-9, 1e24, 1e5  # beyond these it is a slip, and what is computed of it may be no number
+_UNITS = {
+    "bytes_per_s": "bytes per second: 100 Mbit/s are 1.25e7",
+    "bytes": "bytes: 8 GB are 8e9, 8 GiB are 8589934592",
+    "flops": "operations per second: 2 TFLOP/s are 2e12",
+    "price_per_s": "any currency",
+    "_s": "seconds: 10 ms are 0.01",
+    "_w": "watts",
+}
 _LINK_NUMBERS = ("bandwidth_bytes_per_s", "rtt_s", "uplink_bytes_per_s", "downlink_bytes_per_s", "exchange_s")
 _LINK_KEYS = ("between", "catalog", *_LINK_NUMBERS, "medium")
 
 
 def parse_topology(document: Any) -> Topology:
-    """Build a Topology from the parsed document; unknown keys are refused with the key's path."""
+    """Build a Topology from the parsed document; what is refused is named by its key's path."""
     _keys(document, ("origin", "origin_holds", "devices", "links", "profile"), "topology")
     if document.get("profile") is not None and not isinstance(document["profile"], dict):
-        expected, actual = "a mapping: where the numbers come from", type(document["profile"]).__name__
+        expected, actual = "a mapping: where the numbers come from", kind_of(document["profile"])
         raise _wrong("topology.profile", expected, actual, "remove it")
     devices = tuple(_device(d, f"devices[{i}]") for i, d in enumerate(_list(document, "devices")))
     links = [link for i, d in enumerate(_list(document, "links")) for link in _links(d, f"links[{i}]")]
     edges = [d.id for d in devices if d.tier == "edge"]
-    default = edges[0] if edges else devices[0].id if devices else DeviceId("")
-    return Topology(
-        devices=devices,
-        links=tuple(links),
-        origin=DeviceId(str(document.get("origin", default))),
-        origin_holds=document.get("origin_holds") or "none",
-    )
+    origin = edges[0] if edges else devices[0].id if devices else DeviceId("")
+    if "origin" in document:
+        origin = DeviceId(_text(document["origin"], "origin"))
+    holds: Any = "none" if document.get("origin_holds") is None else _text(document["origin_holds"], "origin_holds")
+    return Topology(devices=devices, links=tuple(links), origin=origin, origin_holds=holds)
 
 
 def _device(entry: Any, where: str) -> Device:
     _keys(entry, (*_DEVICE_KEYS, "catalog"), where)
-    values = dict(entry)
-    name = values.pop("catalog", None)
-    if name is not None:
-        values = {**device_values(_known_name(name, DEVICES, where)), **values}
+    values = {k: v for k, v in entry.items() if v is not None or k not in _OPTIONAL}
+    if "catalog" in values:
+        values = {**device_values(_known_name(values.pop("catalog"), DEVICES, where)), **values}
     missing = [k for k in ("id", "tier", *_RATES) if k not in values]
     if missing:
         raise _wrong(where, f"{missing}", f"only {sorted(values)}", _ADD)
-    values["id"] = DeviceId(str(values["id"]))  # YAML reads a bare 7 or yes as no string
-    if values.get("memory_group") is not None:
-        values["memory_group"] = str(values["memory_group"])
-    texts = ("id", "tier", "memory_group", "torch_device", "model_path")
-    checked: dict[str, Any] = {k: v if k in texts else _number(v, f"{where}.{k}") for k, v in values.items()}
-    return Device(**checked)
+    checked: dict[str, Any] = {
+        k: _text(v, f"{where}.{k}") if k in _TEXTS else _number(v, f"{where}.{k}") for k, v in values.items()
+    }
+    with _under(where):
+        return Device(**checked)
 
 
-def _known_name(name: Any, known: Mapping[str, Any], where: str) -> str:
-    if str(name) not in known:
+def _known_name(value: Any, known: Mapping[str, Any], where: str) -> str:
+    name = _text(value, f"{where}.catalog")
+    if name not in known:
         remedy = f"use a catalogue name{did_you_mean(name, known)}, or give explicit values"
         raise _wrong(f"{where}.catalog", f"one of {sorted(known)}", name, remedy)
-    return str(name)
+    return name
 
 
 def _links(entry: Any, where: str) -> list[Link]:
@@ -273,17 +298,19 @@ def _links(entry: Any, where: str) -> list[Link]:
     if up is None or down is None or "rtt_s" not in numbers:
         expected = "rtt_s and bandwidth_bytes_per_s (or uplink and downlink)"
         raise _wrong(where, expected, f"only {sorted(entry)}", _ADD)
-    a, b = (DeviceId(str(d)) for d in between)
+    a, b = (DeviceId(_text(d, f"{where}.between")) for d in between)
+    medium = None if entry.get("medium") is None else _text(entry["medium"], f"{where}.medium")
     fixed = {"rtt_s": numbers["rtt_s"], "exchange_s": numbers.get("exchange_s", 0.0)}
-    return [
-        Link(source=a, target=b, bandwidth_bytes_per_s=up, medium=entry.get("medium"), **fixed),
-        Link(source=b, target=a, bandwidth_bytes_per_s=down, medium=entry.get("medium"), **fixed),
-    ]
+    with _under(where):
+        return [
+            Link(source=a, target=b, bandwidth_bytes_per_s=up, medium=medium, **fixed),
+            Link(source=b, target=a, bandwidth_bytes_per_s=down, medium=medium, **fixed),
+        ]
 
 
 def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
     if not isinstance(entry, dict):
-        raise _wrong(where, "a mapping", type(entry).__name__, "see clusters/ for examples")
+        raise _wrong(where, "a mapping", kind_of(entry), "see clusters/ for examples")
     allowed = list(allowed)
     for key in entry:
         if key not in allowed:
@@ -292,20 +319,46 @@ def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
 
 
 def _list(document: dict[str, Any], key: str) -> list[Any]:
-    value = document.get(key) or []
-    if not isinstance(value, list):
-        raise _wrong(key, "a list", type(value).__name__, f"write `{key}:` as a list")
-    return value
+    value = document.get(key)
+    if value is not None and not isinstance(value, list):
+        raise _wrong(key, "a list", kind_of(value), f"write `{key}:` as a list")
+    return value or []
+
+
+def _text(value: Any, where: str) -> str:
+    """A name as it is written; a number is one, too. What is no single line of characters is refused."""
+    name = str(value) if isinstance(value, str) or type(value) is int else ""
+    if not name or not name.isprintable():
+        raise _wrong(where, "a text on one line", "nothing" if value is None else repr(value), "write a name there")
+    return name
 
 
 def _number(value: Any, where: str) -> float:
-    wrong = _wrong(where, "a number", repr(value), "write a number in SI units, such as 1.5e9")
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
+    key, found = where.rpartition(".")[2], number(value)
+    if found is None:
+        unit = next((f" ({u})" for ending, u in _UNITS.items() if key.endswith(ending)), "")
+        remedy = f"write a number in SI units, such as 1.5e9, without a unit, quotes or leading zeros{unit}"
+        raise _wrong(where, "a number", "nothing" if value is None else repr(value), remedy)
+    least, most = (0.0, _MOST_S) if key in _TIMES else (_LEAST, _MOST)
+    if abs(found) > most or 0 < abs(found) < least:
+        raise _wrong(
+            where, f"a number of 0, or from {least:g} to {most:g}" if least else f"0 to {most:g}", value, _CORRECT
+        )
+    return float(found)
+
+
+@contextmanager
+def _under(where: str) -> Iterator[None]:
+    """What a device or link says of one of its fields is said of that key of a document."""
     try:
-        return float(value)
-    except ValueError as error:
-        raise wrong from error
+        yield
+    except TopologyError as error:
+        raise _at(f"{where}.{error.what.rpartition(' ')[2]}", error) from error.__cause__
+
+
+def _at(where: str, error: TopologyError) -> TopologyError:
+    error.where = where
+    return error
 
 
 def _wrong(what: str, expected: str, actual: object, remedy: str) -> TopologyError:

@@ -1,12 +1,12 @@
 """A model's folder: which files transformers would take, and what is refused by name. Reads no tensors."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from splitray.errors import ModelError
 from splitray.model.recurrent import refuse_recurrent
+from splitray.user_file import UserFile
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # how the stand-in of a large file begins
@@ -61,12 +61,10 @@ def json_values(folder: Path, name: str) -> dict[str, Any]:
         ModelError: it is no JSON object.
     """
     _refuse_pointer(folder / name)
-    try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(f"model {folder}: {name}", "a JSON object", error) from error
+    file = UserFile(folder / name, "model file", "copy the checkpoint again", ModelError)
+    values = file.json()
     if not isinstance(values, dict):
-        raise _damaged(f"model {folder}: {name}", "a JSON object", type(values).__name__)
+        raise file.wrong("a JSON object", type(values).__name__)
     return values
 
 
@@ -143,11 +141,10 @@ def indexed(folder: Path, index: str = INDEX) -> dict[str, str]:
     Raises:
         ModelError: it says nothing of the kind.
     """
-    try:
-        named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-        return {str(k): str(n) for k, n in named.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(f"weights {index}", "a JSON weight_map", error) from error
+    named = json_values(folder, index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
+        raise _damaged(f"weights {index}", "a weight_map from tensors to files", type(named).__name__)
+    return named
 
 
 def _refuse_pointer(path: Path) -> None:

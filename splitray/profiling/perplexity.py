@@ -27,9 +27,11 @@ from splitray.runtime.engine.session import check_ids
 from splitray.runtime.hf import SplitModel
 from splitray.runtime.launch import model_path, needed_tokenizer
 from splitray.topology import Link, Topology
+from splitray.user_file import UserFile
 
 WINDOW_TOKENS, STRIDE_TOKENS = 2048, 512
 MASKS = 5
+_MOST_TEXT = 40_000_000  # bytes; a model reads a few thousand of them a second
 Forward = Callable[[Tensor, int], Tensor]
 """Ids [1, T] and how many last positions are wanted, to their logits [1, positions, vocab]."""
 Progress = Callable[[str], None]
@@ -196,13 +198,12 @@ def losses(
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"text {path}", expected="a readable UTF-8 file", actual=error, remedy="give the path of a plain text file"
-        ) from error
+    """The text of a UTF-8 file.
+
+    Raises:
+        InputError: it is none, or longer than `_MOST_TEXT` bytes.
+    """
+    return UserFile(path, "text", "give the path of a plain text file").text(_MOST_TEXT)
 
 
 def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None) -> list[int]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from splitray.codecs import Codec, as_codec
+from splitray.codecs import Codec
 from splitray.errors import InputError
-from splitray.quality.json_table import above_zero, exactly, read_json
+from splitray.quality.json_table import above_zero, read_table
 from splitray.route import Route
+from splitray.user_file import UserFile
 
 
 class Accuracy(Protocol):
@@ -115,29 +115,12 @@ class AccuracyTable:
         Raises:
             InputError: the file cannot be read, or is no such table.
         """
-        unfit = partial(_unfit, path)
-        document = read_json(path, unfit)
-        exactly(document, AccuracyTable, unfit)
-        if not isinstance(document["rows"], list):
-            raise _unfit(path, "a list of rows", type(document["rows"]).__name__)
-        rows = []
-        for entry in document["rows"]:
-            exactly(entry, AccuracyRow, unfit)
-            rows.append(AccuracyRow(**{**entry, "codec": as_codec(entry["codec"])}))
-        table = AccuracyTable(**{**document, "rows": tuple(rows)})
-        above_zero([table.perplexity, *(r.perplexity for r in rows)], unfit)
+        file = UserFile(path, "accuracy table", "measure it with `python -m splitray.profiling.codec_loss`")
+        table = read_table(file, AccuracyTable, AccuracyRow)
+        above_zero([table.perplexity, *(r.perplexity for r in table.rows)], file)
         return table
 
 
 def shipped_table() -> AccuracyTable:
     """What was measured on the model that ships with splitray."""
     return AccuracyTable.load(Path(__file__).parents[1] / "model" / "shipped" / "accuracy.json")
-
-
-def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
-    return InputError(
-        f"accuracy table {path}",
-        expected=expected,
-        actual=actual,
-        remedy="measure it with `python -m splitray.profiling.codec_loss`",
-    )

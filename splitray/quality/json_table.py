@@ -1,46 +1,45 @@
-"""Tables of measurements as JSON files: read, and held to the fields of their dataclasses."""
+"""Tables of measurements as JSON files: read, and held to the fields and types of their dataclasses."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from splitray.errors import InputError
+import msgspec
 
-Unfit = Callable[[str, object], InputError]
-"""From what was expected and what came to the error that names the file and its remedy."""
+from splitray.user_file import UserFile
+
+T = TypeVar("T")
 
 
-def read_json(path: str | Path, unfit: Unfit) -> Any:
-    """A file's document.
+def read_table(file: UserFile, kind: type[T], row_kind: type) -> T:
+    """A file's document as a dataclass with `rows`.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, a key is missing, unknown or twice there, or a value is of another type.
     """
+    document = file.json()
+    _exactly(document, kind, file)
+    for row in document["rows"] if isinstance(document["rows"], list) else ():
+        _exactly(row, row_kind, file)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unfit("a readable JSON file", error) from error
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
+        raise file.wrong(f"a {kind.__name__}", error) from error
 
 
-def above_zero(values: Iterable[object], unfit: Unfit) -> None:
+def above_zero(values: Iterable[float], file: UserFile) -> None:
     """Refuse perplexities that are no finite numbers above 0.
 
     Raises:
         InputError: says which they are.
     """
     known = list(values)
-    if not all(isinstance(v, int | float) and 0 < v < float("inf") for v in known):
-        raise unfit("perplexities above 0", known)
+    if not all(0 < v < float("inf") for v in known):
+        raise file.wrong("perplexities above 0", known)
 
 
-def exactly(entry: Any, kind: type, unfit: Unfit) -> None:
-    """Refuse what is no mapping of just the fields of a dataclass.
-
-    Raises:
-        InputError: says which keys it should have.
-    """
+def _exactly(entry: Any, kind: type, file: UserFile) -> None:
     names = {f.name for f in fields(kind)}
     if not isinstance(entry, Mapping) or set(entry) != names:
-        raise unfit(f"the keys {sorted(names)}", sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__)
+        found = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise file.wrong(f"the keys {sorted(names)}", found)

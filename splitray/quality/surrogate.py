@@ -19,13 +19,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from splitray.arrays import Floats
+from splitray.card import chained, read_card
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec
 from splitray.errors import InputError
@@ -37,6 +37,7 @@ from splitray.quality.features import (
     place_features,
 )
 from splitray.quality.table import QualityTable
+from splitray.user_file import UserFile
 
 FORMAT = 2
 CEILING, FLOOR = 4.0, 0.1
@@ -171,26 +172,23 @@ class Surrogate:
         Raises:
             InputError: a file is missing, damaged, or was written for other features.
         """
-        tensors_at, card_at = Path(f"{path}.safetensors"), Path(f"{path}.json")
-        try:
-            card = json.loads(card_at.read_text(encoding="utf-8"))
-            found = hashlib.sha256(tensors_at.read_bytes()).hexdigest()
-            tensors = {k: v.astype(np.float64) for k, v in load_file(tensors_at).items()}
-            models, layers = tuple(card["models"]), range(card["layers"])
-            inputs, expected = card["inputs"], [*CHANNEL_FEATURES, *PLACE_FEATURES, *(f"is {m}" for m in models)]
+        remedy = "fit it again with `python -m splitray.profiling.fit_quality`"
+        file = UserFile(Path(f"{path}.json"), "surrogate", remedy)
+        card, tensors = read_card(file, Path(f"{path}.safetensors"))
+        with file.understood():
+            models, inputs = tuple(map(str, card["models"])), card["inputs"]
+            expected = [*CHANNEL_FEATURES, *PLACE_FEATURES, *(f"is {m}" for m in models)]
             if card["format"] != FORMAT or inputs != expected:
-                raise _unfit(path, f"format {FORMAT} with the inputs {expected}", inputs)
-            if found != card["sha256"]:
-                raise _unfit(path, f"tensors of SHA-256 {card['sha256']}", found)
-            metrics = {name: Metrics(**m) for name, m in card["metrics"].items()}
-            weights = tuple((tensors[f"weight_{i}"], tensors[f"bias_{i}"]) for i in layers)
+                raise file.wrong(f"format {FORMAT} with the inputs {expected}", inputs)
+            metrics = {name: msgspec.convert(m, Metrics) for name, m in card["metrics"].items()}
+            values = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+            weights = tuple((values[f"weight_{i}"], values[f"bias_{i}"]) for i in range(card["layers"]))
+            scales = [values[name].shape for name in ("mean", "scale")]
+            if not chained(weights, len(inputs)) or scales != [(len(inputs),)] * 2 or weights[-1][0].shape[1] != 1:
+                raise file.wrong("layers from its inputs to one value", [w.shape for w, _ in weights])
             return Surrogate(
-                models=models, mean=tensors["mean"], scale=tensors["scale"], weights=weights, metrics=metrics
+                models=models, mean=values["mean"], scale=values["scale"], weights=weights, metrics=metrics
             )
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise _unfit(path, "a surrogate's two files", error) from error
 
 
 def shipped_surrogate() -> Surrogate:
@@ -296,8 +294,3 @@ def _forward(weights: tuple[tuple[Floats, Floats], ...], x_NF: Floats) -> Floats
         x_NF = np.tanh(x_NF @ weight + bias)
     weight, bias = weights[-1]
     return (x_NF @ weight + bias)[:, 0]
-
-
-def _unfit(path: str | Path, expected: str, actual: Any) -> InputError:
-    remedy = "fit it again with `python -m splitray.profiling.fit_quality`"
-    return InputError(f"surrogate {path}", expected=expected, actual=actual, remedy=remedy)

@@ -11,15 +11,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from splitray.channel import as_channel
-from splitray.codecs import Codec, as_codec
+from splitray.codecs import Codec
 from splitray.errors import InputError, unwritable
 from splitray.quality.features import PlaceFeatures
-from splitray.quality.json_table import above_zero, exactly, read_json
+from splitray.quality.json_table import above_zero, read_table
+from splitray.user_file import UserFile
 
 FORMAT = 1
 
@@ -105,23 +105,15 @@ class QualityTable:
         Raises:
             InputError: the file cannot be read, or is no such table.
         """
-        unfit = partial(_unfit, path)
-        document = read_json(path, unfit)
-        exactly(document, QualityTable, unfit)
-        if document["format"] != FORMAT:
-            raise _unfit(path, f"format {FORMAT}", document["format"])
-        if not isinstance(document["rows"], list) or not isinstance(document["places"], dict):
-            raise _unfit(path, "a list of rows and a mapping of places", "something else")
-        rows = []
-        for entry in document["rows"]:
-            exactly(entry, QualityRow, unfit)
-            as_channel(entry["channel"])
-            rows.append(QualityRow(**{**entry, "codec": as_codec(entry["codec"])}))
-        places = {name: PlaceFeatures.from_plain(f) for name, f in document["places"].items()}
-        table = QualityTable(**{**document, "rows": tuple(rows), "places": places})
-        above_zero([table.perplexity, *(r.perplexity for r in rows)], unfit)
-        if missing := {r.at for r in rows} - set(places):
-            raise _unfit(path, "features of every place", f"none of {sorted(missing)}")
+        file = UserFile(path, "quality table", "measure it with `splitray perplexity --out FILE`")
+        table = read_table(file, QualityTable, QualityRow)
+        if table.format != FORMAT:
+            raise file.wrong(f"format {FORMAT}", table.format)
+        for row in table.rows:
+            as_channel(row.channel)
+        above_zero([table.perplexity, *(r.perplexity for r in table.rows)], file)
+        if missing := {r.at for r in table.rows} - set(table.places):
+            raise file.wrong("features of every place", f"none of {sorted(missing)}")
         return table
 
 
@@ -135,8 +127,3 @@ def shipped_quality(model: Literal["tiny", "tiny-neox"] = "tiny") -> QualityTabl
 
 def _short(plain: dict[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in plain.items()}
-
-
-def _unfit(path: str | Path, expected: str, actual: object) -> InputError:
-    remedy = "measure it with `splitray perplexity --out FILE`"
-    return InputError(f"quality table {path}", expected=expected, actual=actual, remedy=remedy)

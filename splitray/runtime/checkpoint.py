@@ -37,6 +37,16 @@ class Saved:
     """Layer and range of groups of each."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What one checkpoint added."""
+
+    session: int
+    start: int
+    ids: list[list[int]]
+    files: list[Saved]
+
+
 class HoldsKv(Protocol):
     """What a checkpoint needs of what a device holds: the KV of a session by layer, groups and position."""
 
@@ -150,17 +160,24 @@ class Store:
         """All files of a session without a gap from position 0, and its token ids, for whoever comes after the engine.
 
         Parts that a later checkpoint has overtaken are left out.
+
+        Raises:
+            InputError: a manifest is damaged.
         """
         files: list[Saved] = []
         ids: list[list[int]] = []
         for path in sorted(self.fs.glob(f"{self.root}/manifest-*.json")):
             with self.fs.open(path, "rb") as file:
-                part = json.loads(file.read())
+                raw = file.read()
+            try:
+                part = msgspec.json.decode(raw, type=_Manifest)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise InputError(f"checkpoint manifest {path}", expected="one as it was written", actual=error,
+                                 remedy="delete it, and those after it") from error  # fmt: skip
             start = files[-1].stop if files else 0
-            if part["start"] == start and part["files"]:
-                files += [msgspec.convert(f, Saved) for f in part["files"]]
-                before = ids or [[] for _ in part["ids"]]
-                ids = [row[:start] + new for row, new in zip(before, part["ids"], strict=True)]
+            if part.start == start and part.files and len(part.ids) == len(ids or part.ids):
+                files += part.files
+                ids = [row[:start] + new for row, new in zip(ids or [[] for _ in part.ids], part.ids, strict=True)]
         return files, ids
 
     def check(self) -> None:

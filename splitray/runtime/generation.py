@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 _RUN_KEYS = ("ttft_s", "tpot_s")
 _TRAFFIC_KEYS = ("messages_per_token", "bytes_per_token", "wire_bytes_per_token", "driver_bytes_per_token")
+_ID = re.compile("[+-]?[0-9]{1,18}")
 _AS_STREAMED = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -59,11 +61,11 @@ def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
 
 def _prompt_ids(model: str, tokenizer: Any, text: str | None, ids: str | None) -> list[int]:
     if ids is not None:
-        try:
-            return [int(part) for part in ids.split(",") if part.strip()]
-        except ValueError as error:
+        parts = [part.strip() for part in ids.split(",") if part.strip()]
+        if not all(map(_ID.fullmatch, parts)):
             expected, remedy = "whole numbers with commas between them", "write for example --prompt-ids 1,2,3"
-            raise InputError("--prompt-ids", expected=expected, actual=repr(ids), remedy=remedy) from error
+            raise InputError("--prompt-ids", expected=expected, actual=repr(ids), remedy=remedy)
+        return [int(part) for part in parts]
     if tokenizer is None:
         remedy = "use --prompt-ids, or put the tokenizer's files beside the weights"
         raise InputError("--prompt", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)

@@ -18,7 +18,9 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
+from splitray.errors import InputError
 from splitray.runtime.selftest import self_test
+from splitray.user_file import UserFile
 
 VARIABLE = "SPLITRAY_CACHE"
 """Names the folder instead of `~/.cache/splitray` (or that of XDG_CACHE_HOME); empty: nothing is kept."""
@@ -69,8 +71,8 @@ def _surroundings() -> str:
 
 def _read(path: Path) -> bool | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = UserFile(path, "self-test", "delete it").json()
+    except InputError:
         return None
     lean = kept.get("lean") if isinstance(kept, dict) else None
     return lean if isinstance(lean, bool) else None

@@ -22,6 +22,8 @@ PACKAGES = (("splitray",), ("actors",), ("serve_apps", "rllib_configs"))
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "splitray": (
         ("errors", "arrays"),
+        ("user_file",),
+        ("yaml_document", "card"),
         ("arch", "codecs", "channel", "text"),
         ("catalog",),
         ("topology",),

@@ -275,7 +275,7 @@ MALFORMED = {
         {"layer": {"attn": {}}},
         ("layers[1]", "['attention', 'ffn']", "layers[1].attn is unknown"),
     ),
-    "layers that are no list": ({"layers": {"0": {}}}, ("layers", "a list", "dict", "one entry a layer")),
+    "layers that are no list": ({"layers": {"0": {}}}, ("layers", "a list", "a mapping", "one entry a layer")),
     "a layer that is no mapping": ({"layers": [["attention", "ffn"]]}, ("layers[0]", "a mapping", "list")),
     "an embedding that is no list": (
         {"embedding": "edge_a"},

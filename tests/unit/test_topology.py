@@ -117,8 +117,8 @@ THREE_ENTRIES = [entry(EDGE_A), entry(EDGE_B), entry(CLOUD_A, "cloud")]
 
 REFUSED_DOCUMENTS = {
     "no devices": ({"devices": []}, ("devices", "at least one device", "got none", "list a device")),
-    "devices that are no list": ({"devices": {"a": 1}}, ("devices", "a list", "dict", "`devices:`")),
-    "a device that is no mapping": ({"devices": ["a"]}, ("devices[0]", "a mapping", "str", "clusters/")),
+    "devices that are no list": ({"devices": {"a": 1}}, ("devices", "a list", "a mapping", "`devices:`")),
+    "a device that is no mapping": ({"devices": ["a"]}, ("devices[0]", "a mapping", "a text", "clusters/")),
     "two devices of one id": (
         {"devices": [entry(EDGE_A), entry(EDGE_A)], "links": []},
         ("devices", "distinct ids", "['edge_a'] more than once", "rename"),
@@ -207,7 +207,7 @@ REFUSED_DOCUMENTS = {
         {"links": [link(EDGE_A, CLOUD_A, bandwidth_bytes_per_s=0)]},
         ("link edge_a -> cloud_a", "bandwidth above 0", "0.0, 0.02, 0.0", "correct the link"),
     ),
-    "links that are no list": ({"links": "all"}, ("links", "a list", "str", "write `links:` as a list")),
+    "links that are no list": ({"links": "all"}, ("links", "a list", "a text", "write `links:` as a list")),
 }
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from splitray.arrays import Floats32, Ints
-from splitray.errors import InputError
+from splitray.card import chained, read_card
 from splitray.rl.split_point.policies import Policy
 from splitray.rl.split_point.process import SplitPoint
 from splitray.rl.split_point.recipe import SplitRecipe
+from splitray.user_file import UserFile
 
 FORMAT = 1
 SEEN = ("strength of the channel over its largest", "cut over the last", "ln of the first relative perplexity",
@@ -74,19 +74,13 @@ class SplitNetwork:
         Raises:
             InputError: a file is missing or damaged.
         """
-        try:
-            card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            found = hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest()
-            if card["format"] != FORMAT or card["sha256"] != found:
-                raise _unfit(path, f"format {FORMAT} and tensors of SHA-256 {card['sha256']}", found)
-            tensors = load_file(path.with_suffix(".safetensors"))
-            return SplitNetwork(tuple((tensors[f"weight_{i}"], tensors[f"bias_{i}"]) for i in range(card["layers"])))
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise _unfit(path, "a policy's two files", error) from error
-
-
-def _unfit(path: Path, expected: str, actual: object) -> InputError:
-    remedy = "train it again with `python -m rllib_configs split_point --out DIR`"
-    return InputError(f"policy {path}", expected=expected, actual=actual, remedy=remedy)
+        remedy = "train it again with `python -m rllib_configs split_point --out DIR`"
+        file = UserFile(path.with_suffix(".json"), "policy", remedy)
+        card, tensors = read_card(file, path.with_suffix(".safetensors"))
+        with file.understood():
+            if card["format"] != FORMAT:
+                raise file.wrong(f"format {FORMAT}", card["format"])
+            layers = tuple((tensors[f"weight_{i}"], tensors[f"bias_{i}"]) for i in range(card["layers"]))
+            if not chained(layers):
+                raise file.wrong("layers that fit behind each other", [w.shape for w, _ in layers])
+            return SplitNetwork(layers)

@@ -5,18 +5,16 @@ The forward pass is that of `rl/training/module.py`, without the critics.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
-from safetensors.numpy import load as load_tensors
 
 from splitray.arrays import Bools, Floats32, Ints
-from splitray.errors import InputError
+from splitray.card import read_card
 from splitray.rl.grid.choice import MODES
 from splitray.rl.world.action import (
     DEFAULT_KNOBS,
@@ -32,6 +30,7 @@ from splitray.rl.world.choosing import MASKED, greedy
 from splitray.rl.world.observation import GROUP_FEATURES, kept, table_hash
 from splitray.rl.world.reward import Weights
 from splitray.rl.world.rows import HEAD_FFN_AGENT, LAYER_AGENT, Layout, is_per_group, layouts
+from splitray.user_file import UserFile
 
 
 @dataclass(frozen=True)
@@ -50,32 +49,26 @@ class Policy:
         """
         path = Path(path)
         path = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
-        tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
-        try:
-            card, raw = json.loads(card_at.read_text(encoding="utf-8")), tensors_at.read_bytes()
-        except (OSError, ValueError) as error:
-            raise _unfit(path, "a policy's .safetensors and .json", error) from error
+        file = UserFile(path.with_suffix(".json"), "policy", "export it again with `python -m rllib_configs`")
+        card, tensors = read_card(file, path.with_suffix(".safetensors"))
         variants = get_args(Variant)
         if card.get("variant") not in variants:
-            raise _unfit(path, f"variant one of {', '.join(variants)}", card.get("variant"))
+            raise file.wrong(f"variant one of {', '.join(variants)}", card.get("variant"))
         knobs = {"v": V_FACTORS, "stay": MOVE_WEIGHTS, "price": PRICES, "default": DEFAULT_KNOBS}
-        wanted = {
-            "sha256": hashlib.sha256(raw).hexdigest(),
-            "features": table_hash(),
-            "knobs": {k: list(x) for k, x in knobs.items()},
-        }
-        for key, value in wanted.items():
+        for key, value in {"features": table_hash(), "knobs": {k: list(x) for k, x in knobs.items()}}.items():
             if card.get(key) != value:
-                raise _unfit(path, f"{key} {value}", card.get(key))
-        policy = Policy(card, load_tensors(raw))
-        blocks = {a: [asdict(b) for b in layout.blocks] for a, layout in policy._agents.items()}
-        if card.get("agents") != blocks:
-            raise _unfit(path, f"agents with the choices of {policy.spec}", f"{card.get('agents')!r:.200}")
-        shapes = policy._shapes()
-        found = {name: tensor.shape for name, tensor in policy.tensors.items()}
-        for name in sorted(shapes.keys() | found.keys()):
-            if shapes.get(name) != found.get(name):
-                raise _unfit(path, f"tensor {name} of shape {shapes.get(name)}", found.get(name))
+                raise file.wrong(f"{key} {value}", card.get(key))
+        policy = Policy(card, tensors)
+        with file.understood():
+            blocks = {a: [asdict(b) for b in layout.blocks] for a, layout in policy._agents.items()}
+            if card.get("agents") != blocks:
+                raise file.wrong(f"agents with the choices of {policy.spec}", f"{card.get('agents')!r:.200}")
+            shapes = policy._shapes()
+            found = {name: tensor.shape for name, tensor in policy.tensors.items()}
+            for name in sorted(shapes.keys() | found.keys()):
+                if shapes.get(name) != found.get(name):
+                    raise file.wrong(f"tensor {name} of shape {shapes.get(name)}", found.get(name))
+            assert policy.weights and policy._layers and len(policy._stay), "what is made when it is asked for, too"
         return policy
 
     @cached_property
@@ -87,7 +80,7 @@ class Policy:
     @cached_property
     def weights(self) -> Weights:
         """Weights of the reward that it was trained on."""
-        return Weights(**self.card["recipe"]["weights"])
+        return msgspec.convert(self.card["recipe"]["weights"], Weights)
 
     def knobs(self, whole: Floats32, groups: Floats32) -> Ints:
         """The likeliest knobs for features [N, F] and [N, G, L], [N, 3]."""
@@ -187,12 +180,3 @@ class Policy:
             for layer, shape in sizes.items():
                 found |= {f"{agent}.{layer}.weight": shape, f"{agent}.{layer}.bias": shape[:1]}
         return found
-
-
-def _unfit(path: Path, expected: str, actual: object) -> InputError:
-    return InputError(
-        f"policy {path}",
-        expected=expected,
-        actual=actual,
-        remedy="export it again with `python -m rllib_configs`",
-    )
