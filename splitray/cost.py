@@ -22,7 +22,7 @@ from splitray.arch import ModelArch
 from splitray.codecs import Codec
 from splitray.placement import Placement, weight_bytes
 from splitray.route import Message, Route, SubBlock, compile_route, message_bytes
-from splitray.topology import DeviceId, Topology
+from splitray.topology import Device, DeviceId, Topology
 
 Floats = NDArray[np.float64]
 TimeModel = Literal["roofline", "flops"]
@@ -205,21 +205,27 @@ class Rates:
         )
 
     @staticmethod
+    def alone(devices: Sequence[Device]) -> dict[str, Floats]:
+        """What the rates say of single devices, [1, D] each."""
+        return {
+            "flops_per_s": np.array([[d.compute_flops * d.compute_efficiency for d in devices]]),
+            "bytes_per_s": np.array([[d.memory_bandwidth_bytes_per_s * d.memory_efficiency for d in devices]]),
+            "launch_s": np.array([[d.launch_s for d in devices]]),
+        }
+
+    @staticmethod
     def of(topology: Topology) -> Rates:
         """The rates of a topology, its devices' efficiencies included (N = 1)."""
-        ids = topology.ids
-        rate, latency, exchange = (np.zeros((len(ids), len(ids))) for _ in range(3))
+        index = topology.index
+        rate, latency, exchange = (np.zeros((len(index), len(index))) for _ in range(3))
         medium = np.full(rate.shape, -1)
         names = sorted({x.medium for x in topology.links if x.medium is not None})
         for link in topology.links:
-            at = ids.index(link.source), ids.index(link.target)
+            at = index[link.source], index[link.target]
             rate[at], latency[at], exchange[at] = link.bandwidth_bytes_per_s, link.rtt_s / 2, link.exchange_s
             medium[at] = -1 if link.medium is None else names.index(link.medium)
-        devices = topology.devices
         return Rates(
-            flops_per_s=np.array([[d.compute_flops * d.compute_efficiency for d in devices]]),
-            bytes_per_s=np.array([[d.memory_bandwidth_bytes_per_s * d.memory_efficiency for d in devices]]),
-            launch_s=np.array([[d.launch_s for d in devices]]),
+            **Rates.alone(topology.devices),
             link_bytes_per_s=rate[None],
             latency_s=latency[None],
             exchange_s=exchange[None],
@@ -253,7 +259,7 @@ class StepCost:
     origin_s: Floats  # [N]
     busy_s: Floats  # [N, D] computing
     radio_s: Floats  # [N, D] sending and receiving
-    sent_bytes: Floats  # [N, D, D]
+    sent_bytes: Floats  # [N, D, D], of the devices of the load
 
     def energy_j(self, topology: Topology, seconds: Floats | None = None) -> Floats:
         """Energy of each device over `seconds` (default the cycle): idle, active and radio parts (E1.17), [N, D]."""
@@ -410,8 +416,14 @@ class CostModel:
 
     def decode(self, placement: Placement, *, context_tokens: float, batch: int = 1) -> StepCost:
         """One decode step with `context_tokens` cached tokens, the new one included."""
-        load = load_of(placement, self.arch, self.topology, codec=self.codec)
-        return step_cost(load, self.rates, context_tokens=context_tokens, batch=batch, time_model=self.time_model)
+        load, rates = self._taking_part(placement)
+        step = step_cost(load, rates, context_tokens=context_tokens, batch=batch, time_model=self.time_model)
+        if load.devices == self.topology.ids:
+            return step
+        at = [self.topology.index[d] for d in load.devices]
+        busy_s, radio_s = (np.zeros((1, len(self.topology.ids))) for _ in range(2))
+        busy_s[:, at], radio_s[:, at] = step.busy_s, step.radio_s
+        return replace(step, busy_s=busy_s, radio_s=radio_s)
 
     def tpot_s(self, placement: Placement, *, context_tokens: float) -> float:
         """Predicted time of one decode step in seconds."""
@@ -419,11 +431,17 @@ class CostModel:
 
     def ttft_s(self, placement: Placement, *, prompt_tokens: int) -> float:
         """Predicted time from the prompt at the origin to the first token there, in seconds."""
-        load = load_of(placement, self.arch, self.topology, codec=self.codec)
+        load, rates = self._taking_part(placement)
         step = step_cost(
-            load, self.rates, context_tokens=prompt_tokens, new_tokens=prompt_tokens, time_model=self.time_model
+            load, rates, context_tokens=prompt_tokens, new_tokens=prompt_tokens, time_model=self.time_model
         )
-        return float(prompt_s(load, self.rates, prompt_tokens)[0] + step.origin_s[0])
+        return float(prompt_s(load, rates, prompt_tokens)[0] + step.origin_s[0])
+
+    def _taking_part(self, placement: Placement) -> tuple[Load, Rates]:
+        """Load and rates of the origin and the holders alone: the tables of all pairs of many devices are large."""
+        where = self.topology.among({self.topology.origin, *placement.devices})
+        load = load_of(placement, self.arch, where, codec=self.codec)
+        return load, self.rates if where is self.topology else Rates.of(where)
 
     def predict(self, placement: Placement, *, prompt_tokens: int, context_tokens: int) -> Prediction:
         """Everything at once; memory holds weights and the KV of `context_tokens` tokens."""

@@ -1,7 +1,7 @@
 """The one way in which splitray refuses bad input; it knows nothing of models, devices or Ray."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _MOST_SAID = 2000  # characters of each part of an error
 
@@ -35,6 +35,12 @@ def _short(said: object) -> str:
 
 def _rebuild(cls: type[InputError], what: str, expected: str, actual: str, remedy: str) -> InputError:
     return cls(what, expected=expected, actual=actual, remedy=remedy)
+
+
+def listed(items: Sequence[object], between: str = ", ", *, most: int = 8) -> str:
+    """Items as text; of many the first ones, and how many more there are."""
+    more = f"{between}... ({len(items) - most:,} more)" if len(items) > most else ""
+    return between.join(map(str, items[:most])) + more
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import PlacementError, did_you_mean
+from splitray.errors import PlacementError, did_you_mean, listed
 from splitray.topology import DeviceId, Topology
 from splitray.user_file import UserFile
 from splitray.yaml_document import kind_of, number, read_yaml
@@ -172,10 +172,10 @@ def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
             remedy="give one entry a layer",
         )
     for device in placement.devices:
-        if device not in topology.ids:
+        if device not in topology.index:
             raise PlacementError(
                 "placement",
-                expected=f"devices among {list(topology.ids)}",
+                expected=f"devices among {listed(topology.ids)}",
                 actual=device,
                 remedy="correct the device's name or add it to the topology",
             )

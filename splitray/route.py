@@ -155,41 +155,39 @@ def compile_route(
     Raises:
         TopologyError: two devices that must exchange have no link.
     """
-    blocks = _sub_blocks(placement, arch, topology.ids)
-    boundaries = []
-    for here, there in zip(blocks, blocks[1:], strict=False):
-        if arch.qk_norm_over_heads and here.kind == "attention" and here.mode == "partitioned":
-            pairs = [(a, b) for a in here.devices for b in here.devices if a != b]
-            boundaries.append(Boundary(here.index, tuple(Message(a, b, "norm_sums") for a, b in pairs), inner=True))
-        boundaries.append(Boundary(here.index, crossing(here, there, arch, topology, codec, channel)))
-    head = blocks[-1]
-    content: Content = "best" if greedy else "logits"
-    boundaries.append(
-        Boundary(
-            head.index,
-            tuple(Message(d, head.lead, content, placement.head.count(d)) for d in head.devices[1:]),
-        )
-    )
-    waiting = _ordered({*blocks[0].devices, topology.origin} - {head.lead}, topology.ids)
-    boundaries.append(Boundary(head.index + 1, tuple(Message(head.lead, d, "token") for d in waiting)))
-    for boundary in boundaries:
-        for m in boundary.messages:
+    blocks = _sub_blocks(placement, arch, topology)
+    boundaries: list[Boundary] = []
+
+    def cross(after: int, messages: Sequence[Message], *, inner: bool = False) -> None:
+        for m in messages:  # before the next boundary is made: a missing link shows early, messages may be millions
             if topology.link(m.source, m.target) is None:
                 raise TopologyError(
                     f"link {m.source} -> {m.target}",
-                    expected=f"a link ({m.source} sends to {m.target} after sub-block {boundary.after})",
+                    expected=f"a link ({m.source} sends to {m.target} after sub-block {after})",
                     actual="none in the topology",
                     remedy="add the link, or place the pieces elsewhere",
                 )
+        boundaries.append(Boundary(after, tuple(messages), inner))
+
+    for here, there in zip(blocks, blocks[1:], strict=False):
+        if arch.qk_norm_over_heads and here.kind == "attention" and here.mode == "partitioned":
+            pairs = [(a, b) for a in here.devices for b in here.devices if a != b]
+            cross(here.index, [Message(a, b, "norm_sums") for a, b in pairs], inner=True)
+        cross(here.index, crossing(here, there, arch, topology, codec, channel))
+    head = blocks[-1]
+    content: Content = "best" if greedy else "logits"
+    cross(head.index, [Message(d, head.lead, content, placement.head.count(d)) for d in head.devices[1:]])
+    waiting = _ordered({*blocks[0].devices, topology.origin} - {head.lead}, topology)
+    cross(head.index + 1, [Message(head.lead, d, "token") for d in waiting])
     return Route(tuple(blocks), tuple(boundaries), topology.origin, greedy, codec, channel)
 
 
-def _sub_blocks(placement: Placement, arch: ModelArch, order: Sequence[DeviceId]) -> list[SubBlock]:
+def _sub_blocks(placement: Placement, arch: ModelArch, topology: Topology) -> list[SubBlock]:
     blocks: list[SubBlock] = []
 
     def add(kind: Kind, layer: int, devices: Sequence[DeviceId], replicated: bool) -> None:
         mode: Mode = "whole" if len(devices) == 1 else "replicated" if replicated else "partitioned"
-        blocks.append(SubBlock(len(blocks), kind, layer, _ordered(set(devices), order), mode))
+        blocks.append(SubBlock(len(blocks), kind, layer, _ordered(set(devices), topology), mode))
 
     def shares(kind: Kind, layer: int, s: Shares, total: int) -> None:
         add(kind, layer, s.devices, s.is_replicated(total))
@@ -238,5 +236,5 @@ def _cheapest(holders: Sequence[DeviceId], target: DeviceId, num_bytes: int, top
     return min(holders, key=price)  # min keeps the first of equals: ties in device order
 
 
-def _ordered(devices: set[DeviceId], order: Sequence[DeviceId]) -> tuple[DeviceId, ...]:
-    return tuple(d for d in order if d in devices)
+def _ordered(devices: set[DeviceId], topology: Topology) -> tuple[DeviceId, ...]:
+    return tuple(sorted((d for d in devices if d in topology.index), key=topology.index.__getitem__))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import permutations
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, NewType
 
 from splitray.catalog import DEVICES, LINKS, device_values, link_values
-from splitray.errors import TopologyError, did_you_mean
+from splitray.errors import TopologyError, did_you_mean, listed
 from splitray.user_file import UserFile
 from splitray.yaml_document import kind_of, number, read_yaml
 
@@ -115,6 +115,8 @@ class Topology:
     origin_holds: Literal["none", "embedding", "embedding_and_head"] = "none"
     ids: tuple[DeviceId, ...] = field(init=False, repr=False, compare=False)
     """Device ids in order; this order breaks every tie and names the lead of a sub-block."""
+    index: Mapping[DeviceId, int] = field(init=False, repr=False, compare=False)
+    """Where each device stands in `ids`."""
     _by_pair: Mapping[tuple[DeviceId, DeviceId], Link] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -122,8 +124,8 @@ class Topology:
         object.__setattr__(self, "ids", ids)
         if not ids:
             raise _wrong("devices", "at least one device", "none", "list a device under `devices:`")
-        first = {d: i for i, d in reversed(list(enumerate(ids)))}
-        twice = [i for i, d in enumerate(ids) if first[d] < i]
+        object.__setattr__(self, "index", {d: i for i, d in reversed(list(enumerate(ids)))})
+        twice = [i for i, d in enumerate(ids) if self.index[d] < i]
         if twice:
             found = f"{sorted({str(ids[i]) for i in twice})} more than once"
             raise _at(f"devices[{twice[0]}]", _wrong("devices", "distinct ids", found, "rename one of them"))
@@ -146,14 +148,14 @@ class Topology:
         object.__setattr__(self, "_by_pair", pairs)
 
     def _known(self, device: DeviceId, where: str) -> None:
-        if device not in self.ids:
+        if device not in self.index:
             remedy = f"correct the name{did_you_mean(device, self.ids)}"
-            raise _wrong(where, f"one of {list(self.ids)}", device, remedy)
+            raise _wrong(where, f"one of {listed(self.ids)}", device, remedy)
 
     def device(self, device: DeviceId) -> Device:
         """The device with this id."""
         self._known(device, "device")
-        return self.devices[self.ids.index(device)]
+        return self.devices[self.index[device]]
 
     def link(self, source: DeviceId, target: DeviceId) -> Link | None:
         """The directed link, or None if the two cannot exchange."""
@@ -176,14 +178,26 @@ class Topology:
         if apart:
             expected = f"every device linked with the origin {self.origin}, through others if need be"
             remedy = "add the missing links under `links:`, or remove the devices"
-            raise _wrong("links", expected, f"no links that join it with {', '.join(apart)}", remedy)
+            raise _wrong("links", expected, f"no links that join it with {listed(apart)}", remedy)
 
     def _reached(self, pairs: list[tuple[DeviceId, DeviceId]]) -> set[DeviceId]:
-        found, new = {self.origin}, {self.origin}
+        leads: dict[DeviceId, list[DeviceId]] = {}
+        for a, b in pairs:
+            leads.setdefault(a, []).append(b)
+        found, new = {self.origin}, [self.origin]
         while new:
-            new = {b for a, b in pairs if a in new} - found
-            found |= new
+            more = set(leads.get(new.pop(), ())) - found
+            found |= more
+            new += more
         return found
+
+    def among(self, devices: Collection[str]) -> Topology:
+        """Some of the devices, the origin one of them, and the links among these; in the same order."""
+        if len(devices) == len(self.ids):
+            return self
+        kept = set(devices)
+        links = tuple(x for x in self.links if x.source in kept and x.target in kept)
+        return replace(self, devices=tuple(d for d in self.devices if d.id in kept), links=links)
 
     def tier(self, tier: str) -> tuple[DeviceId, ...]:
         """Ids of one tier, in order."""

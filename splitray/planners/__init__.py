@@ -146,4 +146,5 @@ def make_planner(planner: str | Planner | None, *, seed: int = 0) -> CheckedPlan
         raise _refused(name, expected, planner, f"write {entry.usage}{hidden}")
     made = entry.build(argument, seed)
     space = getattr(made, "space", entry.space)  # variants of one name differ in it
-    return CheckedPlanner(planner, made, space, entry.once, entry.heeds_queues, entry.charges_moves)
+    most = getattr(made, "most_devices", None)
+    return CheckedPlanner(planner, made, space, entry.once, entry.heeds_queues, entry.charges_moves, most)

@@ -15,7 +15,8 @@ from splitray.planners.protocol import ClusterState, Freedom, Learner, Planner
 class CheckedPlanner:
     """A planner whose every proposal has passed `validate` and leaves room for the KV cache.
 
-    `spec` is its name in reports; `space`, `once`, `heeds_queues` and `charges_moves` are explained in `Planner`.
+    `spec` is its name in reports; `space`, `once`, `heeds_queues`, `charges_moves` and `most_devices` are explained in
+    `Planner`.
     `outside`: it is a user's own, so that whatever goes wrong in it is told as a fault of that planner.
     """
 
@@ -25,15 +26,25 @@ class CheckedPlanner:
     once: bool = False
     heeds_queues: bool = False
     charges_moves: bool = False
+    most_devices: int | None = None
     outside: bool = False
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`.
 
         Raises:
-            PlacementError: the planner finds no placement, or the one that it proposes is not valid.
+            PlacementError: the planner finds no placement, or the one that it proposes is not valid, or it takes fewer
+                devices than there are.
             PlannerError: the planner comes from outside and raised something else, or proposed no `Placement`.
         """
+        num_devices = len(state.topology.ids)
+        if self.most_devices is not None and num_devices > self.most_devices:
+            raise PlacementError(
+                f"planner {self.spec}",
+                expected=f"at most {self.most_devices:,} devices",
+                actual=f"{num_devices:,} in the topology",
+                remedy="use one that takes any number, such as layer_cut, layer_dp, myopic or drift_plus_penalty",
+            )
         if not self.outside:
             placement = fitted(self.planner.propose(state), state.arch)
             check(placement, state)

@@ -1,12 +1,12 @@
 """One cut of a model in two, which go to two devices: fixed, or chosen by cost from every cut or from the papers'."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from splitray.arrays import Bools, Floats, Ints
-from splitray.errors import PlacementError
+from splitray.errors import PlacementError, listed
 from splitray.placement import Placement
 from splitray.planners.layer_times import LayerTimes, embedding_bytes, layer_bytes, layer_times, table_bytes
 from splitray.planners.memory import first_fit, model_bytes, no_room, shortfall
@@ -79,7 +79,7 @@ class BestCut:
         self, state: ClusterState, times: LayerTimes
     ) -> Iterator[tuple[float, list[DeviceId], tuple[DeviceId, DeviceId]]]:
         """Seconds a token, devices of the layers, and holders of embedding and head."""
-        ids, total, edge = state.topology.ids, state.arch.num_layers, own_edge(state)
+        index, total, edge = state.topology.index, state.arch.num_layers, own_edge(state)
         served = [c for c in state.topology.tier("cloud") if state.topology.serves(c)]
         if not self.static and not served:  # there is no cloud now, or none that the origin reaches
             choices = [[edge] * total]
@@ -88,68 +88,61 @@ class BestCut:
             choices = [[edge] * cut + [cloud] * (total - cut) for cloud in clouds(state) for cut in cuts]
         for layers in choices:
             ends = state.pinned_embedding or layers[0], state.pinned_head or layers[-1]
-            seconds = times.chain_s(ids.index(ends[0]), [ids.index(d) for d in layers], ids.index(ends[1]))
+            seconds = times.chain_s(index[ends[0]], [index[d] for d in layers], index[ends[1]])
             yield seconds, layers, ends
 
 
 def _best_cut(state: ClusterState, times: LayerTimes) -> Placement | None:
-    """The best of all cuts between any two devices that fits; None if none does."""
+    """The best of all cuts between two linked devices that fit, or of one device alone; None if none does."""
     ids, total = state.topology.ids, state.arch.num_layers
-    every = np.arange(len(ids))
-    pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
+    pins = [None if p is None else state.topology.index[p] for p in (state.pinned_embedding, state.pinned_head)]
+    memory = np.array([d.memory_bytes for d in state.topology.devices])
     before = np.arange(total + 1)  # layers before the cut
     best: tuple[float, int, int, int] | None = None
-    for a in range(len(ids)):  # one after the other, as many devices make large tables: rows are the second device b
-        e, h = a if pins[0] is None else pins[0], every if pins[1] is None else np.full(len(ids), pins[1])
-        seconds = before * times.layer_s[a] + (total - before) * times.layer_s[:, None]
-        crossing = np.repeat((times.state_s[e, a] + times.state_s[a] + times.state_s[every, h])[:, None], total + 1, 1)
+    for a in range(len(ids)):  # rows are the second device, which is linked with the first: without one nothing crosses
+        b = times.state_s.targets(a)
+        e, h = a if pins[0] is None else pins[0], b if pins[1] is None else np.full(len(b), pins[1])
+        seconds = before * times.layer_s[a] + (total - before) * times.layer_s[b, None]
+        onto, last = times.state_s[a, b], times.state_s[b, h]
+        crossing = np.repeat((times.state_s[e, a] + onto + last)[:, None], total + 1, 1)
         crossing[:, 0], crossing[:, -1] = (
-            times.state_s[e] + times.state_s[every, h],
+            times.state_s[e, b] + last,
             times.state_s[e, a] + times.state_s[a, h],
         )
         seconds = seconds + crossing + (times.head_s[h] + times.token_s[h, e])[:, None]
-        first, second, apart = _room(state, a, e, h)
+        first, second, apart = _room(state, memory, a, b, e, h)
         fits = (before <= first[:, None]) & (total - before <= second[:, None])
-        fits[a] = total <= first[a]
+        fits[a == b] = total <= first[a == b]
         seconds[~(fits & apart[:, None])] = np.inf
-        b, cut = divmod(int(seconds.argmin()), total + 1)
-        if best is None or seconds[b, cut] < best[0]:
-            best = float(seconds[b, cut]), a, b, cut
+        row, cut = divmod(int(seconds.argmin()), total + 1)
+        if best is None or seconds[row, cut] < best[0]:
+            best = float(seconds[row, cut]), a, int(b[row]), cut
     if best is None or not np.isfinite(best[0]):
         return None
-    _, a, b, cut = best
-    return layers_on([ids[a]] * cut + [ids[b]] * (total - cut), ids[a], ids[b], state)
+    _, a, second_device, cut = best
+    return layers_on([ids[a]] * cut + [ids[second_device]] * (total - cut), ids[a], ids[second_device], state)
 
 
-def _room(state: ClusterState, a: int, e: int, h: Ints) -> tuple[Floats, Floats, Bools]:
-    """Layers for which there is room on device a and on each other one beside the ends' tables, [D] each.
+def _room(state: ClusterState, memory: Floats, a: int, b: Ints, e: int, h: Ints) -> tuple[Floats, Floats, Bools]:
+    """Layers for which there is room on device a and on each other one, b, beside the ends' tables, [B] each.
 
-    And whether the ends fit where no layer is. `e` holds the embedding, `h` [D] the head.
+    And whether the ends fit where no layer is. `e` holds the embedding, `h` [B] the head.
     """
-    memory, table = np.array([d.memory_bytes for d in state.topology.devices]), embedding_bytes(state)
+    table = embedding_bytes(state)
     head = np.where((h == e) & state.arch.tied_embeddings, 0, table_bytes(state))
-    every = np.arange(len(memory))
     first = memory[a] - table * (e == a) - head * (h == a)
-    second = memory - table * (every == e) - head * (h == every)
+    second = memory[b] - table * (b == e) - head * (h == b)
     fits = (memory[e] >= table + head * (h == e)) & (memory[h] >= head + table * (h == e))
     return np.floor(first / layer_bytes(state)), np.floor(second / layer_bytes(state)), fits
 
 
 def _average(state: ClusterState) -> Topology | None:
     """The mean rates of the devices that are there; None if they are not known."""
-    if state.average is None:
-        return None
-    here, links = set(state.topology.ids), state.average.links
-    return replace(
-        state.average,
-        devices=tuple(d for d in state.average.devices if d.id in here),
-        links=tuple(x for x in links if here.issuperset((x.source, x.target))),
-    )
+    return None if state.average is None else state.average.among(state.topology.ids)
 
 
 def _no_cut(state: ClusterState, short: list[str]) -> PlacementError:
     remedy = "split finer (planner proportional or exact), or shorten the context"
     needs = f"a need of {'; '.join(dict.fromkeys(short[:4]))}"
-    devices = state.topology.devices
-    there = ", ".join(f"{d.memory_bytes:,.0f} bytes on {d.id}" for d in devices[:6]) + ", ..." * (len(devices) > 6)
+    there = listed([f"{d.memory_bytes:,.0f} bytes on {d.id}" for d in state.topology.devices])
     return no_room(f"room for {state.arch.name} on either side of one cut ({there})", needs, remedy)

@@ -1,8 +1,11 @@
 """Two baselines that deal pieces out without a cost: in turn, and to the fastest device that has room."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 
+from splitray.errors import listed
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import embedding_bytes, layer_bytes, table_bytes
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, no_room
@@ -18,7 +21,7 @@ class _Room:
         self.state = state
         self.left = {d.id: d.memory_bytes for d in state.topology.devices}
 
-    def take(self, candidates: list[DeviceId], num_bytes: float, piece: str) -> DeviceId:
+    def take(self, candidates: Iterable[DeviceId], num_bytes: float, piece: str) -> DeviceId:
         """The first candidate with room.
 
         Raises:
@@ -29,7 +32,7 @@ class _Room:
                 self.left[device] -= num_bytes
                 return device
         expected = f"room for {piece} of {self.state.arch.name}: {num_bytes:,.0f} bytes on one device"
-        left = f"left are {', '.join(f'{b:,.0f} on {d}' for d, b in self.left.items())}"
+        left = f"left are {listed([f'{b:,.0f} on {d}' for d, b in self.left.items()])}"
         raise no_room(expected, left, "add a device or memory, shorten the context, or use the planner proportional")
 
     def head(self, first: DeviceId, embedding: DeviceId) -> DeviceId:
@@ -47,14 +50,14 @@ class RoundRobin:
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no device has room for a piece."""
-        arch, ids, room = state.arch, list(state.topology.ids), _Room(state)
+        arch, ids, room = state.arch, state.topology.ids, _Room(state)
         embedding = room.take([state.topology.origin], embedding_bytes(state), "the embedding")
         turn = 0
 
         def next_one(num_bytes: float, piece: str) -> DeviceId:
             nonlocal turn
-            chosen = room.take(ids[turn:] + ids[:turn], num_bytes, piece)
-            turn = (ids.index(chosen) + 1) % len(ids)
+            chosen = room.take(chain(islice(ids, turn, None), islice(ids, turn)), num_bytes, piece)
+            turn = (state.topology.index[chosen] + 1) % len(ids)
             return chosen
 
         layers = []

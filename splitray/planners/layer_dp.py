@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from splitray.arrays import Floats, Ints
+from splitray.errors import listed
 from splitray.placement import Placement
 from splitray.planners.layer_times import LayerTimes, embedding_bytes, layer_bytes, layer_times, table_bytes
 from splitray.planners.memory import fastest_first, model_bytes, no_room
@@ -48,17 +49,17 @@ class LayerDp:
                 return layers_on([ids[d] for d in chosen.layers], ids[chosen.embedding], ids[chosen.head], state)
         needs = f"a need of {model_bytes(state):,} bytes that no such shards meet"
         remedy = "add memory, shorten the context, or use the planner proportional"
-        raise no_room(f"contiguous shards of {state.arch.name} on some of {list(ids)}", needs, remedy)
+        raise no_room(f"contiguous shards of {state.arch.name} on some of {listed(ids)}", needs, remedy)
 
 
 def _used(state: ClusterState) -> list[list[int]]:
     """Devices to try, the origin first: all, or of many the fastest, then the largest."""
-    ids, origin = state.topology.ids, state.topology.origin
-    fastest = [ids.index(d) for d in fastest_first(state.topology.devices) if d != origin]
-    if len(ids) <= MOST_DEVICES:
-        return [[ids.index(origin), *fastest]]
+    index, origin = state.topology.index, state.topology.origin
+    fastest = [index[d] for d in fastest_first(state.topology.devices) if d != origin]
+    if len(index) <= MOST_DEVICES:
+        return [[index[origin], *fastest]]
     largest = sorted(fastest, key=lambda d: -state.topology.devices[d].memory_bytes)
-    return [[ids.index(origin), *few[: MOST_DEVICES - 1]] for few in (fastest, largest)]
+    return [[index[origin], *few[: MOST_DEVICES - 1]] for few in (fastest, largest)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,8 @@ def best_shards(
 
     `used` are indices of the devices that may hold something, the origin first.
     """
-    ids, n = state.topology.ids, len(used)
-    pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
+    n = len(used)
+    pins = [None if p is None else state.topology.index[p] for p in (state.pinned_embedding, state.pinned_head)]
     embeddings = [pins[0] if pins[0] is not None else used[0]] if paper or pins[0] is not None else list(used)
     heads = used if pins[1] is None else [pins[1]]
     search = _Shards(times, state, used, embeddings)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from splitray.arch import ModelArch
-from splitray.errors import PlacementError
+from splitray.errors import PlacementError, listed
 from splitray.placement import Placement, validate, weight_bytes
 from splitray.planners.protocol import ClusterState
 from splitray.topology import Device, DeviceId
@@ -87,6 +87,6 @@ def first_fit(candidates: Sequence[DeviceId], build: Callable[[DeviceId], Placem
         if not short:
             return placement
         missing += short
-    expected = f"room for the pieces of {state.arch.name} on one of {list(candidates)}"
+    expected = f"room for the pieces of {state.arch.name} on one of {listed(candidates)}"
     remedy = "split the model over more devices (planner proportional), or shorten the context"
-    raise no_room(expected, f"a need of {'; '.join(dict.fromkeys(missing))}", remedy)
+    raise no_room(expected, f"a need of {listed([*dict.fromkeys(missing)], '; ')}", remedy)

@@ -8,7 +8,7 @@ for each holder of the FFN several sets of devices for the heads are tried, and 
 released scores are in scored.py, and the planner that starts from elsewhere too and may share every piece is in
 myopic_search.py.
 
-Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices.
+Shapes: C candidates (holder of the FFN by number of devices for the heads), D devices, F of them for heads.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from splitray.arrays import Floats, Ints
-from splitray.cost import Rates
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import embedding_bytes, table_bytes, work_alone_s
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room
+from splitray.planners.pairs import LinkedPairs, PairTimes
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
 
@@ -30,31 +30,31 @@ _WIDTHS = 8  # devices that share the heads of a layer: the quickest, or those a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Times:
-    """Seconds: one head group, an FFN, the head and the fixed cost of a sub-block [D]; of a hidden state [D, D]."""
+    """Seconds: one head group, an FFN, the head and the fixed cost of a sub-block [D]; of a hidden state by pair."""
 
     group_s: Floats
     ffn_s: Floats
     head_s: Floats
     launch_s: Floats
-    busy_s: Floats
-    latency_s: Floats
+    busy_s: PairTimes
+    latency_s: PairTimes
+    way_s: PairTimes  # both
 
 
 def _times(state: ClusterState) -> _Times:
-    where, arch, rates = state.topology, state.arch, Rates.of(state.topology)
-    seconds, launch = work_alone_s(state, where), rates.launch_s[0]
+    where, arch, links = state.topology, state.arch, LinkedPairs.of(state.topology)
+    seconds, launch = work_alone_s(state, where), np.array([d.launch_s for d in where.devices])
     attention = seconds[:, 1] - launch if not arch.parallel_block else seconds[:, 1] * 0
     ffn = seconds[:, 1:-2].sum(1) - attention - launch * (1 if arch.parallel_block else 2)
-    with np.errstate(divide="ignore"):
-        busy = arch.hidden_dim * arch.dtype_bytes / rates.link_bytes_per_s[0] + rates.exchange_s[0]
-    np.fill_diagonal(busy, 0.0)
+    busy = links.on_air_s(arch.hidden_dim * arch.dtype_bytes) + links.exchange_s
     return _Times(
         group_s=attention / arch.num_kv_heads,
         ffn_s=ffn,
         head_s=seconds[:, -2],
         launch_s=launch,
-        busy_s=busy,
-        latency_s=rates.latency_s[0],
+        busy_s=links.times(busy),
+        latency_s=links.times(links.latency_s),
+        way_s=links.times(busy + links.latency_s),
     )
 
 
@@ -137,7 +137,7 @@ def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int
     Unpinned ends stay together, where the head is fastest.
     """
     ids, table = state.topology.ids, table_bytes(state)
-    pins = [None if p is None else ids.index(p) for p in (state.pinned_embedding, state.pinned_head)]
+    pins = [None if p is None else state.topology.index[p] for p in (state.pinned_embedding, state.pinned_head)]
     apart = np.array([not state.topology.serves(d) for d in ids])  # the origin does not reach them now
     for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.lexsort((head_s, apart))]:
         embedding = head if pins[0] is None else pins[0]
@@ -166,21 +166,21 @@ def _layer_options(
     """
     if known is not None and (_taken(known, sizes) <= left).all():
         yield known
-    num_devices = len(left)
-    way = times.busy_s + times.latency_s * (1 - np.eye(num_devices))
-    near = way[residual] + times.ffn_s + (way[:, after] if after is not None else 0.0)
+    every, way = np.arange(len(left)), times.way_s
+    near = way[residual, every] + times.ffn_s + (way[every, after] if after is not None else 0.0)
     able = np.flatnonzero(left >= sizes[1])
     holders = np.sort(able[np.argsort(near[able], kind="stable")[:_HOLDERS]])
-    widths = [(skip, skip + w) for skip in (0, 1) for w in range(1, min(num_devices - skip, _WIDTHS) + 1)]
+    widths = [(skip, skip + w) for skip in (0, 1) for w in range(1, min(len(every) - skip, _WIDTHS) + 1)]
     if not len(holders):
         return
     ffn = np.repeat(holders, len(widths))
-    alone = way[residual] + times.launch_s + times.group_s + way[:, ffn].T
+    alone = way[residual, every] + times.launch_s + times.group_s + way[every, holders[:, None]]
     rank = np.argsort(np.argsort(alone, axis=1, kind="stable"), axis=1)
+    few = np.flatnonzero((rank <= _WIDTHS).any(0))  # F devices, who alone may get heads
+    alone, rank = (np.repeat(each[:, few], len(widths), axis=0) for each in (alone, rank))
     first, last = np.tile(widths, (len(holders), 1)).T
     allowed = (rank >= first[:, None]) & (rank < last[:, None])
-    room = np.broadcast_to(left, alone.shape).copy()
-    room[np.arange(len(ffn)), ffn] -= sizes[1]
+    room = left[few] - np.where(few == ffn[:, None], sizes[1], 0.0)
     most = np.where(allowed, np.floor(room / sizes[0]), 0)
     counts = np.zeros(alone.shape, np.int64)
     done = alone.copy()
@@ -190,27 +190,32 @@ def _layer_options(
         best = score.argmin(1)
         ok = np.isfinite(score[rows, best])
         counts[rows[ok], best[ok]] += 1
-        done[rows[ok], best[ok]] += times.group_s[best[ok]]
-    seconds = _layer_s(times, counts, ffn, residual) + (way[ffn, after] if after is not None else 0.0)
+        done[rows[ok], best[ok]] += times.group_s[few[best[ok]]]
+    seconds = _layer_s(times, few, counts, ffn, residual) + (way[ffn, after] if after is not None else 0.0)
     seconds = np.where(counts.sum(1) == num_groups, seconds, np.inf)
     for row in np.argsort(seconds, kind="stable"):
         if not np.isfinite(seconds[row]):
             return
-        yield counts[row], int(ffn[row])
+        chosen = np.zeros(len(every), np.int64)
+        chosen[few] = counts[row]
+        yield chosen, int(ffn[row])
 
 
-def _layer_s(times: _Times, counts: Ints, ffn: Ints, residual: int) -> Floats:
-    """The clock of one layer, [C]: sends share the uplink, receipts the downlink, in device order."""
+def _layer_s(times: _Times, few: Ints, counts: Ints, ffn: Ints, residual: int) -> Floats:
+    """The clock of one layer, [C], from heads by device [C, F]: in device order sends share the uplink.
+
+    Receipts share the downlink likewise.
+    """
     used = counts > 0
-    sent = np.cumsum(np.where(used, times.busy_s[residual], 0.0), axis=1) + times.latency_s[residual]
-    sent[:, residual] = 0.0
-    clock = np.where(used, sent + times.launch_s + counts * times.group_s, 0.0)
-    rows = np.arange(len(ffn))
-    ready, free = clock[rows, ffn], np.zeros(len(ffn))
-    for d in range(counts.shape[1]):
+    sent = np.cumsum(np.where(used, times.busy_s[residual, few], 0.0), axis=1) + times.latency_s[residual, few]
+    sent[:, few == residual] = 0.0
+    clock = np.where(used, sent + times.launch_s[few] + counts * times.group_s[few], 0.0)
+    here = few == ffn[:, None]
+    ready, free = np.where(here, clock, 0.0).sum(1), np.zeros(len(ffn))
+    for at, d in enumerate(few):
         busy = times.busy_s[d, ffn]
-        sends = used[:, d] & (ffn != d)
-        end = np.maximum(clock[:, d] + busy, free + busy)
+        sends = used[:, at] & (ffn != d)
+        end = np.maximum(clock[:, at] + busy, free + busy)
         free = np.where(sends, end, free)
         ready = np.where(sends, np.maximum(ready, end + times.latency_s[d, ffn]), ready)
     return ready + times.launch_s[ffn] + times.ffn_s[ffn]

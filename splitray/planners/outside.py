@@ -75,8 +75,12 @@ def given(planner: object, spec: str = "") -> CheckedPlanner:
         if not any(value is one or (isinstance(one, str) and value == one) for one in allowed[key]):
             expected = f"{key} to be one of {', '.join(map(str, allowed[key]))}"
             raise _unusable(own, expected, repr(value), f"correct the attribute {key}, or leave it out")
+    most = getattr(planner, "most_devices", None)
+    if most is not None and (type(most) is not int or most < 1):
+        expected = "most_devices to be None or a whole number of 1 or more"
+        raise _unusable(own, expected, repr(most), "correct the attribute most_devices, or leave it out")
     made: Planner = planner if proposes else _Function(planner)  # type: ignore[assignment, arg-type]
-    return CheckedPlanner(own, made, space, **says, outside=True)
+    return CheckedPlanner(own, made, space, **says, most_devices=most, outside=True)
 
 
 def _module(spec: str, name: str, meant: str) -> ModuleType:

@@ -38,7 +38,8 @@ def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, st
     """
     if state.current is None or state.current == fresh or shortfall(state.current, end):
         return fresh
-    where, context = state.topology, max(1, state.context_tokens)
+    taking_part = {state.topology.origin, *state.current.devices, *fresh.devices}
+    where, context = state.topology.among(taking_part), max(1, state.context_tokens)
     try:
         both = Load.stack([load_of(p, state.arch, where, codec=state.codec) for p in (state.current, fresh)])
     except TopologyError:  # a link is down that one of them needs: that is not for planners to wait for

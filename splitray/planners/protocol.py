@@ -12,6 +12,8 @@ from splitray.topology import DeviceId, Topology
 
 Freedom = Literal["one_device", "layers", "heads", "all"]
 """What a planner may choose from, see `Space` in optimum/space.py."""
+MANY_DEVICES = 128
+"""What planners take that share sub-blocks among all devices, whose messages grow with the square of these."""
 EQUAL = 5e-10
 """Predicted times that differ by no more than this share are equal; of such placements planners take the one that costs
 the edge devices less energy."""
@@ -92,7 +94,9 @@ class Planner(Protocol):
     - `once = False`: it decides at the start of a run, and again only where a device of its placement is gone;
     - `heeds_queues = False`: its proposal depends on more than rates, context and the current placement, so that it has
       to be asked in every interval;
-    - `charges_moves = False`: it weighs itself what a move costs; for others the executor asks whether a move pays.
+    - `charges_moves = False`: it weighs itself what a move costs; for others the executor asks whether a move pays;
+    - `most_devices = None`: how many devices it takes, where what it does grows faster than they do; of more it is not
+      asked, and the user is told the number.
     """
 
     def propose(self, state: ClusterState) -> Placement:

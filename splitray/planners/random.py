@@ -1,12 +1,14 @@
 """Random valid placements: what tests and comparisons draw from. Knows no cost."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from splitray.errors import listed
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import MANY_DEVICES, ClusterState
 from splitray.topology import DeviceId
 
 _DRAWS = 24  # of a whole placement; the later half without replicas, which cost memory
@@ -21,6 +23,7 @@ class RandomPlanner:
     """
 
     rng: np.random.Generator
+    most_devices: ClassVar[int] = MANY_DEVICES
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where no draw fits into memory."""
@@ -28,7 +31,7 @@ class RandomPlanner:
             placement = _Draw(state, self.rng, may_replicate=attempt < _DRAWS // 2).placement()
             if placement is not None:
                 return placement
-        available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
+        available = listed([f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices])
         needs = f"a need of {model_bytes(state):,} bytes and none that fits in {_DRAWS} draws"
         remedy = "add memory or a device, shorten the context, or use the planner proportional"
         raise no_room(f"a random placement of {state.arch.name} within {available} bytes", needs, remedy)

@@ -13,19 +13,19 @@ own, for the sake of the scores, and drops it. Embedding and head, which it leav
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from splitray.arrays import Bools, Floats
-from splitray.errors import PlacementError
+from splitray.errors import PlacementError, listed
 from splitray.papers.kafetzis import AS_CODED, CORRECTED, KafetzisErrata, hosts, layer_blocks, transfer_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_times
 from splitray.planners.memory import model_bytes
 from splitray.planners.myopic import ends_of
 from splitray.planners.pay_back import keep_or_move
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import MANY_DEVICES, ClusterState
 
 Rule = Literal["max", "weighted"]
 _Kind = Literal["head", "projection", "ffn"]
@@ -50,6 +50,7 @@ class Scored:
     projection_apart: bool = False
     backtrack_limit: int = 200
     staged: bool = True
+    most_devices: ClassVar[int] = MANY_DEVICES
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where a block finds no place.
@@ -126,7 +127,7 @@ class _BlockSearch:
             for device, ranges in held.attention.by_device:
                 for r in ranges:
                     rows = seconds[layer, r.start : r.stop]
-                    np.minimum(rows, way[where.ids.index(device)], out=rows)
+                    np.minimum(rows, way[where.index[device]], out=rows)
         return seconds
 
     def placement(self) -> Placement:
@@ -274,7 +275,7 @@ class _BlockSearch:
 
     def _stuck(self, what: str) -> PlacementError:
         state = self.state
-        available = ", ".join(f"{d.memory_bytes:,.0f} bytes on {d.id}" for d in state.topology.devices)
+        available = listed([f"{d.memory_bytes:,.0f} bytes on {d.id}" for d in state.topology.devices])
         remedy = "add memory or a device, or shorten the context"
         if self.planner.errata:
             remedy += ", or use planner myopic: as coded, the origin holds no block and nothing is tried twice"

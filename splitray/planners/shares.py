@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import ClassVar
 
-from splitray.errors import InputError, PlacementError
+from splitray.errors import InputError, PlacementError, listed
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import embedding_bytes, layer_times
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
-from splitray.planners.protocol import ClusterState
+from splitray.planners.protocol import MANY_DEVICES, ClusterState
 from splitray.planners.thrift import thrifty_s
 from splitray.topology import DeviceId
 
@@ -23,6 +24,8 @@ class Even:
     What does not divide goes round the devices from layer to layer, so that the model as a whole is balanced;
     with fewer pieces than devices some devices get none of a layer. Memory is not looked at.
     """
+
+    most_devices: ClassVar[int] = MANY_DEVICES
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; a device too small for its share is named by the check."""
@@ -42,6 +45,7 @@ class Proportional:
     """
 
     priced: bool = False
+    most_devices: ClassVar[int] = MANY_DEVICES
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where the devices together are too small."""
@@ -61,23 +65,29 @@ class TensorParallel:
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where the devices together are too small, or none of these shares finds its links."""
-        seconds, ids, where = layer_times(state).layer_s, state.topology.ids, state.topology
+        where, ids, seconds = state.topology, state.topology.ids, layer_times(state).layer_s
         fastest = sorted(range(len(ids)), key=lambda d: (not where.serves(ids[d]), float(seconds[d])))
         from_origin = sorted(fastest, key=lambda d: ids[d] != where.origin)
         most = range(1, min(len(ids), _MOST_SHARING) + 1)
         best: tuple[float, Placement] | None = None
         for used in dict.fromkeys(tuple(sorted(order[:many])) for order in (fastest, from_origin) for many in most):
-            speeds = [1 / float(seconds[d]) if d in used else 0.0 for d in range(len(ids))]
+            speed = {ids[d]: 1 / float(seconds[d]) for d in used}
+            few = replace(state, topology=where.among({where.origin, *speed}))  # the others hold nothing
+            speeds = [speed.get(d, 0.0) for d in few.topology.ids]
             tables = [(where.origin,), (ids[used[0]],), tuple(ids[d] for d in used)]
             for table in tables[:1] if state.pinned_embedding else dict.fromkeys(tables):
                 try:
-                    placement = _in_proportion(state, speeds, table)
+                    placement = _in_proportion(few, speeds, table)
                     found = thrifty_s(placement, state), placement
                 except InputError:
                     continue
                 if best is None or found[0] < best[0]:
                     best = found
-        return Proportional(priced=True).propose(state) if best is None else best[1]
+        if best is not None:
+            return best[1]
+        if len(ids) > MANY_DEVICES:
+            raise _too_small(state, f"{model_bytes(state):,} bytes on at most {_MOST_SHARING} linked devices")
+        return Proportional(priced=True).propose(state)
 
 
 def _in_proportion(state: ClusterState, speeds: Sequence[float], embedding: tuple[DeviceId, ...]) -> Placement:
@@ -191,7 +201,7 @@ def _water_fill(weights: Sequence[float], caps: Sequence[float]) -> list[float] 
 
 def _too_small(state: ClusterState, needed: str) -> PlacementError:
     devices = state.topology.devices
-    available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in devices)
+    available = listed([f"{d.memory_bytes:,.0f} on {d.id}" for d in devices])
     return no_room(
         f"at most the {sum(d.memory_bytes for d in devices):,.0f} bytes available ({available})",
         f"a need of {needed} for {state.arch.name} with {state.context_tokens} tokens of context",

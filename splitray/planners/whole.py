@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitray.errors import PlacementError
+from splitray.errors import PlacementError, listed
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_times
 from splitray.planners.memory import fastest_first, first_fit
@@ -86,14 +86,14 @@ def quickest_first(
 
     `first`: another device holds so many of the first layers; `embedding`: another one holds that.
     """
-    times, ids = layer_times(state, thrifty=True), state.topology.ids
+    times, index = layer_times(state, thrifty=True), state.topology.index
     before, count = first or (None, 0)
 
     def seconds(device: DeviceId) -> float:
         layers = [before or device] * count + [device] * (state.arch.num_layers - count)
         table = state.pinned_embedding or embedding or layers[0]
         head = state.pinned_head or device
-        return times.chain_s(ids.index(table), [ids.index(d) for d in layers], ids.index(head))
+        return times.chain_s(index[table], [index[d] for d in layers], index[head])
 
     return sorted(devices, key=seconds)
 
@@ -120,6 +120,6 @@ def _no_tier(state: ClusterState, tier: str) -> PlacementError:
     return PlacementError(
         "topology",
         expected=f"at least one device of tier {tier}",
-        actual=f"{[f'{d.id} ({d.tier})' for d in state.topology.devices]}",
+        actual=listed([f"{d.id} ({d.tier})" for d in state.topology.devices]),
         remedy=f"add one of tier {tier}, or use the planner best_device",
     )

@@ -94,7 +94,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "splitray.planners": (
         ("protocol",),
-        ("memory",),
+        ("memory", "pairs"),
         ("optimum", "checked", "layer_times", "pay_back", "proposals", "random"),
         ("outside", "thrift", "whole"),
         ("cut", "dealt", "layer_dp", "myopic", "shares", "ucb"),

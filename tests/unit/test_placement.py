@@ -119,7 +119,7 @@ REFUSED = {
     ),
     "an unknown device": (
         {"embedding": ["edge_c"]},
-        ("['edge_a', 'edge_b', 'cloud_a']", "got edge_c", "correct the device's name"),
+        ("edge_a, edge_b, cloud_a", "got edge_c", "correct the device's name"),
     ),
     "an embedding held twice by one device": (
         {"embedding": [EDGE_A, EDGE_A]},
