@@ -18,6 +18,7 @@ TOLERATED = (
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
+    "spaces_between_special_tokens",  # transformers puts none
     "store",
     "user",
 )
@@ -64,6 +65,8 @@ class GenerationRequest(BaseModel):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
@@ -72,6 +75,11 @@ class GenerationRequest(BaseModel):
     def stop_strings(self) -> tuple[str, ...]:
         """The strings that end the text and are not part of it."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer goes on with the text of the prompt, spaces and begun characters included."""
+        return True
 
     @property
     def include_usage(self) -> bool:
@@ -139,6 +147,11 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """A message is a text of its own, decoded without the prompt before it, unless it was begun there."""
+        return bool(self.continue_final_message)
 
     def check(self) -> None:
         """Also refuse what a message carries besides text: clients send back nulls, tool calls are not ours.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from serve_apps.prompts import chat_prompt, completion_prompts, sampling_for
 from serve_apps.protocol import ChatRequest, CompletionRequest
 from serve_apps.replies import DONE, ChatReply, CompletionReply, FinishReason, Usage, event
 from splitray.errors import InputError
+from splitray.text.decoding import Decoding
 from splitray.text.ends import end_ids
-from splitray.text.stops import special_ids
 from splitray.text.stream import TextStream
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class Job:
 
     prompt_ids: list[int]
     sampling: Sampling
-    stops: tuple[str, ...]
+    text: TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +64,7 @@ class TextService:
         self._end_ids = end_ids(queue.engine.model_path, self._tokenizer)
         self._trust = trust_request_chat_template
         self._seeds = Random(seed)
-        # Cleaning up spaces rewrites text that a stream has already sent.
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        self._decode = partial(self._tokenizer.decode, **options)
+        self._decodings = {skip: Decoding(self._tokenizer, skip_special_tokens=skip) for skip in (True, False)}
 
     def jobs(self, request: CompletionRequest | ChatRequest) -> list[Job]:
         """Check a request and make it the engine's input, one job a choice.
@@ -77,25 +74,29 @@ class TextService:
         """
         self.check_model(request.model)
         request.check()
-        arch = self.queue.engine.arch
         if isinstance(request, ChatRequest):
             prompts = [chat_prompt(request, self._tokenizer, trust_request_chat_template=self._trust)]
         else:
-            prompts = completion_prompts(request, self._tokenizer, vocab=arch.vocab)
-        return [
-            Job(
-                prompt_ids=ids,
-                sampling=sampling_for(
-                    request,
-                    num_prompt_tokens=len(ids),
-                    context_tokens=arch.context_tokens,
-                    stop_ids=[*self._end_ids, *special_ids(request.stop_strings, self._tokenizer)],
-                    seed=self._seeds.getrandbits(63),
-                ),
-                stops=request.stop_strings,
-            )
-            for ids in prompts
-        ]
+            prompts = completion_prompts(request, self._tokenizer, vocab=self.queue.engine.arch.vocab)
+        return [self._job(request, ids) for ids in prompts]
+
+    def _job(self, request: CompletionRequest | ChatRequest, prompt_ids: list[int]) -> Job:
+        arch = self.queue.engine.arch
+        sampling = sampling_for(
+            request,
+            num_prompt_tokens=len(prompt_ids),
+            context_tokens=arch.context_tokens,
+            stop_ids=self._end_ids,
+            seed=self._seeds.getrandbits(63),
+        )
+        text = TextStream(
+            self._decodings[request.skip_special_tokens is not False],
+            prompt_ids if request.goes_on else [],
+            stops=request.stop_strings,
+            end_ids=sampling.stop_ids,
+            include_end=bool(request.include_stop_str_in_output),
+        )
+        return Job(prompt_ids=prompt_ids, sampling=sampling, text=text)
 
     def check_model(self, name: str) -> None:
         """Refuse any other model's name.
@@ -115,13 +116,12 @@ class TextService:
     async def pieces(self, jobs: Sequence[Job]) -> AsyncGenerator[Piece, None]:
         """The text of all jobs, one after the other; each takes its own turn in the queue."""
         for index, job in enumerate(jobs):
-            text, num_tokens, ended = TextStream(self._decode, job.stops), 0, False
+            text, num_tokens, ended = job.text, 0, False
             async with aclosing(self.queue.stream(job.prompt_ids, job.sampling)) as tokens:
                 async for token_id in tokens:
                     num_tokens += 1
-                    if token_id in job.sampling.stop_ids:
-                        ended = True  # the engine ends here by itself
-                    elif new := text.push(token_id):
+                    ended = token_id in job.sampling.stop_ids  # the engine ends there by itself
+                    if new := text.push(token_id):
                         yield Piece(index=index, text=new)
                     if text.stopped:
                         break

@@ -35,6 +35,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is off.", metavar="N")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample within that mass; 1 is off.", metavar="X")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.", metavar="X")] = 1.0,
+    skip_special_tokens: Annotated[
+        bool, typer.Option("--skip-special-tokens/--keep-special-tokens", help="Leave them out of the text.")
+    ] = True,
     start_s: options.StartS = None,
     as_json: options.Json = False,
 ) -> None:
@@ -94,7 +97,14 @@ def generate(
                 console.print(Text(piece), end="", soft_wrap=True)
             pieces.append(piece)
 
-        document = continue_prompt(engine, asked.ids, sampling, tell=tell, shared_process=runtime == "local")
+        document = continue_prompt(
+            engine,
+            asked.ids,
+            sampling,
+            tell=tell,
+            skip_special_tokens=skip_special_tokens,
+            shared_process=runtime == "local",
+        )
     if as_json:
         print_json(document)
         return

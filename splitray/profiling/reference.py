@@ -1,7 +1,6 @@
 """What transformers answers with the whole model, and where a served answer differs from it."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from splitray.profiling.served_answer import ServedAnswer
-from splitray.text.detokenizer import Detokenizer
+from splitray.text.decoding import Decoding
 from splitray.text.ends import end_ids
+from splitray.text.stream import TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,8 @@ def ask_transformers(folder: str, tokenizer: Any, prompt: str, *, new_tokens: in
         ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, length:]
         model.generation_config.eos_token_id = None
         long_ids = model.generate(**inputs, max_new_tokens=long_tokens, do_sample=False)[0, length:]
-    ends = end_ids(folder, tokenizer)
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    stream = Detokenizer(partial(tokenizer.decode, **options))
-    pieces = [stream.push(i) for i in ids.tolist() if i not in ends]
+    stream = TextStream(Decoding(tokenizer), inputs["input_ids"][0].tolist(), end_ids=end_ids(folder, tokenizer))
+    pieces = [stream.push(i) for i in ids.tolist()]
     texts = tuple(p for p in (*pieces, stream.flush()) if p)
     return Reference(token_ids=tuple(ids.tolist()), pieces=texts, long_ids=tuple(long_ids.tolist()))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ from splitray.model.folder import has_weights
 from splitray.model.reading import read_config
 from splitray.runtime.engine.session import check_ids
 from splitray.runtime.launch import model_path, read_tokenizer
-from splitray.text.detokenizer import Detokenizer
+from splitray.text.decoding import Decoding
 from splitray.text.ends import end_ids
+from splitray.text.stream import TextStream
 
 if TYPE_CHECKING:
     from splitray.runtime.engine.engine import Engine
@@ -26,7 +26,6 @@ Document = dict[str, Any]
 _RUN_KEYS = ("ttft_s", "tpot_s")
 _TRAFFIC_KEYS = ("messages_per_token", "bytes_per_token", "wire_bytes_per_token", "driver_bytes_per_token")
 _ID = re.compile("[+-]?[0-9]{1,18}")
-_AS_STREAMED = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +78,36 @@ def continue_prompt(
     sampling: Sampling,
     *,
     tell: Callable[[str], None],
+    skip_special_tokens: bool = True,
     shared_process: bool = False,
 ) -> Document:
     """Generate, and give the run's document.
 
     `tell` is called for every token with the text that it made certain, perhaps none, and once with the rest; with ids
-    where there is no tokenizer. `shared_process`: the devices are threads, so that memory cannot be told apart.
+    where there is no tokenizer. The text goes on from the prompt's. `shared_process`: the devices are threads, so that
+    memory cannot be told apart.
 
     Raises:
         InputError: the engine refuses the prompt.
         DeviceLost: a device died.
     """
-    decode = partial(engine.tokenizer.decode, **_AS_STREAMED) if engine.tokenizer else None
-    stream = Detokenizer(decode or (lambda ids: "".join(f"{i} " for i in ids)))
+    stream = None
+    if engine.tokenizer:
+        stream = TextStream(Decoding(engine.tokenizer, skip_special_tokens=skip_special_tokens), prompt_ids)
     token_ids: list[int] = []
+    pieces: list[str] = []
     for token_id in engine.stream(prompt_ids, sampling):
         token_ids.append(token_id)
-        tell(stream.push(token_id))
-    tell(stream.flush())
+        pieces.append(stream.push(token_id) if stream else f"{token_id} ")
+        tell(pieces[-1])
+    if stream:
+        pieces.append(stream.flush())
+        tell(pieces[-1])
     assert engine.report is not None, "a finished run has a report"
     stats = engine.stats()
     return run_document(
         token_ids=token_ids,
-        text=decode(token_ids) if decode else None,
+        text="".join(pieces) if stream else None,
         run=asdict(engine.report),
         exchanges_per_token=engine.route.exchanges_per_token,
         epoch=engine.epoch,

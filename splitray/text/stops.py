@@ -1,24 +1,28 @@
-"""The strings that end an answer: cut from its text, or met as the ids of special tokens."""
+"""The strings that end an answer, found in its text as that comes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 
 class StopStrings:
-    """Cuts the text before the first stop string and never lets out the beginning of one."""
+    """Cuts the text before the first stop string and never lets out the beginning of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    The first is the one that is complete first, wherever the pieces are cut; of those that end together, the longest.
+    """
+
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
+        """`included`: cut behind the stop string."""
+        self._stops, self._included = tuple(stops), included
         self._held = ""
         self.matched = False
 
     def push(self, text: str) -> str:
         """The text that cannot belong to a stop string."""
         text = self._held + text
-        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
         if found:
             self.matched, self._held = True, ""
-            return text[: min(found)]
+            end, start = min(found)
+            return text[: end if self._included else start]
         num_held = max((_num_begun(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
@@ -33,8 +37,3 @@ def _num_begun(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def special_ids(stops: Sequence[str], tokenizer: Any) -> list[int]:
-    """The ids of stop strings that are special tokens: those never show as text."""
-    return [tokenizer.convert_tokens_to_ids(s) for s in stops if s in tokenizer.all_special_tokens]

@@ -88,9 +88,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("controller",),
     ),
     "splitray.text": (
-        ("detokenizer", "dialogue", "ends", "stops"),
-        ("stream", "template_processes"),
-        ("chat",),
+        ("decoding", "dialogue", "ends", "stops"),
+        ("detokenizer", "template_processes"),
+        ("chat", "stream"),
     ),
     "splitray.planners": (
         ("protocol",),

@@ -82,7 +82,7 @@ class FakeEngine:
 
     @property
     def arch(self) -> SimpleNamespace:
-        return SimpleNamespace(context_tokens=CONTEXT_TOKENS, vocab=300)
+        return SimpleNamespace(context_tokens=CONTEXT_TOKENS, vocab=max(300, len(self.tokenizer or ())))
 
     def ids(self, prompt_ids: list[int]) -> list[int]:
         if self.say:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from api_server import HTTP, Served, serving, wait_for
 from fake_engine import CONTEXT_TOKENS, FakeEngine
+from tokenizers_made import byte_level, sentencepiece
 
 CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "fake", "prompt": "hi", "max_tokens": 30}
@@ -140,6 +141,41 @@ def test_what_only_looks_like_a_stop_string_comes_in_the_end(served: Served) -> 
 def test_a_stop_string_that_is_a_special_token_stops_at_its_id(served: Served) -> None:
     served.engine.reply = lambda prompt: "yes<|im_end|>no"
     assert served.client.completions.create(**COMPLETION, stop="<|im_end|>").choices[0].text == "yes"
+
+
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_answer_is_a_text_of_its_own() -> None:
+    tokenizer = sentencepiece(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    ids = tokenizer("the cat sat")["input_ids"]
+    with serving(FakeEngine(tokenizer=tokenizer, say=lambda prompt_ids: ids, ends=False)) as served:
+        create = served.client.completions.create
+        assert create(model="fake", prompt="the mat").choices[0].text == " the cat sat"
+        assert create(model="fake", prompt=tokenizer("the mat")["input_ids"]).choices[0].text == " the cat sat"
+        assert "".join(c.choices[0].text for c in create(model="fake", prompt="the mat", stream=True)) == " the cat sat"
+        assert served.client.chat.completions.create(**CHAT).choices[0].message.content == "the cat sat"
+        begun: Any = [*CHAT["messages"], {"role": "assistant", "content": "the mat"}]
+        body = {"continue_final_message": True, "add_generation_prompt": False}
+        answer = served.client.chat.completions.create(model="fake", messages=begun, extra_body=body)
+        assert answer.choices[0].message.content == " the cat sat"
+
+
+@pytest.mark.parametrize("stop", ["<|eot|>", "at<|eot|>", "<tool>"])
+def test_special_and_added_tokens_are_left_out_kept_and_stop(stop: str) -> None:
+    tokenizer = byte_level()
+    engine = FakeEngine(tokenizer=tokenizer, reply=lambda prompt: "the cat<|eot|><tool> sat</s>", ends=False)
+    text = {"<|eot|>": "the cat", "at<|eot|>": "the c", "<tool>": "the cat"}[stop]
+    with serving(engine) as served:
+
+        def ask(**body: object) -> tuple[str, str | None]:
+            (choice,) = served.client.completions.create(**COMPLETION, extra_body=body).choices
+            return choice.text, choice.finish_reason
+
+        assert ask() == ("the cat<tool> sat", "stop")
+        assert ask(skip_special_tokens=True, spaces_between_special_tokens=True) == ("the cat<tool> sat", "stop")
+        assert ask(skip_special_tokens=False) == ("the cat<|eot|><tool> sat", "stop")
+        assert ask(skip_special_tokens=False, include_stop_str_in_output=True)[0] == "the cat<|eot|><tool> sat</s>"
+        assert ask(stop=stop) == (text, "stop")
+        with_stop = ask(stop=stop, skip_special_tokens=False, include_stop_str_in_output=True)
+        assert with_stop == ("the cat<|eot|><tool>"[: 20 if stop == "<tool>" else 14], "stop")
 
 
 @pytest.mark.parametrize("configured", ["<|im_end|>", ["<|endoftext|>", "<|im_end|>"]], ids=str)
