@@ -355,9 +355,8 @@ def _number(value: Any, where: str) -> float:
         raise _wrong(where, "a number", "nothing" if value is None else repr(value), remedy)
     least, most = (0.0, _MOST_S) if key in _TIMES else (_LEAST, _MOST)
     if abs(found) > most or 0 < abs(found) < least:
-        raise _wrong(
-            where, f"a number of 0, or from {least:g} to {most:g}" if least else f"0 to {most:g}", value, _CORRECT
-        )
+        expected = f"0, or a number from {least:g} to {most:g}" if least else f"a number from 0 to {most:g}"
+        raise _wrong(where, expected, value, _CORRECT)
     return float(found)
 
 

@@ -1,22 +1,31 @@
-"""One file that a user names: opened only if it is a plain one, read in bounds, as text or as JSON, or refused.
+"""One file that a user names: opened only if it is a plain one, read in bounds, as text, lines or JSON, or refused.
 
 What gzip packed is unpacked, whatever the file is called. Knows no keys, columns or models.
 """
 
 import gzip
+import io
+import itertools
 import json
+import logging
 import os
 import stat
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from splitray.errors import InputError
 
+logger = logging.getLogger(__name__)
 MOST_BYTES = 20_000_000  # of a document: four times as much where its characters are wide
+_MOST_LINES, _MOST_LINE = 5_000_000, 65_536  # of a table, and characters of one
+_TELL_S = 2.0
+_TEXT, _NUL = "a text in UTF-8", "a NUL: another kind of file, or text in UTF-16"
 MOST_VALUES = 250_000  # in a document, keys counted: they take 3 us and 200 bytes each
 _OTHERS = {  # how files begin that are no text, and what to do
     b"\x28\xb5\x2f\xfd": ("a file packed by zstd", "unpack it (zstd -d)"),
@@ -99,28 +108,51 @@ class UserFile:
         Raises:
             InputError: see `raw`, or it is no such text.
         """
-        return self.decoded(self.raw(most_bytes))
+        raw = self.raw(most_bytes)
+        self._refuse_others(raw[:8])
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            at = 1 + raw[: error.start].count(b"\n")
+            raise self._no_text(f"the byte 0x{raw[error.start]:02x}", at) from error
+        if (end := text.find("\0")) >= 0:
+            raise self._no_text(_NUL, 1 + text.count("\n", 0, end))
+        return text
 
-    def decoded(self, raw: bytes, line: int | None = None) -> str:
-        """Some of its bytes, from the beginning or from a line on, as text in UTF-8.
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Its lines of text in UTF-8 with their numbers from 1 on, whatever ends them; memory for one at a time.
 
         Raises:
-            InputError: they are something else; says what.
+            InputError: see `opened`, or it is no such text, or has too many lines or one that is too long.
         """
-        if not line or line == 1:
-            for begin, (found, remedy) in _OTHERS.items():
-                if raw.startswith(begin):
-                    raise self.wrong("a text in UTF-8", found, remedy=remedy)
-        try:
-            text = raw.decode("utf-8-sig" if not line or line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            at = line or 1 + raw[: error.start].count(b"\n")
-            found = f"the byte 0x{raw[error.start]:02x}"
-            raise self.wrong("a text in UTF-8", found, line=at, remedy="save it in UTF-8") from error
-        if (end := text.find("\0")) >= 0:
-            found, remedy = "a NUL: another kind of file, or text in UTF-16", "save it in UTF-8"
-            raise self.wrong("a text in UTF-8", found, line=line or 1 + text.count("\n", 0, end), remedy=remedy)
-        return text
+        with self.opened() as raw:
+            self._refuse_others(raw.read(8))
+            raw.seek(0)
+            text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape")
+            told_s = time.monotonic()
+            for number in itertools.count(1):
+                line = text.readline(_MOST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > _MOST_LINE or number > _MOST_LINES:
+                    many = f"{_MOST_LINES:,} lines of {_MOST_LINE:,} characters"
+                    raise self.wrong(f"at most {many}", "more", line=number, remedy="cut the file")
+                if not line.isascii() and (odd := [c for c in line if "\udc80" <= c <= "\udcff"]):
+                    raise self._no_text(f"the byte 0x{ord(odd[0]) - 0xDC00:02x}", number)
+                if "\0" in line:
+                    raise self._no_text(_NUL, number)
+                if number % 10_000 == 0 and time.monotonic() - told_s > _TELL_S:
+                    told_s = time.monotonic()
+                    logger.warning("reading %s %s: %s lines so far", self.kind, self.path, f"{number:,}")
+                yield number, line.rstrip("\n")
+
+    def _refuse_others(self, begin: bytes) -> None:
+        for known, (found, remedy) in _OTHERS.items():
+            if begin.startswith(known):
+                raise self.wrong(_TEXT, found, remedy=remedy)
+
+    def _no_text(self, found: str, line: int) -> InputError:
+        return self.wrong(_TEXT, found, line=line, remedy="save it in UTF-8")
 
     def json(self) -> Any:
         """Its JSON document: as Python reads it, NaN and Infinity included, but no key may stand twice.
@@ -130,8 +162,8 @@ class UserFile:
         """
         return self.parsed(self.text())
 
-    def parsed(self, text: str) -> Any:
-        """A JSON document of it.
+    def parsed(self, text: str, line: int | None = None) -> Any:
+        """A JSON document of it, which is on a line of its own if one is named.
 
         Raises:
             InputError: it is none; says what is wrong and where.
@@ -139,20 +171,20 @@ class UserFile:
         if sum(map(text.count, ",{[")) > MOST_VALUES:
             raise self.wrong(f"at most {MOST_VALUES:,} values", "more", remedy="give a smaller file")
         try:
-            return json.loads(text, object_pairs_hook=self._once)
+            return json.loads(text, object_pairs_hook=partial(self._once, line))
         except json.JSONDecodeError as error:
-            raise self.wrong("a JSON document", error.msg, line=error.lineno) from error
+            raise self.wrong("a JSON document", error.msg, line=(line or 1) - 1 + error.lineno) from error
         except RecursionError as error:
-            raise self.wrong("a JSON document", "brackets nested too deep") from error
+            raise self.wrong("a JSON document", "brackets nested too deep", line=line) from error
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
-            raise self.wrong("a JSON document", "a number of thousands of digits") from error
+            raise self.wrong("a JSON document", "a number of thousands of digits", line=line) from error
 
-    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _once(self, line: int | None, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise self.wrong("each key of an object once", f"{twice!r} twice", remedy="remove one of them")
+            raise self.wrong("each key of an object once", f"{twice!r} twice", line=line, remedy="remove one of them")
         return found

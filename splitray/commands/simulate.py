@@ -30,8 +30,9 @@ def simulate(
     arrivals: Annotated[
         str | None,
         typer.Option(
-            help="CSV arrival_s,prompt_tokens,output_tokens, azure:FILE, poisson[:PER_S] (0.2 of the best "
-            "device's rate) or bursty[:PER_S]; a file is dealt to the edges, PER_S is of each.",
+            help="CSV arrival_s,prompt_tokens,output_tokens, azure:FILE, burstgpt:FILE, mooncake:FILE, "
+            "poisson[:PER_S] (0.2 of the best device's rate) or bursty[:PER_S]; a file is dealt to the edges, PER_S is "
+            "of each.",
             metavar="ARRIVALS",
         ),
     ] = None,

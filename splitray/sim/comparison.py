@@ -197,8 +197,8 @@ def _lost(text: str | None, topology: Topology, slots: int, slot_s: float) -> np
         return None
     lost = np.zeros((slots, len(topology.ids)), bool)
     for each in text.split(","):
-        name, _, times = each.partition(":")
-        first, _, last = times.partition(":")
+        rest, _, last = each.rpartition(":")
+        name, _, first = rest.rpartition(":")  # a name may have colons, too
         try:
             begin, end = float(first), float(last)
         except ValueError:

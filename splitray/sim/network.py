@@ -12,7 +12,7 @@ from splitray.topology import DeviceId, Topology
 
 _AR1, _OUTAGES = "log_ar1", "gilbert_elliott"
 TRACE_USAGE = f"FILE, READER:FILE, {_AR1}[:SIGMA], {_OUTAGES}, or {_AR1}[:SIGMA]+{_OUTAGES}"
-ARRIVAL_USAGE = "FILE, azure:FILE, poisson[:PER_S] or bursty[:PER_S]"
+ARRIVAL_USAGE = "FILE, azure:FILE, burstgpt:FILE, mooncake:FILE, poisson[:PER_S] or bursty[:PER_S]"
 
 
 def varied(

@@ -1,12 +1,14 @@
 """How bandwidth and round-trip time change: read from files that state their units, or drawn from models.
 
-A trace is a step function: each value holds until the next time, the last one for ever. Zero bandwidth is an outage.
+A trace is a step function: each value holds until the next time, the last one for ever. Of rows at one time the last
+counts. Zero bandwidth is an outage.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import numpy as np
 
 from splitray.arrays import Bools, Floats
 from splitray.errors import InputError, did_you_mean
+from splitray.sim.table_rows import TableRow, table_rows
+from splitray.user_file import UserFile
 
 PACKET_BYTES = 1504  # of the one-integer-a-packet format (Mahimahi)
 _MOST_MS = 10_000_000  # that a trace of packets may span
@@ -27,7 +31,20 @@ _RATES = {  # b is bits and B is bytes, eight times as much
 _TIMES = {written: s for unit, s in {"us": 1e-6, "ms": 1e-3, "s": 1.0}.items() for written in (unit, unit.upper())}
 _RATE_USAGE = "bit/s, b/s, bps (bits), B/s, Bps (bytes), with k, M or G before it"
 _TIME_USAGE = "us, ms, s"
-_QUANTITY = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE)
+_QUANTITY = re.compile(
+    r"^([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE
+)
+
+
+_UNITS = {  # units, the default one, the least above 0 and the most that is believed, and what that is called
+    "bandwidth": (_RATES, 125e3, 1e-9, 1e18, "1e18 byte/s"),
+    "rtt": (_TIMES, 1e-3, 0.0, 1e5, "1e5 s"),
+}
+_INSTANT_S = 1e-6  # times that are no further apart are equal
+_MOST_AT_S, _MOST_SPAN_S = 1e10, 1e7
+_MOST_STEPS = 10_000_000
+Columns = tuple[array, array]
+"""Times in seconds and values in SI units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +55,18 @@ class Trace:
     value: Floats
 
     def repeated(self, until_s: float) -> Trace:
-        """The trace again and again until a time; its last value holds as long as its values do on average."""
+        """The trace again and again until a time; its last value holds as long as its values do on average.
+
+        Raises:
+            InputError: it would take more than `_MOST_STEPS`.
+        """
         period = float(self.time_s[-1]) + (
             float(self.time_s[-1]) / (len(self.time_s) - 1) if len(self.time_s) > 1 else 1
         )
         times = max(1, int(np.ceil(until_s / period)))
+        if times * len(self.time_s) > _MOST_STEPS:
+            raise InputError(f"trace of {period:g} s", expected=f"at most {_MOST_STEPS:,} values in {until_s:g} s",
+                             actual=f"{times * len(self.time_s):,}", remedy="give a longer one")  # fmt: skip
         starts = np.repeat(np.arange(times) * period, len(self.time_s))
         return Trace(np.tile(self.time_s, times) + starts, np.tile(self.value, times))
 
@@ -61,7 +85,7 @@ def read_trace(spec: str, *, quantity: str = "bandwidth") -> Trace:
 
     Readers: `columns` (the default; a value may carry its unit, so that kbit/s and Mbit/s may stand in one column),
     `with_ping` (time [s], Mbit/s, ping [ms] in one row) and `packets` (one integer millisecond for each delivered
-    packet of 1,504 bytes).
+    packet of 1,504 bytes). How columns and comments are told is in `table_rows`; files may be packed by gzip.
 
     Raises:
         InputError: the file cannot be read, a unit is not known, a value is negative or not a number, time goes back.
@@ -77,103 +101,109 @@ def read_trace(spec: str, *, quantity: str = "bandwidth") -> Trace:
             )
     else:
         name, rest = "columns", spec
-    try:
-        lines = Path(rest).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _wrong(rest, "a readable text file", error, "give the path of a trace") from error
-    rows = [(i, line.split("#")[0].replace(",", " ").split()) for i, line in enumerate(lines, 1)]
-    time_s, value = _READERS[name](rest, [(i, r) for i, r in rows if r], quantity)
+    file = UserFile(rest, "trace", "correct the row")
+    time_s, value = _READERS[name](table_rows(file), quantity)
     if not time_s:
-        raise _wrong(rest, "at least one row", "none", "give a trace with rows")
+        raise file.wrong("at least one row", "none", remedy="give a trace with rows")
     return Trace(np.array(time_s) - time_s[0], np.array(value))
 
 
-def _columns(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tuple[list[float], list[float]]:
-    time_s: list[float] = []
-    value: list[float] = []
-    for line, row in rows:
-        if len(row) == 3 and not _QUANTITY.match(row[2]):
-            row = [row[0], row[1] + row[2]]  # the unit may stand apart
-        if len(row) != 2:
-            raise _wrong(f"{path}:{line}", "two columns, time [s] and a value", row, "see SOURCE of the trace")
-        time_s.append(_time(path, line, row[0], time_s))
-        units, default = (_RATES, 125e3) if quantity == "bandwidth" else (_TIMES, 1e-3)
-        value.append(_value(path, line, row[1], units, default))
-    return time_s, value
+def _columns(rows: Iterator[TableRow], quantity: str) -> Columns:
+    found = array("d"), array("d")
+    for row in rows:
+        cells = row.cells
+        if len(cells) == 3 and row.separator == " " and not _QUANTITY.match(cells[2]):
+            cells = [cells[0], cells[1] + cells[2]]  # the unit may stand apart
+        if len(cells) != 2:
+            expected, remedy = "two columns, time [s] and a value", "see --help for the readers of other formats"
+            raise row.file.wrong(expected, row.cells, line=row.line, remedy=remedy)
+        _add(*found, _time(row, cells[0], found[0]), _value(row, cells[1], quantity))
+    return found
 
 
-def _with_ping(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tuple[list[float], list[float]]:
-    time_s: list[float] = []
-    value: list[float] = []
-    for line, row in rows:
-        if len(row) != 3:
-            raise _wrong(f"{path}:{line}", "three columns: time [s], Mbit/s, ping [ms]", row, "choose another reader")
-        time_s.append(_time(path, line, row[0], time_s))
-        rate = _value(path, line, row[1], _RATES, 125e3)
-        ping = _value(path, line, row[2], _TIMES, 1e-3)
-        value.append(rate if quantity == "bandwidth" else ping)
-    return time_s, value
+def _with_ping(rows: Iterator[TableRow], quantity: str) -> Columns:
+    found = array("d"), array("d")
+    for row in rows:
+        if len(row.cells) != 3:
+            expected = "three columns: time [s], Mbit/s, ping [ms]"
+            raise row.file.wrong(expected, row.cells, line=row.line, remedy="choose another reader")
+        time_s = _time(row, row.cells[0], found[0])
+        rate, ping = (_value(row, cell, what) for cell, what in zip(row.cells[1:], _UNITS, strict=True))
+        _add(*found, time_s, rate if quantity == "bandwidth" else ping)
+    return found
 
 
-def _packets(path: str, rows: list[tuple[int, list[str]]], quantity: str) -> tuple[list[float], list[float]]:
-    if quantity != "bandwidth":
-        raise _wrong(path, "round-trip times", "a trace of packets", "use the reader columns or with_ping")
-    times: list[int] = []
-    for line, row in rows:
-        if len(row) != 1 or not row[0].isdecimal() or len(row[0]) > 18:
-            raise _wrong(f"{path}:{line}", "one integer, the millisecond of a packet", row, "choose another reader")
-        if times and int(row[0]) < times[-1]:
-            raise _wrong(f"{path}:{line}", f"a time of at least {times[-1]} ms", row[0], "put the rows in order")
-        times.append(int(row[0]))
-        if times[-1] - times[0] > _MOST_MS:
-            raise _wrong(
-                f"{path}:{line}",
-                f"at most {_MOST_MS:,} ms from the first packet, at {times[0]} ms, to the last",
-                f"{times[-1] - times[0]:,} ms",
-                "cut the trace, and write milliseconds",
-            )
-    if not times:
-        return [], []
-    counts = np.bincount((np.array(times) - times[0]) // 1000)  # of each second since the first packet
-    return [float(i) for i in range(len(counts))], [float(c * PACKET_BYTES) for c in counts]
+def _add(times: array[float], values: array[float], time_s: float, value: float) -> None:
+    """The last of equal times counts: the others would hold for no time."""
+    if times and time_s - times[-1] < _INSTANT_S:
+        values[-1] = value
+        return
+    times.append(time_s)
+    values.append(value)
 
 
-_READERS: dict[str, Callable[[str, list[tuple[int, list[str]]], str], tuple[list[float], list[float]]]] = {
+def _packets(rows: Iterator[TableRow], quantity: str) -> Columns:
+    first, last, counts = -1, -1, array("d")
+    for row in rows:
+        text = row.cells[0]
+        if quantity != "bandwidth":
+            remedy = "use the reader columns or with_ping"
+            raise row.file.wrong("round-trip times", "a trace of packets", remedy=remedy)
+        if len(row.cells) != 1 or not re.fullmatch("[0-9]{1,18}", text):
+            expected = "one integer, the millisecond of a packet"
+            raise row.file.wrong(expected, row.cells, line=row.line, remedy="choose another reader")
+        first, before, last = int(text) if first < 0 else first, last, int(text)
+        if last < before:
+            raise row.file.wrong(f"a time of at least {before} ms", text, line=row.line, remedy="put the rows in order")
+        if last - first > _MOST_MS:
+            expected = f"at most {_MOST_MS:,} ms from the first packet, at {first} ms, to the last"
+            remedy = "cut the trace, and write milliseconds"
+            raise row.file.wrong(expected, f"{last - first:,} ms", line=row.line, remedy=remedy)
+        while len(counts) <= (last - first) // 1000:  # seconds since the first packet
+            counts.append(0.0)
+        counts[-1] += PACKET_BYTES
+    return array("d", range(len(counts))), counts
+
+
+_READERS: dict[str, Callable[[Iterator[TableRow], str], Columns]] = {
     "columns": _columns,
     "with_ping": _with_ping,
     "packets": _packets,
 }
 
 
-def _number(path: str, line: int, text: str, units: dict[str, float], default: float) -> float:
-    found = _QUANTITY.match(text)
+def _number(row: TableRow, cell: str, units: dict[str, float], default: float) -> float:
+    found = _QUANTITY.match(row.pointed(cell))
     if not found:
-        raise _wrong(f"{path}:{line}", "a number, with or without a unit", repr(text), "correct the row")
+        expected, remedy = "a number, with or without a unit", "correct the row, or write # before what is no data"
+        raise row.file.wrong(expected, repr(cell), line=row.line, remedy=remedy)
     number, unit = found.groups()
     if unit and unit not in units:
         usage = _RATE_USAGE if units is _RATES else _TIME_USAGE
-        raise _wrong(f"{path}:{line}", f"a unit among {usage}", repr(unit), "convert the column")
+        raise row.file.wrong(f"a unit among {usage}", repr(unit), line=row.line, remedy="convert the column")
     return float(number) * (units[unit] if unit else default)
 
 
-def _value(path: str, line: int, text: str, units: dict[str, float], default: float) -> float:
-    value = _number(path, line, text, units, default)
-    if not 0 <= value < float("inf"):
-        raise _wrong(f"{path}:{line}", "a finite value of 0 or more", text, "remove or correct the row")
+def _value(row: TableRow, cell: str, quantity: str) -> float:
+    units, default, least, most, shown = _UNITS[quantity]
+    value = _number(row, cell, units, default)
+    if not 0 <= value <= most or 0 < value < least:
+        remedy = f"correct the row; the most that is believed is {shown}"
+        raise row.file.wrong("a finite value of 0 or more", cell, line=row.line, remedy=remedy)
     return value
 
 
-def _time(path: str, line: int, text: str, before: list[float]) -> float:
-    at = _number(path, line, text, _TIMES, 1.0)
-    if not np.isfinite(at):
-        raise _wrong(f"{path}:{line}", "a finite time", text, "remove or correct the row")
+def _time(row: TableRow, cell: str, before: array[float]) -> float:
+    at = _number(row, cell, _TIMES, 1.0)
+    if not abs(at) <= _MOST_AT_S:
+        remedy = "write seconds, or the unit: 1700000000000ms"
+        raise row.file.wrong("a finite time, in seconds", cell, line=row.line, remedy=remedy)
     if before and at < before[-1]:
-        raise _wrong(f"{path}:{line}", f"a time of {before[-1]} s or later", text, "put them in order")
+        raise row.file.wrong(f"a time of {before[-1]} s or later", cell, line=row.line, remedy="put them in order")
+    if before and at - before[0] > _MOST_SPAN_S:
+        expected = f"at most {_MOST_SPAN_S:,.0f} s from the first row, at {before[0]:g} s, to the last"
+        raise row.file.wrong(expected, cell, line=row.line, remedy="cut the trace, and write seconds or the unit")
     return at
-
-
-def _wrong(what: str, expected: str, actual: object, remedy: str) -> InputError:
-    return InputError(f"trace {what}", expected=expected, actual=actual, remedy=remedy)
 
 
 def log_ar1(

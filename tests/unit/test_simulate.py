@@ -111,10 +111,10 @@ def test_a_person_sees_a_table_in_eighty_columns(topology: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--bandwidth-trace", "absent.txt"], "readable text file"),
+        (["--bandwidth-trace", "absent.txt"], "readable file"),
         (["--bandwidth-trace", "log_ar1:x"], "number above 0"),
         (["--rtt-trace", "gilbert_elliott"], "for a bandwidth"),
-        (["--arrivals", "absent.csv"], "readable CSV file"),
+        (["--arrivals", "absent.csv"], "readable file"),
         (["--arrivals", "poisson:-1"], "number above 0"),
         (["--lose", "moon:1:2"], "DEVICE:FROM_S:TO_S"),
         (["--lose", "gpu:5:2"], "DEVICE:FROM_S:TO_S"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -263,3 +264,95 @@ def test_a_device_is_checked_however_it_is_made() -> None:
             compute_flops=1,
             memory_bandwidth_bytes_per_s=-1,
         )
+
+
+DEVICE = "  - {id: %s, tier: %s, memory_bytes: %s, compute_flops: 1e11, memory_bandwidth_bytes_per_s: 2e10}\n"
+LINK = "  - {between: [edge_a, cloud_a], bandwidth_bytes_per_s: 1e8, rtt_s: 0.01}\n"
+TWO = "devices:\n" + DEVICE % ("edge_a", "edge", "8e9") + DEVICE % ("cloud_a", "cloud", "8e10") + "links:\n" + LINK
+ANCHORS = "".join(f"{c}: &{c} [{','.join(['*' + b] * 10)}]\n" for b, c in zip("abcdefg", "bcdefgh", strict=True))
+
+IN_FILES = {
+    "endless memory": ("8e9", ".inf", ":2: devices[0].memory_bytes"),
+    "no number": ("8e9", ".nan", ":2: device edge_a: memory_bytes"),
+    "400 digits": ("8e9", "9" * 400, ":2: devices[0].memory_bytes"),
+    "5,000 digits": ("8e9", "9" * 5000, ":2: devices[0].memory_bytes"),
+    "octal in YAML 1.1": ("8e9", "010000000000", "leading zeros"),
+    "sexagesimal in YAML 1.1": ("8e9", "1:30", ":2: devices[0].memory_bytes: expected a number"),
+    "digits grouped": ("8e9", "1_000", "expected a number"),
+    "a truth value": ("8e9", "true", "expected a number"),
+    "nothing": ("8e9", "", "expected a number, got nothing"),
+    "quotes": ("8e9", '"8e9"', "without a unit, quotes"),
+    "bytes with a unit": ("8e9", "8 GB", "8 GB are 8e9, 8 GiB are 8589934592"),
+    "a rate with a unit": ("1e8", "100 Mbit/s", "100 Mbit/s are 1.25e7"),
+    "a time with a unit": ("0.01", "10 ms", "10 ms are 0.01"),
+    "an absurd rate": ("1e8", "1e300", ":5: links[0].bandwidth_bytes_per_s: expected 0, or a number from 1e-09 to"),
+    "an absurd time": ("0.01", "1e9", ":5: links[0].rtt_s: expected a number from 0 to 100000"),
+    "an endless time": ("0.01", ".inf", ":5: links[0].rtt_s"),
+    "a negative rate": ("1e8", "-1", ":5: link edge_a -> cloud_a"),
+    "a list for a medium": ("0.01", "0.01, medium: [1]", ":5: links[0].medium: expected a text"),
+    "a list for a path": ("tier: edge", "tier: edge, model_path: [a]", ":2: devices[0].model_path: expected a text"),
+    "a list for a catalogue name": ("tier: edge", "tier: edge, catalog: [a]", ":2: devices[0].catalog"),
+    "a mapping for an origin": ("devices:", "origin: {a: b}\ndevices:", ":1: origin: expected a text"),
+    "a number for a torch device": ("tier: edge", "tier: edge, torch_device: 7", ":2: device edge_a: torch_device"),
+    "no id": ("id: edge_a", "id: ", ":2: devices[0].id: expected a text on one line, got nothing"),
+    "an id of two lines": ("id: edge_a", 'id: "a\\nb"', ":2: devices[0].id"),
+    "an id with a slash": ("id: edge_a", "id: a/b", ":2: device a/b: id"),
+    "a long id": ("id: edge_a", "id: " + "x" * 101, ":2: device xxx"),
+    "a wrong tier": ("tier: edge", "tier: fog", ":2: device edge_a: tier"),
+    "a key twice": (
+        "tier: edge",
+        "tier: edge, tier: cloud",
+        ":2: expected each key of a mapping once, got 'tier' again",
+    ),
+    "a section twice": ("links:", "devices: []\nlinks:", ":4: expected each key of a mapping once"),
+    "a pair twice": ("links:\n", "links:\n" + LINK, ":6: links: expected one link between"),
+    "an unknown end": ("[edge_a,", "[edge_b,", ":5: link: expected one of"),
+    "an id twice": ("id: cloud_a", "id: edge_a", ":3: devices: expected distinct ids"),
+    "brackets without end": (
+        "devices:",
+        "profile: " + "[" * 3000 + "]" * 3000 + "\ndevices:",
+        ":1: expected at most 100",
+    ),
+    "aliases of aliases": ("devices:", f"a: &a [1]\n{ANCHORS}devices:", "values, aliases counted"),
+    "an alias of nothing": ("devices:", "profile: *a\ndevices:", ":1: expected &a before it"),
+    "an alias of itself": ("devices:", "profile: &a [*a]\ndevices:", ":1: expected &a before it"),
+    "a tag": ("8e9", "!!python/object/apply:os.system [ls]", ":2: expected a value without a tag"),
+    "a list for a key": ("devices:", "? [a]\n: b\ndevices:", ":1: expected a text for a key, got a list"),
+    "two documents": ("links:", "---\nlinks:", ":4: expected one document"),
+    "tabs": ("  - {id: edge_a", "\t- {id: edge_a", ":2: .*with tabs"),
+    "NUL": ("links:", "# \0\nlinks:", ":4: expected a text in UTF-8, got a NUL"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "said"), IN_FILES.values(), ids=IN_FILES)
+def test_what_a_file_says_wrong_is_refused_with_its_line(old: str, new: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(TWO.replace(old, new, 1))
+    with pytest.raises(TopologyError) as error:
+        Topology.load(path)
+    words = said.split(".*") if said.startswith(":2: .*") else [said]
+    assert all(word in str(error.value) for word in words), error.value
+    assert len(str(error.value)) < 10_000
+
+
+@pytest.mark.parametrize("name", ["no", "1:30", "007", "2024-01-01", "1.10", "1e3", "0x10", "true", "é 1", "🎉"])
+def test_a_device_is_called_what_is_written(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + TWO.replace("edge_a,", f"{name},").encode())  # as some editors begin
+    assert Topology.load(path).ids == (name, CLOUD_A)
+
+
+def test_numbers_are_those_of_yaml_1_2_and_anchors_may_be_merged(tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    for written, meant in (("1e9", 1e9), ("0x10", 16), ("0o17", 15), (".5e3", 500), ("+8", 8), ("8.", 8)):
+        path.write_text(TWO.replace("8e9", written))
+        assert Topology.load(path).devices[0].memory_bytes == meant
+    path.write_text("devices:\n" + (DEVICE % ("a", "edge", "8e9")).replace("{", "&a {", 1) + "  - {<<: *a, id: b}\n")
+    assert Topology.load(path).devices[1].memory_bytes == 8e9
+
+
+def test_pipes_devices_and_folders_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero", "a\0b"):
+        with pytest.raises(TopologyError, match="a plain file|a readable file"):
+            Topology.load(path)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import pytest
 from splitray.errors import InputError
 from splitray.sim.network import arrivals, links_varied, varied
 from splitray.sim.traces import gilbert_elliott, log_ar1, read_trace
-from splitray.sim.workload import bursty, poisson, read_requests
+from splitray.sim.workload import Requests, bursty, dealt, poisson, read_requests
 from splitray.topology import Topology
 
 
@@ -102,7 +106,7 @@ def test_packets_out_of_order_or_not_whole_are_refused(tmp_path: Path, text: str
 def test_an_unknown_reader_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean packets"):
         read_trace(f"packet:{written(tmp_path, '1')}")
-    with pytest.raises(InputError, match="readable text file"):
+    with pytest.raises(InputError, match="readable file"):
         read_trace(str(tmp_path / "absent"))
 
 
@@ -123,7 +127,7 @@ def test_gilbert_elliott_is_down_as_often_and_as_long_as_asked() -> None:
 
 def test_models_vary_around_the_link_and_join_with_plus() -> None:
     rng = np.random.default_rng(3)
-    both = varied("log_ar1:0.2+gilbert_elliott", 5e6, 50_000, 1.0, rng, what="bandwidth")
+    both = varied("log_ar1:0.2+gilbert_elliott", 5e6, 10_000, 1.0, rng, what="bandwidth")
     assert (both == 0).any()
     assert both[both > 0].mean() == pytest.approx(5e6, rel=0.02)
     with pytest.raises(InputError):
@@ -144,7 +148,7 @@ def test_poisson_and_bursty_arrivals_have_their_rate_and_spread() -> None:
     rough = bursty(0.5, 100_000, rng=np.random.default_rng(6))
     for requests, spread in ((calm, 1.0), (rough, 2.0)):
         counts = np.histogram(requests.arrival_s, bins=np.arange(0, 100_001, 10))[0]
-        assert len(requests) == pytest.approx(50_000, rel=0.03)
+        assert len(requests) == pytest.approx(10_000, rel=0.03)
         dispersion = counts.var() / counts.mean()
         assert dispersion == pytest.approx(1.0, abs=0.1) if spread == 1 else dispersion > spread
     assert calm.prompt_tokens.mean() == pytest.approx(100, rel=0.03)
@@ -180,3 +184,150 @@ def test_arrivals_that_cannot_be_are_refused(tmp_path: Path, rows: str) -> None:
         read_requests(str(path))
     with pytest.raises(InputError):
         arrivals("poisson:0", 10.0, 1.0, np.random.default_rng(0))
+
+
+H = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+def raw(folder: Path, content: str | bytes) -> str:
+    path = folder / "file"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [("0;5,5\n1;6\n", [5.5, 6]), ("0\t5,5\n1\t6,25\n", [5.5, 6.25]), ("0 5,5\n1 6,25 Mbit/s\n", [5.5, 6.25]),
+     ("0, 5\n1 ,6\n", [5, 6]), ('"0","5"\n"1","6"\n', [5, 6]), ("0,5,\n1,6,\n,,\n", [5, 6]), ("0 5\r1 6\r", [5, 6]),
+     ("0 5\r\n1 6\r\n", [5, 6]), ("\ufeff0 5\n1 6\n", [5, 6]), ("; a\n// b\n# c\n0 5 # d\n1 6\n", [5, 6]),
+     (gzip.compress(b"0 5\n1 6\n"), [5, 6]), ("0;1,234\n1;6\n", [1.234, 6]),
+     ("1700000000000ms 5\n1700000001000ms 6\n", [5, 6])],
+)  # fmt: skip
+def test_columns_are_told_apart_and_a_value_is_one(tmp_path: Path, content: str | bytes, values: list[float]) -> None:
+    trace = read_trace(raw(tmp_path, content))
+    assert trace.time_s.tolist() == [0.0, 1.0]
+    assert trace.value.tolist() == pytest.approx([125e3 * v for v in values])
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("0\t1,234\n", ":1: expected a number with a decimal point, got '1,234'"), ("0;1.234,5\n", "decimal point"),
+     ("0\t1,234,567\n", "decimal point"), ('0,"5,5"\n', "decimal point"), ("0,,5\n", "two columns"),
+     ("0;5\n;6\n", ":2: expected a number"), ("time;rate\n0;5\n", "write # before"), ("0 1_000\n", "a number"),
+     ("0 ٣\n", "a number"), ("1700000000000 5\n", "1700000000000ms"), ("0 5\n1e8 5\n", "from the first row"),
+     ("0 1e308\n", "finite value"), ("0 5\n" + "1" * 70_000, ":2: .*characters"), ("0 5\n1 6\0\n", ":2: .*NUL"),
+     (b"0 5\n1 6 # \xe9\n", ":2: expected a text in UTF-8, got the byte 0xe9"), ("0 5\n".encode("utf-16"), "UTF-16"),
+     (b"BZh91AY&SY", "bzip2"), (b"\x28\xb5\x2f\xfd\0", "zstd"), (b"PK\x03\x04", "Excel"),
+     (gzip.compress(b"0 5\n1 6\n")[:-9], "readable file"), ("", "at least one row")],
+)  # fmt: skip
+def test_what_may_mean_something_else_is_refused(tmp_path: Path, content: str | bytes, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        read_trace(raw(tmp_path, content))
+
+
+def test_decimal_commas_are_no_third_column(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="three columns"):
+        read_trace("with_ping:" + raw(tmp_path, "0\t5,5\n1\t6,5\n"))
+    assert read_trace("with_ping:" + raw(tmp_path, "0;8,8;35,5\n"), quantity="rtt").value == pytest.approx([0.0355])
+
+
+@pytest.mark.parametrize("rows", ["7 5\n", "0 4\n0 5\n", "0 4\n1e-300 5\n"])
+def test_the_last_of_equal_times_counts(tmp_path: Path, rows: str) -> None:
+    trace = read_trace(raw(tmp_path, rows))
+    assert trace.repeated(10.0).sampled(5, 1.0).tolist() == [625e3] * 5
+
+
+def test_a_trace_too_short_for_a_long_time_is_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at most 10,000,000 values"):
+        read_trace(raw(tmp_path, "0 4\n1e-5 5\n")).repeated(1e6)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "/dev/stdin", "a\0b"])
+def test_what_may_never_end_is_not_read(path: str) -> None:
+    for read in (read_trace, read_requests):
+        with pytest.raises(InputError, match="a plain file|a readable file"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [H.replace(",", ";") + "0,5;5;6\n", f"# today\n\n; x\n{H}# more\n0.5,5,6\n", f"\ufeff{H}0.5,5,6\n",
+     " Arrival_S ,PROMPT_TOKENS, output_tokens\n 0.5, 5,6\n",
+     "output_tokens,who,arrival_s,prompt_tokens\n6,a;b,0.5,5\n",
+     '"arrival_s","prompt_tokens","output_tokens"\n"0.5","5","6"\n', (H + "0.5,5,6\n").replace("\n", "\r"),
+     (H + "0.5,5,6\n").replace("\n", "\r\n"), (H + "0,5\t5\t6\n").replace(",", "\t", 2), H + "0.5,5,6,\n,,\n",
+     gzip.compress((H + "0.5,5,6\n").encode())],
+)  # fmt: skip
+def test_arrivals_are_read_as_spreadsheets_and_people_write_them(tmp_path: Path, content: str | bytes) -> None:
+    found = read_requests(raw(tmp_path, content))
+    assert (found.arrival_s.tolist(), found.prompt_tokens.tolist(), found.output_tokens.tolist()) == ([0.5], [5], [6])
+    assert found.prompt_tokens.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(f"{H}0,{10**30},6\n", ":2: expected prompt_tokens, a whole number"), (H + "0,5,5,6\n", ":2: expected 3 columns"),
+     (H + "0,5\n", "3 columns"), (H + "0,5.0,6\n", "whole"), (H + "0,1_0,6\n", "whole"), (H + "0,-5,6\n", "whole"),
+     (H.replace(",", ";") + "0;1,234;6\n", "whole"), (H + "1700000000,5,6\n", "seconds from the start"),
+     (H + "inf,5,6\n", "seconds"), (H + '"0,5,6\n', "3 columns"), (H, "rows with arrival_s"), ("", "a header"),
+     ("arrival_s," + H + "0,0,5,6\n", "rows with the columns"), (H + "0,5,6\n0,5,6\0\n", "NUL")],
+)  # fmt: skip
+def test_arrivals_that_say_something_else_are_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        read_requests(raw(tmp_path, content))
+
+
+BURST = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+MOON = '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]}\n'
+
+
+def test_mooncake_and_burstgpt_files_are_read_by_their_names(tmp_path: Path) -> None:
+    rows = "5,ChatGPT,472,18,490,Conversation log\n45.5,GPT-4,1087,0,1087,API log\n118,GPT-4,417,276,693,API log\n"
+    burst = read_requests("burstgpt:" + raw(tmp_path, BURST + rows))
+    assert (burst.arrival_s.tolist(), burst.output_tokens.tolist()) == ([0.0, 113.0], [18, 276])
+    moon = read_requests("mooncake:" + raw(tmp_path, MOON + MOON.replace("27482", "30532")))
+    assert moon.arrival_s.tolist() == pytest.approx([0.0, 3.05]) and moon.prompt_tokens.tolist() == [6955] * 2
+    for content, name in ((BURST + rows, "burstgpt"), (MOON, "mooncake")):
+        path = raw(tmp_path, content)
+        with pytest.raises(InputError, match=f"write {name}:{path}"):
+            read_requests(path)
+    with pytest.raises(InputError, match="did you mean burstgpt"):
+        read_requests(f"burst:{path}")
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["[1]", "{}", MOON.replace("27482", "NaN"), MOON.replace("27482", "true"), MOON.replace("52", "5.2"), "[" * 9_000,
+     MOON.replace("6955", "9" * 5000), MOON.replace("{", '{"timestamp": 1, '), MOON.replace("6955", '"6955"')],
+)  # fmt: skip
+def test_a_line_that_is_no_request_is_refused_with_its_number(tmp_path: Path, row: str) -> None:
+    with pytest.raises(InputError, match=":2: expected"):
+        read_requests("mooncake:" + raw(tmp_path, MOON + row))
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kathmandu"])
+def test_times_without_a_zone_are_utc_wherever_one_is(tmp_path: Path, zone: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:  # the clocks of New York went forward between the first two
+        rows = ["2024-03-10 06:59:59", "2024-03-10 07:00:01+00:00", "2024-03-10T09:00:02.1234567+02:00"]
+        text = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{r},5,6\n" for r in rows)
+        assert read_requests("azure:" + raw(tmp_path, text)).arrival_s == pytest.approx([0.0, 2.0, 3.123457])
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_long_table_takes_memory_for_its_numbers_only(tmp_path: Path) -> None:
+    path = raw(tmp_path, H + "".join(f"{i / 10},{i % 999 + 1},{i % 99 + 1}\n" for i in range(10_000)))
+    tracemalloc.start()
+    assert len(read_requests(path)) == 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000 * 3 * 8 * 4
+
+
+def test_recorded_requests_without_a_rate_are_not_dealt() -> None:
+    once = Requests(np.zeros(3), np.ones(3, np.int64), np.ones(3, np.int64))
+    with pytest.raises(InputError, match="different times"):
+        dealt(once, 2, 1.0, 10.0, np.random.default_rng(0))
