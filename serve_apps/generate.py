@@ -99,6 +99,7 @@ def _launch(args: Args) -> ServedEngine:
     return launch_engine(
         recovery=Recovery(store=args.checkpoints, replan="drift_plus_penalty"),
         model=args.model,
+        needs_text=True,
         topology=args.topology,
         devices=args.devices,
         planner=args.planner,

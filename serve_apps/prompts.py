@@ -9,6 +9,7 @@ from serve_apps.api_error import ApiError
 from serve_apps.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from splitray.errors import InputError
 from splitray.text.chat import chat_text
+from splitray.text.ids import text_ids
 
 if TYPE_CHECKING:
     from splitray.runtime.sampling import Sampling
@@ -110,12 +111,9 @@ def _is_many(prompt: Any) -> bool:
 
 def _text_ids(text: str, tokenizer: Any, *, param: str = "prompt", **options: bool) -> list[int]:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{param}: expected text, got a lone surrogate at {error.start}"
-        raise ApiError(400, message, param=param) from error
-    # Special tokens alone are no prompt: an empty text stays empty even where a tokenizer adds a first token.
-    return tokenizer(text, **options)["input_ids"] if text else []
+        return text_ids(text, tokenizer, what=param, **options)
+    except InputError as error:
+        raise ApiError(400, str(error), param=param) from error
 
 
 def _checked_ids(ids: Any, vocab: int) -> list[int]:

@@ -13,9 +13,7 @@ from serve_apps.engine_queue import EngineQueue
 from serve_apps.prompts import chat_prompt, completion_prompts, sampling_for
 from serve_apps.protocol import ChatRequest, CompletionRequest
 from serve_apps.replies import DONE, ChatReply, CompletionReply, FinishReason, Usage, event
-from splitray.errors import InputError
 from splitray.text.decoding import Decoding
-from splitray.text.ends import end_ids
 from splitray.text.stream import TextStream
 
 if TYPE_CHECKING:
@@ -50,17 +48,18 @@ class TextService:
         """`seed` starts the series of seeds for requests that sample and name none.
 
         `trust_request_chat_template`: a request may bring a chat template, and variables for one.
+
+        Raises:
+            ModelError: the model has no tokenizer that can be used.
         """
-        if queue.engine.tokenizer is None:
-            raise InputError(
-                "model",
-                expected="a checkpoint with a tokenizer",
-                actual="none beside the weights",
-                remedy="add the tokenizer's files, or use `splitray generate --prompt-ids`",
-            )
+        from splitray.model.token_ids import end_ids
+        from splitray.runtime.launch import needed_tokenizer
+
         self.model_name = model_name
         self.queue = queue
         self._tokenizer = queue.engine.tokenizer
+        if self._tokenizer is None:
+            self._tokenizer = needed_tokenizer(queue.engine.model_path)  # says what is wrong with it
         self._end_ids = end_ids(queue.engine.model_path, self._tokenizer)
         self._trust = trust_request_chat_template
         self._seeds = Random(seed)

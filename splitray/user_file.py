@@ -154,22 +154,22 @@ class UserFile:
     def _no_text(self, found: str, line: int) -> InputError:
         return self.wrong(_TEXT, found, line=line, remedy="save it in UTF-8")
 
-    def json(self) -> Any:
+    def json(self, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES) -> Any:
         """Its JSON document: as Python reads it, NaN and Infinity included, but no key may stand twice.
 
         Raises:
             InputError: see `text`, or it is no such document.
         """
-        return self.parsed(self.text())
+        return self.parsed(self.text(most_bytes), most_values=most_values)
 
-    def parsed(self, text: str, line: int | None = None) -> Any:
+    def parsed(self, text: str, line: int | None = None, *, most_values: int = MOST_VALUES) -> Any:
         """A JSON document of it, which is on a line of its own if one is named.
 
         Raises:
             InputError: it is none; says what is wrong and where.
         """
-        if sum(map(text.count, ",{[")) > MOST_VALUES:
-            raise self.wrong(f"at most {MOST_VALUES:,} values", "more", remedy="give a smaller file")
+        if sum(map(text.count, ",{[")) > most_values:
+            raise self.wrong(f"at most {most_values:,} values", "more", remedy="give a smaller file")
         try:
             return json.loads(text, object_pairs_hook=partial(self._once, line))
         except json.JSONDecodeError as error:

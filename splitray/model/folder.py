@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from splitray.errors import ModelError
+from splitray.errors import InputError, ModelError
 from splitray.model.recurrent import refuse_recurrent
 from splitray.user_file import UserFile
 
@@ -60,11 +60,15 @@ def json_values(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ModelError: it is no JSON object.
     """
-    _refuse_pointer(folder / name)
-    file = UserFile(folder / name, "model file", "copy the checkpoint again", ModelError)
-    values = file.json()
+    refuse_pointer(folder / name)
+    file, what = UserFile(folder / name, "", "copy the checkpoint again"), f"model {folder}: {name}"
+    try:
+        values = file.json()
+    except InputError as error:
+        actual = f"{error.actual} ({error.what.strip()})"
+        raise ModelError(what, expected="a JSON object", actual=actual, remedy=error.remedy) from error
     if not isinstance(values, dict):
-        raise file.wrong("a JSON object", type(values).__name__)
+        raise _damaged(what, "a JSON object", type(values).__name__)
     return values
 
 
@@ -119,7 +123,7 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
             remedy = f"rename the file to {ONE_FILE}"
         expected = named or "model.safetensors or its index"
         raise ModelError(f"weights in {folder}", expected=expected, actual=other or "none", remedy=remedy)
-    _refuse_pointer(folder / found)
+    refuse_pointer(folder / found)
     if not found.endswith(".index.json"):
         return [found]
     names = sorted(set(indexed(folder, found).values()))
@@ -131,7 +135,7 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
         found_too = f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise _damaged(f"weights in {folder}", f"the {len(names)} files that {found} names", found_too)
     for name in names:
-        _refuse_pointer(folder / name)
+        refuse_pointer(folder / name)
     return names
 
 
@@ -147,7 +151,8 @@ def indexed(folder: Path, index: str = INDEX) -> dict[str, str]:
     return named
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
+    """Refuse the stand-in that Git LFS leaves where a large file was not fetched."""
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ModelError(f"{path}", expected="the file itself", actual="a Git LFS pointer to it",

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from splitray.errors import ModelError
 from splitray.model.folder import json_values, model_folder
@@ -13,6 +13,7 @@ from splitray.model.layer_kinds import FAILURES
 
 logger = logging.getLogger(__name__)
 _NAMED = ("eos_token_id", "bos_token_id", "pad_token_id")
+_GENERATION = "generation_config.json"
 
 
 def check_token_ids(model: str | Path, config: PretrainedConfig) -> None:
@@ -26,15 +27,43 @@ def check_token_ids(model: str | Path, config: PretrainedConfig) -> None:
         config: of its text decoder.
 
     Raises:
-        ModelError: a file names an id that is not in the vocabulary.
+        ModelError: a file names an id that is not in the vocabulary, or transformers does not read the generation
+            config.
     """
     folder = model_folder(model)
-    files = {n: json_values(folder, n) for n in ("config.json", "generation_config.json") if (folder / n).is_file()}
+    files = {n: json_values(folder, n) for n in ("config.json", _GENERATION) if (folder / n).is_file()}
     for file, values in files.items():
-        inner = values.get("text_config")
-        for part in (values, inner if isinstance(inner, dict) else {}):
+        for part in (values, _inner(values)):
             for name in _NAMED:
                 _check(f"model {model}: {name} in {file}", part.get(name), config, name)
+    if _GENERATION not in files:
+        return
+    try:
+        GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except (*FAILURES, OSError) as error:
+        remedy = "correct it, or move it away: then the ends are those of config.json"
+        raise ModelError(f"model {model}: {_GENERATION}", expected="a generation config that transformers reads",
+                         actual=" ".join(str(error).split()), remedy=remedy) from error  # fmt: skip
+
+
+def end_ids(model: str | Path, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the checkpoint's own, as `generate()` reads them, and the tokenizer's.
+
+    A chat model may end its turn with another token than the tokenizer's end of sequence. `check_token_ids` comes
+    before.
+    """
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for name in (_GENERATION, "config.json"):
+        if (Path(model) / name).is_file():
+            values = json_values(Path(model), name)
+            named = values.get("eos_token_id", _inner(values).get("eos_token_id"))
+            return [*ids, *(named if isinstance(named, list) else [] if named is None else [named])]
+    return ids
+
+
+def _inner(values: dict[str, Any]) -> dict[str, Any]:
+    inner = values.get("text_config")
+    return inner if isinstance(inner, dict) else {}
 
 
 def _check(what: str, value: Any, config: PretrainedConfig, name: str) -> None:

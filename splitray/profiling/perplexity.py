@@ -26,6 +26,7 @@ from splitray.placement import Placement
 from splitray.runtime.engine.session import check_ids
 from splitray.runtime.hf import SplitModel
 from splitray.runtime.launch import model_path, needed_tokenizer
+from splitray.text.ids import text_ids
 from splitray.topology import Link, Topology
 from splitray.user_file import UserFile
 
@@ -214,7 +215,7 @@ def read_ids(model: str, text: str, *, window: int = 2, most: int | None = None)
     """
     if most is not None:
         at_least("tokens", most, 2)
-    ids: list[int] = needed_tokenizer(model)(text, verbose=False)["input_ids"][:most]
+    ids = text_ids(text, needed_tokenizer(model), what="text", verbose=False)[:most]
     if len(ids) < 2:
         raise InputError("text", expected="at least two tokens", actual=len(ids), remedy="give a longer text")
     if len(ids) < window:

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from splitray.model.token_ids import end_ids
 from splitray.profiling.served_answer import ServedAnswer
 from splitray.text.decoding import Decoding
-from splitray.text.ends import end_ids
 from splitray.text.stream import TextStream
 
 

@@ -12,10 +12,11 @@ from splitray.errors import InputError
 from splitray.model.checked import check_weights
 from splitray.model.folder import has_weights
 from splitray.model.reading import read_config
+from splitray.model.token_ids import end_ids
 from splitray.runtime.engine.session import check_ids
-from splitray.runtime.launch import model_path, read_tokenizer
+from splitray.runtime.launch import model_path, needed_tokenizer, read_tokenizer
 from splitray.text.decoding import Decoding
-from splitray.text.ends import end_ids
+from splitray.text.ids import text_ids
 from splitray.text.stream import TextStream
 
 if TYPE_CHECKING:
@@ -51,25 +52,21 @@ def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
     vocab = read_config(folder).vocab_size  # a wrong path must not look like a missing tokenizer
     if has_weights(folder):
         check_weights(folder)  # before Ray is started, too
-    tokenizer = read_tokenizer(model)
+    tokenizer = read_tokenizer(model) if text is None else needed_tokenizer(model)
     ends = end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None))
-    prompt = _prompt_ids(model, tokenizer, text, ids)
+    prompt = _prompt_ids(tokenizer, text, ids)
     check_ids(prompt, vocab)
     return Prompt(prompt, tuple(sorted(set(ends))))
 
 
-def _prompt_ids(model: str, tokenizer: Any, text: str | None, ids: str | None) -> list[int]:
+def _prompt_ids(tokenizer: Any, text: str | None, ids: str | None) -> list[int]:
     if ids is not None:
         parts = [part.strip() for part in ids.split(",") if part.strip()]
         if not all(map(_ID.fullmatch, parts)):
             expected, remedy = "whole numbers with commas between them", "write for example --prompt-ids 1,2,3"
             raise InputError("--prompt-ids", expected=expected, actual=repr(ids), remedy=remedy)
         return [int(part) for part in parts]
-    if tokenizer is None:
-        remedy = "use --prompt-ids, or put the tokenizer's files beside the weights"
-        raise InputError("--prompt", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
-    # A tokenizer may add a first token of its own, which alone is no prompt.
-    return list(tokenizer(text)["input_ids"]) if text else []
+    return text_ids(text or "", tokenizer, what="--prompt")
 
 
 def continue_prompt(

@@ -1,13 +1,12 @@
 """From what a user writes (a model, devices, a planner or a file, a runtime) to a running engine."""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel, as_channel
@@ -20,6 +19,7 @@ from splitray.model.layout import Layouts
 from splitray.model.lengths import check_generation
 from splitray.model.reading import read_arch, read_config
 from splitray.model.token_ids import check_tokenizer
+from splitray.model.tokenizer import TokenizerError, has_tokenizer, load_tokenizer
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
@@ -36,7 +36,6 @@ from splitray.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|spm|\.model$", re.IGNORECASE)
 RUNTIMES = ("local", "process", "ray")
 SHIPPED = Path(__file__).parent.parent / "model" / "shipped"
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -70,33 +69,31 @@ def read_model(
 
 
 def read_tokenizer(model: str | Path) -> Any:
-    """The model's tokenizer, or None if its folder has none that can be used here.
+    """The model's tokenizer, or None if its folder has none that can be used here: then ids still can.
 
     Raises:
         ModelError: it is that of a model with more tokens.
     """
-    folder = model_path(model)
-    if not any(_TOKENIZER_FILE.search(path.name) for path in folder.glob("*")):
-        return None  # transformers makes an empty one for some families
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s: its tokenizer cannot be used: %s", model, " ".join(str(error).split()))
+        return needed_tokenizer(model) if has_tokenizer(model_path(model)) else None
+    except TokenizerError as error:
+        logger.warning("%s: its tokenizer cannot be used: %s", model, error)
         return None
-    check_tokenizer(model, tokenizer, text_part(whole_config(folder)).vocab_size)
-    return tokenizer
 
 
 def needed_tokenizer(model: str | Path) -> Any:
     """The model's tokenizer.
 
     Raises:
-        InputError: its folder has none.
+        ModelError: its folder has none that can be used, or that of a model with more tokens.
     """
-    tokenizer = read_tokenizer(model)
-    if tokenizer is None:
-        remedy = "put the tokenizer's files beside the weights, or use `splitray generate --prompt-ids`"
-        raise InputError("model", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
+    folder = model_path(model)
+    if not has_tokenizer(folder):
+        remedy = "put the tokenizer's files beside the weights, or use --prompt-ids with `splitray generate`"
+        raise TokenizerError("model", expected="a model with a tokenizer", actual=f"none in {model}", remedy=remedy)
+    vocab = text_part(whole_config(folder)).vocab_size  # a wrong config must not look like a wrong tokenizer
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(model, tokenizer, vocab)
     return tokenizer
 
 
@@ -191,6 +188,7 @@ def launch_engine(
     replan: str | Planner | None = None,
     context: int | None = None,
     start_s: float | None = None,
+    needs_text: bool = False,
     progress: Progress = lambda _: None,
 ) -> Engine:
     """Check everything, then start the devices and load the shards.
@@ -213,6 +211,7 @@ def launch_engine(
         context: tokens of the longest request, prompt and answer together: room for its KV is planned, and longer
             ones are refused. None: as long as the model's, and no room is planned.
         start_s: how long a device may take to start; None: 60 s for processes, 120 s for actors.
+        needs_text: refuse a model whose tokenizer cannot be used.
         progress: told what is being done.
 
     Raises:
@@ -230,6 +229,7 @@ def launch_engine(
     fleet = fleet or make_fleet(runtime, start_s=start_s)
     where = read_topology(topology, devices)
     progress("reading and testing the model")
+    tokenizer = needed_tokenizer(model) if needs_text else read_tokenizer(model)
     arch, layout, lean = read_model(model, dtype=dtype, topology=where)
     if context is not None:
         arch = replace(arch, context_tokens=min(context, arch.context_tokens))
@@ -244,7 +244,7 @@ def launch_engine(
         layout=layout,
         topology=where,
         placement=chosen,
-        tokenizer=read_tokenizer(model),
+        tokenizer=tokenizer,
         lean=lean,
         spin_s=spin_s,
         codec=coded,

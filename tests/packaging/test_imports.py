@@ -88,7 +88,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("controller",),
     ),
     "splitray.text": (
-        ("decoding", "dialogue", "ends", "stops"),
+        ("decoding", "dialogue", "ids", "stops"),
         ("detokenizer", "template_processes"),
         ("chat", "stream"),
     ),

@@ -139,7 +139,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_tensors(shards(f)[1], lambda t: t.update({K + "_scale_inv": torch.ones(1, 1)})),
         f"{K}_scale_inv in model-00002-of-.*quantised"),
     "an adapter beside the weights": (lambda f: write(f / "adapter_config.json", b"{}"), "adapter_config.json.*merge"),
-    "a config in other bytes": (lambda f: write(f / "config.json", b"\x80"), "config.json:1: expected a text in UTF-8"),
+    "a config in other bytes": (lambda f: write(f / "config.json", b"\x80"), "config.json: expected a JSON object"),
 }  # fmt: skip
 
 
