@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no (or not yet a) character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of a byte fallback
 # What the next id may change: bytes that are not yet a character, and the mark of CTRL's words that go on.
-_UNSURE = ("\ufffd", "@@")
+_UNSURE = (REPLACEMENT, "@@")
 # All patterns of transformers' clean-up begin with a space, and these are their characters but for the last ones.
 _CLEANED = " 'nvr"
 
@@ -49,9 +50,9 @@ class Decoding:
         return None if token_id in self.hidden else self._tokenizer.convert_ids_to_tokens(token_id)
 
 
-def is_byte(token: str) -> bool:
-    """Whether it is a byte of a fallback. A run of them is decoded as a whole: one bad byte spoils all characters."""
-    return _BYTE.fullmatch(token) is not None
+def fallback_byte(token: str) -> int | None:
+    """The byte of a fallback that it is. A run of them is decoded as a whole: one bad byte spoils all characters."""
+    return int(token[3:5], 16) if _BYTE.fullmatch(token) else None
 
 
 def _cleans_up(tokenizer: Any) -> bool:

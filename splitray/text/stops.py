@@ -27,6 +27,10 @@ class StopStrings:
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
+    def would_match(self, text: str) -> bool:
+        """Whether a stop string would be complete with this text."""
+        return any(s in self._held + text for s in self._stops)
+
     def flush(self) -> str:
         """What was held back and turned out to be no stop string."""
         held, self._held = self._held, ""

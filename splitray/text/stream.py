@@ -33,6 +33,7 @@ class TextStream:
         for name, token_id in reversed(named):  # of two that begin alike the longer one first
             marked = [s.replace(name, self._marks[token_id]) for s in marked]
         self._detokenizer = Detokenizer(decoding, prompt_ids)
+        self._may_stop = bool(stops)
         self._stops = StopStrings([*stops, *marked], included=include_end)
         self._silent = () if include_end else {*end_ids} - {*decoding.hidden}
 
@@ -47,7 +48,10 @@ class TextStream:
             return ""
         if token_id in self._marks:  # for a stop string, the text before is complete
             return self._past_stops(self._detokenizer.flush() + self._marks[token_id])
-        return self._past_stops(self._detokenizer.push(token_id))
+        text = self._detokenizer.push(token_id)
+        if self._may_stop and not text and self._stops.would_match(self._detokenizer.run_so_far()):
+            text = self._detokenizer.flush()  # with this id as the last, that is certain
+        return self._past_stops(text)
 
     def flush(self) -> str:
         """The rest, at the end; it too is cut at a stop string."""

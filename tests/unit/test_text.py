@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_made import STYLES, made
+from tokenizers_made import STYLES, byte_level, made
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from splitray.text.decoding import Decoding
@@ -48,9 +48,14 @@ def decoding_of(style: str, setting: int = 0, *, skip: bool = True) -> Decoding:
 
 
 def whole(tokenizer: Any, prompt_ids: list[int], new_ids: list[int], *, skip: bool = True) -> str:
-    """What transformers' decoding of all ids has beyond that of the prompt."""
-    before, text = (tokenizer.decode(i, skip_special_tokens=skip) for i in (prompt_ids, prompt_ids + new_ids))
-    return text[len(commonprefix((before, text))) :]
+    """What transformers' decoding of all ids has beyond that of the prompt, perhaps without a character begun there."""
+    parts = [prompt_ids]
+    if tokenizer.decode(prompt_ids, skip_special_tokens=skip).endswith("\ufffd"):
+        decoding = Decoding(tokenizer, skip_special_tokens=skip)
+        seen = [i for i in prompt_ids if decoding.token(i) is not None]
+        parts += [seen[:-num] for num in (1, 2, 3)]
+    text, *read = (tokenizer.decode(ids, skip_special_tokens=skip) for ids in (prompt_ids + new_ids, *parts))
+    return str(text[max(len(commonprefix((part, text))) for part in read) :])
 
 
 def pieces(ids: Sequence[int], prompt_ids: Sequence[int] = (), style: str = "byte_level") -> list[str]:
@@ -100,6 +105,8 @@ def test_special_tokens_are_no_text_and_do_not_disturb_their_neighbours() -> Non
         ("sentencepiece", ["▁the", "<s>", "</s>"], ["▁the"], " the"),
         ("sentencepiece", ["▁the", "<0xC3>"], ["<0xA9>", "▁the"], "é the"),
         ("sentencepiece", ["▁the", "<0xE7>"], ["<0x8C>", "▁the"], "\ufffd the"),
+        ("sentencepiece", ["▁the", *["<s>"] * 60], ["▁the"], " the"),
+        ("sentencepiece", ["▁the", *["<0xC3>", "<0xA9>"] * 40, "<0xC3>"], ["<0xA9>", "▁the"], "é the"),
         ("sentencepiece", ["▁the", "<0xC3>", "<0xA9>"], ["<0xFF>", "▁the"], "\ufffd\ufffd\ufffd the"),
         ("metaspace", ["▁the"], ["▁", "▁the", "▁"], "  the "),
         ("metaspace", ["<s>"], ["▁the"], "the"),
@@ -113,6 +120,12 @@ def test_special_tokens_are_no_text_and_do_not_disturb_their_neighbours() -> Non
 def test_a_text_goes_on_from_the_prompt(style: str, prompt: list[str], new: list[str], text: str) -> None:
     prompt_ids, new_ids = named(*prompt, style=style), named(*new, style=style)
     assert "".join(pieces(new_ids, prompt_ids, style)) == text == whole(made(style), prompt_ids, new_ids)
+
+
+def test_a_clean_up_of_spaces_that_spans_the_end_of_the_prompt_is_transformers_own() -> None:
+    prompt, new = named("!", " ", " ", "'", " ", "'", "v", style="cleaned"), named("e", " ", "!", style="cleaned")
+    assert made("cleaned").decode(prompt) == "! ''v", "the whole, with its earlier ids"
+    assert "".join(pieces(new, prompt, "cleaned")) == "e!" == whole(made("cleaned"), prompt, new)
 
 
 def test_a_run_of_fallback_bytes_comes_when_it_has_ended() -> None:
@@ -132,7 +145,7 @@ def random_ids(rng: random.Random, tokenizer: Any) -> list[int]:
     """Encoded texts, any ids, or ids of which many join with their neighbours."""
     if rng.random() < 0.4:
         text = "".join(rng.choices(PARTS, k=rng.randrange(1, 12)))
-        return list(tokenizer(text, add_special_tokens=rng.random() < 0.5)["input_ids"])
+        return list(tokenizer(text, add_special_tokens="</s>" not in text and rng.random() < 0.5)["input_ids"])
     vocabulary = tokenizer.get_vocab()
     joining = ["▁", "Ġ", " ", "'", "▁'", "n", ".", "@@", "@"]
     pool = [i for t, i in vocabulary.items() if t in joining or t.startswith("<0x")] or [0]
@@ -160,17 +173,25 @@ def test_streamed_equals_whole_equals_transformers_on_random_mixed_texts(style: 
             continue
         for included in (False, True):
             stream = TextStream(decoding, prompt, stops=stops, include_end=included)
-            assert streamed(stream, new) == cut_at_first(text, stops, included=included), f"{told}, stops {stops}"
-            assert stream.stopped == bool(starts)
+            out, num = streamed_up_to(stream, new)
+            so_far = whole(tokenizer, prompt, new[:num], skip=skip)
+            assert out == cut_at_first(so_far, stops, included=included), f"{told}, stops {stops}"
+            assert stream.stopped == any(s in so_far for s in stops)
+            assert stream.stopped or num == len(new)
 
 
 def streamed(stream: TextStream, ids: Sequence[int]) -> str:
+    return streamed_up_to(stream, ids)[0]
+
+
+def streamed_up_to(stream: TextStream, ids: Sequence[int]) -> tuple[str, int]:
+    """The text, and how many of the ids made it."""
     out = ""
-    for token_id in ids:
+    for num, token_id in enumerate(ids, 1):
         out += stream.push(token_id)
         if stream.stopped:
-            return out
-    return out + stream.flush()
+            return out, num
+    return out + stream.flush(), len(ids)
 
 
 def cut_at_first(text: str, stops: Sequence[str], *, included: bool) -> str:
@@ -268,6 +289,19 @@ def test_a_special_token_that_is_in_no_map_stops_and_is_hidden(style: str) -> No
     assert (streamed(stream, [*before, end, *before]), stream.stopped) == (whole(made(style), before, before), True)
 
 
+def test_of_special_tokens_that_begin_alike_the_longer_one_is_meant() -> None:
+    decoding = Decoding(byte_level(extra_special_tokens=["<|eot|>!"]))
+    words, (short, long) = ids_of("the"), [i for i, name in decoding.hidden.items() if name.startswith("<|eot|>")]
+    assert decoding.hidden[long] == "<|eot|>!"
+    stream = TextStream(decoding, stops=["<|eot|>!"])
+    assert streamed_up_to(stream, [*words, short, *words, long, *words]) == ("thethe", 2 + 2 * len(words))
+
+
+def test_the_name_of_a_special_token_stops_also_where_ordinary_tokens_spell_it() -> None:
+    ids = [i for c in "the <|eot|> cat" for i in named(BYTE_TOKENS[ord(c)], style="byte_level")]
+    assert streamed(TextStream(decoding_of("byte_level"), stops=["<|eot|>"]), ids) == "the "
+
+
 def test_an_incomplete_character_before_a_stop_token_is_a_replacement() -> None:
     ids = [*ids_of("ok🎉")[:-1], *named("<|eot|>", style="byte_level")]
     assert streamed(TextStream(decoding_of("byte_level"), stops=["<|eot|>"]), ids) == "ok\ufffd"
@@ -293,6 +327,12 @@ def test_a_stop_string_may_begin_with_the_space_that_the_first_new_word_keeps() 
     prompt, new = named("▁the", style="sentencepiece"), named("▁cat", "▁the", style="sentencepiece")
     assert streamed(TextStream(decoding_of("sentencepiece"), prompt, stops=[" cat"]), new) == ""
     assert streamed(TextStream(decoding_of("sentencepiece"), stops=[" cat"]), new) == "cat the"
+
+
+def test_a_line_break_that_is_a_fallback_byte_stops_at_once() -> None:
+    ids = named("▁the", "<0x0A>", "▁the", style="sentencepiece")
+    stream = TextStream(decoding_of("sentencepiece"), stops=["\n"])
+    assert streamed_up_to(stream, ids) == ("the", 2)
 
 
 def test_an_id_without_a_token_is_no_text() -> None:
