@@ -19,6 +19,10 @@ def plan(
     channel: options.Channel = "none",
     dtype: options.PlanDtype = None,
     seed: options.Seed = 0,
+    limit_s: Annotated[
+        float,
+        typer.Option(help="Seconds to look for the optimum that the gap is to; then the best so far.", metavar="S"),
+    ] = 30.0,
     out: Annotated[Path | None, typer.Option(help="Write the placement file.", metavar="FILE")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -32,7 +36,9 @@ def plan(
     with stdout_kept(as_json):
         where = Topology.load(topology)
         arch = read_model_arch(model, dtype=dtype)
-        found = priced(arch, where, planner, context_tokens=context, seed=seed, codec=codec, channel=channel)
+        found = priced(
+            arch, where, planner, context_tokens=context, seed=seed, codec=codec, channel=channel, limit_s=limit_s
+        )
     if out is not None:
         found.placement.save(out)
     if as_json:

@@ -79,6 +79,14 @@ def _drift_plus_penalty(argument: str, _: int) -> Planner:
     return DriftPlusPenalty(v)
 
 
+def _exact(argument: str, _: int) -> Planner:
+    try:
+        return Exact(float(argument) if argument else None)
+    except ValueError as error:
+        expected = "exact, or exact:SECONDS to end with the best that is found by then"
+        raise _refused("exact", expected, argument, "write for example exact:20") from error
+
+
 def _splitwise(argument: str, _: int) -> Planner:
     # By name, for the learned policy stands on planners and the simulator, and not the other way round.
     return import_module("splitray.rl.policy_planner").build(argument)
@@ -106,7 +114,7 @@ _PLANNERS = {
     "layer_cut": _Entry("layer_cut[:paper]", _variant("layer_cut", _LAYER_CUTS), "layers"),
     "layer_dp": _Entry("layer_dp[:throughput|paper|paper_throughput]", _variant("layer_dp", _LAYER_DPS), "layers"),
     "tensor_parallel": _Entry("tensor_parallel[:paper]", _variant("tensor_parallel", _TENSOR_PARALLELS)),
-    "exact": _Entry("exact", lambda _, __: Exact()),
+    "exact": _Entry("exact[:SECONDS]", _exact),
     "drift_plus_penalty": _Entry("drift_plus_penalty[:V]", _drift_plus_penalty, heeds_queues=True, charges_moves=True),
     "myopic": _Entry("myopic[:paper|as_coded|max|weighted]", _variant("myopic", _MYOPICS), "heads", charges_moves=True),
     "ucb": _Entry("ucb", lambda _, __: Ucb(), "one_device", heeds_queues=True, charges_moves=True),

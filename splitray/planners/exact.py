@@ -17,7 +17,7 @@ from math import comb, prod
 import numpy as np
 
 from splitray.cost import CostModel
-from splitray.errors import PlacementError
+from splitray.errors import PlacementError, listed
 from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners.cut import BestCut
@@ -27,7 +27,9 @@ from splitray.planners.myopic import Myopic
 from splitray.planners.myopic_search import MyopicSearch
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
 from splitray.planners.optimum.bound import Potentials
+from splitray.planners.optimum.deadline import NEVER, Deadline, OutOfTime
 from splitray.planners.optimum.enumerate import Found, Step, by_counts
+from splitray.planners.optimum.floor import floor_s
 from splitray.planners.optimum.improve import LocalSearch
 from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.search import beam
@@ -35,7 +37,7 @@ from splitray.planners.optimum.space import Kind, Space
 from splitray.planners.proposals import proposals, runs
 from splitray.planners.protocol import EQUAL, ClusterState, Freedom, Planner, equal_s_per_joule
 from splitray.planners.shares import TensorParallel
-from splitray.planners.whole import BestDevice, whole_on
+from splitray.planners.whole import BestDevice
 
 _GUIDED = 3  # searches along the bound's own path
 _TRIED = 10  # holdings of each kind that the beam may use
@@ -51,55 +53,76 @@ PROVEN = 1e-6  # a gap below this counts as none
 class ExactResult:
     """`tpot_s` of the placement by the cost model, and what no placement of the space goes below.
 
-    The bound is over the whole of `space`; for `all` that is every placement that the engine can execute. It is None
-    where the search looked at a part of it: at few of many devices (`Space.part`), or `MOST_SHARED` that share
-    sub-blocks. `proven`: nothing is left between the two.
+    The bound is over the whole of `space`; for `all` that is every placement that the engine can execute. Where the
+    search looked at a part of it, at few of many devices (`Space.part`) or `MOST_SHARED` that share sub-blocks, or had
+    no time, the bound is that of `floor_s`, which knows all devices. `proven`: nothing is left between the two.
     """
 
     placement: Placement
     tpot_s: float
-    lower_bound_s: float | None
+    lower_bound_s: float
     proven: bool
     decision_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """The best placement found for the state's context; migration is not charged."""
+    """The best placement found for the state's context, within `limit_s` if there is one; migration is not charged."""
+
+    limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        Deadline.within(self.limit_s)  # refuses what is none
 
     def propose(self, state: ClusterState) -> Placement:
         """See `Planner`; fails where nothing fits into memory."""
-        return solve(state).placement
+        return solve(state, deadline=Deadline.within(self.limit_s)).placement
 
 
 def solve(
-    state: ClusterState, space: Freedom = "all", *, blocks: int | None = None, known: Sequence[Placement] = ()
+    state: ClusterState,
+    space: Freedom = "all",
+    *,
+    blocks: int | None = None,
+    known: Sequence[Placement] = (),
+    deadline: Deadline = NEVER,
 ) -> ExactResult:
     """The best placement of an action space and a bound on the optimum.
 
     `space` and `blocks` are those of `Space`; `known` are valid placements of other planners, which the result is to be
-    no worse than.
+    no worse than. After the `deadline` it is the best that was found until then.
 
     Raises:
         PlacementError: no placement found that fits; says what is needed and available.
     """
     started = time.perf_counter()
     part = Space.part(state)
-    search = _SpaceSearch(Space(part, space, blocks=blocks), state)
+    search = _SpaceSearch(Space(part, space, blocks=blocks, deadline=deadline), state)
     search.offer(known)
-    bound = search.enumerate() if space == "one_device" or _is_small(search.space) else search.run()
+    bound, late = -np.inf, False
+    try:
+        bound = search.enumerate() if space == "one_device" or _is_small(search.space) else search.run()
+    except OutOfTime:
+        bound, late = search.potentials.so_far_s if search.potentials is not None else -np.inf, True
     if search.best is None:
-        raise too_small(search.space)
+        raise _too_late(state) if late else too_small(search.space)
     tpot_s, placement = search.best
     shared = len(search.space.shared) if space in ("heads", "all") else len(part.topology.ids)
-    cut_down = len(state.topology.ids) > shared and space != "one_device"
+    if len(state.topology.ids) > shared and space != "one_device":
+        bound = -np.inf  # of the devices and sets of them that the search looked at
+    bound = max(bound, floor_s(state))
     return ExactResult(
         placement=placement,
         tpot_s=tpot_s,
-        lower_bound_s=None if cut_down else min(bound, tpot_s),
-        proven=not cut_down and tpot_s <= bound * (1 + PROVEN),
+        lower_bound_s=min(bound, tpot_s),
+        proven=tpot_s <= bound * (1 + PROVEN),
         decision_s=time.perf_counter() - started,
     )
+
+
+def _too_late(state: ClusterState) -> PlacementError:
+    expected = f"time enough to find a placement of {state.arch.name}"
+    return PlacementError("exact", expected=expected, actual="none until the limit", remedy="raise --limit-s")
 
 
 def _is_small(space: Space) -> bool:
@@ -119,6 +142,7 @@ class _SpaceSearch:
         self._improved: set[Placement] = set()
         self._near: list[int] = []  # holdings of the cheapest paths of the additive programs
         self._price = np.zeros(space.num_devices)  # of memory, seconds a byte
+        self.potentials: Potentials | None = None
 
     def offer(self, placements: Iterable[Placement]) -> None:
         """Keep the quickest, and of equally quick ones the one that costs the edge less energy."""
@@ -140,10 +164,8 @@ class _SpaceSearch:
 
     def enumerate(self) -> float:
         """The optimum of a small space, which bounds itself."""
-        state = self.state
         if self.space.freedom == "one_device":
-            whole = [whole_on(d, state) for d in state.topology.ids]
-            self.offer(p for p in whole if runs(p, self.state))
+            self.offer(proposals([BestDevice()], replace(self.state, current=None)))
             return self.best[0] if self.best is not None else np.inf
         found = by_counts(self.space)
         self._offer(found)
@@ -152,7 +174,9 @@ class _SpaceSearch:
     def run(self) -> float:
         """Search, let the bound's own path say what else to try, and return the bound."""
         space = self.space
-        self.offer(simple(space, self.state, [MyopicSearch()]))
+        for placement in simple(space, self.state, [MyopicSearch(deadline=space.deadline)]):
+            self.offer([placement])
+            space.deadline.check()
         programs = self._additive()
         for program in programs:
             holdings, ends = program.near_best(_TRIED)
@@ -166,7 +190,8 @@ class _SpaceSearch:
         if self.best is None:
             return np.inf
         self._improve()
-        potentials, tried = Potentials(space, self.best[0]), set[tuple[int, int]]()
+        self.potentials = potentials = Potentials(space, self.best[0])
+        tried: set[tuple[int, int]] = set()
         for _ in range(_GUIDED):
             bound = potentials.lower_bound_s(self._price)
             pairs = [p for p in potentials.weakest[:3] if p not in tried]
@@ -258,13 +283,13 @@ def _true(space: Space, chosen: Chosen) -> Found | None:
 def too_small(space: Space) -> PlacementError:
     """What to say where no placement fits: how much is needed and available, or which devices cannot talk."""
     state = space.state
-    available = ", ".join(f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices)
+    available = listed([f"{d.memory_bytes:,.0f} on {d.id}" for d in state.topology.devices])
     needed, total = model_bytes(state), float(space.memory_bytes.sum())
     apart = [pair for pair in combinations(state.topology.ids, 2) if not space.linked(*pair)]
     if needed > total:
         short = f"{needed - total:,.0f} bytes too many"
     elif apart:
-        short = f"which devices without a link cannot share ({', '.join(f'{a} and {b}' for a, b in apart)})"
+        short = f"which devices without a link cannot share ({listed([f'{a} and {b}' for a, b in apart])})"
     else:
         short = "no way found to deal its pieces out"
     expected = f"room for {state.arch.name} with {state.context_tokens} tokens on linked devices ({available})"

@@ -16,6 +16,7 @@ from splitray.planners.layer_dp import LayerDp
 from splitray.planners.memory import model_bytes, no_room
 from splitray.planners.myopic import Myopic
 from splitray.planners.optimum.additive import Additive, Chosen, Prices
+from splitray.planners.optimum.deadline import NEVER, Deadline
 from splitray.planners.optimum.enumerate import Found
 from splitray.planners.optimum.improve import LocalSearch
 from splitray.planners.optimum.scarce import priced
@@ -37,10 +38,11 @@ _GAIN = 1e-3  # of the time, that a change has to save for the search to go on
 class MyopicSearch:
     """A placement for the next interval from the present rates alone.
 
-    `staged`: weights lie on every device, so that only the KV moves.
+    `staged`: weights lie on every device, so that only the KV moves. By the `deadline`, `OutOfTime` ends the search.
     """
 
     staged: bool = True
+    deadline: Deadline = NEVER
     space: ClassVar[Freedom] = "all"
 
     def propose(self, state: ClusterState) -> Placement:
@@ -49,11 +51,11 @@ class MyopicSearch:
         Fails where no start has room at the end of the interval.
         """
         end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)
-        return keep_or_move(_quickest(replace(end, current=None)), state, end, staged=self.staged)
+        return keep_or_move(_quickest(replace(end, current=None), self.deadline), state, end, staged=self.staged)
 
 
-def _quickest(state: ClusterState) -> Placement:
-    space = Space(Space.part(state), most_shared=_SHARED)
+def _quickest(state: ClusterState, deadline: Deadline) -> Placement:
+    space = Space(Space.part(state), most_shared=_SHARED, deadline=deadline)
     prices = Prices(per_edge_joule=equal_s_per_joule(space.topology))
     chosen = Additive(space, prices).best()
     if _is_far_chain(space, chosen):

@@ -13,13 +13,14 @@ from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.exact import Exact, ExactResult, solve
+from splitray.planners.optimum.deadline import Deadline
 from splitray.planners.protocol import ClusterState
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.route import compile_route
 from splitray.topology import Topology
 
 BOUND_OVER = "every placement of heads, columns, rows and copies that the engine can execute"
-PART = "no bound: the search looked at some of the devices, or shared sub-blocks among some of them, only"
+DEFAULT_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class PricedPlacement:
             "global_gap": predicted.tpot_s / self.global_optimum.tpot_s - 1,
             "lower_bound": self.global_optimum.lower_bound_s,
             "proven": self.global_optimum.proven,
-            "bound_over": BOUND_OVER if self.global_optimum.lower_bound_s is not None else PART,
+            "bound_over": BOUND_OVER,
             "decision_s": self.decision_s,
         }
 
@@ -78,8 +79,11 @@ def priced(
     seed: int = 0,
     codec: str = "none",
     channel: str = "none",
+    limit_s: float = DEFAULT_LIMIT_S,
 ) -> PricedPlacement:
     """Plan without starting anything.
+
+    After `limit_s` the optima that the placement is compared with are the best that were found until then.
 
     `context_tokens`, at least 1, are the KV cache to plan for, and the prompt of the predicted ttft_s. What `codec` and
     `channel` save in time and cost in quality is weighed; the codec `auto` picks one.
@@ -87,6 +91,7 @@ def priced(
     Raises:
         InputError: a name or the instance is wrong; says what.
     """
+    Deadline.within(limit_s)
     topology.require_connected()
     chosen = make_planner(planner, seed=seed)
     way = as_channel(channel)
@@ -96,12 +101,20 @@ def priced(
         state, placement = best_codec(chosen, state, lambda each: accuracy_of(each, way))
     else:
         state = replace(state, codec=as_codec(codec), accuracy=accuracy_of(as_codec(codec), way))
-        searched = solve(state) if isinstance(chosen.planner, Exact) else None  # which takes seconds: not twice
+        searched = None
+        if isinstance(chosen.planner, Exact):  # which takes seconds: not twice
+            searched = solve(state, deadline=Deadline.within(chosen.planner.limit_s or limit_s))
         placement = chosen.propose(state) if searched is None else fitted(searched.placement, arch)
     decision_s, coded, accuracy = time.perf_counter() - started, state.codec, state.accuracy
     route = compile_route(placement, arch, topology, codec=coded)
-    own = searched or solve(state, chosen.space, known=[placement])
-    overall = own if chosen.space == "all" else solve(state, known=[own.placement])
+    own = searched
+    if own is None:
+        half = chosen.space != "all"
+        own = solve(state, chosen.space, known=[placement], deadline=Deadline.within(limit_s / 2 if half else limit_s))
+    overall = own
+    if chosen.space != "all":
+        left_s = max(limit_s / 2, limit_s - own.decision_s)
+        overall = solve(state, known=[own.placement], deadline=Deadline.within(left_s))
     cost = CostModel(arch, topology, codec=coded)
     return PricedPlacement(
         arch=arch,

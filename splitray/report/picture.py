@@ -52,13 +52,18 @@ class Row:
 
 
 def rows(placement: Placement, arch: ModelArch) -> list[Row]:
-    """The picture as data, from the embedding to the head."""
+    """The picture as data, from the embedding to the head; layers in a row that are placed alike are one line."""
     heads = min(arch.num_kv_heads, BLOCK_CELLS)
     wide = _cell_width(heads) * heads + _GAP + BLOCK_CELLS
     found = [Row("embedding", (placement.embedding,) * wide)]
-    for i, layer in enumerate(placement.layers):
+    first = 0
+    for layer, count in placement.runs():
         left = cells(layer.attention, arch.num_kv_heads, heads)
-        found.append(Row(f"layer {i}", left, cells(layer.ffn, arch.ffn_dim, min(arch.ffn_dim, BLOCK_CELLS))))
+        label, last = f"layer {first}", first + count - 1
+        if count > 1:
+            label = f"layers {first}-{last}" if first < 100 else f"{first}-{last}"  # a line has 80 columns
+        found.append(Row(label, left, cells(layer.ffn, arch.ffn_dim, min(arch.ffn_dim, BLOCK_CELLS))))
+        first += count
     return [*found, Row("head", cells(placement.head, arch.vocab, wide))]
 
 
@@ -78,15 +83,18 @@ def cells(shares: Shares, total: int, num_cells: int) -> tuple[Holders, ...]:
 def placement_picture(placement: Placement, arch: ModelArch, topology: Topology) -> RenderableType:
     """The picture and its legend, at most 80 columns wide."""
     drawn = rows(placement, arch)
-    marks = _Marks(topology.ids, drawn)
+    used = placement.devices
+    few = [d for d in topology.ids if len(topology.ids) <= len(_LETTERS) or d in used]
+    marks = _Marks(few, drawn)
     heads = min(arch.num_kv_heads, BLOCK_CELLS)
     width = _cell_width(heads)
     units = "experts" if arch.num_experts else "FFN columns"
     left_title = f"{arch.num_kv_heads} head groups" if width * heads >= 14 else f"{arch.num_kv_heads} groups"
-    title = f"{'':{_LABEL_CELLS}} {left_title:<{width * heads + _GAP}}{arch.ffn_dim:,} {units}"
+    margin = max(_LABEL_CELLS, *(len(row.label) for row in drawn))
+    title = f"{'':{margin}} {left_title:<{width * heads + _GAP}}{arch.ffn_dim:,} {units}"
     lines = [Text(title, style="dim")]
     for row in drawn:
-        line = Text().append(f"{row.label:>{_LABEL_CELLS}} ", "dim")  # a style of the whole line would dim the cells
+        line = Text().append(f"{row.label:>{margin}} ", "dim")  # a style of the whole line would dim the cells
         line.append_text(marks.block(row.left, width if row.right else 1))
         if row.right:
             line.append(" " * _GAP).append_text(marks.block(row.right, 1))

@@ -13,8 +13,8 @@ from splitray.topology import Topology
 def plan_table(document: Mapping[str, Any], topology: Topology) -> RenderableType:
     """Times, energy and memory of a plan's document; every figure is predicted."""
     predicted = document["predicted"]
-    best, bound = document["global_optimal_tpot_s"], document["lower_bound"]
-    proof = "proven" if document["proven"] else "no bound" if bound is None else f"none below {seconds_text(bound)}"
+    best = document["global_optimal_tpot_s"]
+    proof = "proven" if document["proven"] else f"not proven, none below {seconds_text(document['lower_bound'])}"
     facts = [
         ("planner", f"{document['planner']}, decided in {seconds_text(document['decision_s'])}"),
         ("cut into", document["grain"]),
@@ -32,4 +32,6 @@ def plan_table(document: Mapping[str, Any], topology: Topology) -> RenderableTyp
     memory = columns_table(("device", "weights and KV cache", "of its memory"))
     for device, needed in predicted["memory_bytes"].items():
         memory.add_row(device, bytes_text(needed), share_text(needed, topology.device(device).memory_bytes))
-    return Group(facts_table(facts), memory)
+    idle = len(topology.ids) - len(predicted["memory_bytes"])
+    nothing = [f"{idle:,} device{'s hold' if idle > 1 else ' holds'} nothing"] if idle else []
+    return Group(facts_table(facts), memory, *nothing)

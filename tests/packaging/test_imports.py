@@ -95,7 +95,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "splitray.planners": (
         ("protocol",),
         ("memory", "pairs"),
-        ("optimum", "checked", "layer_times", "pay_back", "proposals", "random"),
+        ("layer_times",),
+        ("optimum", "checked", "pay_back", "proposals", "random"),
         ("outside", "thrift", "whole"),
         ("cut", "dealt", "layer_dp", "myopic", "shares", "ucb"),
         ("myopic_search", "scored"),

@@ -21,6 +21,7 @@ from splitray.planners import ClusterState
 from splitray.planners.exact import _SpaceSearch, solve
 from splitray.planners.memory import check, model_bytes
 from splitray.planners.optimum.enumerate import by_counts
+from splitray.planners.optimum.floor import floor_s
 from splitray.planners.optimum.space import Space
 from splitray.topology import Device, DeviceId, Link, Topology, parse_topology
 
@@ -144,6 +145,7 @@ def test_no_bound_exceeds_the_optimum_and_proven_means_optimal(quarter: int) -> 
         search = _SpaceSearch(Space(one.state, blocks=one.blocks))
         bound = search.run()  # without the enumeration that `solve` does where it can
         assert bound <= optimum * (1 + 1e-9), f"instance {seed}"
+        assert floor_s(one.state) <= optimum * (1 + 1e-9), f"instance {seed}"
         slack.append(1 - bound / optimum)
         result = solve(one.state, blocks=one.blocks)
         gaps.append(result.tpot_s / optimum - 1)

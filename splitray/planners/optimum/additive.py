@@ -79,7 +79,7 @@ class Additive:
         self.space, self.prices = space, prices
         self.prompt, self.prompt_share = None, 0.0
         if request is not None:
-            self.prompt = Space(space.state, space.freedom, positions=request.prompt_tokens)
+            self.prompt = Space(space.state, space.freedom, positions=request.prompt_tokens, deadline=space.deadline)
             self.prompt_share = 1 / request.output_tokens
         devices = space.topology.devices
         joule = np.array([prices.per_joule + prices.per_edge_joule * (d.tier == "edge") for d in devices])
@@ -111,7 +111,7 @@ class Additive:
 
     def _ids_s(self) -> Floats:
         """The way of a prompt's ids from the origin to the last of the embedding's, [E]; for ever without a link."""
-        space, origin = self.space, self.space.topology.ids.index(self.space.topology.origin)
+        space, origin = self.space, self.space.topology.index[self.space.topology.origin]
         assert self.prompt is not None, "asked for a prompt only"
         rate = space.rates.link_bytes_per_s[0, origin]
         fixed = space.rates.latency_s[0, origin] + space.rates.exchange_s[0, origin]
@@ -125,6 +125,7 @@ class Additive:
         `prompt` is that for the positions of a prompt.
         """
         space, prices = self.space, self.prices
+        space.deadline.check()
         before, allowed = len(arrive), space.allowed(kind)
         finish = np.where(self._members[None], arrive + space.launch_s, -np.inf)
         busy = self._members * space.launch_s
@@ -184,6 +185,7 @@ class Additive:
         history: list[Ints] = []
         costs, cycle, rise = [s.cost for s in self._stages[1:]], len(self.inside) + 1, 0.0
         for i, cost in enumerate(costs):
+            space.deadline.check()
             repeats = i >= cycle and cost is costs[i - cycle]
             if repeats and not rise and i % cycle == 0:
                 rise = _rise(values[-1 - cycle], values[-1])
@@ -213,6 +215,7 @@ class Additive:
         rest = self.exit.T  # [E, S]
         through = {k: np.full(len(self.space.holdings), np.inf) for k in self.space.kinds}
         for i in range(len(self.space.kinds) - 1, -1, -1):
+            self.space.deadline.check()
             kind = self.space.kinds[i]
             through[kind] = np.minimum(through[kind], (values[i] + rest).min(0))
             if i:

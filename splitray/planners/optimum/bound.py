@@ -28,6 +28,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from splitray.arrays import Bools, Floats
+from splitray.planners.optimum.deadline import Deadline
 from splitray.planners.optimum.rhythm import steady
 from splitray.planners.optimum.space import MISSING_S, Kind, Space
 
@@ -68,6 +69,11 @@ class Potentials:
         self.weakest: list[tuple[int, int]] = []  # holdings of attention and FFN on the path of the last bound
         self._build()
 
+    @property
+    def so_far_s(self) -> float:
+        """The best bound that was found so far, -inf before there is any."""
+        return float(self._of_row.min())
+
     def climb_s(self, price_s_per_byte: Floats, upper_s: float) -> float:
         """The best bound found at multiples of a price of memory, [D], with better weightings; at most `upper_s`."""
         self._upper = upper_s
@@ -93,6 +99,7 @@ class Potentials:
             if not pairs or best >= self._upper:
                 break
             for pair in pairs[:4]:
+                self.space.deadline.check()
                 known.add(pair)
                 rhythm = steady(self.space, *pair, price)
                 for holding, weights in zip(pair, rhythm.weights if rhythm else (), strict=False):
@@ -130,6 +137,7 @@ class Potentials:
         history = [value]
         onward = {k: [transfer[k][slot] for slot in self._slots] for k in transfer}  # [states, N] each
         for kind in space.kinds[1:]:
+            space.deadline.check()
             step = np.full((len(rows), len(self._first), len(self._base)), -np.inf)
             for slot, way in zip(self._slots, onward[kind], strict=True):
                 np.maximum(step, value[:, slot, None] + way, out=step)  # a state's best weighting
@@ -242,6 +250,7 @@ class Potentials:
         """The least that doing a sub-block adds, [R or 1, N]; forbidden where a holding may not do it."""
         space, allowed = self.space, self.space.allowed(kind)
         rows = rows if kind == "head" else rows[:1]
+        space.deadline.check()
         found = np.full((len(rows), len(self._p_owner)), _FORBIDDEN)
         for row, each in enumerate(rows):
             free = np.any([space.free_rows(kind, e) for e in each], axis=0)
@@ -278,6 +287,7 @@ class Potentials:
         mixed = np.flatnonzero(self._p_weights.max(1) < 1.0)
         keys: dict[tuple[int, int], Way] = {}
         for p in mixed:
+            space.deadline.check()
             for q in mixed:
                 a, b = int(self._p_owner[p]), int(self._p_owner[q])
                 if way[a, b].max() >= MISSING_S / 2:
@@ -288,7 +298,7 @@ class Potentials:
                     keys[int(p), int(q)] = a, self._p_weights[p].tobytes(), b, self._p_weights[q].tobytes()
         new = [(at, k) for at, k in keys.items() if (inner, k) not in self._coupled]
         problems = [(self._p_weights[p], self._p_weights[q], way[k[0], k[2]]) for (p, q), k in new]
-        for (_, k), best in zip(new, _best_couplings(problems), strict=True):
+        for (_, k), best in zip(new, _best_couplings(problems, space.deadline), strict=True):
             self._coupled[inner, k] = best
         for at, k in keys.items():
             pairs[at] = max(pairs[at], self._coupled[inner, k])
@@ -300,6 +310,7 @@ def _sets_too_small(space: Space, needed: float) -> list[frozenset[int]]:
     found: list[frozenset[int]] = []
     rising = np.sort(space.memory_bytes).cumsum()
     for size in range(1, space.num_devices):
+        space.deadline.check()
         if rising[size - 1] >= needed * (1 - 1e-9):
             break  # the smallest of this size has room, and so has every larger one
         sets = (
@@ -314,10 +325,11 @@ def _sets_too_small(space: Space, needed: float) -> list[frozenset[int]]:
     return found
 
 
-def _best_couplings(problems: Sequence[tuple[Floats, Floats, Floats]]) -> list[float]:
+def _best_couplings(problems: Sequence[tuple[Floats, Floats, Floats]], deadline: Deadline) -> list[float]:
     """For each, the greatest mean of a way [D, D] over the couplings of two weightings [D]: many in one program."""
     found: list[float] = []
     for start in range(0, len(problems), 64):
+        deadline.check()
         rows: list[int] = []
         columns: list[int] = []
         right: list[float] = []

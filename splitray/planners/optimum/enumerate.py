@@ -97,6 +97,7 @@ def by_counts(space: Space) -> Found | None:
             grown: dict[int, list[tuple[Floats, Floats, tuple[Step, ...]]]] = {}
             sources = labels if stage else [(np.zeros(0), first, ())]
             for clock, held, path in sources:
+                space.deadline.check()
                 for o in known[kind]:
                     came = (
                         entry[embedding, o.holding]

@@ -141,6 +141,7 @@ class LocalSearch:
 
     def _ways(self, kind: Kind, holding: int, came: Floats, after: Floats, left: Floats) -> _Ways:
         """How one holding does sub-blocks that it may begin at `came`, so that they are soonest through."""
+        self.space.deadline.check()
         space, shared = self.space, self.space.holdings[holding]
         devices = list(shared.devices)
         free = space.free_rows(kind, self.embedding)

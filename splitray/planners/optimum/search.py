@@ -87,6 +87,7 @@ def _from(
         free = space.free_rows(kind, embedding)
         grown: list[tuple[int, _Labels]] = []
         for target in allowed:
+            space.deadline.check()
             way = space.entry_s[embedding, target][None, None] if table is None else table[at, target]
             came = np.max((finish[:, :, None] if table is not None else np.zeros((1, 1, 1))) + way, axis=1)
             labels = _shared(space, kind, int(target), came, held, free, partners.get((kind, int(target)), ()))
@@ -127,11 +128,9 @@ def _potential(space: Space, devices: tuple[int, ...]) -> Floats:
 
 def _distinct(finish: Floats, held: Floats) -> Bools:
     """The first of labels that are the same, [K]."""
-    keys = np.round(np.concatenate([np.where(np.isfinite(finish), finish, 0) * 1e9, held], axis=1))
-    _, first = np.unique(keys, axis=0, return_index=True)
-    mask = np.zeros(len(keys), bool)
-    mask[first] = True
-    return mask
+    keys = np.round(np.concatenate([np.where(np.isfinite(finish), finish, 0) * 1e9, held], axis=1)) + 0.0  # no -0
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(key.tobytes(), i) == i for i, key in enumerate(keys)], bool)
 
 
 def _shared(

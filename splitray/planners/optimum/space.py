@@ -10,10 +10,10 @@ Shapes: S holdings, E holdings of the embedding (one device, or several with a c
 -inf where nothing is sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from typing import Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from splitray.arrays import Bools, Floats
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes
+from splitray.planners.optimum.deadline import NEVER, Deadline
 from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
 from splitray.topology import DeviceId
@@ -32,6 +33,8 @@ Part = Literal["attention", "ffn", "head"]
 MISSING_S = 1e15  # what a boundary takes that needs a link which is not there
 MOST_SHARED = 5  # more devices than these are used for whole sub-blocks only
 MOST_DEVICES = 16  # of more the rest is left out, see `Space.part`
+_FEW_DEVICES = 8  # of so many, unless they are too small together
+_AT_ONCE = 1024  # boundaries that are priced together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ class Space:
     (the space of arXiv 2505.02533); `all` is what the engine can execute: heads by count, FFN by columns and the head
     by rows, attention, FFN and embedding replicated or not. `blocks` coarsens columns and rows to so many equal blocks,
     for searches that enumerate them. `positions`: new tokens of a step, 1 while decoding; a prompt of several has
-    nothing before it, and its last one enters the head.
+    nothing before it, and its last one enters the head. Searches of the space end by the `deadline` (deadline.py).
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Space:
         blocks: int | None = None,
         most_shared: int = MOST_SHARED,
         positions: float = 1.0,
+        deadline: Deadline = NEVER,
     ) -> None:
         """Price pieces and boundaries; the tables are made when they are first asked for."""
         self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
@@ -78,7 +82,7 @@ class Space:
         self.rhythms: dict[tuple[int, int], tuple[Floats, Floats] | None] = {}
         self.launch_s = self.rates.launch_s[0]
         self.memory_bytes = np.array([d.memory_bytes for d in state.topology.devices])
-        self.positions = positions
+        self.positions, self.deadline = positions, deadline
         arch, context = self.arch, max(1, state.context_tokens) if positions == 1 else positions
         self._attention = self._pieces(
             "attention",
@@ -118,9 +122,10 @@ class Space:
 
     @staticmethod
     def part(state: ClusterState) -> ClusterState:
-        """The state itself, or one with the devices of most use, where tables of all of them would be too large.
+        """The state itself, or one with a few devices of most use, where tables of all of them would be too large.
 
-        The origin, then those that it reaches and the fastest of them; the largest, where those have too little memory.
+        The origin, then those that it reaches and the fastest of them; the largest, where those have too little memory,
+        and then more of them.
         """
         where = state.topology
         if len(where.ids) <= MOST_DEVICES:
@@ -128,13 +133,11 @@ class Space:
         others = [d for d in where.devices if d.id != where.origin]
         fastest = sorted(others, key=lambda d: (not where.serves(d.id), -d.memory_bandwidth_bytes_per_s))
         largest = sorted(others, key=lambda d: (not where.serves(d.id), -d.memory_bytes))
-        for few in (fastest, largest):
-            kept = {where.origin, *(d.id for d in few[: MOST_DEVICES - 1])}
-            devices = tuple(d for d in where.devices if d.id in kept)
-            if sum(d.memory_bytes for d in devices) > model_bytes(state):
+        for many, few in product((_FEW_DEVICES, MOST_DEVICES), (fastest, largest)):
+            part = where.among({where.origin, *(d.id for d in few[: many - 1])})
+            if sum(d.memory_bytes for d in part.devices) > model_bytes(state):
                 break
-        links = tuple(x for x in where.links if kept.issuperset((x.source, x.target)))
-        return replace(state, topology=replace(where, devices=devices, links=links))
+        return replace(state, topology=part)
 
     def _pieces(self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float) -> Pieces:
         seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
@@ -202,7 +205,7 @@ class Space:
         many = {"crossing": self.positions, "entry": self.positions, "inner": self.positions}
         every = [each for name in lists for each in lists[name]]
         times = np.concatenate([np.full(len(v), many.get(name, 1.0)) for name, v in lists.items()])
-        matrices, on_air = self._exchanged(every, times)
+        matrices, on_air = map(np.concatenate, zip(*self._exchanged(every, times), strict=True))
         n, s, e = self.num_devices, len(self.holdings), len(self.tables)
         sizes = np.cumsum([len(v) for v in lists.values()])[:-1]
         found = dict(zip(lists, np.split(matrices, sizes), strict=True))
@@ -265,11 +268,17 @@ class Space:
         """From any holding of the head to the next token at the embedding, [S, D, E]: max_i(f_i + it)."""
         return self._tables["exit"]
 
-    def _exchanged(self, messages: Sequence[Messages], times: Floats) -> tuple[Floats, Floats]:
-        """For each list what arrives if one device finishes at 0, [len, D, D], and time on air, [len, D].
+    def _exchanged(self, messages: Sequence[Messages], times: Floats) -> Iterator[tuple[Floats, Floats]]:
+        """For each list what arrives if one device finishes at 0, [.., D, D], and time on air, [.., D], in portions.
 
         `times` multiplies the bytes of each list, [len].
         """
+        for start in range(0, len(messages), _AT_ONCE):
+            self.deadline.check()
+            portion = slice(start, start + _AT_ONCE)
+            yield self._exchanged_at_once(messages[portion], times[portion])
+
+    def _exchanged_at_once(self, messages: Sequence[Messages], times: Floats) -> tuple[Floats, Floats]:
         n, d = len(messages), self.num_devices
         sends, payload = np.zeros((n, d, d), bool), np.zeros((n, d, d))
         flat = [(k, *m) for k, each in enumerate(messages) for m in each]
@@ -327,6 +336,8 @@ class Space:
 
     def path_of(self, placement: Placement) -> tuple[tuple[tuple[int, tuple[Counts, ...]], ...], int] | None:
         """The path of a placement and the holding of its embedding; None where this space has no such path."""
+        if not self.topology.index.keys() >= set(placement.devices):
+            return None
         index, ids = {h: i for i, h in enumerate(self.holdings)}, self.topology.ids
         known: dict[tuple[Shares, ...], tuple[int, tuple[Counts, ...]] | None] = {}
 
