@@ -13,7 +13,7 @@ from splitray.codecs import encoded_bytes
 from splitray.cost import Rates, load_of, work_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, vocab_row_bytes
-from splitray.planners.pairs import LinkedPairs, PairTimes
+from splitray.planners.pairs import LinkedPairs, PairSeconds
 from splitray.planners.protocol import ClusterState, equal_s_per_joule
 from splitray.route import TOKEN_BYTES
 from splitray.topology import Topology
@@ -29,8 +29,8 @@ class LayerTimes:
 
     layer_s: Floats  # [D]
     head_s: Floats  # [D]
-    state_s: PairTimes  # one hidden state
-    token_s: PairTimes  # one token id
+    state_s: PairSeconds  # one hidden state
+    token_s: PairSeconds  # one token id
 
     def chain_s(self, embedding: int, layers: Sequence[int], head: int) -> float:
         """One decode step of whole layers: every stage, the states between them, the token back to the embedding."""

@@ -20,7 +20,7 @@ from splitray.arrays import Floats, Ints
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import embedding_bytes, table_bytes, work_alone_s
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room
-from splitray.planners.pairs import LinkedPairs, PairTimes
+from splitray.planners.pairs import LinkedPairs, PairSeconds
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
 
@@ -36,9 +36,9 @@ class _Times:
     ffn_s: Floats
     head_s: Floats
     launch_s: Floats
-    busy_s: PairTimes
-    latency_s: PairTimes
-    way_s: PairTimes  # both
+    busy_s: PairSeconds
+    latency_s: PairSeconds
+    way_s: PairSeconds  # both
 
 
 def _times(state: ClusterState) -> _Times:

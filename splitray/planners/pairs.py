@@ -15,7 +15,7 @@ from splitray.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairTimes:
+class PairSeconds:
     """Seconds by [source, target], kept for linked pairs and devices themselves: of many devices few pairs are linked.
 
     Indexed as a matrix by numbers or arrays of them; infinite for every other pair.
@@ -69,10 +69,10 @@ class LinkedPairs:
             exchange_s=table[:, 5], medium=medium, to_origin=to_origin,
         )  # fmt: skip
 
-    def times(self, seconds: Floats) -> PairTimes:
+    def times(self, seconds: Floats) -> PairSeconds:
         """Seconds of each of them, [P], as a matrix."""
         n = len(self.to_origin)
-        return PairTimes(pairs=self.source * n + self.target, seconds=seconds, num_devices=n)
+        return PairSeconds(pairs=self.source * n + self.target, seconds=seconds, num_devices=n)
 
     def on_air_s(self, num_bytes: float) -> Floats:
         """Seconds that a message occupies each of them, [P]."""
