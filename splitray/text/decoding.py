@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no (or not yet a) character
@@ -22,8 +23,9 @@ class Decoding:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._cleans_up = _cleans_up(tokenizer)
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        special = {*tokenizer.all_special_ids}
+        with suppress(NotImplementedError):  # mistral-common's tokenizer names all of its special tokens
+            special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.hidden: dict[int, str] = {
             i: tokenizer.convert_ids_to_tokens(i) for i in sorted(special) if not self.text([i])
         }

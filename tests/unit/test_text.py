@@ -302,6 +302,16 @@ def test_the_name_of_a_special_token_stops_also_where_ordinary_tokens_spell_it()
     assert streamed(TextStream(decoding_of("byte_level"), stops=["<|eot|>"]), ids) == "the "
 
 
+def test_a_tokenizer_that_lists_no_added_tokens_hides_those_of_its_map() -> None:
+    class Mistral:
+        def __getattr__(self, name: str) -> Any:
+            if name == "added_tokens_decoder":
+                raise NotImplementedError("as mistral-common's says")
+            return getattr(made("byte_level"), name)
+
+    assert set(Decoding(Mistral()).hidden.values()) == {"<s>", "</s>"}
+
+
 def test_an_incomplete_character_before_a_stop_token_is_a_replacement() -> None:
     ids = [*ids_of("ok🎉")[:-1], *named("<|eot|>", style="byte_level")]
     assert streamed(TextStream(decoding_of("byte_level"), stops=["<|eot|>"]), ids) == "ok\ufffd"
