@@ -5,18 +5,27 @@ Exit codes: 0 ok, 1 a device was lost, 2 bad input, 130 Ctrl-C, 141 the reader o
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from splitray.signals import heed_signals
+
+    heed_signals()
+
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
 
-from splitray.errors import DeviceLost, InputError
+from splitray.errors import DeviceLost, InputError, StartFailed
+from splitray.ray_address import running_cluster
 from splitray.report.stdout import reader_may_leave
+from splitray.signals import INTERRUPTED, TERMINATED, Terminated, cleaned_up, leave
 
 if TYPE_CHECKING:
     from splitray.runtime.fleet import Fleet
@@ -27,13 +36,13 @@ _LOOK_S = 1.0  # how often an idle command looks whether its devices live
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
     interrupt = Interrupt()
-    signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         document_to = sys.stdout
         # Ray's threads report on stdout, which with --json is for the document alone.
-        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(), cleaned_up():
             _run(options, interrupt, document_to=document_to)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,9 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeviceLost as error:
         print(f"a device was lost: {error}", file=sys.stderr)
         return 1
+    except StartFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the devices have been stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Terminated:
+        print("terminated; the devices have been stopped", file=sys.stderr)
+        return TERMINATED
     return 0
 
 
@@ -71,10 +86,10 @@ class Interrupt:
     def __init__(self) -> None:
         self._came = threading.Event()
 
-    def __call__(self, *_: object) -> NoReturn:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         """Be the handler of SIGINT."""
         self._came.set()
-        raise KeyboardInterrupt
+        leave(number, frame)
 
     def wait(self, timeout_s: float = 0.0) -> None:
         """Let time pass.
@@ -87,6 +102,7 @@ class Interrupt:
 
 
 def _run(options: argparse.Namespace, interrupt: Interrupt, *, document_to: TextIO) -> None:
+    running_cluster(options.address)  # one that cannot be joined is told before the model is read
     # Imported here, so that --help and a wrong option answer at once.
     from actors.fleet import RayFleet
     from actors.roster import pieces, roster
@@ -136,10 +152,9 @@ def _stay(fleet: Fleet, interrupt: Interrupt) -> None:
     raise DeviceLost("; ".join(f"{device}: {why}" for device, why in dead.items()))
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(143)
-
-
 if __name__ == "__main__":
     with reader_may_leave():
-        sys.exit(main())
+        code = main()
+    if code in (INTERRUPTED, TERMINATED):
+        os._exit(code)  # all is cleaned up; a thread that some library left must not keep the program
+    sys.exit(code)

@@ -1,5 +1,10 @@
 """`python -m rllib_configs NAME --out DIR`: train a recipe through Tune, compare it, and write the policy."""
 
+if __name__ == "__main__":
+    from splitray.signals import heed_signals
+
+    heed_signals()
+
 import csv
 import json
 import logging
@@ -22,7 +27,9 @@ from rllib_configs.split_point import SPLIT_RECIPES
 from rllib_configs.split_point import run as run_split_point
 from rllib_configs.splitwise import COMPARED, HELD_OUT, splitwise
 from rllib_configs.splitwise_smoke import splitwise_smoke
-from splitray.local_ray import StartFailed, some_ray
+from splitray.local_ray import some_ray
+from splitray.ray_address import running_cluster
+from splitray.report.boundary import told_errors
 from splitray.report.progress import bar
 from splitray.report.stdout import reader_may_leave
 from splitray.rl.training.recipe import Recipe
@@ -43,6 +50,7 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
+@told_errors()
 def main(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join([*RECIPES, *SPLIT_RECIPES])}.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; on a cluster, one that all nodes share.")],
@@ -56,6 +64,7 @@ def main(
         raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="NAME")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would go on for a while, and say that all is done
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     console = Console(stderr=True)
@@ -71,16 +80,12 @@ def main(
     total = iterations or recipe.iterations
     if iterations is not None:  # schedules end with the run
         recipe = replace(recipe, iterations=iterations)
-    try:
-        with (
-            some_ray(recipe.cells[0].topology),
-            bar(console, name) as told,
-            redirect_stdout(sys.stderr),  # Tune prints whatever its verbosity; our answer is one document
-        ):
-            folder = _trained(recipe, out.resolve(), total, told, resume=resume)
-    except StartFailed as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
+    with (
+        some_ray(running_cluster(), recipe.cells[0].topology),
+        bar(console, name) as told,
+        redirect_stdout(sys.stderr),  # Tune prints whatever its verbosity; our answer is one document
+    ):
+        folder = _trained(recipe, out.resolve(), total, told, resume=resume)
     print(json.dumps(_finished(recipe, folder, out.resolve() / name)))
 
 

@@ -1,7 +1,13 @@
 """`python -m rllib_configs.ablate --out DIR`: train every ablation with some seeds, and say what each part is worth."""
 
+if __name__ == "__main__":
+    from splitray.signals import heed_signals
+
+    heed_signals()
+
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +17,14 @@ from rich.console import Console
 
 from rllib_configs.__main__ import RECIPES
 from splitray.evaluate.shared_cloud import mean_and_interval
+from splitray.local_ray import nothing_left
+from splitray.report.boundary import told_errors
 from splitray.report.document import Number, Report, Table
 from splitray.report.progress import bar
 from splitray.report.stdout import reader_may_leave
 from splitray.user_file import UserFile
 
+_END_S = 8.0
 REFERENCE = "fifth"
 _WHOLE = ("splitwise", "splitwise_smoke")  # no ablations
 
@@ -23,6 +32,7 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
+@told_errors()
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs; those that are finished there are not done again.")],
     seeds: Annotated[int, typer.Option(min=2, help="Of every recipe.")] = 3,
@@ -89,8 +99,19 @@ def _train(out: Path, name: str, seed: int) -> None:
     folder = out / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "rllib_configs", name, "--out", str(folder), "--seed", str(seed)]
-    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
-        if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
+    with (
+        (folder / f"{name}.log").open("a", encoding="utf-8") as log,
+        nothing_left(),
+        subprocess.Popen(command, stdout=log, stderr=log) as run,
+    ):
+        try:
+            code = run.wait()
+        except BaseException:  # a signal: the run knows best what it has started
+            run.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(_END_S)
+            raise
+        if code:
             print(f"error: {name} with seed {seed} failed, see {log.name}", file=sys.stderr)
             raise typer.Exit(1)
 

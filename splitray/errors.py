@@ -85,3 +85,7 @@ class DeviceFailed(RuntimeError):  # noqa: N818 - likewise
     def __init__(self, why: str, devices: tuple[str, ...]) -> None:
         super().__init__(why)
         self.devices = devices
+
+
+class StartFailed(RuntimeError):  # noqa: N818 - likewise
+    """Ray or Serve did not come up on this machine, or a Ray cluster cannot be joined."""

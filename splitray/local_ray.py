@@ -8,29 +8,24 @@ import logging
 import os
 import re
 import secrets
-import shutil
-import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from splitray.errors import InputError
+from splitray.errors import InputError, StartFailed
+from splitray.ray_address import RayAddress
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 _PR_SET_CHILD_SUBREAPER = 36
-_LAST_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
-_CONNECT_S = 2.0
 _LOOK_S = 0.1
 _APPLICATION = "generate"
 _REFUSAL = re.compile(r"splitray\.errors\.\w+Error: (.+?): expected (.+), got (.+); (.+)")  # InputError as text
 _END_S = 4.0
-_LONGEST_PREFIX = 24  # characters; the socket paths that Ray makes below its folder must stay under 108
 _OBJECT_STORE_BYTES = 100 * 2**20  # tensors travel outside the object store
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,53 +35,18 @@ _QUIET = {
 }
 
 
-class StartFailed(RuntimeError):  # noqa: N818 - a state of the world, like DeviceLost
-    """Ray or Serve did not come up on this machine."""
-
-
-class Terminated(SystemExit):
-    """SIGTERM: leaves as Ctrl-C does, through every cleanup."""
-
-
-def running_cluster() -> str | None:
-    """The address of RAY_ADDRESS, or of the last `ray start` on this machine if something listens there.
-
-    Ray's own search also finds the private Rays of other commands, which are nobody else's.
-    """
-    named = os.environ.get("RAY_ADDRESS")
-    if named:
-        return named
-    last = _LAST_CLUSTER.read_text().strip() if _LAST_CLUSTER.is_file() else ""
-    return last if last and listens(last) else None
-
-
-def listens(address: str) -> bool:
-    """Whether something accepts connections at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
 @contextmanager
-def some_ray(topology: Topology) -> Iterator[None]:
-    """The cluster that runs, or else a private Ray.
+def some_ray(address: RayAddress | None, topology: Topology) -> Iterator[None]:
+    """The cluster that runs (see `running_cluster`), or else a private Ray.
 
     Raises:
-        StartFailed: RAY_ADDRESS cannot be joined, or Ray did not come up.
+        StartFailed: it cannot be joined, or Ray did not come up.
     """
-    address = running_cluster()
-    if address is None:
-        with private_ray(topology):
-            yield
-        return
-    with _joined(address):
+    with private_ray(topology) if address is None else _joined(address):
         yield
 
 
-def cluster_facts(address: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def cluster_facts(address: RayAddress) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The living nodes of a cluster as Ray lists them, and its resources.
 
     Raises:
@@ -99,20 +59,49 @@ def cluster_facts(address: str) -> tuple[list[dict[str, Any]], dict[str, float]]
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
-    import ray
-
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+def _joined(address: RayAddress) -> Iterator[None]:
+    join(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (RuntimeError, OSError, ValueError) as error:
-        remedy = "start that cluster, give its RAY_AUTH_TOKEN, or unset RAY_ADDRESS to use this machine alone"
-        raise StartFailed(f"the Ray cluster at {address}: {_last_line(str(error))}; {remedy}") from error
-    try:
-        signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
+        import ray
+
         ray.shutdown()
+
+
+def join(address: RayAddress, *, namespace: str | None = None) -> None:
+    """Become a driver of a cluster; `ray.shutdown` ends it.
+
+    Raises:
+        StartFailed: the cluster does not take this process.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    with own_sigterm():
+        try:
+            ray.init(address=address.text, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        except (RayError, RuntimeError, OSError, ValueError) as error:
+            remedy = "give its RAY_AUTH_TOKEN, or set RAY_ADDRESS to `local` to use this machine alone"
+            raise StartFailed(f"{address}: {_in_a_line(error)}; {remedy}") from error
+        except BaseException:
+            ray.shutdown()
+            raise
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep the program's own handler, which cleans up more, where `ray.init` puts two of Ray's in its place."""
+    from ray._private import utils
+
+    usual = getattr(utils, "set_sigterm_handler", None)
+    if usual is not None:
+        utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        if usual is not None:
+            utils.set_sigterm_handler = usual
 
 
 @contextmanager
@@ -129,29 +118,27 @@ def private_ray(topology: Topology) -> Iterator[None]:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
+    from ray.exceptions import RayError
 
     tiers = {tier: float(len(topology.tier(tier))) for tier in ("edge", "cloud") if topology.tier(tier)}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _nothing_left(), _folder() as folder, _no_obituaries():
+    with scratch_folder(for_sockets=True) as folder, nothing_left(), _no_obituaries():
         try:
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=len(topology.devices) + 1,
-                    resources=tiers,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=folder,
-                )
-            except SystemExit as error:  # while Ray starts, its own handler of SIGTERM stands in for ours
-                raise Terminated from error
-            except (RuntimeError, OSError, ValueError) as error:
+                with own_sigterm():
+                    ray.init(
+                        address="local",
+                        num_cpus=len(topology.devices) + 1,
+                        resources=tiers,
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _node_ip_address="127.0.0.1",
+                        _temp_dir=str(folder),
+                    )
+            except (RayError, RuntimeError, OSError, ValueError) as error:
                 remedy = "run `splitray doctor`; a busy machine may only need another try"
-                raise StartFailed(f"Ray did not start: {_last_line(str(error))}; {remedy}") from error
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it over; the command knows better what to clean up
+                raise StartFailed(f"Ray did not start: {_in_a_line(error)}; {remedy}") from error
             yield
         finally:
             # Ray's threads tell on stdout about the actors that end now, which is what was asked for.
@@ -248,17 +235,7 @@ def free_port(host: str, port: int) -> int:
 
 
 @contextmanager
-def _folder() -> Iterator[str]:
-    long = len(tempfile.gettempdir()) > _LONGEST_PREFIX
-    folder = tempfile.mkdtemp(prefix="splitray-", dir="/tmp" if long else None)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _nothing_left() -> Iterator[None]:
+def nothing_left() -> Iterator[None]:
     """End every process that is started inside, also those whose parent is gone by then."""
     # Orphans come to this process and not to init, so that they can be found.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -279,6 +256,11 @@ def _if_there(process: psutil.Process, end: Any) -> None:
         end(process)
     except psutil.NoSuchProcess:
         return
+
+
+def _in_a_line(error: Exception) -> str:
+    """All of a message, as a mismatch of versions names them behind its first line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _last_line(message: str) -> str:

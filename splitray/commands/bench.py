@@ -13,6 +13,7 @@ from rich.console import Console
 
 from splitray.commands import options
 from splitray.errors import InputError
+from splitray.ray_address import running_cluster
 from splitray.report import bench as tables
 from splitray.report.families import families_page, families_table
 from splitray.report.stdout import print_json, stdout_kept
@@ -23,6 +24,7 @@ Measured = tuple[dict[str, Any], Callable[[Console, dict[str, Any]], None]]
 
 
 def _engine(say: Say) -> Measured:
+    running_cluster()  # its devices of Ray come last
     from splitray.profiling.engine_speed import engine_speed
 
     return engine_speed(say=say), tables.engine_table

@@ -6,15 +6,9 @@ input, 130 Ctrl-C, 141 the reader of standard output left, 143 SIGTERM.
 """
 
 import os
-import signal
-import traceback
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-import psutil
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from splitray.commands.bench import bench
@@ -27,11 +21,10 @@ from splitray.commands.plan import plan
 from splitray.commands.profile import profile
 from splitray.commands.serve import serve
 from splitray.commands.simulate import simulate
-from splitray.errors import DeviceLost, InputError, Unsampled
-from splitray.local_ray import StartFailed, Terminated
-from splitray.report.stdout import print_json, reader_may_leave
+from splitray.report.boundary import told_errors
+from splitray.report.stdout import reader_may_leave
+from splitray.signals import INTERRUPTED, TERMINATED, heed_signals
 
-FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _QUIET = {
     "HF_HUB_OFFLINE": "1",  # models are folders; nothing is looked up elsewhere
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -45,32 +38,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
-        as_json = "--json" in ctx.args
-        try:
+        with told_errors(as_json="--json" in ctx.args):
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
-            raise
-        except InputError as error:
-            facts = {"what": error.what, "expected": error.expected, "actual": error.actual, "remedy": error.remedy}
-            text = f"{error.what}: expected {error.expected}; got {error.actual}. What to do: {error.remedy}."
-            _fail(MISUSED, error, text, as_json, facts)
-        except typer.TyperException as error:
-            path = getattr(getattr(error, "ctx", None), "command_path", "splitray")
-            text = f"{error.format_message().removesuffix('.')}. See `{path} --help`."
-            _fail(error.exit_code, error, text, as_json)
-        except (DeviceLost, StartFailed, Unsampled) as error:
-            _fail(FAILED, error, f"{error}", as_json)
-        except KeyboardInterrupt as error:
-            _fail(INTERRUPTED, error, "interrupted; everything that was started has been stopped", as_json)
-        except Terminated as error:
-            _fail(TERMINATED, error, "terminated; everything that was started has been stopped", as_json)
-        except BrokenPipeError as error:  # of a socket: our own reader is `ReaderLeft`
-            _fail(FAILED, error, "a process that was started has ended too early. Try `splitray doctor`.", as_json)
-        except OSError as error:
-            _fail(FAILED, error, f"{error}", as_json)
-        except Exception as error:  # the program's boundary
-            traceback.print_exc()
-            _fail(FAILED, error, f"unexpected {type(error).__name__}: {error}. Please report it.", as_json)
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -87,11 +56,9 @@ def _splitray() -> None:
 
 def main() -> None:
     """The console script."""
+    heed_signals()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and `&` in a script ask to be spared
-            signal.signal(number, _leave)
     try:
         with reader_may_leave():
             app(prog_name="splitray")
@@ -99,33 +66,6 @@ def main() -> None:
         if end.code in (INTERRUPTED, TERMINATED):
             os._exit(int(end.code))  # all is cleaned up; a thread that some library left must not keep the program
         raise
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """The first signal leaves through every cleanup; the second one makes an end of it."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, _leave_now)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Terminated
-
-
-def _leave_now(number: int, frame: FrameType | None) -> NoReturn:
-    for process in psutil.Process().children(recursive=True):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
-
-
-def _fail(code: int, error: BaseException, text: str, as_json: bool, facts: dict[str, str] | None = None) -> NoReturn:
-    text = " ".join(text.split())  # some libraries' messages run over several lines
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=not console.is_terminal)
-    if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": text, **(facts or {})}})
-    raise typer.Exit(code) from error
 
 
 if __name__ == "__main__":

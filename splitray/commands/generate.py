@@ -1,6 +1,5 @@
 """`splitray generate`: one prompt through a model that is split over devices, shown as it comes."""
 
-import signal
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from splitray.commands import options
 from splitray.model.folder import check_folder
+from splitray.ray_address import running_cluster
 from splitray.report.progress import progress
 from splitray.report.stdout import print_json, stdout_kept
 
@@ -48,7 +48,7 @@ def generate(
     with stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin, ExitStack() as stack:
         if model != "tiny":
             check_folder(model)
-        _read_torch()
+        cluster = running_cluster() if runtime == "ray" else None
         from splitray.channel import as_channel
         from splitray.local_ray import some_ray
         from splitray.report.run import run_table
@@ -70,7 +70,7 @@ def generate(
         )
         if runtime == "ray":
             spin("Starting Ray")
-            stack.enter_context(some_ray(where))
+            stack.enter_context(some_ray(cluster, where))
         engine = stack.enter_context(
             launch_engine(
                 model=model,
@@ -111,12 +111,3 @@ def generate(
     console.print(Text("" if live else "".join(pieces)), soft_wrap=True)
     console.print()
     console.print(run_table(document))
-
-
-def _read_torch() -> None:
-    """With signals held back: one that comes while torch's C++ calls Python would abort the process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        import torch  # noqa: F401
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from splitray.commands import options
-from splitray.local_ray import StartFailed, free_port, private_ray, served
+from splitray.errors import StartFailed
+from splitray.local_ray import free_port, private_ray, served
 from splitray.model.folder import check_folder
 from splitray.report.progress import progress
 

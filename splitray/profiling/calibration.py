@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
@@ -36,6 +35,7 @@ from splitray.runtime.kept_fleet import KeptFleet
 from splitray.runtime.launch import read_model
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo, hops, speeds
+from splitray.scratch import scratch_folder
 from splitray.topology import DeviceId, Topology
 
 PROMPT = tuple(5 + i % 90 for i in range(16))
@@ -66,9 +66,9 @@ def calibrate(
         expected = f"1 to {MOST_DEVICES} devices on this machine"
         raise InputError("devices", expected=expected, actual=num_devices, remedy="give a number of devices that fits")
     topology = Topology.uniform(num_devices)
-    with TemporaryDirectory(prefix="splitray-profile-") as folder, KeptFleet(topology.devices) as fleet:
+    with scratch_folder() as folder, KeptFleet(topology.devices) as fleet:
         progress("writing random weights")
-        calibration = Calibration(fleet, topology, Path(folder), like=like)
+        calibration = Calibration(fleet, topology, folder, like=like)
         for i in range(rounds):
             progress(f"round {i + 1} of {rounds}")
             calibration.round()

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
-from splitray.errors import DeviceLost, InputError
-from splitray.local_ray import StartFailed, cluster_facts, listens, running_cluster
+from splitray.errors import DeviceLost, InputError, StartFailed
+from splitray.local_ray import cluster_facts
+from splitray.ray_address import RayAddress, running_cluster
 from splitray.report.quantities import bytes_text, seconds_text
 
 Status = Literal["ok", "warning", "problem"]
@@ -169,28 +170,25 @@ def _shared_memory() -> Iterator[Check]:
 
 
 def _cluster() -> Iterator[Check]:
-    address = running_cluster()
     if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").is_file():
         yield Check("ray auth", "warning", "~/.ray/auth_token switches token authentication on by itself",
                     "set RAY_AUTH_MODE to token or to disabled, the same on all nodes")  # fmt: skip
-    if address is None:
-        yield Check("cluster", "ok", "none runs here; `splitray demo` and `splitray serve` start their own")
-    elif "://" not in address and not listens(address):
-        todo = "start that cluster (`ray up`, `ray start --head`), or unset RAY_ADDRESS"
-        yield Check("cluster", "problem", f"nothing listens at RAY_ADDRESS={address}", todo)
-    else:
-        yield _joined(address)
-
-
-def _joined(address: str) -> Check:
     try:
-        nodes, total = cluster_facts(address)
-    except StartFailed as error:
-        todo = "see `ray status` there; RAY_AUTH_MODE, RAY_AUTH_TOKEN and Ray's version must be the cluster's"
-        return Check("cluster", "problem", str(error), todo)
+        address = running_cluster()
+        if address is None:
+            yield Check("cluster", "ok", "none runs here; `splitray demo` and `splitray serve` start their own")
+        else:
+            yield _joined(address)
+    except (InputError, StartFailed) as error:
+        todo = "start that cluster (`ray up`, `ray start --head`), or unset RAY_ADDRESS"
+        yield Check("cluster", "problem", str(error), todo)
+
+
+def _joined(address: RayAddress) -> Check:
+    nodes, total = cluster_facts(address)
     kinds = ", ".join(f"{total[k]:g} {k}" for k in ("CPU", "GPU", "edge", "cloud") if k in total)
     names = ", ".join(n["NodeManagerHostname"] for n in nodes)
-    found = f"{address}: {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({names}) with {kinds}"
+    found = f"{address.text}: {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({names}) with {kinds}"
     if "edge" not in total and "cloud" not in total:
         todo = "start nodes with --resources='{\"edge\": 1}' or '{\"cloud\": 1}': devices are placed by them"
         return Check("cluster", "warning", found, todo)

@@ -6,7 +6,6 @@ It prints to the console it is given, and needs neither a terminal nor input.
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +35,7 @@ from splitray.report.quantities import bytes_text, seconds_text
 from splitray.report.run import run_table
 from splitray.runtime.generation import run_document
 from splitray.runtime.launch import model_path, needed_tokenizer, read_model
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 PROMPT = "Return the"
@@ -226,8 +226,8 @@ def _table(*columns: str) -> Table:
 
 @contextmanager
 def _saved(placement: Placement) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="splitray-") as folder:
-        path = Path(folder) / "placement.yaml"
+    with scratch_folder() as folder:
+        path = folder / "placement.yaml"
         placement.save(path)
         yield str(path)
 

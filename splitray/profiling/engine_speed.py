@@ -6,7 +6,6 @@ CPU seconds and bytes are solid in any weather. Every ratio is speed over one-th
 
 import contextlib
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from splitray.runtime.fleet import ProcessFleet
 from splitray.runtime.launch import ray_fleet
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 MODELS = (BENCH_110M, BENCH_190M)
@@ -39,10 +39,10 @@ _IDLE_S, _ECHO_ROUNDS = 3.0, 3000
 def engine_speed(*, say: Callable[[str], None]) -> dict[str, Any]:
     """Rows of all placements, ratios over transformers, and the time of an exchange; about six minutes."""
     result: dict[str, Any] = {"suite": "engine", "machine": machine(), "ratios": {}, "rows": []}
-    with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
+    with scratch_folder() as folder:
         for model in MODELS:
             say(f"{model.name}: writing random weights")
-            _measure(model, model.write(Path(folder)), result, say)
+            _measure(model, model.write(folder), result, say)
     return result
 
 

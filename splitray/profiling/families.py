@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -30,6 +29,7 @@ from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.generation import continue_prompt, read_prompt
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 PROMPTS, NEW_TOKENS, DEVICES = (12, 700), 16, 3
@@ -144,22 +144,22 @@ def try_family(name: str, seed: int = 0) -> Result:
         `outcome` is one of `OUTCOMES`; `untried` where transformers itself cannot run the model that it would not be
         refused. Beside it `why`, and what was seen on the way.
     """
-    with tempfile.TemporaryDirectory(prefix="splitray-family-") as folder:
+    with scratch_folder() as folder:
         result: Result = {}
         expected: list[list[int]] = []
         try:
-            prompts = _save(name, Path(folder), seed, result)
+            prompts = _save(name, folder, seed, result)
             expected = result.pop("expected")
         except Exception as error:
             result["unsplit"] = _last_line(error)
             prompts = [_prompt(12)]
-        if not (Path(folder) / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             return {**result, "outcome": "untried", "why": f"transformers: {result['unsplit']}"}
         fleet, start = ThreadFleet(), time.monotonic()
         try:
-            found = _split(folder, prompts, seed, fleet, result)
+            found = _split(str(folder), prompts, seed, fleet, result)
         except InputError as error:
-            why = f"{error.what}: expected {error.expected}, got {error.actual}".replace(folder, "FOLDER")
+            why = f"{error.what}: expected {error.expected}, got {error.actual}".replace(str(folder), "FOLDER")
             result |= {"outcome": "refused", "why": " ".join(why.split()), "started": bool(fleet.hosts),
                        "after_s": round(time.monotonic() - start, 2)}  # fmt: skip
         except Exception as error:

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from splitray.runtime.fleet import ProcessFleet, ThreadFleet
 from splitray.runtime.launch import launch_engine, read_model
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 Say = Callable[[str], None]
@@ -38,18 +38,18 @@ _PROMPT = [5 + i % 90 for i in range(12)]
 def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS) -> dict[str, Any]:
     """The whole suite; its keys stand in benchmarks/README.md."""
     result: dict[str, Any] = {"suite": "faults", "machine": machine()}
-    with tempfile.TemporaryDirectory(prefix="splitray-bench-") as folder:
+    with scratch_folder() as folder:
         say("faults in threads")
-        result |= _in_threads(Path(folder) / "store", count)
+        result |= _in_threads(folder / "store", count)
         say("killed processes")
-        result["killed_processes"] = _killed("tiny", Path(folder) / "store")
+        result["killed_processes"] = _killed("tiny", folder / "store")
         say("killed processes, others standing by")
         result["standing_by"] = _standing_by("tiny")
-        path = model.write(Path(folder))
+        path = model.write(folder)
         say("half of all heads move")
         result["migration"] = _migration(path)
         say("checkpoints")
-        result["checkpoint_cost"] = _checkpoint_cost(path, Path(folder) / "store")
+        result["checkpoint_cost"] = _checkpoint_cost(path, folder / "store")
     return result
 
 

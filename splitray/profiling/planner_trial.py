@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from splitray.cost import CostModel
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
 from splitray.profiling.calibration import PROMPT, Calibration, Model, token_s
 from splitray.runtime.kept_fleet import KeptFleet
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 _NEW_TOKENS, _RUNS = 48, 3
@@ -52,10 +52,10 @@ def choose(
         DeviceLost: a device did not come up or died.
     """
     where = Topology.uniform(num_devices)
-    with TemporaryDirectory(prefix="splitray-choice-") as folder, KeptFleet(where.devices) as fleet:
+    with scratch_folder() as folder, KeptFleet(where.devices) as fleet:
         progress("measuring this machine")
         split = Model(model, where, fleet)
-        calibration = Calibration(fleet, where, Path(folder), like=split.arch)
+        calibration = Calibration(fleet, where, folder, like=split.arch)
         for _ in range(rounds):
             calibration.round()
         measured = calibration.profile().topology()

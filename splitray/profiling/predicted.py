@@ -6,8 +6,6 @@ profile is made of the probes alone (profiling/calibration.py).
 
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from splitray.profiling.named_placements import placements
 from splitray.profiling.random_llama import RandomLlama
 from splitray.route import compile_route
 from splitray.runtime.kept_fleet import KeptFleet
+from splitray.scratch import scratch_folder
 from splitray.topology import Topology
 
 ROUNDS, RANDOM = 3, 20
@@ -45,11 +44,11 @@ def predicted(
         measured; `median_error`, `worst_error` of its size; the `profile` that predicted.
     """
     topology = Topology.uniform(2)
-    with TemporaryDirectory(prefix="splitray-predicted-") as folder, KeptFleet(topology.devices) as fleet:
+    with scratch_folder() as folder, KeptFleet(topology.devices) as fleet:
         progress("writing random weights")
         before = machine()
-        calibration = Calibration(fleet, topology, Path(folder))
-        model = Model(recipe.write(Path(folder)), topology, fleet)
+        calibration = Calibration(fleet, topology, folder)
+        model = Model(recipe.write(folder), topology, fleet)
         chosen = {**placements(model.arch, topology), **random_placements(model.arch, topology, num_random, seed)}
         times: dict[str, list[float]] = {name: [] for name in chosen}
         rng, names = np.random.default_rng(seed), list(chosen)

@@ -24,6 +24,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors", "arrays"),
         ("user_file",),
         ("yaml_document", "card"),
+        ("scratch",),
+        ("ray_address", "signals"),
         ("arch", "codecs", "channel", "text"),
         ("catalog",),
         ("topology",),
@@ -114,7 +116,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 # The commands stand on everything, and import actors and serve_apps inside their functions only.
-COMMAND_LINE = ("commands", "local_ray")
+COMMAND_LINE = ("commands", "local_ray", "ray_address")
 # Found by name when they are asked for, as they stand higher: the learned policy, and the fleet of Ray actors.
 BY_NAME = (("planners", "splitray.rl.policy_planner"), ("runtime", "actors.fleet"))
 WITHOUT_TORCH = (

@@ -70,7 +70,7 @@ def test_the_command_the_licence_and_the_type_marker_are_inside(wheel: zipfile.Z
     names = wheel.namelist()
     assert "splitray/py.typed" in names
     (entry_points,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
-    assert "splitray = splitray.commands.cli:main" in wheel.read(entry_points).decode()
+    assert "splitray = splitray.commands.program:main" in wheel.read(entry_points).decode()
     (licence,) = [name for name in names if name.endswith("/LICENSE")]
     text = wheel.read(licence).decode()
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text

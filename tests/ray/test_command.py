@@ -118,7 +118,7 @@ def test_ctrl_c_ends_a_command_with_a_ray_of_its_own_and_leaves_nothing(model, t
     # A folder of its own for what Ray writes, for others start a Ray as well; short, as Ray's socket paths have to be.
     with tempfile.TemporaryDirectory(prefix="c-", dir="/tmp") as folder:
         interrupted(arguments, folder)
-        assert not list(Path(folder).glob("ray-*"))
+        assert not list(Path(folder).glob("*splitray-*"))
 
 
 def interrupted(arguments: list[str], folder: str) -> None:
@@ -141,7 +141,6 @@ REFUSED = {
     "ids that are no numbers": ([*GOOD, "--prompt-ids", "1,b"], "'1,b'"),
     "a text for a model without a tokenizer": ([*GOOD, "--prompt", "hello"], "--prompt-ids"),
     "no new tokens": ([*GOOD, "--prompt-ids", "1", "--max-new-tokens", "0"], "max_new_tokens"),
-    "an address where nobody answers": ([*GOOD, "--address", "127.0.0.1:1"], "Connection refused"),
     "an address of a Ray client": ([*GOOD, "--address", "ray://127.0.0.1:1"], "ray start"),
 }
 
@@ -156,6 +155,13 @@ def test_bad_input_is_told_with_a_remedy_and_exit_code_2(arguments, says, model,
     out, err = capsys.readouterr()
     assert out == ""
     assert "error: " in err and "expected" in err and says in err
+
+
+def test_an_address_where_nobody_answers_ends_it_with_exit_code_1(model, tmp_path, capsys) -> None:
+    where = topology(tmp_path, "edge0")
+    assert run("--model", str(model[1]), "--topology", where, "--address", "127.0.0.1:1") == 1
+    _, err = capsys.readouterr()
+    assert "127.0.0.1:1 (of --address)" in err and "Connection refused" in err and "unset RAY_ADDRESS" in err
 
 
 def run(*arguments: str) -> int:

@@ -83,7 +83,7 @@ def test_a_job_trains_on_a_cluster_and_leaves_its_policy_in_the_shared_folder(tw
 @pytest.mark.slow
 @pytest.mark.full
 def test_the_command_prints_one_document_and_leaves_no_process(tmp_path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"RAY_ADDRESS": "local"}
     process = subprocess.Popen(
         [*RUN, "--out", str(tmp_path)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
