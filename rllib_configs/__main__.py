@@ -6,6 +6,7 @@ if __name__ == "__main__":
     heed_signals()
 
 import csv
+import io
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from splitray.ray_address import running_cluster
 from splitray.report.boundary import told_errors
 from splitray.report.progress import bar
 from splitray.report.stdout import reader_may_leave
+from splitray.results import RECORD, result_folder, write_whole
 from splitray.rl.training.recipe import Recipe
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
@@ -68,14 +70,26 @@ def main(
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     console = Console(stderr=True)
+    if name in SPLIT_RECIPES and iterations is not None:
+        raise typer.BadParameter(f"{name} is over in minutes: run it as it is", param_hint="--iterations")
+    _check_resumption(out / name, resume)
+    asked = {"recipe": name, "seed": seed, "iterations": iterations}
+    with result_folder(out / name, asked):
+        print(json.dumps(_run(name, out.resolve(), iterations, seed, console, resume=resume)))
+
+
+def _check_resumption(folder: Path, resume: bool) -> None:
+    there = (folder / RECORD).is_file() or (folder / _TUNE_STATE).is_file()
+    if resume and not there:
+        raise typer.BadParameter(f"nothing to resume in {folder}; run without --resume", param_hint="--resume")
+    if not resume and ((folder / _TUNE_STATE).is_file() or (folder / "policy.json").is_file()):
+        raise typer.BadParameter(f"{folder} has a run; --resume goes on with it, or give another", param_hint="--out")
+
+
+def _run(name: str, out: Path, iterations: int | None, seed: int, console: Console, *, resume: bool) -> dict[str, Any]:
     if name in SPLIT_RECIPES:
-        if resume or iterations is not None:
-            raise typer.BadParameter(f"{name} is over in minutes: run it as it is", param_hint="--resume, --iterations")
         with bar(console, name) as told:
-            print(json.dumps(run_split_point(SPLIT_RECIPES[name](seed), out.resolve(), told)))
-        return
-    if resume and not (out / name / _TUNE_STATE).is_file():
-        raise typer.BadParameter(f"nothing to resume in {out / name}; run without --resume", param_hint="--resume")
+            return run_split_point(SPLIT_RECIPES[name](seed), out, told)
     recipe = RECIPES[name](seed)
     total = iterations or recipe.iterations
     if iterations is not None:  # schedules end with the run
@@ -85,8 +99,8 @@ def main(
         bar(console, name) as told,
         redirect_stdout(sys.stderr),  # Tune prints whatever its verbosity; our answer is one document
     ):
-        folder = _trained(recipe, out.resolve(), total, told, resume=resume)
-    print(json.dumps(_finished(recipe, folder, out.resolve() / name)))
+        folder = _trained(recipe, out, total, told, resume=resume and (out / name / _TUNE_STATE).is_file())
+    return _finished(recipe, folder, out / name)
 
 
 def _trained(recipe: Recipe, out: Path, total: int, told: Callable[[int, int], None], *, resume: bool) -> Path:
@@ -174,10 +188,11 @@ def _tidied(trial: Path, folder: Path) -> None:
         result = json.loads(line)
         rows[result["training_iteration"]] = {k: v for k, v in _flat(result).items() if not k.startswith("config/")}
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    with (folder / "progress.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, names)
-        table.writeheader()
-        table.writerows(rows[i] for i in sorted(rows))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, names)
+    table.writeheader()
+    table.writerows(rows[i] for i in sorted(rows))
+    write_whole(folder / "progress.csv", text.getvalue())
     for events in trial.glob("events.out.tfevents*"):
         shutil.copy(events, folder / events.name)
 

@@ -22,6 +22,7 @@ from splitray.report.boundary import told_errors
 from splitray.report.document import Number, Report, Table
 from splitray.report.progress import bar
 from splitray.report.stdout import reader_may_leave
+from splitray.results import RECORD, result_folder
 from splitray.user_file import UserFile
 
 _END_S = 8.0
@@ -43,7 +44,7 @@ def main(
     if unknown := [n for n in names if n not in RECIPES]:
         raise typer.BadParameter(f"{', '.join(unknown)}: expected of {', '.join(RECIPES)}", param_hint="--only")
     console, runs = Console(stderr=True), [(seed, name) for seed in range(seeds) for name in names]
-    with bar(console, "ablations") as told:
+    with result_folder(out), bar(console, "ablations") as told:
         for done, (seed, name) in enumerate(runs):
             told(done, len(runs))
             if not _card(out, name, seed).is_file():
@@ -99,6 +100,8 @@ def _train(out: Path, name: str, seed: int) -> None:
     folder = out / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "rllib_configs", name, "--out", str(folder), "--seed", str(seed)]
+    if (folder / name / RECORD).is_file():
+        command.append("--resume")
     with (
         (folder / f"{name}.log").open("a", encoding="utf-8") as log,
         nothing_left(),

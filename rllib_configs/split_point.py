@@ -1,11 +1,13 @@
 """Where to cut as the channel changes (arXiv 2406.02616): PPO with Table 4's settings, rewards from the surrogate."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from splitray.results import write_whole
 from splitray.rl.split_point.recipe import SplitRecipe
 
 
@@ -76,6 +78,7 @@ def run(recipe: SplitRecipe, out: Path, told: Callable[[int, int], None]) -> dic
         }
     folder = out / recipe.name
     paths = trained.network.save(folder / "policy", recipe, results)
-    with (folder / "progress.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("steps", "judged_return", "next_rewards_from_surrogate"), *curve])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("steps", "judged_return", "next_rewards_from_surrogate"), *curve])
+    write_whole(folder / "progress.csv", text.getvalue())
     return {"recipe": recipe.name, "policy": [str(p) for p in paths], **json.loads(json.dumps(results))}

@@ -22,7 +22,7 @@ class InputError(ValueError):
         return (_rebuild, (type(self), self.what, self.expected, self.actual, self.remedy))
 
 
-def unwritable(what: str, error: OSError, *, expected: str = "a folder that can be written") -> InputError:
+def unwritable(what: str, error: OSError | ValueError, *, expected: str = "a folder that can be written") -> InputError:
     """The error for a folder (or what else is expected) that a user names and that cannot be written."""
     return InputError(what, expected=expected, actual=error, remedy="give another one")
 

@@ -11,6 +11,7 @@ import yaml
 
 from splitray.arch import ModelArch, Range
 from splitray.errors import PlacementError, did_you_mean, listed
+from splitray.results import write_whole
 from splitray.topology import DeviceId, Topology
 from splitray.user_file import UserFile
 from splitray.yaml_document import kind_of, number, read_yaml
@@ -116,8 +117,12 @@ class Placement:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the placement as YAML to `path`."""
-        Path(path).write_text(yaml.safe_dump(self.to_document(), sort_keys=False, default_flow_style=None))
+        """Write the placement as YAML to `path`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(path, yaml.safe_dump(self.to_document(), sort_keys=False, default_flow_style=None))
 
     @staticmethod
     def from_document(document: Any) -> Placement:

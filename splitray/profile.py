@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from splitray.catalog import DEVICES
+from splitray.results import write_whole
 from splitray.topology import Topology, parse_topology
 
 CATALOG = "x86-core"
@@ -126,4 +127,4 @@ class Profile:
         Raises:
             OSError: it cannot be written.
         """
-        path.write_text(yaml.safe_dump(self.document(), sort_keys=False, width=120), encoding="utf-8")
+        write_whole(path, yaml.safe_dump(self.document(), sort_keys=False, width=120))

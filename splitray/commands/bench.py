@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,26 +19,28 @@ from splitray.report import bench as tables
 from splitray.report.families import families_page, families_table
 from splitray.report.stdout import print_json, stdout_kept
 from splitray.report.suite import Suite, suite_named, suites_help
+from splitray.results import result_file, result_folder, write_whole
+from splitray.unfinished import Unfinished, unfinished
 
 Say = Callable[[str], None]
 Measured = tuple[dict[str, Any], Callable[[Console, dict[str, Any]], None]]
 
 
-def _engine(say: Say) -> Measured:
+def _engine(say: Say, _: Unfinished) -> Measured:
     running_cluster()  # its devices of Ray come last
     from splitray.profiling.engine_speed import engine_speed
 
     return engine_speed(say=say), tables.engine_table
 
 
-def _predicted(say: Say) -> Measured:
+def _predicted(say: Say, _: Unfinished) -> Measured:
     from splitray.profiling.predicted import predicted
     from splitray.profiling.random_llama import BENCH_110M
 
     return predicted(BENCH_110M, progress=say), tables.predicted_table
 
 
-def _simulator(say: Say) -> Measured:
+def _simulator(say: Say, _: Unfinished) -> Measured:
     from splitray.profiling.machine import machine
     from splitray.profiling.simulator_speed import simulator_speed
 
@@ -45,20 +48,20 @@ def _simulator(say: Say) -> Measured:
     return {**simulator_speed(), "machine": before}, tables.simulator_table
 
 
-def _faults(say: Say) -> Measured:
+def _faults(say: Say, done: Unfinished) -> Measured:
     from splitray.profiling.fault_bench import faults
     from splitray.profiling.random_llama import BENCH_110M
 
-    return faults(BENCH_110M, say=say), tables.faults_table
+    return faults(BENCH_110M, say=say, done=done), tables.faults_table
 
 
-def _families(say: Say, names: list[str] | None = None) -> Measured:
+def _families(say: Say, done: Unfinished, names: list[str] | None = None) -> Measured:
     from splitray.profiling.families import sweep
 
-    return sweep(names, say=say), families_table
+    return sweep(names, say=say, done=done), families_table
 
 
-SUITES: dict[str, Suite[Callable[[Say], Measured]]] = {
+SUITES: dict[str, Suite[Callable[[Say, Unfinished], Measured]]] = {
     "engine": Suite(
         "speed and CPU time of split generation beside transformers, and the time of an exchange",
         "six minutes",
@@ -99,14 +102,18 @@ def bench(
         raise InputError(
             what, expected="--suite families with it", actual=f"--suite {suite}", remedy="add or leave out"
         )
-    with stdout_kept(as_json):
+    with ExitStack() as stack:
+        stack.enter_context(stdout_kept(as_json))
+        if out is not None:
+            stack.enter_context(result_file(out) if page else result_folder(out))
+        done = stack.enter_context(unfinished(None if out is None else _beside(out, suite, families)))
         import torch
 
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        document, table = measure(_say)
-    if out is not None:
-        _write(out, suite, document)
+        document, table = measure(_say, done)
+        if out is not None:
+            _write(out, suite, document)
     if as_json:
         print_json(document)
     else:
@@ -115,13 +122,17 @@ def bench(
         console.print(f"load before the run      {document['machine']['load_before']:.2f}")
 
 
+def _beside(out: Path, suite: str, families: str | None) -> Path:
+    """Where a run keeps what it has done so far."""
+    name = f"unfinished-{suite}" + (f"-{families}" if families else "") + ".pickle"
+    return out.with_name(f".{out.name}.{name}") if out.suffix == ".md" else out / name
+
+
 def _write(out: Path, suite: str, document: dict[str, Any]) -> None:
     if out.suffix == ".md":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(families_page(document), encoding="utf-8")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"bench-{suite}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_whole(out, families_page(document))
+    else:
+        write_whole(out / f"bench-{suite}.json", json.dumps(document, indent=2) + "\n")
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,7 @@
 """`splitray evaluate`: suites that compare planners, as a report in which every number says where it comes from."""
 
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,9 @@ from splitray.commands import options
 from splitray.evaluate.suites import SUITES, run
 from splitray.report.progress import progress
 from splitray.report.stdout import print_json, stdout_kept
-from splitray.report.suite import suites_help
+from splitray.report.suite import suite_named, suites_help
+from splitray.results import result_folder
+from splitray.unfinished import unfinished
 
 
 def evaluate(
@@ -24,7 +28,10 @@ def evaluate(
     slots: Annotated[int, typer.Option(help="Slots of a simulation.", min=1, metavar="N")] = 200,
     seed: options.Seed = 0,
     workers: Annotated[int, typer.Option(help="Processes, for the suite splitwise.", min=1, metavar="N")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the report and its plots into it.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the report and its plots into it; a run that was ended goes on there.", metavar="DIR"),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare planners on equal terms and beside the papers' figures; every number says where it comes from."""
@@ -33,7 +40,14 @@ def evaluate(
     from splitray.evaluate.options import Options
 
     asked = Options(traces=tuple(traces or ()), arrivals=arrivals, slots=slots, seed=seed, workers=workers)
-    with stdout_kept(as_json), progress(Console(stderr=True), "Reading") as spin:
+    suite_named(suite, SUITES)
+    with ExitStack() as stack:
+        stack.enter_context(stdout_kept(as_json))
+        if out is not None:
+            facts = {k: v for k, v in asdict(asked).items() if k not in ("workers", "done")}
+            stack.enter_context(result_folder(out, {"command": "evaluate", "suite": suite, **facts}))
+        asked = replace(asked, done=stack.enter_context(unfinished(None if out is None else out / "unfinished.pickle")))
+        spin = stack.enter_context(progress(Console(stderr=True), "Reading"))
         report = run(suite, asked, tell=lambda what: spin(what.capitalize()))
         written = [] if out is None else report.save(out)
     if as_json:

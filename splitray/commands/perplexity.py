@@ -10,6 +10,7 @@ from splitray.commands import options
 from splitray.model.folder import check_folder
 from splitray.report.progress import bar, progress
 from splitray.report.stdout import print_json, stdout_kept
+from splitray.results import result_file, try_file
 
 
 def perplexity(
@@ -48,6 +49,8 @@ def perplexity(
     as_json: options.Json = False,
 ) -> None:
     """Score a text with a model, whole or split, exact, through codecs and over noisy channels."""
+    if out is not None:
+        try_file(out)
     if model != "tiny":
         check_folder(model)
     from splitray.profiling.perplexity import PerplexityRequest, run, single, single_cut
@@ -62,7 +65,7 @@ def perplexity(
     }  # fmt: skip
     if out is not None:
         wanted = SweepRequest(**scoring, out=out, cuts=cut, placements=placements, channels=channels, codecs=codecs)
-        with stdout_kept(as_json), bar(Console(stderr=True), "Measuring") as tell:
+        with stdout_kept(as_json), result_file(out), bar(Console(stderr=True), "Measuring") as tell:
             measured = sweep(wanted, tell=tell)
         if as_json:
             print_json(measured.document())

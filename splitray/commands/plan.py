@@ -8,6 +8,7 @@ from rich.console import Console
 
 from splitray.commands import options
 from splitray.report.stdout import print_json, stdout_kept
+from splitray.results import try_file
 
 
 def plan(
@@ -33,6 +34,8 @@ def plan(
     from splitray.runtime.model_arch import read_model_arch
     from splitray.topology import Topology
 
+    if out is not None:
+        try_file(out)
     with stdout_kept(as_json):
         where = Topology.load(topology)
         arch = read_model_arch(model, dtype=dtype)

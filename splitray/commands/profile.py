@@ -13,6 +13,7 @@ from splitray.commands import options
 from splitray.errors import InputError
 from splitray.report.progress import progress
 from splitray.report.stdout import print_json, stdout_kept
+from splitray.results import try_file
 
 if TYPE_CHECKING:
     from splitray.profile import Profile
@@ -44,6 +45,8 @@ def measure(*, devices: int = 2, out: Path | None = None, progress: Callable[[st
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError("out", expected="a file in a folder that exists", actual=out,
                          remedy="create the folder, or name a file in it")  # fmt: skip
+    if out is not None:
+        try_file(out, "out")
     from splitray.profiling.calibration import calibrate
 
     profile = calibrate(devices, progress=progress)

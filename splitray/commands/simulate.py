@@ -1,5 +1,7 @@
 """`splitray simulate`: planners side by side under one virtual clock, on a trace and on arrivals."""
 
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +12,7 @@ from rich.text import Text
 from splitray.commands import options
 from splitray.report.progress import bar
 from splitray.report.stdout import print_json, stdout_kept
+from splitray.results import result_folder
 
 
 def simulate(
@@ -70,7 +73,11 @@ def simulate(
         arrivals=arrivals, slots=slots, slot_s=slot_s, background=background, lose=lose, codec=codec, dtype=dtype,
         channel=channel, seed=seed, staged=staged, edges=edges, shared_cloud=shared_cloud,
     )  # fmt: skip
-    with stdout_kept(as_json), bar(Console(stderr=True), "Simulating") as tell:
+    with ExitStack() as stack:
+        stack.enter_context(stdout_kept(as_json))
+        if out is not None:
+            stack.enter_context(result_folder(out, {"command": "simulate", **asdict(asked)}))
+        tell = stack.enter_context(bar(Console(stderr=True), "Simulating"))
         document, outcomes = compare(asked, tell=tell)
         written = [] if out is None else save_simulation(document, outcomes, out)
     if as_json:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from splitray.evaluate.options import Tell, shared_out
+from splitray.evaluate.options import Options, Tell, shared_out
 from splitray.report.document import Cell as Entry
 from splitray.report.document import Number, Table
 from splitray.rl.policy_planner import SHIPPED
@@ -21,13 +21,13 @@ LOADS = (0.8, 0.95)
 _EDGES, _SLOTS, _SEED = 32, 100, 30_000
 
 
-def clairvoyance(tell: Tell, workers: int) -> Table:
+def clairvoyance(options: Options, tell: Tell) -> Table:
     """Mean latency of the program, of the learned policy, and of whoever tries all candidates on what is to come."""
     jobs = [(cell, load) for cell in CELLS for load in LOADS]
     rows: list[tuple[Entry, ...]] = []
     logs: list[float] = []
     tell("a planner that knows the future")
-    for (cell, load), (usual, ours, best) in zip(jobs, shared_out(_one, jobs, workers), strict=True):
+    for (cell, load), (usual, ours, best) in zip(jobs, shared_out(_one, jobs, options, _name), strict=True):
         logs.append(float(np.log(ours / best)))
         numbers = [Number(x, "s", "simulated") for x in (usual, ours, best)]
         rows.append((f"{cell.name} {load:.0%}", *numbers, Number(ours / best, "ratio", "simulated")))
@@ -41,6 +41,10 @@ def clairvoyance(tell: Tell, workers: int) -> Table:
         "and requests that will come, all edges of a cloud alike, and goes on with the best one: no bound, but what "
         "foresight and agreement are worth.",
     )
+
+
+def _name(job: tuple[Cell, float]) -> str:
+    return f"knows the future: {job[0].name}, load {job[1]}"
 
 
 def _one(job: tuple[Cell, float]) -> tuple[float, float, float]:

@@ -7,6 +7,7 @@ times are compared.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import permutations
 from typing import Literal
 
@@ -95,7 +96,8 @@ def run(options: Options, tell: Tell) -> Report:
     tables = []
     for holds in ("none", "embedding_and_head"):
         tell(f"{INSTANCES} instances, origin holds {holds.replace('_', ' ')}")
-        found, taken = gaps(holds, PLANNERS, first=1000 * options.seed)
+        work = partial(gaps, holds, PLANNERS, first=1000 * options.seed)
+        found, taken = options.done.of(holds, work)
         rows: list[tuple[Cell, ...]] = []
         for planner in PLANNERS:
             values = np.array(found[planner])

@@ -64,14 +64,15 @@ def run(
     """
     table, surrogate = shipped_quality(), shipped_surrogate()
     both = table, shipped_quality("tiny-neox")
-    runs = Runs(table=table, surrogate=surrogate, seeds=range(options.seed, options.seed + seeds), tell=tell)
+    chosen = range(options.seed, options.seed + seeds)
+    runs = Runs(table=table, surrogate=surrogate, seeds=chosen, tell=tell, before=options.done)
     bases = {noise: SplitRecipe(name=f"PPO, {noise}", noise=noise, steps=steps) for noise in get_args(Noise)}
     sigma = bases["sigma"]
     for base in bases.values():
         runs.of(base)
     peak = _peak_bytes()  # of learning alone, and then of learning beside a model: before anything else is done
     tell("measured rewards against the clock")
-    reward = timed_reward(table, timed)
+    reward = options.done.of("measured rewards", lambda: timed_reward(table, timed))
     plots = {"figure_3": figure_3(both)}
     tables = [*map(strengths, both), monotone(both), *(programs(runs, base) for base in bases.values())]
     plots["figure_5"], learned = figure_5(runs, sigma)

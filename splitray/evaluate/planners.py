@@ -32,11 +32,11 @@ def run(options: Options, tell: Tell) -> Report:
     cells = list(trace_cells(options, tell))
     tell("a cluster on one network")
     tables = [summary(cells, h) for h in HOLDS] + [latencies(cells, h) for h in HOLDS] + [pairwise(cells)]
-    tables.append(boards())
+    tables.append(options.done.of("boards", boards))
     tell("small instances against the optimum")
-    tables += [gaps_to_optimum(), many_devices()]
+    tables += [options.done.of(of.__name__, of) for of in (gaps_to_optimum, many_devices)]
     tell("a sweep of V")
-    sweep, figures = trade_of_v(options.seed)
+    sweep, figures = options.done.of("trade of V", lambda: trade_of_v(options.seed))
     tables += [sweep, _claims(tables)]
     shown = next(c for c in cells if (c.edge, c.model, c.holds) == (EDGES[0], MODELS[0], HOLDS[1]))
     trace = next(iter(shown.outcomes))[0]

@@ -257,7 +257,7 @@ def run(options: Options, tell: Tell) -> Report:
     for kind, chosen in (("recorded", {n: varied[n] for n in names}), ("constructed", flips(prices))):
         for name, trace in chosen.items():
             tell(name)
-            found[kind].append(outcome(prices, name, trace))
+            found[kind].append(options.done.of(f"{kind}: {name}", partial(outcome, prices, name, trace)))
     return Report(
         title="Re-placement while a stream is generated",
         facts={

@@ -8,7 +8,7 @@ decide one after the other, and each sees how many others are there (`sim/crowd.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -26,6 +26,7 @@ from splitray.sim.network import varied
 from splitray.sim.outcome import Outcome, drift_p
 from splitray.sim.scenario import Scenario, edge_cloud_links
 from splitray.sim.workload import dealt, read_requests
+from splitray.unfinished import Unfinished
 
 What = Literal["mean", "p95", "edge_j", "energy_j"]
 LOADS = (0.5, 0.8, 0.95)
@@ -143,9 +144,9 @@ def load_cells(
         (Cell(edge=edge, model=model, holds=pins), load)  # type: ignore[arg-type]
         for edge in edges for model in models for pins in holds for load in loads
     ]  # fmt: skip
-    one = partial(load_cell, options=options, planners=planners, seeds=seeds)
+    one = partial(load_cell, options=replace(options, done=Unfinished()), planners=planners, seeds=seeds)
     tell(f"the first of {len(jobs)} cells")
-    for i, found in enumerate(shared_out(one, jobs, options.workers)):
+    for i, found in enumerate(shared_out(one, jobs, options, lambda job: f"{job[0].name}, load {job[1]}")):
         tell(f"{i + 1} of {len(jobs)} cells are done, the last one {found.name}")
         yield found
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from splitray.rl.split_point.policies import Judged, Policy, judge
 from splitray.rl.split_point.process import SplitPoint, States
 from splitray.rl.split_point.quality import MeasuredQuality, Noise, learned_from
 from splitray.rl.split_point.recipe import SplitRecipe
+from splitray.unfinished import Unfinished
 
 STARTS, _STARTS_SEED = 500, 1
 _LOOKS = 12
@@ -41,6 +43,7 @@ class Runs:
     surrogate: Surrogate
     seeds: Sequence[int]
     tell: Tell = lambda _: None
+    before: Unfinished = field(default_factory=Unfinished)
     _done: dict[SplitRecipe, Run] = field(default_factory=dict)
     _measured: dict[str, MeasuredQuality] = field(default_factory=dict)
 
@@ -80,23 +83,26 @@ class Runs:
     def _run(self, recipe: SplitRecipe) -> Run:
         key = replace(recipe, name="")
         if key not in self._done:
-            self.tell(f"{recipe.name}, seed {recipe.seed}")
-            quality = learned_from(
-                recipe.rewards, self.measured(recipe.noise), self.surrogate, model=self.table.model,
-                num_layers=self.table.num_layers, noise=recipe.noise, updates=recipe.measured_updates, seed=recipe.seed,
-            )  # fmt: skip
-            truth, starts = self.truth(recipe), self.starts(recipe)
-            steps: list[int] = []
-            returns: list[float] = []
-
-            def look(done: int, network: SplitNetwork) -> None:
-                if done * _LOOKS >= (len(steps) + 1) * recipe.steps:
-                    steps.append(done)
-                    returns.append(float(judge(truth, network.policy(truth), starts).returns.mean()))
-
-            found = train(recipe, recipe.process(quality), look)
-            self._done[key] = Run(found.network, found.seconds, steps, returns)
+            self._done[key] = self.before.of(repr(key), partial(self._trained, recipe))
         return self._done[key]
+
+    def _trained(self, recipe: SplitRecipe) -> Run:
+        self.tell(f"{recipe.name}, seed {recipe.seed}")
+        quality = learned_from(
+            recipe.rewards, self.measured(recipe.noise), self.surrogate, model=self.table.model,
+            num_layers=self.table.num_layers, noise=recipe.noise, updates=recipe.measured_updates, seed=recipe.seed,
+        )  # fmt: skip
+        truth, starts = self.truth(recipe), self.starts(recipe)
+        steps: list[int] = []
+        returns: list[float] = []
+
+        def look(done: int, network: SplitNetwork) -> None:
+            if done * _LOOKS >= (len(steps) + 1) * recipe.steps:
+                steps.append(done)
+                returns.append(float(judge(truth, network.policy(truth), starts).returns.mean()))
+
+        found = train(recipe, recipe.process(quality), look)
+        return Run(found.network, found.seconds, steps, returns)
 
 
 def spread(values: Sequence[float] | Floats, provenance: str = "simulated") -> Number:

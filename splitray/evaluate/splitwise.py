@@ -40,7 +40,7 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
     ratios = [[c.paired(ours, p, "mean").ratio for p in others] for c in cells]
     title = f"mean latency of {ours} over each planner's (* the origin holds embedding and head)"
     middle = cells[len(cells) // 2]
-    trade, of_v = trade_of_v(options.seed)
+    trade, of_v = options.done.of("trade of V", lambda: trade_of_v(options.seed))
     shown = plots_of([found[0][0] for found in middle.outcomes.values()])
     return Report(
         title="The learned policy where a cloud is shared",
@@ -57,7 +57,7 @@ def run(options: Options, tell: Tell, *, planners: Sequence[str] = PLANNERS, our
         tables=(
             targets(cells, ours, others),
             *(_table(title, cells, planners, what) for what, title in _FIGURES.items()),
-            clairvoyance(tell, options.workers),
+            clairvoyance(options, tell),
             trade,
         ),
         plots={"ratios": ratio_plot(title, rows, others, ratios), "v": of_v, **shown},

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +20,8 @@ from splitray.topology import Topology
 
 EDGES = ("jetson-orin-nx-16gb", "galaxy-s23", "raspberry-pi-5")
 MODELS = ("gpt2-xl", "llama-7b", "llama-13b")
-HOLDS = ("none", "embedding_and_head")
+Holds = Literal["none", "embedding_and_head"]
+HOLDS: tuple[Holds, ...] = ("none", "embedding_and_head")
 ONLINE = (
     "cloud_only", "cloud_only_rtt", "edge_only", "best_device", "static_cut:paper", "static_cut", "layer_cut:paper",
     "layer_cut", "layer_dp:paper", "layer_dp", "greedy", "tensor_parallel:paper", "tensor_parallel", "ucb",
@@ -66,29 +69,32 @@ def trace_cells(options: Options, tell: Tell) -> Iterator[TraceCell]:
     Raises:
         InputError: a trace or the arrivals cannot be used.
     """
-    specs = options.traces or DRAWN
     for model in MODELS:
-        arch = architecture(model)
         for edge in EDGES:
             for holds in HOLDS:
-                tell(f"{model} on {edge}, origin holds {holds.replace('_', ' ')}")
-                where = Topology.pair(edge, origin_holds=holds)
-                line_rng = np.random.default_rng([options.seed, 1])
-                rate = LOAD / service_s(arch, where, "static_cut:paper")
-                slot_s = max(1.0, REQUESTS / (rate * options.slots)) if options.arrivals is None else 1.0
-                line = arrivals(options.arrivals, options.slots * slot_s, rate, line_rng)
-                cases = []
-                for spec in specs:
-                    rng = np.random.default_rng([options.seed, 2])
-                    pairs = edge_cloud_links(where)
-                    rates = links_varied(spec, where, pairs, options.slots, slot_s, rng, what="bandwidth", repeat=True)
-                    scenario = Scenario(
-                        name=spec.rpartition("/")[2], arch=arch, topology=where, requests=line,
-                        num_slots=options.slots, slot_s=slot_s, bandwidth_bytes_per_s=rates,
-                    )  # fmt: skip
-                    cases += [Case(planner=p, scenario=scenario, seed=options.seed, every=EVERY) for p in ONLINE]
-                found = simulate(cases)
-                yield TraceCell(edge, model, holds, {(o.scenario.name, o.planner): o for o in found})
+                name = f"{model} on {edge}, origin holds {holds.replace('_', ' ')}"
+                tell(name)
+                yield options.done.of(name, partial(_trace_cell, options, model, edge, holds))
+
+
+def _trace_cell(options: Options, model: str, edge: str, holds: Holds) -> TraceCell:
+    arch, where = architecture(model), Topology.pair(edge, origin_holds=holds)
+    line_rng = np.random.default_rng([options.seed, 1])
+    rate = LOAD / service_s(arch, where, "static_cut:paper")
+    slot_s = max(1.0, REQUESTS / (rate * options.slots)) if options.arrivals is None else 1.0
+    line = arrivals(options.arrivals, options.slots * slot_s, rate, line_rng)
+    cases = []
+    for spec in options.traces or DRAWN:
+        rng = np.random.default_rng([options.seed, 2])
+        pairs = edge_cloud_links(where)
+        rates = links_varied(spec, where, pairs, options.slots, slot_s, rng, what="bandwidth", repeat=True)
+        scenario = Scenario(
+            name=spec.rpartition("/")[2], arch=arch, topology=where, requests=line,
+            num_slots=options.slots, slot_s=slot_s, bandwidth_bytes_per_s=rates,
+        )  # fmt: skip
+        cases += [Case(planner=p, scenario=scenario, seed=options.seed, every=EVERY) for p in ONLINE]
+    found = simulate(cases)
+    return TraceCell(edge, model, holds, {(o.scenario.name, o.planner): o for o in found})
 
 
 def _placed(outcome: Outcome) -> bool:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from splitray.errors import unwritable
 from splitray.local_ray import private_ray, served
 from splitray.model.reading import read_arch, read_config
 from splitray.placement import Placement
@@ -33,6 +32,7 @@ from splitray.report.picture import placement_picture
 from splitray.report.progress import progress
 from splitray.report.quantities import bytes_text, seconds_text
 from splitray.report.run import run_table
+from splitray.results import write_whole
 from splitray.runtime.generation import run_document
 from splitray.runtime.launch import model_path, needed_tokenizer, read_model
 from splitray.scratch import scratch_folder
@@ -51,16 +51,15 @@ def demonstrate(
 ) -> dict[str, Any]:
     """Everything from a checkpoint to a checked answer; `identical` of the document says how it ended.
 
-    `out` is a folder for demo.json and the picture as text and SVG; the demo's own `runtime` is `ray`.
+    `out` is an existing folder for demo.json and the picture as text and SVG; the demo's own `runtime` is `ray`.
 
     Raises:
-        InputError: the model cannot be used, or `out` cannot be written.
+        InputError: the model cannot be used.
+        OSError: `out` cannot be written.
         DeviceLost: a device died.
         StartFailed: Ray or Serve did not come up.
     """
     started = time.monotonic()
-    if out is not None:
-        _make_folder(out)
     _say(console, "One language model on an edge device and a cloud worker, split inside layers.\n")
     topology = Topology.uniform(2)
     references: list[Reference] = []
@@ -143,9 +142,9 @@ def demonstrate(
     }
     console.print(run_table({**document, "token_ids": range(answer.num_tokens)}))
     if out is not None:
-        (out / "demo.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        (out / "placement.txt").write_text(as_text(picture), encoding="utf-8")
-        (out / "placement.svg").write_text(as_svg(picture, title=f"{model} on two devices"), encoding="utf-8")
+        write_whole(out / "demo.json", json.dumps(document, indent=1) + "\n")
+        write_whole(out / "placement.txt", as_text(picture))
+        write_whole(out / "placement.svg", as_svg(picture, title=f"{model} on two devices"))
         _say(console, f"{out / 'demo.json'}, placement.txt and placement.svg beside it\n")
     _say(console, problem or IDENTICAL, "bold green" if problem is None else "bold red")
     return document
@@ -230,13 +229,6 @@ def _saved(placement: Placement) -> Iterator[str]:
         path = folder / "placement.yaml"
         placement.save(path)
         yield str(path)
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable("--out", error) from error
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

@@ -8,6 +8,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.scratch import scratch_folder
 from splitray.topology import Topology
+from splitray.unfinished import Unfinished
 
 PROMPTS, NEW_TOKENS, DEVICES = (12, 700), 16, 3
 LIMIT_S = 180.0
@@ -78,8 +80,16 @@ def _uneven(shares: Shares, total: int) -> bool:
     return len(shares.devices) > 1 and not shares.is_replicated(total) and apart and (len(counts) > 1 or total < 3)
 
 
-def sweep(names: Iterable[str] | None = None, *, seed: int = 0, say: Callable[[str], None] = lambda _: None) -> Result:
+def sweep(
+    names: Iterable[str] | None = None,
+    *,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+    done: Unfinished | None = None,
+) -> Result:
     """Try families (all, wrappers and variants too, if none are named), one after the other, each in a child process.
+
+    What is `done` is not tried again.
 
     Raises:
         InputError: a name is no family of transformers.
@@ -92,9 +102,9 @@ def sweep(names: Iterable[str] | None = None, *, seed: int = 0, say: Callable[[s
         if name not in every:
             raise InputError("--families", expected="text decoders of transformers", actual=name,
                              remedy=f"correct the name{did_you_mean(name, every)}")  # fmt: skip
-    before, results = machine(), {}
+    before, results, done = machine(), {}, done or Unfinished()
     for name in wanted:
-        results[name] = in_a_process(name, seed)
+        results[name] = done.of(f"{name} {seed}", partial(in_a_process, name, seed))
         say(f"{name}: {results[name]['outcome']} {results[name].get('why', '')}")
     counted = Counter(r["outcome"] for n, r in results.items() if n in parts["families"])
     return {

@@ -28,6 +28,7 @@ from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo
 from splitray.scratch import scratch_folder
 from splitray.topology import Topology
+from splitray.unfinished import Unfinished
 
 Say = Callable[[str], None]
 _TRIALS, _KILLS, _ROUNDS = 500, 6, 6
@@ -35,21 +36,23 @@ _CONTEXT = 512
 _PROMPT = [5 + i % 90 for i in range(12)]
 
 
-def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS) -> dict[str, Any]:
-    """The whole suite; its keys stand in benchmarks/README.md."""
+def faults(model: RandomLlama, *, say: Say, count: int = _TRIALS, done: Unfinished | None = None) -> dict[str, Any]:
+    """The whole suite; its keys stand in benchmarks/README.md. What is `done` is not done again."""
     result: dict[str, Any] = {"suite": "faults", "machine": machine()}
+    done = done or Unfinished()
+
+    def told(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        say(what)
+        return done.of(what, work)
+
     with scratch_folder() as folder:
-        say("faults in threads")
-        result |= _in_threads(folder / "store", count)
-        say("killed processes")
-        result["killed_processes"] = _killed("tiny", folder / "store")
-        say("killed processes, others standing by")
-        result["standing_by"] = _standing_by("tiny")
+        store = folder / "store"
+        result |= told("faults in threads", lambda: _in_threads(store, count))
+        result["killed_processes"] = told("killed processes", lambda: _killed("tiny", store))
+        result["standing_by"] = told("killed processes, others standing by", lambda: _standing_by("tiny"))
         path = model.write(folder)
-        say("half of all heads move")
-        result["migration"] = _migration(path)
-        say("checkpoints")
-        result["checkpoint_cost"] = _checkpoint_cost(path, folder / "store")
+        result["migration"] = told("half of all heads move", lambda: _migration(path))
+        result["checkpoint_cost"] = told("checkpoints", lambda: _checkpoint_cost(path, store))
     return result
 
 

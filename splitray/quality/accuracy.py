@@ -13,6 +13,7 @@ from typing import Protocol
 from splitray.codecs import Codec
 from splitray.errors import InputError
 from splitray.quality.json_table import above_zero, read_table
+from splitray.results import write_whole
 from splitray.route import Route
 from splitray.user_file import UserFile
 
@@ -105,8 +106,12 @@ class AccuracyTable:
         return total
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write the table as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> AccuracyTable:

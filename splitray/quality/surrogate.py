@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as tensors_bytes
 
 from splitray.arrays import Floats
 from splitray.card import chained, read_card
@@ -37,6 +37,7 @@ from splitray.quality.features import (
     place_features,
 )
 from splitray.quality.table import QualityTable
+from splitray.results import write_whole
 from splitray.user_file import UserFile
 
 FORMAT = 2
@@ -151,7 +152,8 @@ class Surrogate:
         tensors = {"mean": self.mean, "scale": self.scale}
         for i, (weight, bias) in enumerate(self.weights):
             tensors |= {f"weight_{i}": weight, f"bias_{i}": bias}
-        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, tensors_at)
+        data = tensors_bytes({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
+        write_whole(tensors_at, data)
         card = {
             "format": FORMAT,
             "unit": UNIT,
@@ -160,9 +162,9 @@ class Surrogate:
             "models": list(self.models),
             "layers": len(self.weights),
             "metrics": {name: asdict(m) for name, m in self.metrics.items()},
-            "sha256": hashlib.sha256(tensors_at.read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(data).hexdigest(),
         }
-        card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        write_whole(card_at, json.dumps(card, indent=1) + "\n")
         return tensors_at, card_at
 
     @staticmethod

@@ -8,7 +8,6 @@ Relative perplexity is that with the channel over that of the exact model on the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from splitray.codecs import Codec
 from splitray.errors import InputError, unwritable
 from splitray.quality.features import PlaceFeatures
 from splitray.quality.json_table import above_zero, read_table
+from splitray.results import write_whole
 from splitray.user_file import UserFile
 
 FORMAT = 1
@@ -90,11 +90,9 @@ class QualityTable:
         rows = ",\n".join(f"  {json.dumps(_short(asdict(r)))}" for r in self.rows)
         body = json.dumps(head, indent=1).removesuffix("\n}")
         text = f'{body},\n "places": {{\n{places}\n }},\n "rows": [\n{rows}\n ]\n}}\n'
-        beside = Path(path).with_name(Path(path).name + ".part")
         try:
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
         except OSError as error:
             raise unwritable(f"quality table {path}", error, expected="a file that can be written") from error
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from splitray.errors import unwritable
 from splitray.report.plots import save_plots
 from splitray.report.quantities import bytes_text, joule_text, seconds_text
+from splitray.results import write_whole
 
 Provenance = Literal["paper", "second-hand", "measured", "simulated", "predicted"]
 Unit = Literal["s", "J", "B", "share", "ratio", "count", "tokens", ""]
@@ -156,7 +157,7 @@ class Report:
                 "report.html": self.html(),
             }
             for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
+                write_whole(folder / name, text)
             return [*(folder / n for n in files), *save_plots(self.plots, folder)]
         except OSError as error:
             raise unwritable("--out", error) from error

@@ -1,5 +1,6 @@
 """Plots of a simulation that a person can read. Knows the document of `splitray simulate`, and no planner."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
+
+from splitray.results import write_whole
 
 Samples = Mapping[str, Sequence[float]]
 _COLOURS = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -146,7 +149,9 @@ def save_plots(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write each figure as `NAME.png` into an existing folder."""
     paths = {folder / f"{name}.png": figure for name, figure in figures.items()}
     for path, figure in paths.items():
-        figure.savefig(path)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        write_whole(path, picture.getvalue())
     return list(paths)
 
 

@@ -1,5 +1,6 @@
 """A simulation as a person reads it: one table of planners, and plots. Every figure is simulated but decision_s."""
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from splitray.errors import unwritable
 from splitray.report.plots import backlog_plot, energy_plot, front_plot, latency_plot, placement_plot, save_plots
 from splitray.report.quantities import joule_text, seconds_text, share_text
+from splitray.results import write_whole
 from splitray.sim.outcome import Outcome
 from splitray.sim.scenario import edge_cloud_links
 
@@ -110,13 +112,15 @@ def save_simulation(document: dict[str, Any], outcomes: list[Outcome], out: Path
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "simulation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_whole(out / "simulation.json", json.dumps(document, indent=1) + "\n")
         samples = {
             f"{o.planner}/{name}": getattr(o, name)
             for o in outcomes
             for name in ("arrival_s", "first_token_s", "finish_s", "backlog_tokens", "tpot_s", "energy_j")
         }
-        np.savez_compressed(out / "samples.npz", allow_pickle=False, **samples)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, allow_pickle=False, **samples)
+        write_whole(out / "samples.npz", packed.getvalue())
         return [out / "simulation.json", out / "samples.npz", *save_plots(plots_of(outcomes), out)]
     except OSError as error:
         raise unwritable("--out", error) from error

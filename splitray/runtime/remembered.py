@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +18,8 @@ import transformers
 from transformers import PretrainedConfig
 
 from splitray.errors import InputError
+from splitray.own_code import code_hash
+from splitray.results import write_whole
 from splitray.runtime.selftest import self_test
 from splitray.user_file import UserFile
 
@@ -62,11 +63,8 @@ def _key(config: PretrainedConfig) -> str:
 @cache
 def _surroundings() -> str:
     """All that an outcome depends on beside the config: this package's code to the letter, and what runs it."""
-    code, package = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        code.update(str(path.relative_to(package)).encode() + path.read_bytes())
     versions = [torch.__version__, transformers.__version__, numpy.__version__, platform.python_version()]
-    return "\n".join([code.hexdigest(), *versions, platform.machine(), torch.backends.cpu.get_cpu_capability()])
+    return "\n".join([code_hash(), *versions, platform.machine(), torch.backends.cpu.get_cpu_capability()])
 
 
 def _read(path: Path) -> bool | None:
@@ -82,9 +80,7 @@ def _write(path: Path, lean: bool) -> None:
     """Whole or not at all, whoever writes at the same time; the oldest go where there are too many."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False, encoding="utf-8") as file:
-            json.dump({"lean": lean}, file)
-        os.replace(file.name, path)
+        write_whole(path, json.dumps({"lean": lean}))
         kept = sorted(path.parent.iterdir(), key=lambda p: p.stat().st_mtime)
         for old in kept[:-_MOST]:
             old.unlink()

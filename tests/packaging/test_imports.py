@@ -22,10 +22,8 @@ PACKAGES = (("splitray",), ("actors",), ("serve_apps", "rllib_configs"))
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "splitray": (
         ("errors", "arrays"),
-        ("user_file",),
-        ("yaml_document", "card"),
-        ("scratch",),
-        ("ray_address", "signals"),
+        ("user_file", "results", "scratch", "own_code"),
+        ("yaml_document", "card", "ray_address", "signals", "unfinished"),
         ("arch", "codecs", "channel", "text"),
         ("catalog",),
         ("topology",),

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from splitray.model.training.settings import ARCHITECTURES, TinySettings
 from splitray.model.training.tokens import ASSISTANT
+from splitray.results import write_whole
 
 SAMPLE_QUESTION = "What does os.path.join do?"
 
@@ -41,7 +42,8 @@ def write_card(
     lower = 1 - scores["neural"] / scores["kneser_ney"]
     quoted = "\n".join(f"> {line}" for line in sample.splitlines())
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    (out / "MODEL_CARD.md").write_text(
+    write_whole(
+        out / "MODEL_CARD.md",
         f"""# The small model of splitray
 
 A decoder small enough to ship with the package and real enough to show what a split does to one. It speaks
@@ -83,5 +85,4 @@ User: {SAMPLE_QUESTION}
 
     {command}
 """,
-        encoding="utf-8",
     )

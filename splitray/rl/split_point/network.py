@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as tensors_bytes
 
 from splitray.arrays import Floats32, Ints
 from splitray.card import chained, read_card
+from splitray.results import write_whole
 from splitray.rl.split_point.policies import Policy
 from splitray.rl.split_point.process import SplitPoint
 from splitray.rl.split_point.recipe import SplitRecipe
@@ -55,16 +56,17 @@ class SplitNetwork:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"weight_{i}": w for i, (w, _) in enumerate(self.layers)}
         tensors |= {f"bias_{i}": b for i, (_, b) in enumerate(self.layers)}
-        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, tensors_at)
+        data = tensors_bytes({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
+        write_whole(tensors_at, data)
         card = {
             "format": FORMAT,
             "layers": len(self.layers),
             "seen": list(SEEN[: len(self.layers[0][0])]),
             "recipe": recipe.as_json(),
             "results": dict(results),
-            "sha256": hashlib.sha256(tensors_at.read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(data).hexdigest(),
         }
-        card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        write_whole(card_at, json.dumps(card, indent=1) + "\n")
         return tensors_at, card_at
 
     @staticmethod

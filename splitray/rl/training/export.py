@@ -16,8 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_bytes
 
+from splitray.results import write_whole
 from splitray.rl.training.module import PlacementModule, built
 from splitray.rl.training.recipe import Recipe
 from splitray.rl.world.action import DEFAULT_KNOBS, MOVE_WEIGHTS, PRICES, V_FACTORS
@@ -43,7 +45,8 @@ def export(
         for name, value in modules[agent].state_dict().items()
         if not name.startswith("critic.")
     }
-    save_file(tensors, tensors_at)
+    data = tensors_bytes(tensors)
+    write_whole(tensors_at, data)
     card = {
         "format": FORMAT,
         "variant": recipe.variant,
@@ -58,9 +61,9 @@ def export(
         "recipe": recipe.as_json(),
         "seeds": [recipe.seed],
         "results": dict(results or {}),
-        "sha256": hashlib.sha256(tensors_at.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    card_at.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_whole(card_at, json.dumps(card, indent=1) + "\n")
     return tensors_at, card_at
 
 

@@ -1,0 +1,145 @@
+"""Where a run's results go: tried before the work begins, one run at a time, and each file whole or not at all.
+
+Knows no command. `unfinished.py` keeps what a long run has done until its results are there.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from splitray.errors import InputError, unwritable
+
+RECORD = "run.json"
+"""In a folder of results: what was asked for."""
+_ROOM_BYTES = 4096
+
+
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write a file beside its place, and put it there: whatever happens, it is the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target, data = Path(os.path.realpath(path)), content.encode() if isinstance(content, str) else content
+    if target.exists() and not target.is_file():  # a terminal, a pipe: nothing can be put in its place
+        with target.open("wb") as file:
+            file.write(data)
+        return Path(path)
+    beside = target.with_name(f".{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, beside)
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return Path(path)
+
+
+def try_file(path: str | Path, what: str = "--out") -> None:
+    """Refuse a file that cannot be written, before the work that it is for.
+
+    Raises:
+        InputError: says why not.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if target.exists():
+            os.close(os.open(target, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+        if target.is_file() or not target.exists():
+            _try_folder(target.parent)
+    except (OSError, ValueError) as error:
+        raise unwritable(what, error, expected="a file that can be written") from error
+
+
+@contextmanager
+def result_file(path: str | Path, what: str = "--out") -> Iterator[None]:
+    """A file that no other run writes for the length of the block, tried as `try_file` does.
+
+    Raises:
+        InputError: it cannot be written, or another run is writing it.
+    """
+    try_file(path, what)
+    beside = Path(path).with_name(f".{Path(path).name}.lock")
+    try:
+        lock = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise unwritable(what, error, expected="a file that can be written") from error
+    try:
+        _lock(lock, Path(path), what)
+        yield
+        beside.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def result_folder(path: Path, asked: Mapping[str, Any] | None = None, *, what: str = "--out") -> Iterator[Path]:
+    """A folder that no other run writes into for the length of the block; made if it is not there.
+
+    What was `asked` for is written into it, and compared with what lies there.
+
+    Raises:
+        InputError: it cannot be written, another run is writing into it, or it has the results of another one.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _try_folder(path)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except (OSError, ValueError) as error:
+        raise unwritable(what, error) from error
+    try:
+        _lock(folder, path, what)
+        if asked is not None:
+            _compare(path / RECORD, json.loads(json.dumps(asked, default=str)), what)
+        yield path
+    finally:
+        os.close(folder)
+
+
+def _try_folder(path: Path) -> None:
+    with tempfile.TemporaryFile(dir=path) as file:
+        file.write(bytes(_ROOM_BYTES))
+        file.flush()
+
+
+def _lock(folder: int, path: Path, what: str) -> None:
+    """Held by the open folder, and so no longer than the process lives."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        remedy = "wait for it, or give another place"
+        raise InputError(what, expected="results of this run alone", actual=f"another run is writing {path}",
+                         remedy=remedy) from error  # fmt: skip
+    except OSError:  # a file system without locks
+        return
+
+
+def _compare(record: Path, asked: Mapping[str, Any], what: str) -> None:
+    try:
+        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    except (OSError, ValueError):
+        before = None
+    if isinstance(before, dict) and before != asked:
+        told = [k for k in {**asked, **before} if asked.get(k) != before.get(k)]
+        wanted, there = (", ".join(f"{k} {of.get(k)!r}" for k in told) for of in (asked, before))
+        remedy = "give another folder, or delete this one"
+        raise InputError(what, expected=f"a folder for {wanted}", actual=f"{record.parent} has the results of {there}",
+                         remedy=remedy)  # fmt: skip
+    try:
+        write_whole(record, json.dumps(asked, indent=1) + "\n")
+    except OSError as error:
+        raise unwritable(what, error) from error
