@@ -27,7 +27,7 @@ def whole_config(model: str | Path) -> PretrainedConfig:
     """
     values = config_values(model)
     kind, what = values.get("model_type"), f"model {model}: config.json"
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         remedy = "use another model, or a version of transformers that has this one"
         if "auto_map" in values:
             remedy = "code that comes with a model is not run here: use a model that transformers has built in"
