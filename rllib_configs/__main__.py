@@ -29,6 +29,7 @@ from rllib_configs.split_point import run as run_split_point
 from rllib_configs.splitwise import COMPARED, HELD_OUT, splitwise
 from rllib_configs.splitwise_smoke import splitwise_smoke
 from splitray.local_ray import some_ray
+from splitray.own_code import code_hash
 from splitray.ray_address import running_cluster
 from splitray.report.boundary import told_errors
 from splitray.report.progress import bar
@@ -73,7 +74,7 @@ def main(
     if name in SPLIT_RECIPES and iterations is not None:
         raise typer.BadParameter(f"{name} is over in minutes: run it as it is", param_hint="--iterations")
     _check_resumption(out / name, resume)
-    asked = {"recipe": name, "seed": seed, "iterations": iterations}
+    asked = {"recipe": name, "seed": seed, "iterations": iterations, "code": code_hash()[:12]}
     with result_folder(out / name, asked):
         print(json.dumps(_run(name, out.resolve(), iterations, seed, console, resume=resume)))
 

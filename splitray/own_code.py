@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 @cache
-def code_hash() -> str:
+def code_hash(package: Path = Path(__file__).parent) -> str:
     """SHA-256 over the names and texts of all its modules."""
-    code, package = hashlib.sha256(), Path(__file__).parent
+    code = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         code.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return code.hexdigest()

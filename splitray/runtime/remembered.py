@@ -64,7 +64,9 @@ def _key(config: PretrainedConfig) -> str:
 def _surroundings() -> str:
     """All that an outcome depends on beside the config: this package's code to the letter, and what runs it."""
     versions = [torch.__version__, transformers.__version__, numpy.__version__, platform.python_version()]
-    return "\n".join([code_hash(), *versions, platform.machine(), torch.backends.cpu.get_cpu_capability()])
+    return "\n".join(
+        [code_hash(Path(__file__).parents[1]), *versions, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    )
 
 
 def _read(path: Path) -> bool | None:
