@@ -151,6 +151,7 @@ def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None if name in ("sentencepiece", "tiktoken") else found(name))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.usefixtures("without_packages")
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_broken_tokenizer_is_refused_by_its_file_and_ids_still_work(model, caplog, damage) -> None:
