@@ -261,6 +261,15 @@ class StepCost:
     radio_s: Floats  # [N, D] sending and receiving
     sent_bytes: Floats  # [N, D, D], of the devices of the load
 
+    def over(self, topology: Topology, taking_part: tuple[DeviceId, ...]) -> StepCost:
+        """A step of the devices that take part as one of all devices of a topology: the others do nothing."""
+        if taking_part == topology.ids:
+            return self
+        at = [topology.index[d] for d in taking_part]
+        busy_s, radio_s = (np.zeros((len(self.cycle_s), len(topology.ids))) for _ in range(2))
+        busy_s[:, at], radio_s[:, at] = self.busy_s, self.radio_s
+        return replace(self, busy_s=busy_s, radio_s=radio_s)
+
     def energy_j(self, topology: Topology, seconds: Floats | None = None) -> Floats:
         """Energy of each device over `seconds` (default the cycle): idle, active and radio parts (E1.17), [N, D]."""
         idle, active, radio = (np.array([getattr(d, n) for d in topology.devices]) for n in _POWERS)
@@ -418,12 +427,7 @@ class CostModel:
         """One decode step with `context_tokens` cached tokens, the new one included."""
         load, rates = self._taking_part(placement)
         step = step_cost(load, rates, context_tokens=context_tokens, batch=batch, time_model=self.time_model)
-        if load.devices == self.topology.ids:
-            return step
-        at = [self.topology.index[d] for d in load.devices]
-        busy_s, radio_s = (np.zeros((1, len(self.topology.ids))) for _ in range(2))
-        busy_s[:, at], radio_s[:, at] = step.busy_s, step.radio_s
-        return replace(step, busy_s=busy_s, radio_s=radio_s)
+        return step.over(self.topology, load.devices)
 
     def tpot_s(self, placement: Placement, *, context_tokens: float) -> float:
         """Predicted time of one decode step in seconds."""

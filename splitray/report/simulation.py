@@ -95,9 +95,10 @@ def _moved(outcome: Outcome) -> bool:
 def _map(outcome: Outcome, time_s: list[float]) -> Figure:
     scenario = outcome.scenario
     ids, pairs = scenario.topology.ids, edge_cloud_links(scenario.topology)
-    rates = scenario.rates.link_bytes_per_s
     a, b = pairs[0] if pairs else (ids[0], ids[-1])
-    seen = rates[:, ids.index(a), ids.index(b)]
+    link = scenario.topology.link(a, b)
+    always = np.full(scenario.num_slots, 0.0 if link is None else link.bandwidth_bytes_per_s)
+    seen = scenario.bandwidth_bytes_per_s.get((a, b), always)
     edges = scenario.topology.tier("edge")
     return placement_plot(
         outcome.planner, time_s, outcome.edge_share.T.tolist(), seen.tolist(), ", ".join(edges) or "no edge"

@@ -113,16 +113,13 @@ class _Arena:
         self.topology = scenarios[0].topology
         self.arch = scenarios[0].arch
         self.simulator = Simulator(self.topology, [s.requests for s in scenarios], slot_s=scenarios[0].slot_s)
-        different = list({id(s): s for s in scenarios}.values())
+        self._different = different = list({id(s): s for s in scenarios}.values())
         at = {id(s): i for i, s in enumerate(different)}
         self._of = np.array([at[id(s)] for s in scenarios])
-        names = [f.name for f in fields(Rates) if f.name != "medium"]
-        self._rates = {n: np.stack([getattr(s.rates, n) for s in different]) for n in names}
-        self._medium = different[0].rates.medium
         self._loads: dict[tuple[Placement, Codec], tuple[Load, Floats, Floats]] = {}
         origin, state = self.topology.origin, ClusterState(arch=self.arch, topology=self.topology)
-        stand_in = layers_on([origin] * self.arch.num_layers, origin, origin, state)  # of a line that is not up
-        self._now = Load.stack([load_of(stand_in, self.arch, self.topology)] * len(lines))
+        self._stand_in = layers_on([origin] * self.arch.num_layers, origin, origin, state)  # of a line that is not up
+        self._take_part({origin, *self.topology.ids[:2]})
         self._up = np.zeros(len(lines), bool)
         d = len(self.topology.ids)
         own = iter(range(len(lines), 2 * len(lines)))
@@ -133,13 +130,28 @@ class _Arena:
         self._crowd = Crowd(self._pool, shared) if any(x.case.pool is not None for x in lines) else None
         self._held, self._held_per_token = np.zeros((len(lines), d)), np.zeros((len(lines), d))
 
+    def _take_part(self, devices: set[DeviceId]) -> None:
+        """Make rates and loads of these devices alone: tables of all pairs of many devices are large."""
+        self._part = self.topology.among(devices)
+        self._at = [self.topology.index[d] for d in self._part.ids]
+        rates = [s.rates_among(self._part.ids) for s in self._different]
+        names = [f.name for f in fields(Rates) if f.name != "medium"]
+        self._rates = {n: np.stack([getattr(r, n) for r in rates]) for n in names}
+        self._medium = rates[0].medium
+        self._loads.clear()
+        placed = [x.placement or self._stand_in for x in self.lines]
+        self._now = Load.stack([self._known(p, s)[0] for p, s in zip(placed, self.scenarios, strict=True)])
+
+    def _alone(self, t: int) -> Rates:
+        """The rates of a slot for each line, if it has the devices that take part to itself."""
+        return Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
+
     def slot(self, t: int, *, recorded: bool) -> None:
         """Decide, generate, and write down what came of it."""
         simulator, topologies = self.simulator, {}
-        alone = Rates(medium=self._medium, **{n: a[self._of, t] for n, a in self._rates.items()})
         crowd, ids = self._crowd, self.topology.ids
         if crowd is not None:
-            crowd.look(simulator, self._now, alone)
+            crowd.look(simulator, self._now, self._alone(t))
         for at in range(len(self.lines)):
             i = self._turn(at, t)
             line, scenario = self.lines[i], self.scenarios[i]
@@ -148,13 +160,15 @@ class _Arena:
             where, before = topologies[id(scenario)], line.placement
             self._decide(i, line, where if crowd is None else shared_with(where, ids, crowd.share[i]), t)
             if crowd is not None and line.placement is not before:
-                crowd.look(simulator, self._now, alone, np.array([i]))
+                crowd.look(simulator, self._now, self._alone(t), np.array([i]))
         self._give_up(t)
         states = [x.last for x in self.lines]
+        alone = self._alone(t)
         if crowd is None:
             slot = simulator.step(self._now, alone, up=self._up)
         else:
-            slot = simulator.step(self._now, slowed(alone, crowd.share), up=self._up, share=crowd.share)
+            slow = slowed(alone, crowd.share[:, self._at])
+            slot = simulator.step(self._now, slow, up=self._up, share=crowd.share)
         energy = slot.energy_j.sum(1)
         backlog, waiting = simulator.backlog_tokens, simulator.backlog_requests
         for i, line in enumerate(self.lines):
@@ -266,9 +280,11 @@ class _Arena:
 
     def _known(self, placement: Placement, scenario: Scenario) -> tuple[Load, Floats, Floats]:
         """The load of a placement and the bytes that it needs on each device: fixed, and for a token of context."""
+        if not self._part.index.keys() >= set(placement.devices):
+            self._take_part({*self._part.ids, *placement.devices})
         key = placement, scenario.codec
         if key not in self._loads:
-            load = load_of(placement, self.arch, self.topology, codec=scenario.codec)
+            load = load_of(placement, self.arch, self._part, codec=scenario.codec)
             state, ids = ClusterState(arch=self.arch, topology=self.topology), self.topology.ids
             needed = [needed_bytes(placement, replace(state, context_tokens=n)) for n in (0, 1)]
             fixed, with_one = (np.array([float(b.get(d, 0)) for d in ids]) for b in needed)

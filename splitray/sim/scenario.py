@@ -4,6 +4,7 @@ Arrays over time are given slot by slot and hold for the slot. A planner sees th
 the next one. Shapes: T slots, D devices in the topology's order; links are [source, target].
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import permutations
@@ -81,7 +82,7 @@ class Scenario:
         if self.lost is not None:
             if self.lost.shape != shape:
                 raise _wrong("lost", f"flags, {shape}", self.lost.shape)
-            if self.lost[:, self.topology.ids.index(self.topology.origin)].any():
+            if self.lost[:, self.topology.index[self.topology.origin]].any():
                 raise _wrong("lost", "devices other than the origin, where requests start and end", "the origin")
         asked, fitting = self.requests, self.requests.within(self.arch.context_tokens)
         cut = (fitting.prompt_tokens < asked.prompt_tokens) | (fitting.output_tokens < asked.output_tokens)
@@ -118,21 +119,21 @@ class Scenario:
         memory = np.array([d.memory_bytes for d in self.topology.devices])
         return memory * self.free_share[slot] if self.background_memory else memory
 
-    @cached_property
-    def rates(self) -> Rates:
-        """The rates of every slot (N = T)."""
-        base, ids = Rates.of(self.topology), self.topology.ids
+    def rates_among(self, devices: Collection[DeviceId]) -> Rates:
+        """The rates of some devices, the origin one of them, in every slot (N = T)."""
+        where = self.topology.among(devices)
+        base, index, at = Rates.of(where), where.index, [self.topology.index[d] for d in where.ids]
         many: dict[str, Any] = {
             f.name: np.repeat(getattr(base, f.name), self.num_slots, axis=0)
             for f in fields(Rates)
             if f.name != "medium"
         }
-        many["flops_per_s"] *= self.free_share
-        many["bytes_per_s"] *= self.free_share
-        for (a, b), values in self.bandwidth_bytes_per_s.items():
-            many["link_bytes_per_s"][:, ids.index(a), ids.index(b)] = values
-        for (a, b), values in self.rtt_s.items():
-            many["latency_s"][:, ids.index(a), ids.index(b)] = values / 2
+        many["flops_per_s"] *= self.free_share[:, at]
+        many["bytes_per_s"] *= self.free_share[:, at]
+        for name, of, share in (("link_bytes_per_s", self.bandwidth_bytes_per_s, 1.0), ("latency_s", self.rtt_s, 0.5)):
+            for (a, b), values in of.items():
+                if a in index and b in index:
+                    many[name][:, index[a], index[b]] = values * share
         return replace(base, **many)
 
     def topology_at(self, slot: int) -> Topology:

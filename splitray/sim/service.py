@@ -3,7 +3,7 @@
 import numpy as np
 
 from splitray.arch import ModelArch
-from splitray.cost import CostModel, load_of, step_cost
+from splitray.cost import CostModel, Rates, load_of, step_cost
 from splitray.errors import PlacementError
 from splitray.planners import ClusterState, make_planner
 from splitray.topology import Topology
@@ -41,9 +41,12 @@ def shared_rate_per_s(arch: ModelArch, topology: Topology) -> float:
         placement = make_planner("cloud_only").propose(state)
     except PlacementError:
         placement = make_planner("exact").propose(state)
-    load, rates = load_of(placement, arch, topology), CostModel(arch, topology).rates
-    cloud = np.array([d.tier == "cloud" for d in topology.devices])
-    token = step_cost(load, rates, context_tokens=MEAN_PROMPT + MEAN_OUTPUT / 2).busy_s[0, cloud].max()
-    prompt = step_cost(load, rates, context_tokens=MEAN_PROMPT, new_tokens=MEAN_PROMPT).busy_s[0, cloud].max()
+    where = topology.among({topology.origin, *placement.devices})
+    load, rates = load_of(placement, arch, where), Rates.of(where)
+    cloud = np.array([d.tier == "cloud" for d in where.devices])
+    token = step_cost(load, rates, context_tokens=MEAN_PROMPT + MEAN_OUTPUT / 2).busy_s[0, cloud].max(initial=0.0)
+    prompt = (
+        step_cost(load, rates, context_tokens=MEAN_PROMPT, new_tokens=MEAN_PROMPT).busy_s[0, cloud].max(initial=0.0)
+    )
     busy_s = float(prompt + (MEAN_OUTPUT - 1) * token)
     return _CROWD_LOAD / busy_s if busy_s > 0 else default_rate_per_s(arch, topology)

@@ -86,7 +86,7 @@ class Simulator:
 
     def __init__(self, topology: Topology, requests: Sequence[Requests], *, slot_s: float = 1.0) -> None:
         """Begin at time 0 with empty lines."""
-        self.slot_s, self.now_s = slot_s, 0.0
+        self.slot_s, self.now_s, self._topology = slot_s, 0.0, topology
         n, most = len(requests), max((len(r) for r in requests), default=0) + 1
         self.arrival_s = np.full((n, most), np.inf)
         self.prompt_tokens, self.output_tokens = np.ones((n, most)), np.ones((n, most))
@@ -177,8 +177,8 @@ class Simulator:
         """One slot.
 
         Args:
-            load: of the placement of each instance.
-            rates: of its devices and links; N as there, or 1.
+            load: of the placement of each instance; of all devices of the topology, or of those that take part.
+            rates: of the same devices and their links; N as there, or 1.
             up: instances all of whose devices are there, [N]; others wait.
             share: of each device that a line has while it is there, as the rates say too, [N, D]; it pays for no more
                 of the device's energy. All by default.
@@ -269,6 +269,7 @@ class Simulator:
         part = load if whole else load.take(both)
         here = rates if whole or len(rates.flops_per_s) == 1 else rates.take(both)
         step = step_cost(part, here, context_tokens=np.concatenate([length, length[fills]]), new_tokens=new)
+        step = step.over(self._topology, load.devices)
         joule = self._joule(step)
         fill_s, fill_j = np.full(n, np.inf), np.zeros((n, joule.shape[1]))  # who has no price waits for the next slot
         fill_s[fills] = (step.origin_s + prompt_s(part, here, new))[n:]

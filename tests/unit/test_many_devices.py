@@ -26,10 +26,14 @@ from splitray.planners.optimum.deadline import Deadline
 from splitray.planners.optimum.floor import floor_s
 from splitray.planners.optimum.space import Space
 from splitray.planners.priced import priced
+from splitray.planners.protocol import MANY_DEVICES
 from splitray.report.export import as_text
 from splitray.report.picture import placement_picture
 from splitray.report.plan import plan_table
 from splitray.route import compile_route
+from splitray.sim.arena import Case, run
+from splitray.sim.scenario import Scenario
+from splitray.sim.workload import Requests
 from splitray.topology import Device, DeviceId, Link, Topology
 
 ANY_NUMBER = (
@@ -37,7 +41,10 @@ ANY_NUMBER = (
     "layer_cut", "layer_cut:paper", "layer_dp", "layer_dp:throughput", "tensor_parallel", "exact:1",
     "drift_plus_penalty", "myopic", "myopic:paper", "ucb", "splitwise",
 )  # fmt: skip
-SO_MANY = ("even", "proportional", "tensor_parallel:paper", "myopic:as_coded", "myopic:max", "random")
+SO_MANY = (
+    "even", "proportional", "tensor_parallel:paper", "random", "myopic:max", "myopic:weighted", "myopic:as_coded",
+)  # fmt: skip
+README = Path(__file__).resolve().parents[2] / "README.md"
 MB = 1e6
 
 
@@ -113,6 +120,14 @@ def test_planners_that_share_among_all_say_how_many_they_take(planner: str, arch
         make_planner(planner).propose(ClusterState(arch=arch, topology=star(300)))
 
 
+def test_the_readme_names_those_and_their_number() -> None:
+    listed = next(x for x in README.read_text().split("\n\n") if x.startswith("Any number of devices"))
+    assert f"take at most {MANY_DEVICES}" in listed
+    assert all(f"`{planner}`" in listed for planner in SO_MANY)
+    assert {make_planner(p).most_devices for p in SO_MANY} == {MANY_DEVICES}
+    assert {make_planner(p).most_devices for p in ANY_NUMBER} == {None}
+
+
 def test_a_planner_from_outside_may_say_how_many_it_takes(arch: ModelArch) -> None:
     class Small:
         most_devices = 2
@@ -125,6 +140,21 @@ def test_a_planner_from_outside_may_say_how_many_it_takes(arch: ModelArch) -> No
     Small.most_devices = 0
     with pytest.raises(PlacementError, match="most_devices to be None or a whole number"):
         make_planner(Small())
+
+
+def test_a_simulation_keeps_tables_of_the_devices_that_take_part(arch: ModelArch) -> None:
+    requests = Requests(np.array([0.0, 1.0]), np.array([16, 16]), np.array([8, 8]))
+    scenario = Scenario(name="star", arch=arch, topology=star(300), requests=requests, num_slots=4)
+    tracemalloc.start()
+    outcomes = run(
+        [Case(planner=planner, scenario=scenario) for planner in ("fixed_cut:2", "layer_cut", "myopic:paper")]
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * MB
+    for outcome in outcomes:
+        assert np.isfinite(outcome.finish_s).all()
+        assert outcome.energy_j.shape[1] == 301, "idle ones spend energy too"
 
 
 def test_in_a_mesh_of_100_the_sharing_ones_still_answer(arch: ModelArch) -> None:
