@@ -45,7 +45,7 @@ def listed(items: Sequence[object], between: str = ", ", *, most: int = 8) -> st
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
     """` (did you mean X?)` for the closest known name, to append to a remedy; empty if none is close."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    close = difflib.get_close_matches(str(name)[:_MOST_SAID], [str(k) for k in known], n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

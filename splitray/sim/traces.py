@@ -32,7 +32,7 @@ _TIMES = {written: s for unit, s in {"us": 1e-6, "ms": 1e-3, "s": 1.0}.items() f
 _RATE_USAGE = "bit/s, b/s, bps (bits), B/s, Bps (bytes), with k, M or G before it"
 _TIME_USAGE = "us, ms, s"
 _QUANTITY = re.compile(
-    r"^([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE
+    r"^([-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE
 )
 
 

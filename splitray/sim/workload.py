@@ -153,7 +153,7 @@ _FORMATS = {
     "burstgpt": _Format(("Timestamp", "Request tokens", "Response tokens"), _decimal, "seconds", may_fail=True),
     "mooncake": _Format(("timestamp", "input_length", "output_length"), _milliseconds, "milliseconds"),
 }
-_DECIMAL = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _WHOLE = re.compile("[0-9]{1,18}")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}")
 _MOST_S, _MOST_AT_S, _MOST_TOKENS = 1e9, 1e11, 10**9

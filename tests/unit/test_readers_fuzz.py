@@ -11,9 +11,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -279,15 +279,17 @@ def test_any_bytes_give_a_value_or_an_input_error(reader: Reader, examples: int,
     reader.beside(tmp_path)
     path.write_bytes(reader.valid)
 
-    @settings(max_examples=examples, derandomize=True, database=None, deadline=timedelta(seconds=20),
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(contents(reader.valid))
     def holds(content: bytes) -> None:
         path.write_bytes(content)
+        began_s = time.process_time()
         try:
             reader.read(path)
         except InputError as error:
             assert len(str(error)) < 10_000
+        assert time.process_time() - began_s < 10, "a hang, and no slow machine"
 
     holds()
 
