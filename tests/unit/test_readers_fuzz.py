@@ -289,7 +289,7 @@ def test_any_bytes_give_a_value_or_an_input_error(reader: Reader, examples: int,
             reader.read(path)
         except InputError as error:
             assert len(str(error)) < 10_000
-        assert time.process_time() - began_s < 10, "a hang, and no slow machine"
+        assert time.process_time() - began_s < 3, "of this processor: a hang, and no slow machine"
 
     holds()
 
@@ -316,6 +316,10 @@ GREAT: dict[
     "objects": (AccuracyTable, b"[" + b'{"a":0},' * 120_000 + b"0]"),
     "a row": (read_trace, b"0 5\n1 " + b"6" * 30_000_000),
     "a header": (read_requests, b"a," * 10_000_000),
+    "digits": (read_trace, b"0 " + b"9" * 65_000 + b"x\n"),
+    "digits of a time": (read_requests, b"arrival_s,prompt_tokens,output_tokens\n" + b"9" * 65_000 + b"x,5,6\n"),
+    "digits in YAML": (Topology, b"devices:\n  - {id: a, tier: edge, memory_bytes: " + b"9" * 5_000_000 + b"x}\n"),
+    "a key": (Topology, b"? " + b"k" * 5_000_000 + b"\n: 1\n"),
     "a row in gzip": (read_trace, gzip.compress(b"0" * 100_000_000)),
 }
 READ_ALL = r"""
@@ -356,6 +360,4 @@ def test_great_files_are_refused_with_little_memory(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found.keys() == GREAT.keys()
     assert {name: peak for name, (_, _, peak) in found.items() if peak > 200e6} == {}
-    assert {name: seconds for name, (_, seconds, _) in found.items() if seconds > 10} == {}, (
-        "a hang, not a slow machine"
-    )
+    assert {name: seconds for name, (_, seconds, _) in found.items() if seconds > 3} == {}, "a hang, not a slow machine"

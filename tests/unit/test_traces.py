@@ -127,7 +127,7 @@ def test_gilbert_elliott_is_down_as_often_and_as_long_as_asked() -> None:
 
 def test_models_vary_around_the_link_and_join_with_plus() -> None:
     rng = np.random.default_rng(3)
-    both = varied("log_ar1:0.2+gilbert_elliott", 5e6, 10_000, 1.0, rng, what="bandwidth")
+    both = varied("log_ar1:0.2+gilbert_elliott", 5e6, 50_000, 1.0, rng, what="bandwidth")
     assert (both == 0).any()
     assert both[both > 0].mean() == pytest.approx(5e6, rel=0.02)
     with pytest.raises(InputError):
@@ -148,7 +148,7 @@ def test_poisson_and_bursty_arrivals_have_their_rate_and_spread() -> None:
     rough = bursty(0.5, 100_000, rng=np.random.default_rng(6))
     for requests, spread in ((calm, 1.0), (rough, 2.0)):
         counts = np.histogram(requests.arrival_s, bins=np.arange(0, 100_001, 10))[0]
-        assert len(requests) == pytest.approx(10_000, rel=0.03)
+        assert len(requests) == pytest.approx(50_000, rel=0.03)
         dispersion = counts.var() / counts.mean()
         assert dispersion == pytest.approx(1.0, abs=0.1) if spread == 1 else dispersion > spread
     assert calm.prompt_tokens.mean() == pytest.approx(100, rel=0.03)
