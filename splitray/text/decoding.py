@@ -7,8 +7,7 @@ from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no (or not yet a) character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of a byte fallback
-# What the next id may change: bytes that are not yet a character, and the mark of CTRL's words that go on.
-_UNSURE = (REPLACEMENT, "@@")
+_GOES_ON = "@@"  # at the end of a part of a word, in CTRL's tokenizer
 # All patterns of transformers' clean-up begin with a space, and these are their characters but for the last ones.
 _CLEANED = " 'nvr"
 
@@ -21,7 +20,7 @@ class Decoding:
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         self._cleans_up = _cleans_up(tokenizer)
         special = {*tokenizer.all_special_ids}
         with suppress(NotImplementedError):  # mistral-common's tokenizer names all of its special tokens
@@ -33,8 +32,7 @@ class Decoding:
 
     def text(self, ids: Sequence[int]) -> str:
         """What transformers makes of these ids before it cleans up."""
-        options = {"skip_special_tokens": self._skip, "clean_up_tokenization_spaces": False}
-        return self._tokenizer.decode(ids, **options)  # type: ignore[no-any-return]
+        return self._tokenizer.decode(ids, **self._options)  # type: ignore[no-any-return]
 
     def cleaned(self, text: str) -> str:
         """Without spaces before punctuation, if that is the tokenizer's way."""
@@ -42,8 +40,7 @@ class Decoding:
 
     def num_sure(self, text: str) -> int:
         """How many characters of a text before its clean-up stay, then cleaned up too, whatever ids come next."""
-        unsure = next((u for u in _UNSURE if text.endswith(u)), "")
-        text = text.removesuffix(unsure)
+        text = text.removesuffix(REPLACEMENT).removesuffix(_GOES_ON)
         space = text.find(" ", len(text.rstrip(_CLEANED))) if self._cleans_up else -1
         return len(text) if space < 0 else space
 
