@@ -3,10 +3,15 @@
 Runs in a process of its own (template_processes.py); knows no tokenizer.
 """
 
+from __future__ import annotations
+
 import html
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from jinja2 import TemplateError, nodes
 
 Message = dict[str, Any]
 _THOUGHT = "</think>"
@@ -16,7 +21,38 @@ class LeftOut(ValueError):  # noqa: N818 - a noun: what became of a message
     """A template that writes a prompt without the words of a message."""
 
 
-def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], str], *, parts_only: bool) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What the syntax tree of a template says of it."""
+
+    parts_only: bool
+    """It goes through the parts of a content and never asks if it is a string, as vLLM finds it out.
+
+    Given parts at once, such a template does not go through the characters of a long string.
+    """
+    replaced: tuple[tuple[str, str], ...]
+    """What it puts in the place of words, as some take out their own: /think, /no_think."""
+
+    @classmethod
+    def of(cls, tree: Any) -> Habits:
+        """Those of a parsed template."""
+        reads = (nodes.Getattr, nodes.Getitem, nodes.Name)
+        sources = [node for loop in tree.find_all(nodes.For) for node in (loop.iter, *loop.iter.find_all(reads))]
+        asks = any(test.name == "string" for test in tree.find_all(nodes.Test))
+        calls = [c for c in tree.find_all(nodes.Call) if getattr(c.node, "attr", "") == "replace"]
+        calls += [f for f in tree.find_all(nodes.Filter) if f.name == "replace"]
+        pairs = [[getattr(a, "value", None) for a in call.args] for call in calls]
+        return cls(
+            parts_only=not asks and any(_named(node) == "content" for node in sources),
+            replaced=tuple(
+                (old, new)
+                for old, new in (p for p in pairs if len(p) == 2)
+                if isinstance(old, str) and isinstance(new, str)
+            ),
+        )
+
+
+def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], str], habits: Habits) -> str:
     """The prompt, in which the words of every message stand.
 
     Some templates read content as a string, some as a list of parts, some one way for one role and the other way for
@@ -27,14 +63,14 @@ def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], s
     Args:
         messages: content is a string, or a list of parts with their `text`.
         render: what the template makes of messages; may raise anything.
-        parts_only: begin with parts, whatever came.
+        habits: of the template.
 
     Raises:
         LeftOut: in no form do all words come through.
         Exception: what the template raised, on purpose if it did so in any form.
     """
     failures: list[Exception] = []
-    as_given = tuple(parts_only or m["content"] != [] and isinstance(m["content"], list) for m in messages)
+    as_given = tuple(habits.parts_only or m["content"] != [] and isinstance(m["content"], list) for m in messages)
     for start in dict.fromkeys((as_given, (False,) * len(messages), (True,) * len(messages))):
         in_parts = start
         for _ in range(2):
@@ -45,26 +81,13 @@ def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], s
             except Exception as error:  # a boundary: templates are programs of others
                 failures.append(error)
                 break
-            lost = _lost(messages, in_parts, text)
+            lost = _lost(messages, in_parts, text, habits)
             if not any(lost):
                 return text
             first = lost.index(True)
             failures.append(LeftOut(f"it leaves out the words of messages[{first}] ({messages[first]['role']})"))
             in_parts = tuple(parts != wrong for parts, wrong in zip(in_parts, lost, strict=True))
     raise min(failures, key=_importance)
-
-
-def reads_parts_only(template: Any) -> bool:
-    """Whether a template's syntax tree goes through the parts of a content and never asks if it is a string.
-
-    As vLLM finds it out. It spares such a template to go through the characters of a long string.
-    """
-    from jinja2 import nodes
-
-    reads = (nodes.Getattr, nodes.Getitem, nodes.Name)
-    sources = [node for loop in template.find_all(nodes.For) for node in (loop.iter, *loop.iter.find_all(reads))]
-    asks = any(test.name == "string" for test in template.find_all(nodes.Test))
-    return not asks and any(_named(node) == "content" for node in sources)
 
 
 def _named(node: Any) -> object:
@@ -84,11 +107,12 @@ def _texts(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
-def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str) -> list[bool]:
+def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str, habits: Habits) -> list[bool]:
     """Which messages' words are not in a prompt, or stand there in the code of a list.
 
-    Spaces may be others, letters large or small, and characters escaped as in JSON or HTML. Of what the assistant said
-    the last line is enough: templates take out what it thought in earlier turns.
+    Spaces may be others, letters large or small, characters escaped as in JSON or HTML, and words replaced as the
+    template's source says. Of what the assistant said the last line is enough: templates take out what it thought in
+    earlier turns.
     """
     squeezed, end, lost = _squeezed(prompt), 0, []
     code = [before for before in ("'text': ", '"text": ') if before in prompt]
@@ -98,19 +122,23 @@ def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str) ->
         as_code = parts and any(c + value in prompt for c in code for value in opened)
         if message["role"] == "assistant":
             texts = [line for t in texts for line in t.rpartition(_THOUGHT)[2].strip().splitlines()[-1:]]
-        ends = [_end_of(text, squeezed, end) for text in texts]
+        ends = [_end_of(text, squeezed, end, habits) for text in texts]
         end = max([end, *ends])
         lost.append(as_code or -1 in ends)
     return lost
 
 
-def _end_of(text: str, squeezed: str, last: int) -> int:
+def _end_of(text: str, squeezed: str, last: int, habits: Habits) -> int:
     """Where a text ends in a prompt, or -1; most templates keep the order, so it is sought after the last one first."""
     words = _squeezed(text)
     for start in (last, 0):
         if (at := squeezed.find(words, start)) >= 0:
             return at + len(words)
-    return 0 if any(_squeezed(way) in squeezed for way in (_quoted(text)[1:-1], html.escape(text))) else -1
+    left = text
+    for old, new in habits.replaced:
+        left = left.replace(old, new)
+    ways = (_quoted(text)[1:-1], html.escape(text), left)
+    return 0 if any(_squeezed(way) in squeezed for way in ways) else -1
 
 
 def _quoted(text: str) -> str:
@@ -122,7 +150,5 @@ def _squeezed(text: str) -> str:
 
 
 def _importance(failure: Exception) -> int:
-    from jinja2 import TemplateError
-
     # raise_exception() of transformers raises this class itself, faults of a template its subclasses.
     return 0 if type(failure) is TemplateError else 1 if isinstance(failure, LeftOut) else 2

@@ -21,7 +21,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from splitray.text.dialogue import LeftOut, reads_parts_only, written
+from splitray.text.dialogue import Habits, LeftOut, written
 
 CPU_S = 1.0  # for one dialogue, all forms of it; a long one takes milliseconds
 MEMORY_BYTES = 400_000_000
@@ -136,9 +136,8 @@ def _reply(request: dict[str, Any], most_characters: int) -> dict[str, Any]:
 
     messages = request.pop("messages")
     try:
-        parts_only = _reads_parts_only(request["chat_template"])
-        text = written(messages, lambda formed: render_jinja_template([list(formed)], **request)[0][0],
-                       parts_only=parts_only)  # fmt: skip
+        habits = _habits(request["chat_template"])
+        text = written(messages, lambda formed: render_jinja_template([list(formed)], **request)[0][0], habits)
         if len(text) > most_characters:
             return {"why": f"it writes {len(text):,} characters", "line": None}
         return {"text": text}
@@ -147,10 +146,10 @@ def _reply(request: dict[str, Any], most_characters: int) -> dict[str, Any]:
 
 
 @cache
-def _reads_parts_only(template: str) -> bool:
+def _habits(template: str) -> Habits:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return reads_parts_only(_compile_jinja_template(template).environment.parse(template))
+    return Habits.of(_compile_jinja_template(template).environment.parse(template))
 
 
 def _told(error: Exception) -> str:

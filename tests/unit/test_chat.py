@@ -37,6 +37,10 @@ SYSTEM_STRING_USER_PARTS = (
     "{{ messages[0].content }}\n{% for m in messages[1:] %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
 )
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+CONTROL_WORDS = (
+    "{% for m in messages %}{{ m.content.replace('/think', '').replace('/no_think', '') | replace('<s>', '[s]') }}\n"
+    "{% endfor %}"
+)
 NO_THOUGHTS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}\n{% endfor %}"
 
 
@@ -83,6 +87,8 @@ def chat(own: Any, messages: list[dict[str, Any]], **options: Any) -> str:
         ("{% for m in messages %}{{ m.content | e | upper }}{% endfor %}", user("1 < two"), "1 &LT; TWO"),
         (NO_THOUGHTS, [*user("one"), {"role": "assistant", "content": "<think>hm\n</think>\n\nyes"}], "one\n\n\nyes\n"),
         (NO_THOUGHTS, [*user("one"), {"role": "assistant", "content": "<think>hm</think>"}], "one\n\n"),
+        (CONTROL_WORDS, [system("/no_think"), *user("say <s> /no_think")], "\nsay [s] \n"),
+        (CONTROL_WORDS, user(parts("one /think", "two")), "one  two\n"),
         ("{{ bos_token }}{{ eos_token }}" + STRINGS, user("x"), "<|endoftext|>user: x\n"),
     ],
 )  # fmt: skip
