@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 READER_LEFT = 141
@@ -24,6 +24,15 @@ class ReaderLeft(SystemExit):
         super().__init__(READER_LEFT)
 
 
+class Unwritten(SystemExit):
+    """Standard output cannot be written, as its disk is full: told on stderr, and an end through every cleanup."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(1)
+        with suppress(OSError):
+            os.write(2, f"error: standard output: {error.strerror}; give it a place with room\n".encode())
+
+
 class _Descriptor(io.FileIO):
     """Standard output or standard error, below the buffers: the one place where a lost reader shows."""
 
@@ -31,14 +40,14 @@ class _Descriptor(io.FileIO):
         """All that was taken; of what nobody reads on standard error, everything."""
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             if threading.current_thread() is not threading.main_thread():
                 raise  # a library's own business; the main thread learns it by itself
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())  # what still lies in buffers must not break at exit once more
             os.close(nowhere)
             if self.fileno() == 1:
-                raise ReaderLeft from None
+                raise (ReaderLeft() if isinstance(error, BrokenPipeError) else Unwritten(error)) from None
             return len(data)  # a result counts, although nobody hears the messages
 
 

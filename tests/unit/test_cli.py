@@ -417,6 +417,25 @@ def test_head_gets_its_line_and_nobody_complains(output: str, tmp_path: Path) ->
     assert len(shell.stdout.splitlines()) == 1 + ("head" in output)
 
 
+@pytest.mark.parametrize(
+    ("output", "code", "told"),
+    [
+        (">/dev/full", 1, "error: standard output: No space left on device; give it a place with room\n"),
+        ("--json >/dev/full", 1, "error: standard output: No space left on device; give it a place with room\n"),
+        (">/dev/full 2>/dev/full", 1, ""),
+        (">&- 2>&-", 0, ""),
+        (">/dev/null 2>/dev/full", 0, ""),
+    ],
+)
+def test_a_full_or_closed_output_is_told_in_a_line(output: str, code: int, told: str, tmp_path: Path) -> None:
+    where = _file(tmp_path, "t.yaml", _topology(memory_bytes=1e11))
+    command = " ".join([sys.executable, "-m splitray.commands.cli", *PLAN]).replace("TOPOLOGY", where)
+    shell = subprocess.run(
+        ["bash", "-c", f"{command} {output}"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (shell.returncode, shell.stdout, shell.stderr) == (code, "", told)
+
+
 def test_messages_that_nobody_reads_cost_no_result(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
