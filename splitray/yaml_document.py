@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 
 from splitray.errors import InputError
-from splitray.user_file import UserFile
+from splitray.user_file import MOST_VALUES, UserFile
 
 _MOST_DEPTH = 100
-_MOST_VALUES = 150_000  # keys counted, and what aliases stand for: they take 5 us and 200 bytes each
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 _STRING = "tag:yaml.org,2002:str"
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -112,7 +111,7 @@ class _Reader:
 
     def __init__(self, file: UserFile, events: Iterator[Any]) -> None:
         self.file, self.events, self.lines = file, events, dict[int, dict[Any, int]]()
-        self.left = _MOST_VALUES
+        self.left = MOST_VALUES
         self.anchors: dict[str, tuple[Any, int]] = {}
 
     def document(self) -> Any:
@@ -188,7 +187,7 @@ class _Reader:
     def _spend(self, event: Any, values: int) -> None:
         self.left -= values
         if self.left < 0:
-            raise self._wrong(event, f"at most {_MOST_VALUES:,} values, aliases counted", "more", "give a smaller file")
+            raise self._wrong(event, f"at most {MOST_VALUES:,} values, aliases counted", "more", "give a smaller file")
 
     def _wrong(self, event: Any, expected: str, actual: str, remedy: str) -> InputError:
         return self.file.wrong(expected, actual, line=event.start_mark.line + 1, remedy=remedy)
