@@ -10,14 +10,16 @@ from fastapi import Response
 from splitray.errors import DeviceLost, InputError, Unsampled
 
 logger = logging.getLogger(__name__)
+_MOST_SAID = 4000  # characters of a message, which may quote a request
 
 
 class ApiError(Exception):
     """A refusal or a failure, in the shape the OpenAI clients parse."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-        self.status, self.message, self.param, self.code = status, message, param, code
-        super().__init__(message)
+        short = message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]} ..."
+        self.status, self.message, self.param, self.code = status, short, param, code
+        super().__init__(short)
 
     @property
     def body(self) -> dict[str, Any]:

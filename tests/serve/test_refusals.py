@@ -176,6 +176,12 @@ def test_a_body_that_is_no_json_by_its_type_is_a_400_that_says_which_type(refusi
     assert "application/json" in error["message"]
 
 
+def test_an_error_is_short_however_much_is_wrong(refusing: Served) -> None:
+    messages = [{"role": 3, "content": 4}] * 5000
+    answer = refusing.post("/v1/chat/completions", json={"model": "fake", "messages": messages})
+    assert "messages.0.role" in error_of(answer, 400)["message"] and len(answer.content) < 5000
+
+
 def test_unknown_paths_and_methods_have_the_same_shape(refusing: Served) -> None:
     error_of(HTTP.get(f"{refusing.url}/v1/engines"), 404)
     answer = HTTP.get(f"{refusing.url}/v1/completions")

@@ -175,7 +175,7 @@ def test_a_template_that_never_ends_is_ended_and_others_do_not_wait_for_it() -> 
     start = time.monotonic()
     with ThreadPoolExecutor(len(ENDLESS)) as callers:
         waiting = [callers.submit(chat, template, user("hi")) for template, _ in ENDLESS.values()]
-        for number in range(20):
+        for number in range(5):
             assert chat(STRINGS, user(f"number {number}")) == f"user: number {number}\n"
         assert not any(w.done() for w in waiting), "others were served meanwhile"
         for wait, (_, line) in zip(waiting, ENDLESS.values(), strict=True):
