@@ -76,7 +76,7 @@ def _start_local(namespace: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     before = set(psutil.Process().children(recursive=True))
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(scratch_folder(for_sockets=True))
+        folder = stack.enter_context(scratch_folder(for_ray=True))
         try:
             with own_sigterm():
                 ray.init(

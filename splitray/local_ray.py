@@ -120,7 +120,7 @@ def private_ray(topology: Topology) -> Iterator[None]:
     import ray
 
     tiers = {tier: float(len(topology.tier(tier))) for tier in ("edge", "cloud") if topology.tier(tier)}
-    with scratch_folder(for_sockets=True) as folder, nothing_left(), _no_obituaries():
+    with scratch_folder(for_ray=True) as folder, nothing_left(), _no_obituaries():
         try:
             try:
                 with own_sigterm():

@@ -10,19 +10,22 @@ from splitray.errors import StartFailed
 
 PREFIX = "splitray-"
 _LONGEST_ROOT = 24
+_RAY_BYTES = 20_000_000  # of logs and session files; a Ray without them is waited for in vain
 _living: set[str] = set()
 
 
 @contextmanager
-def scratch_folder(*, for_sockets: bool = False) -> Iterator[Path]:
-    """A new folder for temporary files, or with a short path for sockets, which must stay under 108 characters.
+def scratch_folder(*, for_ray: bool = False) -> Iterator[Path]:
+    """A new folder for temporary files; for Ray one with room, and a short path, as its sockets' must be.
 
     Raises:
         StartFailed: there is no room for it, or nowhere to write.
     """
     try:
-        short = for_sockets and len(tempfile.gettempdir()) > _LONGEST_ROOT
-        folder = tempfile.mkdtemp(prefix=PREFIX, dir="/tmp" if short else None)
+        root = "/tmp" if for_ray and len(tempfile.gettempdir()) > _LONGEST_ROOT else tempfile.gettempdir()
+        if for_ray and (free := shutil.disk_usage(root).free) < _RAY_BYTES:
+            raise OSError(f"{root} has {free / 1e6:.1f} MB left, and Ray writes {_RAY_BYTES / 1e6:.0f} MB")
+        folder = tempfile.mkdtemp(prefix=PREFIX, dir=root)
     except OSError as error:
         remedy = "make room there, or name another folder in TMPDIR"
         raise StartFailed(f"no temporary folder can be made: {error}; {remedy}") from error
