@@ -86,7 +86,9 @@ class TensorParallel:
         if best is not None:
             return best[1]
         if len(ids) > MANY_DEVICES:
-            raise _too_small(state, f"{model_bytes(state):,} bytes on at most {_MOST_SHARING} linked devices")
+            expected = f"room for {state.arch.name} on at most {_MOST_SHARING} devices, all linked with each other"
+            needs = f"a need of {model_bytes(state):,} bytes that none of those tried has"
+            raise no_room(expected, needs, "use layer_dp, myopic or drift_plus_penalty, or shorten the context")
         return Proportional(priced=True).propose(state)
 
 

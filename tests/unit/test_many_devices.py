@@ -231,7 +231,7 @@ def small_state(seed: int) -> ClusterState:
 
 
 def test_the_floor_is_below_the_best_that_is_found_with_pins_and_parallel_blocks_too() -> None:
-    for seed in range(6):
+    for seed in range(4):
         state = small_state(seed)
         try:
             found = solve(state)
