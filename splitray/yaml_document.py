@@ -50,7 +50,7 @@ def kind_of(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class YamlDocument:
     """Mappings, lists, texts, `Plain` and None; and where the entries of mappings and lists stand in the file."""
 
     file: UserFile
@@ -88,7 +88,7 @@ class Document:
         return line
 
 
-def read_yaml(file: UserFile) -> Document:
+def read_yaml(file: UserFile) -> YamlDocument:
     """The one document of a file.
 
     Raises:
@@ -97,7 +97,7 @@ def read_yaml(file: UserFile) -> Document:
     text = file.text()
     try:
         reader = _Reader(file, yaml.parse(text, Loader=_LOADER))
-        return Document(file, reader.document(), reader.lines)
+        return YamlDocument(file, reader.document(), reader.lines)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or " ".join(str(error).split())

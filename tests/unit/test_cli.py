@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
     ),
     "a placement file that is none": (
         lambda m, t: ["--model", m, "--prompt", "a", "--placement", _file(t, "p.yaml", "{")],
-        ["readable YAML"],
+        [":2: expected a YAML document"],
     ),
     "a planner and a placement": (
         lambda m, t: ["--model", m, "--prompt", "a", "--planner", "even", "--placement",
