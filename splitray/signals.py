@@ -14,10 +14,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-import psutil
-
-from splitray.scratch import remove_all
-
 INTERRUPTED, TERMINATED = 130, 143
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN_S = 0.1
@@ -48,6 +44,8 @@ def heed_signals() -> None:
 @contextmanager
 def cleaned_up() -> Iterator[None]:
     """For the length of a command, which may start what has to be ended."""
+    import psutil  # noqa: F401 - `_end_all` needs it; at the top it would take time before signals are heeded
+
     _State.in_command = True
     try:
         yield
@@ -95,11 +93,20 @@ def _not_lost(unraisable: Any) -> None:
 
 def _leave_now(number: int, frame: FrameType | None) -> NoReturn:
     """End the program, and all that it started, without asking."""
+    if _State.in_command:
+        _end_all()
+    what = b"interrupted" if number == signal.SIGINT else b"terminated"
+    os.write(2, b"error: " + what + b"; everything that was started has been stopped\n")
+    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+
+
+def _end_all() -> None:
+    import psutil
+
+    from splitray.scratch import remove_all
+
     for _ in range(_ROUNDS):  # one that is being started now shows in the next
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
     remove_all()
-    what = b"interrupted" if number == signal.SIGINT else b"terminated"
-    os.write(2, b"error: " + what + b"; everything that was started has been stopped\n")
-    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)

@@ -95,8 +95,12 @@ def test_the_command_prints_one_document_and_leaves_no_process(tmp_path) -> None
     assert all(Path(p).is_file() for p in document["policy"])
     finished(tmp_path / "splitwise_smoke", 2)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    again = subprocess.run(
-        [*RUN, "--out", str(tmp_path / "other"), "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=SOON_S, check=False,
-    )  # fmt: skip
-    assert again.returncode == 2 and "nothing to resume" in again.stderr
+    for arguments, says in (
+        (["--out", str(tmp_path / "other"), "--resume"], "nothing to resume"),
+        (["--out", str(tmp_path)], "--resume goes on with it, or give another"),
+        (["--out", str(tmp_path), "--resume", "--seed", "1"], "has the results of seed 0"),
+    ):
+        again = subprocess.run(
+            [*RUN, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SOON_S, check=False
+        )
+        assert again.returncode == 2 and says in " ".join(again.stderr.split())
