@@ -26,9 +26,9 @@ def model_folder(model: str | Path) -> Path:
         os.fspath(folder.absolute()).encode()
     except UnicodeEncodeError as error:
         raise _refused(ascii(os.fsencode(folder)), "a path in UTF-8", "other bytes", "rename the folder") from error
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise _refused(folder, "a folder with config.json", "a file", "give the folder that it lies in")
     remedy = "give the path of a saved model"
     if not folder.is_absolute() and len(folder.parts) == 2 and str(model)[0] not in ".~":
@@ -110,8 +110,10 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
     if (folder / "adapter_config.json").is_file():
         remedy = "merge the adapter (merge_and_unload) and save the whole model, or move adapter_config.json away"
         raise _refused(folder, "weights without an adapter", "adapter_config.json beside them", remedy)
+    if named is not None and not isinstance(named, str):
+        raise _refused(folder, "transformers_weights of config.json: a file's name", named, "correct config.json")
     first = [named] if named else [ONE_FILE, INDEX]
-    found = next((n for n in first if (folder / n).is_file()), None)
+    found = next((n for n in first if os.path.isfile(folder / n)), None)
     if found is None:
         other = sorted({p.name for kind in ("*.safetensors", *_PICKLED) for p in folder.glob(kind)})
         remedy = _SAVE
@@ -130,7 +132,7 @@ def weight_files(folder: Path, named: str | None = None) -> list[str]:
     outside = [n for n in names if Path(n).is_absolute() or ".." in Path(n).parts]
     if outside or not names:
         raise _damaged(f"weights {found}", "names of files in its folder", outside[0] if outside else "none")
-    missing = [n for n in names if not (folder / n).is_file()]
+    missing = [n for n in names if not os.path.isfile(folder / n)]  # a name may be too long for a file
     if missing:
         found_too = f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise _damaged(f"weights in {folder}", f"the {len(names)} files that {found} names", found_too)

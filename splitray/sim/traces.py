@@ -6,11 +6,11 @@ counts. Zero bandwidth is an outage.
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def read_trace(spec: str, *, quantity: str = "bandwidth") -> Trace:
         InputError: the file cannot be read, a unit is not known, a value is negative or not a number, time goes back.
     """
     name, colon, rest = spec.partition(":")
-    if colon and name.isidentifier() and not Path(spec).exists():
+    if colon and name.isidentifier() and not os.path.exists(spec):
         if name not in _READERS:
             raise InputError(
                 f"trace {spec}",

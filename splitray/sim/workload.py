@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 
@@ -170,7 +170,7 @@ def read_requests(spec: str) -> Requests:
         InputError: the file or a row cannot be read, a value is out of range, or time goes back.
     """
     name, colon, path = spec.partition(":")
-    if not colon or not name.isidentifier() or Path(spec).exists():
+    if not colon or not name.isidentifier() or os.path.exists(spec):
         name, path = "", spec
     if name not in _FORMATS:
         known = [f"{n}:FILE" for n in _FORMATS if n]
