@@ -278,6 +278,7 @@ def test_any_bytes_give_a_value_or_an_input_error(reader: Reader, examples: int,
     path = tmp_path / reader.name
     reader.beside(tmp_path)
     path.write_bytes(reader.valid)
+    reader.read(path)  # what it imports does not count
 
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -289,7 +290,7 @@ def test_any_bytes_give_a_value_or_an_input_error(reader: Reader, examples: int,
             reader.read(path)
         except InputError as error:
             assert len(str(error)) < 10_000
-        assert time.process_time() - began_s < 3, "of this processor: a hang, and no slow machine"
+        assert time.process_time() - began_s < 1, "of this processor: a hang, and no slow machine"
 
     holds()
 
