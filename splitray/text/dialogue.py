@@ -5,16 +5,18 @@ Runs in a process of its own (template_processes.py); knows no tokenizer.
 
 from __future__ import annotations
 
-import html
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError, nodes
+from markupsafe import escape
 
 Message = dict[str, Any]
-_THOUGHT = "</think>"
+# </think>, [/THINK], <|END_RESPONSE|>: marks between a thought and an answer, which templates take out.
+_MARK = re.compile(r"</?\w[\w:]*>|<\|\w+\|>|\[/?[A-Z_]+\]|◁/?\w+▷")
 
 
 class LeftOut(ValueError):  # noqa: N818 - a noun: what became of a message
@@ -58,7 +60,7 @@ def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], s
     Some templates read content as a string, some as a list of parts, some one way for one role and the other way for
     another. Messages are given as they came, as transformers does; where the words of one are missing, or its parts
     are written as the code of a list, that one takes the other form. Where this fails the template is asked with
-    strings only and with parts only.
+    strings only, with parts only, and with all words in one part, as some read the first alone.
 
     Args:
         messages: content is a string, or a list of parts with their `text`.
@@ -71,22 +73,24 @@ def written(messages: Sequence[Message], render: Callable[[Sequence[Message]], s
     """
     failures: list[Exception] = []
     as_given = tuple(habits.parts_only or m["content"] != [] and isinstance(m["content"], list) for m in messages)
-    for start in dict.fromkeys((as_given, (False,) * len(messages), (True,) * len(messages))):
-        in_parts = start
+    joined = [m | {"content": " ".join(_texts(m))} for m in messages]
+    strings, parts = (False,) * len(messages), (True,) * len(messages)
+    forms = [(messages, start) for start in dict.fromkeys((as_given, strings, parts))]
+    for said, in_parts in (*forms, (joined, parts)):
         for _ in range(2):
             try:
-                text = render([_formed(m, parts) for m, parts in zip(messages, in_parts, strict=True)])
+                text = render([_formed(m, in_its) for m, in_its in zip(said, in_parts, strict=True)])
             except (TimeoutError, MemoryError):
                 raise
             except Exception as error:  # a boundary: templates are programs of others
                 failures.append(error)
                 break
-            lost = _lost(messages, in_parts, text, habits)
+            lost = _lost(said, in_parts, text, habits)
             if not any(lost):
                 return text
             first = lost.index(True)
             failures.append(LeftOut(f"it leaves out the words of messages[{first}] ({messages[first]['role']})"))
-            in_parts = tuple(parts != wrong for parts, wrong in zip(in_parts, lost, strict=True))
+            in_parts = tuple(in_its != wrong for in_its, wrong in zip(in_parts, lost, strict=True))
     raise min(failures, key=_importance)
 
 
@@ -111,8 +115,8 @@ def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str, ha
     """Which messages' words are not in a prompt, or stand there in the code of a list.
 
     Spaces may be others, letters large or small, characters escaped as in JSON or HTML, and words replaced as the
-    template's source says. Of what the assistant said the last line is enough: templates take out what it thought in
-    earlier turns.
+    template's source says. Of what the assistant said the last line is enough, from its last mark on: templates take
+    out what it thought in earlier turns.
     """
     squeezed, end, lost = _squeezed(prompt), 0, []
     code = [before for before in ("'text': ", '"text": ') if before in prompt]
@@ -121,7 +125,7 @@ def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str, ha
         opened = [value[:-1] for t in texts for value in (repr(t), _quoted(t))]  # what follows may be left open
         as_code = parts and any(c + value in prompt for c in code for value in opened)
         if message["role"] == "assistant":
-            texts = [line for t in texts for line in t.rpartition(_THOUGHT)[2].strip().splitlines()[-1:]]
+            texts = [line for t in texts for line in _MARK.split(t)[-1].strip().splitlines()[-1:]]
         ends = [_end_of(text, squeezed, end, habits) for text in texts]
         end = max([end, *ends])
         lost.append(as_code or -1 in ends)
@@ -137,7 +141,7 @@ def _end_of(text: str, squeezed: str, last: int, habits: Habits) -> int:
     left = text
     for old, new in habits.replaced:
         left = left.replace(old, new)
-    ways = (_quoted(text)[1:-1], html.escape(text), left)
+    ways = (_quoted(text)[1:-1], str(escape(text)), left)
     return 0 if any(_squeezed(way) in squeezed for way in ways) else -1
 
 

@@ -41,6 +41,7 @@ CONTROL_WORDS = (
     "{% for m in messages %}{{ m.content.replace('/think', '').replace('/no_think', '') | replace('<s>', '[s]') }}\n"
     "{% endfor %}"
 )
+FIRST_PART_ONLY = "{% for m in messages %}{{ m['content'][0]['text'] }}\n{% endfor %}"
 NO_THOUGHTS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}\n{% endfor %}"
 
 
@@ -87,6 +88,9 @@ def chat(own: Any, messages: list[dict[str, Any]], **options: Any) -> str:
         ("{% for m in messages %}{{ m.content | e | upper }}{% endfor %}", user("1 < two"), "1 &LT; TWO"),
         (NO_THOUGHTS, [*user("one"), {"role": "assistant", "content": "<think>hm\n</think>\n\nyes"}], "one\n\n\nyes\n"),
         (NO_THOUGHTS, [*user("one"), {"role": "assistant", "content": "<think>hm</think>"}], "one\n\n"),
+        (FIRST_PART_ONLY, [system("be brief"), *user(parts("look", "here"))], "be brief\nlook here\n"),
+        ("{% for m in messages %}{{ m.content | e }}{% endfor %}", user("<p>it's \"5\" & 6</p>"),
+         "&lt;p&gt;it&#39;s &#34;5&#34; &amp; 6&lt;/p&gt;"),
         (CONTROL_WORDS, [system("/no_think"), *user("say <s> /no_think")], "\nsay [s] \n"),
         (CONTROL_WORDS, user(parts("one /think", "two")), "one  two\n"),
         ("{{ bos_token }}{{ eos_token }}" + STRINGS, user("x"), "<|endoftext|>user: x\n"),
@@ -109,6 +113,24 @@ def test_where_transformers_renders_the_words_the_prompt_is_what_it_renders(temp
         assert chat_text(user(content), tokenizer) == expected
     else:
         assert "hello" in chat_text(user(content), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("taken", "said", "kept"),
+    [
+        ("split('</thought>')[-1]", "<thought>hm</thought>yes", "yes"),
+        ("split('[/THINK]')[-1]", "[THINK]hm[/THINK]yes", "yes"),
+        ("split('◁/think▷')[-1]", "◁think▷hm◁/think▷yes", "yes"),
+        ("split('</seed:think>')[-1]", "<seed:think>hm</seed:think>yes", "yes"),
+        ("split('<answer>')[-1].split('</answer>')[0].strip()", "<think>hm</think>\n<answer>\nyes\n</answer>", "yes"),
+        ("split('<|START_RESPONSE|>')[-1].removesuffix('<|END_RESPONSE|>')",
+         "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>yes<|END_RESPONSE|>", "yes"),
+    ],
+)  # fmt: skip
+def test_a_template_may_take_out_what_the_assistant_thought(taken: str, said: str, kept: str) -> None:
+    template = "{% for m in messages %}{{ m.content." + taken + " if m.content is string else m.content[0].text }}|"
+    messages = [*user("one"), {"role": "assistant", "content": said}, *user("two")]
+    assert chat(template + "{% endfor %}", messages) == f"one|{kept}|two|"
 
 
 @pytest.mark.parametrize(
