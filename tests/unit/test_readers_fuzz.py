@@ -312,7 +312,7 @@ GREAT: dict[
     "depth": (Topology, b"[" * 1_000_000),
     "a wide scalar": (Topology, b"x: " + "🎉".encode() * 4_900_000),
     "quotes": (Placement, b'"' + b"a " * 5_000_000),
-    "zeros in gzip": (Topology, gzip.compress(b"\0" * 100_000_000)),
+    "zeros in gzip": (Topology, gzip.compress(b"\0" * 100_000_000, mtime=0)),
     "rows": (QualityTable, b'{"rows": [' + b"[]," * 2_000_000 + b"0]}"),
     "objects": (AccuracyTable, b"[" + b'{"a":0},' * 120_000 + b"0]"),
     "a row": (read_trace, b"0 5\n1 " + b"6" * 30_000_000),
@@ -321,7 +321,7 @@ GREAT: dict[
     "digits of a time": (read_requests, b"arrival_s,prompt_tokens,output_tokens\n" + b"9" * 65_000 + b"x,5,6\n"),
     "digits in YAML": (Topology, b"devices:\n  - {id: a, tier: edge, memory_bytes: " + b"9" * 5_000_000 + b"x}\n"),
     "a key": (Topology, b"? " + b"k" * 5_000_000 + b"\n: 1\n"),
-    "a row in gzip": (read_trace, gzip.compress(b"0" * 100_000_000)),
+    "a row in gzip": (read_trace, gzip.compress(b"0" * 100_000_000, mtime=0)),
 }
 READ_ALL = r"""
 import json, re, sys, time
