@@ -14,7 +14,7 @@ from typing import Any, Literal, NewType
 from splitray.catalog import DEVICES, LINKS, device_values, link_values
 from splitray.errors import TopologyError, did_you_mean, listed
 from splitray.user_file import UserFile
-from splitray.yaml_document import kind_of, number, read_yaml
+from splitray.yaml_document import COMMA, kind_of, number, read_yaml
 
 DeviceId = NewType("DeviceId", str)
 _RATES = ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
@@ -328,7 +328,7 @@ def _keys(entry: Any, allowed: Iterable[str], where: str) -> None:
     allowed = list(allowed)
     for key in entry:
         if key not in allowed:
-            remedy = f"remove the key{did_you_mean(str(key), allowed)}"
+            remedy = COMMA if str(key).isdigit() else f"remove the key{did_you_mean(str(key), allowed)}"
             raise _wrong(f"{where}.{key}", f"one of {allowed}", key, remedy)
 
 

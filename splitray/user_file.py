@@ -32,6 +32,7 @@ _OTHERS = {  # how files begin that are no text, and what to do
     b"BZh": ("a file packed by bzip2", "unpack it (bunzip2)"),
     b"\xfd7zXZ\x00": ("a file packed by xz", "unpack it (unxz)"),
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("an Excel workbook of the old kind", "save the sheet as CSV in UTF-8"),
     b"PAR1": ("a Parquet file", "write it as CSV in UTF-8"),
     b"\xff\xfe": ("text in UTF-16", "save it in UTF-8"),
     b"\xfe\xff": ("text in UTF-16", "save it in UTF-8"),
@@ -70,7 +71,8 @@ class UserFile:
                 raw.seek(0)
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
         except (OSError, EOFError, zlib.error) as error:
-            raise self.wrong("a readable file", error) from error
+            remedy = "correct the path" if isinstance(error, FileNotFoundError) else None
+            raise self.wrong("a readable file", error, remedy=remedy) from error
         except ValueError as error:
             if isinstance(error, UnicodeDecodeError | InputError):
                 raise

@@ -4,6 +4,7 @@ So a device called `no`, `1:30` or `007` is called that, and a number is what YA
 refused, as are tags, several documents and what would not fit in memory. Knows no keys.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 # the core schema of YAML 1.2, less the leading zeros that were octal in 1.1
 _NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _ENDLESS = re.compile(r"([-+]?\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)")
+_PAIR = re.compile(r"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})")
+"""How JSON escapes a character beyond 16 bits; YAML knows no such pairs."""
+COMMA = "write a number with a decimal point and without thousands separators: a comma ends it"
 _BASES = {"0x": (re.compile("0x[0-9a-fA-F]+"), 16), "0o": (re.compile("0o[0-7]+"), 8)}
 
 
@@ -94,14 +98,14 @@ def read_yaml(file: UserFile) -> YamlDocument:
     Raises:
         InputError: the file is no YAML, or has what is refused; with the line.
     """
-    text = file.text()
+    text = _PAIR.sub(lambda pair: pair[1] + json.loads(f'"{pair[2]}"'), file.text())
     try:
         reader = _Reader(file, yaml.parse(text, Loader=_LOADER))
         return YamlDocument(file, reader.document(), reader.lines)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or " ".join(str(error).split())
-        is_tab = "tab" in said or (mark is not None and text[mark.index : mark.index + 1] == "\t")
+        is_tab = re.search(r"\btabs?\b", said) or (mark is not None and text[mark.index : mark.index + 1] == "\t")
         remedy = "indent with spaces, not with tabs" if is_tab else None
         raise file.wrong("a YAML document", said, line=mark.line + 1 if mark else None, remedy=remedy) from error
 
@@ -166,7 +170,8 @@ class _Reader:
                 raise self._wrong(event, "a text for a key", kind_of(key), "write a name before the colon")
             name = event.value if isinstance(event, yaml.ScalarEvent) else str(key)
             if name in own or (name == "<<" and merged is not None):
-                raise self._wrong(event, "each key of a mapping once", f"{name!r} again", "remove one of them")
+                remedy = COMMA if name.isdigit() else "remove one of them"
+                raise self._wrong(event, "each key of a mapping once", f"{name!r} again", remedy)
             value = self._value(next(self.events), depth)
             if name == "<<" and isinstance(key, Plain):
                 merged = value if isinstance(value, list) else [value]

@@ -342,6 +342,28 @@ def test_a_device_is_called_what_is_written(name: str, tmp_path: Path) -> None:
     assert Topology.load(path).ids == (name, CLOUD_A)
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("origin: a\x07\n", "give a topology file"),
+        ("origin:\n\t- a\n", "not with tabs"),
+        ("links:\n  - {between: [a, b], rtt_s: 0,01}\n", "thousands separators"),
+        ("devices:\n  - {id: a, memory_bytes: 8,000,000,000}\n", "thousands separators"),
+    ],
+)
+def test_the_remedy_is_for_what_is_wrong(content: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(TopologyError) as refused:
+        Topology.load(tmp_path / "t.yaml")
+    assert remedy in refused.value.remedy
+
+
+def test_json_escapes_characters_beyond_16_bits_as_pairs(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"devices": [entry("🎉"), entry("b", model_path="\\\\ud83d🎉")]}))
+    found = Topology.load(tmp_path / "t.json").devices
+    assert (found[0].id, found[1].model_path) == ("🎉", "\\\\ud83d🎉")
+
+
 def test_numbers_are_those_of_yaml_1_2_and_anchors_may_be_merged(tmp_path: Path) -> None:
     path = tmp_path / "t.yaml"
     for written, meant in (("1e9", 1e9), ("0x10", 16), ("0o17", 15), (".5e3", 500), ("+8", 8), ("8.", 8)):

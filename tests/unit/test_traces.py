@@ -106,8 +106,11 @@ def test_packets_out_of_order_or_not_whole_are_refused(tmp_path: Path, text: str
 def test_an_unknown_reader_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean packets"):
         read_trace(f"packet:{written(tmp_path, '1')}")
-    with pytest.raises(InputError, match="readable file"):
+    with pytest.raises(InputError, match="readable file.*correct the path"):
         read_trace(str(tmp_path / "absent"))
+    (tmp_path / "old.xls").write_bytes(bytes.fromhex("d0cf11e0a1b11ae1"))
+    with pytest.raises(InputError, match="Excel workbook of the old kind"):
+        read_trace(str(tmp_path / "old.xls"))
 
 
 def test_log_ar1_keeps_its_mean_spread_and_memory() -> None:
