@@ -37,7 +37,7 @@ test-rest: test-rest-together  ## what `make test` leaves out of `make test-all`
 	@$(ALONE) --part rest
 
 test-rest-together: install
-	@$(TOGETHER) --part rest
+	@$(TOGETHER) --part rest $(OPTIONS)
 
 lint: install  ## ruff
 	@$(BIN)/ruff check .

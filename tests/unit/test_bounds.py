@@ -201,10 +201,11 @@ def test_far_from_the_cloud_the_best_placement_crosses_once_each_way(link: str, 
         topology=Topology.pair("jetson-orin-nx-16gb", link=link, origin_holds=holds),
         context_tokens=512,
     )
-    for name in ("exact", "drift_plus_penalty"):
-        placement = make_planner(name).propose(state)
-        assert compile_route(placement, state.arch, state.topology).exchanges_per_token <= 2
-        assert not any(len(x.attention.devices) + len(x.ffn.devices) > 2 for x in placement.layers)
+    placement, best = (make_planner(name).propose(state) for name in ("drift_plus_penalty", "exact"))
+    assert compile_route(placement, state.arch, state.topology).exchanges_per_token <= 2
+    assert not any(len(x.attention.devices) + len(x.ffn.devices) > 2 for x in placement.layers)
+    # a few columns computed while the last residual is on its way are worth microseconds
+    assert 0.9999 * seconds(state, placement) <= seconds(state, best) <= seconds(state, placement)
 
 
 @pytest.mark.parametrize(
