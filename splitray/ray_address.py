@@ -162,7 +162,7 @@ def _who_listens(address: str) -> str:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
         return f"nobody answers there ({error.strerror or error})"
-    return f"something listens there, but did not answer as a Ray cluster's head does ({_ANSWER_S:g} s)"
+    return f"something listens there, but did not answer within {_ANSWER_S:g} s as a Ray cluster's head does"
 
 
 def _token() -> tuple[str, str] | tuple[None, None]:

@@ -62,11 +62,12 @@ class UserFile:
                 end.
         """
         try:
-            mode = os.stat(self.path).st_mode
+            path = os.path.expanduser(self.path)  # behind `columns:` no shell does it
+            mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode):
                 found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
                 raise self.wrong("a plain file", found, remedy=None if stat.S_ISDIR(mode) else "write it to a file")
-            with open(self.path, "rb") as raw:
+            with open(path, "rb") as raw:
                 packed = raw.read(2) == b"\x1f\x8b"
                 raw.seek(0)
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw

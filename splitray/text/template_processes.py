@@ -23,11 +23,12 @@ from typing import Any, NoReturn
 
 from splitray.text.dialogue import Habits, LeftOut, written
 
-CPU_S = 1.0  # for one dialogue, all forms of it; a long one takes milliseconds
+CPU_S = 1.0  # for one dialogue, all forms of it; most take milliseconds
+_CPU_S_PER_BYTE = 5e-6  # more for a long one: some templates look at every character
 MEMORY_BYTES = 400_000_000
 _KEPT = 4  # idle ones
 _PROMPT_PER_REQUEST = 16  # a longer prompt than this many times the request is no prompt but a fault
-_NEVER_ENDS = f"it did not end in {CPU_S:g} s"
+_NEVER_ENDS = f"it did not end in {CPU_S:g} s and {_CPU_S_PER_BYTE:g} s for each byte of the dialogue"
 
 
 class TemplateProcesses:
@@ -119,8 +120,9 @@ def _write_on(requests: Connection) -> NoReturn:
     try:
         while True:
             request = requests.recv_bytes()
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)
-            signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S + 0.2)  # ends the process, inside a call of C, too
+            most_s = CPU_S + _CPU_S_PER_BYTE * len(request)
+            signal.setitimer(signal.ITIMER_PROF, most_s)
+            signal.setitimer(signal.ITIMER_VIRTUAL, most_s + 0.2)  # ends the process, inside a call of C, too
             reply = _reply(json.loads(request), _PROMPT_PER_REQUEST * len(request) + 1_000_000)
             for timer in (signal.ITIMER_PROF, signal.ITIMER_VIRTUAL):
                 signal.setitimer(timer, 0)

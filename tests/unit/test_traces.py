@@ -334,3 +334,9 @@ def test_recorded_requests_without_a_rate_are_not_dealt() -> None:
     once = Requests(np.zeros(3), np.ones(3, np.int64), np.ones(3, np.int64))
     with pytest.raises(InputError, match="different times"):
         dealt(once, 2, 1.0, 10.0, np.random.default_rng(0))
+
+
+def test_a_home_is_known_behind_the_name_of_a_reader(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.txt").write_text("0 5\n1 6\n")
+    assert read_trace("columns:~/t.txt").value.tolist() == [625000.0, 750000.0]
