@@ -29,8 +29,10 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["SPLITRAY_CACHE"] = ""  # self-tests are run, and nothing is kept in the folder of whoever runs them
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: programs that tests interrupt would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup and in the background of a script they are ignored: programs that tests interrupt would inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 PARTS = ("all", "quick", "rest")
 # Ray gives a node 30 s to start, and links are shaped in real time: neither bears a neighbour on two cores.
