@@ -78,6 +78,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: next((i for i, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), 99))
 
 
+@pytest.fixture
+def no_device_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is to be refused before one does."""
+    from splitray.runtime import launch
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a device starts")
+
+    monkeypatch.setattr(launch, "Engine", refuse)
+
+
 def left_to_rest(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """What `quick` leaves out. The rows of a set are drawn by a checksum of their names: the same on every machine."""
     left = {item for item in items if item.get_closest_marker("full")}

@@ -5,12 +5,15 @@ at something else, so that no value is ever read as two.
 """
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from splitray.user_file import UserFile
 
+DECIMAL = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+"""A number with a decimal point, as a pattern."""
 _GROUPED = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}(?![0-9])")  # 1,234 is more or less than 2
 
 
@@ -35,6 +38,12 @@ class TableRow(NamedTuple):
             expected, remedy = "a number with a decimal point", "write it without thousands separators"
             raise self.file.wrong(expected, repr(cell), line=self.line, remedy=remedy)
         return cell.replace(",", ".")
+
+
+def reader_of(spec: str) -> tuple[str, str]:
+    """The names of the reader and of the file in `READER:FILE`; no reader in `FILE`, which may have colons too."""
+    name, colon, path = spec.partition(":")
+    return (name, path) if colon and name.isidentifier() and not os.path.exists(spec) else ("", spec)
 
 
 def table_rows(file: UserFile, *, headed: bool = False) -> Iterator[TableRow]:

@@ -6,7 +6,6 @@ counts. Zero bandwidth is an outage.
 
 from __future__ import annotations
 
-import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import numpy as np
 
 from splitray.arrays import Bools, Floats
 from splitray.errors import InputError, did_you_mean
-from splitray.sim.table_rows import TableRow, table_rows
+from splitray.sim.table_rows import DECIMAL, TableRow, reader_of, table_rows
 from splitray.user_file import UserFile
 
 PACKET_BYTES = 1504  # of the one-integer-a-packet format (Mahimahi)
@@ -31,9 +30,7 @@ _RATES = {  # b is bits and B is bytes, eight times as much
 _TIMES = {written: s for unit, s in {"us": 1e-6, "ms": 1e-3, "s": 1.0}.items() for written in (unit, unit.upper())}
 _RATE_USAGE = "bit/s, b/s, bps (bits), B/s, Bps (bytes), with k, M or G before it"
 _TIME_USAGE = "us, ms, s"
-_QUANTITY = re.compile(
-    r"^([-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE
-)
+_QUANTITY = re.compile(rf"^({DECIMAL}|[-+]?nan|[-+]?inf)\s*([A-Za-z/]*)$", re.IGNORECASE)
 
 
 _UNITS = {  # units, the default one, the least above 0 and the most that is believed, and what that is called
@@ -90,19 +87,16 @@ def read_trace(spec: str, *, quantity: str = "bandwidth") -> Trace:
     Raises:
         InputError: the file cannot be read, a unit is not known, a value is negative or not a number, time goes back.
     """
-    name, colon, rest = spec.partition(":")
-    if colon and name.isidentifier() and not os.path.exists(spec):
-        if name not in _READERS:
-            raise InputError(
-                f"trace {spec}",
-                expected=f"a reader among {sorted(_READERS)}",
-                actual=name,
-                remedy=f"write READER:FILE{did_you_mean(name, _READERS)}, or just FILE",
-            )
-    else:
-        name, rest = "columns", spec
-    file = UserFile(rest, "trace", "correct the row")
-    time_s, value = _READERS[name](table_rows(file), quantity)
+    name, path = reader_of(spec)
+    if name and name not in _READERS:
+        raise InputError(
+            f"trace {spec}",
+            expected=f"a reader among {sorted(_READERS)}",
+            actual=name,
+            remedy=f"write READER:FILE{did_you_mean(name, _READERS)}, or just FILE",
+        )
+    file = UserFile(path, "trace", "correct the row")
+    time_s, value = _READERS[name or "columns"](table_rows(file), quantity)
     if not time_s:
         raise file.wrong("at least one row", "none", remedy="give a trace with rows")
     return Trace(np.array(time_s) - time_s[0], np.array(value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import numpy as np
 
 from splitray.arrays import Floats, Ints
 from splitray.errors import InputError, did_you_mean
-from splitray.sim.table_rows import table_rows
+from splitray.sim.table_rows import DECIMAL, reader_of, table_rows
 from splitray.user_file import UserFile
 
 
@@ -153,7 +152,7 @@ _FORMATS = {
     "burstgpt": _Format(("Timestamp", "Request tokens", "Response tokens"), _decimal, "seconds", may_fail=True),
     "mooncake": _Format(("timestamp", "input_length", "output_length"), _milliseconds, "milliseconds"),
 }
-_DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_DECIMAL = re.compile(DECIMAL)
 _WHOLE = re.compile("[0-9]{1,18}")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}")
 _MOST_S, _MOST_AT_S, _MOST_TOKENS = 1e9, 1e11, 10**9
@@ -169,9 +168,7 @@ def read_requests(spec: str) -> Requests:
     Raises:
         InputError: the file or a row cannot be read, a value is out of range, or time goes back.
     """
-    name, colon, path = spec.partition(":")
-    if not colon or not name.isidentifier() or os.path.exists(spec):
-        name, path = "", spec
+    name, path = reader_of(spec)
     if name not in _FORMATS:
         known = [f"{n}:FILE" for n in _FORMATS if n]
         raise InputError(f"arrivals {spec}", expected=f"FILE, {', '.join(known)}, poisson[:PER_S] or bursty[:PER_S]",

@@ -122,8 +122,8 @@ def _lost(messages: Sequence[Message], in_parts: Sequence[bool], prompt: str, ha
     code = [before for before in ("'text': ", '"text": ') if before in prompt]
     for message, parts in zip(messages, in_parts, strict=True):
         texts = _texts(message)
-        opened = [value[:-1] for t in texts for value in (repr(t), _quoted(t))]  # what follows may be left open
-        as_code = parts and any(c + value in prompt for c in code for value in opened)
+        values = (value for t in texts for value in (repr(t), _quoted(t))) if parts and code else ()
+        as_code = any(c + value[:-1] in prompt for value in values for c in code)  # what follows may be left open
         if message["role"] == "assistant":
             texts = [line for t in texts for line in _MARK.split(t)[-1].strip().splitlines()[-1:]]
         ends = [_end_of(text, squeezed, end, habits) for text in texts]

@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 from splitray.commands.cli import app
 from splitray.errors import InputError, ModelError
 from splitray.model.reading import read_config
-from splitray.runtime import launch
 from splitray.runtime.generation import read_prompt
 from splitray.runtime.launch import launch_engine, read_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_device_starts")
 ROWS = 97
 WORDS = {f"w{i}": i for i in range(ROWS - 7)}  # fewer than rows: tables are padded
 
@@ -29,14 +29,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     save_family("llama", folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_device_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a device starts")
-
-    monkeypatch.setattr(launch, "Engine", refuse)
 
 
 def copied(llama: Path, to: Path, file: str, **values: object) -> Path:
