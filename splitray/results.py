@@ -48,13 +48,14 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
 
 
 def try_file(path: str | Path, what: str = "--out") -> None:
-    """Refuse a file that cannot be written, before the work that it is for.
+    """Refuse a file that cannot be written, before the work that it is for; its folder is made if it is not there.
 
     Raises:
         InputError: says why not.
     """
     try:
         target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if target.exists():

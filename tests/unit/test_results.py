@@ -37,18 +37,16 @@ except OSError as error:
 
 def bad_places(folder: Path) -> dict[str, str]:
     (folder / "file").write_text("kept")
-    (folder / "dangling").symlink_to(folder / "nowhere" / "out")
     return {
         "a file in the way": f"{folder}/file/out",
         "a name that is too long": f"{folder}/{'n' * 300}",
-        "a link to nowhere": f"{folder}/dangling",
         "a file system that takes no files": "/proc/out",
         "a NUL": f"{folder}/a\0b",
     }
 
 
 KINDS = (
-    "a file in the way", "a name that is too long", "a link to nowhere", "a file system that takes no files", "a NUL",
+    "a file in the way", "a name that is too long", "a file system that takes no files", "a NUL",
 )  # fmt: skip
 
 
@@ -57,10 +55,19 @@ def test_a_place_that_cannot_be_written_is_refused(kind: str, tmp_path: Path) ->
     place = Path(bad_places(tmp_path)[kind])
     with pytest.raises(InputError, match="--out: expected a file that can be written"):
         try_file(place)
-    if kind != "a link to nowhere":  # as a folder it is made
-        with pytest.raises(InputError, match="--out: expected a folder that can be written"), result_folder(place):
-            pass
+    with pytest.raises(InputError, match="--out: expected a folder that can be written"), result_folder(place):
+        pass
     assert (tmp_path / "file").read_text() == "kept" and not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "results.json")
+    for place in (tmp_path / "a" / "b" / "results.json", tmp_path / "link"):
+        with result_file(place):
+            write_whole(place, "{}")
+        assert place.read_text() == "{}"
+    with result_folder(tmp_path / "c" / "d"):
+        assert (tmp_path / "c" / "d").is_dir()
 
 
 def test_a_folder_for_a_file_and_a_file_for_a_folder_are_refused(tmp_path: Path) -> None:
