@@ -24,6 +24,8 @@ _ROOM_BYTES = 4096
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write a file beside its place, and put it there: whatever happens, it is the old one or the new one.
 
+    Its folder is made if it is not there.
+
     Raises:
         OSError: it cannot be written.
     """
@@ -32,6 +34,7 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
         with target.open("wb") as file:
             file.write(data)
         return Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{os.getpid()}.part")
     try:
         with beside.open("wb") as file:

@@ -148,7 +148,6 @@ class Surrogate:
     def save(self, path: str | Path, *, about: str = "") -> tuple[Path, Path]:
         """Write `path` with the endings .safetensors and .json; returns both."""
         tensors_at, card_at = Path(f"{path}.safetensors"), Path(f"{path}.json")
-        tensors_at.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean, "scale": self.scale}
         for i, (weight, bias) in enumerate(self.weights):
             tensors |= {f"weight_{i}": weight, f"bias_{i}": bias}

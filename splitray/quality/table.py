@@ -91,7 +91,6 @@ class QualityTable:
         body = json.dumps(head, indent=1).removesuffix("\n}")
         text = f'{body},\n "places": {{\n{places}\n }},\n "rows": [\n{rows}\n ]\n}}\n'
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text)
         except OSError as error:
             raise unwritable(f"quality table {path}", error, expected="a file that can be written") from error

@@ -150,7 +150,6 @@ class Report:
             InputError: the folder cannot be written.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             files = {
                 "report.json": json.dumps(self.document(), indent=1) + "\n",
                 "report.md": self.markdown(),

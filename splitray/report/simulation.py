@@ -112,7 +112,6 @@ def save_simulation(document: dict[str, Any], outcomes: list[Outcome], out: Path
         InputError: the folder cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "simulation.json", json.dumps(document, indent=1) + "\n")
         samples = {
             f"{o.planner}/{name}": getattr(o, name)

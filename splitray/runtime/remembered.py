@@ -81,7 +81,6 @@ def _read(path: Path) -> bool | None:
 def _write(path: Path, lean: bool) -> None:
     """Whole or not at all, whoever writes at the same time; the oldest go where there are too many."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"lean": lean}))
         kept = sorted(path.parent.iterdir(), key=lambda p: p.stat().st_mtime)
         for old in kept[:-_MOST]:

@@ -64,8 +64,10 @@ def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "results.json")
     for place in (tmp_path / "a" / "b" / "results.json", tmp_path / "link"):
         with result_file(place):
+            assert place.resolve().parent.is_dir()
             write_whole(place, "{}")
         assert place.read_text() == "{}"
+    assert write_whole(tmp_path / "e" / "f" / "card.json", "{}").read_text() == "{}"
     with result_folder(tmp_path / "c" / "d"):
         assert (tmp_path / "c" / "d").is_dir()
 

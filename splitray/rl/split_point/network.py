@@ -53,7 +53,6 @@ class SplitNetwork:
     def save(self, path: Path, recipe: SplitRecipe, results: Mapping[str, Any]) -> tuple[Path, Path]:
         """Write `path` with the endings .safetensors and .json; returns both."""
         tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"weight_{i}": w for i, (w, _) in enumerate(self.layers)}
         tensors |= {f"bias_{i}": b for i, (_, b) in enumerate(self.layers)}
         data = tensors_bytes({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})

@@ -36,7 +36,6 @@ def export(
 
     `path` has no ending, and its folder is made; `results` are plain numbers for the card.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors_at, card_at = path.with_suffix(".safetensors"), path.with_suffix(".json")
     agents = {a: x for a, x in layouts(recipe.spec).items() if a != HEAD_FFN_AGENT or recipe.spec.low_decides}
     tensors = {
