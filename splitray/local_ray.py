@@ -4,6 +4,7 @@ Nothing of it is left afterwards, however the command ends. Knows no placement a
 """
 
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ _LOOK_S = 0.1
 _APPLICATION = "generate"
 _REFUSAL = re.compile(r"splitray\.errors\.\w+Error: (.+?): expected (.+), got (.+); (.+)")  # InputError as text
 _END_S = 4.0
+_NOT_GIVEN = range(20_000, 32_768)  # to no connection: Linux gives those above, Ray's workers listen below
+_TRIES = 20
 _OBJECT_STORE_BYTES = 100 * 2**20  # tensors travel outside the object store
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -218,19 +221,25 @@ def _wait_until_running() -> None:
 def free_port(host: str, port: int) -> int:
     """The port itself if nobody listens there, or any free one for 0.
 
+    What Ray starts between now and then opens many connections: a port that one of them may be given is not chosen.
+
     Raises:
         InputError: the port is taken, or the host is no address of this machine.
     """
-    try:
-        with socket.create_server((host, port)) as probe:
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise InputError(
-            f"port {port} of {host}",
-            expected="a free port on an address of this machine",
-            actual=error.strerror or error,
-            remedy="stop what listens there, or give another --port",
-        ) from error
+    for each in [port] if port else secrets.SystemRandom().sample(_NOT_GIVEN, _TRIES):
+        try:
+            socket.create_server((host, each)).close()
+            return each
+        except OSError as error:
+            found = error
+            if error.errno != errno.EADDRINUSE:
+                break
+    raise InputError(
+        f"port {port} of {host}",
+        expected="a free port on an address of this machine",
+        actual=found.strerror or found,
+        remedy="stop what listens there, or give another --port",
+    ) from found
 
 
 @contextmanager

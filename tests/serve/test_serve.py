@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ import httpx
 import openai
 import psutil
 import pytest
+
+from splitray.local_ray import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -30,8 +31,7 @@ def url() -> Iterator[str]:
 
     ray.shutdown()  # of the cluster that the tests of the fleets may still hold this process in
     before = set(psutil.Process().children(recursive=True))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1", 0)
     # Ray's socket paths must stay short, pytest's own directories are not.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from splitray.commands.cli import app
+from splitray.errors import InputError
+from splitray.local_ray import free_port
 from splitray.profiling.reference import Reference, difference
 from splitray.profiling.served_answer import ServedAnswer
 from splitray.runtime.engine.engine import Engine
@@ -474,12 +478,24 @@ def test_suites_are_named_in_the_help_and_in_the_error(command: str, suites: lis
 
 
 def test_serve_refuses_a_port_that_is_taken() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", "--port", taken.getsockname()[1])
     assert result.exit_code == 2
     assert "--port" in result.stderr
+
+
+def test_any_port_is_one_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray opens many before Serve listens, and one of them had the port that was chosen."""
+    assert free_port("127.0.0.1", 0) not in range(32_768, 61_000)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        first, other = taken.getsockname()[1], free_port("127.0.0.1", 0)
+        monkeypatch.setattr(secrets.SystemRandom, "sample", lambda *_: [first, other])
+        assert free_port("127.0.0.1", 0) == other
+        monkeypatch.setattr(secrets.SystemRandom, "sample", lambda *_: [first])
+        with pytest.raises(InputError, match="a free port"):
+            free_port("127.0.0.1", 0)
+    with pytest.raises(InputError, match="address of this machine"):
+        free_port("203.0.113.77", 0)
 
 
 REFERENCE = Reference(token_ids=(4, 5, 0), pieces=(" a", " cat"))
