@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from splitray.errors import ModelError
+from splitray.weight_formats import WeightFormat, as_format
 
 
 class Range(NamedTuple):
@@ -34,6 +35,8 @@ class ModelArch:
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
+    `weights` names the format in which devices hold them (weight_formats.py). With `fixed_sums` a quantised model's
+    sums are made block by block, so that they are the same bits wherever its pieces are.
     """
 
     name: str
@@ -63,6 +66,8 @@ class ModelArch:
     embedding_params: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     weight_bits: float | None = None
+    weights: str = "float32"
+    fixed_sums: bool = True
 
     def __post_init__(self) -> None:
         counts = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "ffn_dim", "vocab")
@@ -87,9 +92,30 @@ class ModelArch:
         """Bytes of one weight or activation element."""
         return 4 if self.dtype == "float32" else 2
 
+    @property
+    def format(self) -> WeightFormat:
+        """How devices hold the weights of linears."""
+        return as_format(self.weights)
+
+    @property
+    def sums_in_blocks(self) -> bool:
+        """Whether partial sums are made in fixed blocks, and cross as float64."""
+        return self.format.is_quantised and self.fixed_sums
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of one element of a partial sum."""
+        return 8 if self.sums_in_blocks else self.dtype_bytes
+
+    @property
+    def ffn_cuts(self) -> tuple[int, ...]:
+        """The borders at which FFN columns may be cut; empty: at any."""
+        return () if self.num_experts or self.ffn_dim == 1 else self.format.ffn_cuts(self.ffn_dim)
+
     def weight_bytes(self, num_params: int) -> int:
-        """Bytes that `num_params` weights take: by `weight_bits` where they are quantised, else by `dtype`."""
-        return num_params * self.dtype_bytes if self.weight_bits is None else round(num_params * self.weight_bits / 8)
+        """Bytes that so many weights take: by their format or `weight_bits` where they have one, else by `dtype`."""
+        bits = self.format.resident_bits if self.format.is_quantised else self.weight_bits
+        return num_params * self.dtype_bytes if bits is None else round(num_params * bits / 8)
 
     @property
     def heads_per_group(self) -> int:

@@ -14,6 +14,7 @@ from splitray.errors import PlacementError, did_you_mean, listed
 from splitray.results import write_whole
 from splitray.topology import DeviceId, Topology
 from splitray.user_file import UserFile
+from splitray.weight_formats import ROWS
 from splitray.yaml_document import kind_of, number, read_yaml
 
 
@@ -299,7 +300,15 @@ def _pinned(placement: Placement, topology: Topology) -> None:
 
 
 def _within_limits(placement: Placement, arch: ModelArch) -> None:
+    borders, row = set(arch.ffn_cuts), ROWS if arch.format.is_quantised else 1
+    cuts = {c for _, ranges in placement.head.by_device for r in ranges for c in r if c % row and c != arch.vocab}
+    if cuts:
+        _refuse("head", f"rows cut at multiples of {row} ({arch.weights} weights)", sorted(cuts)[:3])
     for i, layer in enumerate(placement.layers):
+        cuts = {c for _, ranges in layer.ffn.by_device for r in ranges for c in r} - borders if borders else set()
+        if cuts:
+            expected = f"columns cut at {sorted(borders)} ({arch.weights} weights are rounded group by group)"
+            _refuse(f"layer {i} ffn", expected, sorted(cuts)[:3])
         if arch.whole_layers and set(layer.attention.devices) != set(layer.ffn.devices):
             _refuse(f"layer {i}", f"attention and FFN on the same devices ({arch.name} is cut between layers only)",
                     f"{_named(layer.attention)} and {_named(layer.ffn)}")  # fmt: skip
@@ -323,7 +332,7 @@ def _named(shares: Shares) -> str:
     return ", ".join(f"{[list(r) for r in ranges]} on {d}" for d, ranges in shares.by_device)
 
 
-def _refuse(what: str, expected: str, actual: str) -> None:
+def _refuse(what: str, expected: str, actual: object) -> None:
     raise PlacementError(what, expected=expected, actual=actual, remedy="place it there, or let a planner place it")
 
 

@@ -118,10 +118,11 @@ def message_bytes(
     tokens = batch * positions
     match message.content:
         case "state" | "partial":
-            return encoded_bytes(codec, tokens * arch.streams, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+            each = arch.partial_bytes if message.content == "partial" else arch.dtype_bytes
+            return encoded_bytes(codec, tokens * arch.streams, arch.hidden_dim, dtype_bytes=each)
         case "partial_and_state":
             rows = tokens * arch.streams
-            coded = encoded_bytes(codec, rows, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)
+            coded = encoded_bytes(codec, rows, arch.hidden_dim, dtype_bytes=arch.partial_bytes)
             return coded + rows * arch.hidden_dim * arch.dtype_bytes
         case "norm_sums":
             return tokens * NORM_SUMS_BYTES

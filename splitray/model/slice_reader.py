@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from splitray.arch import ModelArch, Range
+from splitray.errors import unsplittable
 from splitray.model.layout import is_norm
-from splitray.model.slicing import Cut
+from splitray.model.slicing import Cut, features
+from splitray.model.weights.held import HeldLinear, hold, hold_table
+from splitray.model.weights.quantised import Quantised, beside, joined, quantise
 
+_ROWS_AT_ONCE = 4096  # of a table, on the way to few bits
 _LOCAL_COUNTS = ("num_heads", "num_attention_heads")
 
 
@@ -39,6 +43,7 @@ class SliceReader:
     def __init__(self, *, source: Source, names: Mapping[nn.Module, str], arch: ModelArch, dtype: torch.dtype) -> None:
         """`names` gives each module's path in the whole model."""
         self.source, self.names, self.arch, self.dtype = source, names, arch, dtype
+        self._quantised = arch.format.is_quantised
 
     def narrow_counts(self, attention: Any, held: int) -> None:
         """Write the counts of the held heads on an attention module, wherever it keeps such a count."""
@@ -66,6 +71,9 @@ class SliceReader:
     def read_per_head(self, module: nn.Module, groups: tuple[Range, ...]) -> None:
         """Read what the plan does not name inside attention: norms for each head are cut, others read whole."""
         arch = self.arch
+        if self._holds(module):
+            self._hold(module)
+            return
         units = {arch.num_heads: arch.heads_per_group, arch.num_kv_heads: 1}
         if isinstance(module, nn.ModuleList) and len(module) in units:  # stablelm: one norm a head
             each = units[len(module)]
@@ -91,6 +99,8 @@ class SliceReader:
 
     def read_experts(self, module: Any, held: tuple[Range, ...]) -> None:
         """Read some whole experts and translate the router's choices to them."""
+        if self._quantised:
+            raise unsplittable(f"weights {self.arch.weights}", "linears", f"stacked experts in {self.names[module]}")
         experts = [e for r in held for e in range(r.start, r.stop)]
         names = [n for n, _ in module.named_parameters(recurse=False)]
         if set(names) == {"gate_up_proj", "down_proj"}:
@@ -121,7 +131,7 @@ class SliceReader:
         count = sum(r.count for r in ranges)
         transposed = isinstance(module, Conv1D)
         axis = (0 if cut.side == "out" else 1) ^ int(transposed)
-        module.weight = self.parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
+        weight = self.source.read(f"{name}.weight", axis=axis, ranges=ranges)
         if getattr(module, "bias", None) is not None:
             if cut.side == "out":
                 module.bias = self.parameter(self.source.read(f"{name}.bias", ranges=ranges))
@@ -129,6 +139,11 @@ class SliceReader:
                 module.bias = self.parameter(self.source.read(f"{name}.bias"))
             else:
                 module.bias = self.parameter(torch.zeros(module.bias.shape)) if transposed else None
+        if self._quantised:
+            blocks = [Range(0, count)] if cut.side == "out" else cut.blocks(ranges, total, self.arch.ffn_cuts)
+            self._keep(module, weight.t() if transposed else weight, blocks, sums=cut.side == "in")
+        else:
+            module.weight = self.parameter(weight)
         if transposed:
             setattr(module, "nf" if cut.side == "out" else "nx", count)
         else:
@@ -141,10 +156,52 @@ class SliceReader:
 
     def read_own(self, module: nn.Module) -> None:
         """Read every parameter of a module, not those of its children, whole."""
+        if self._holds(module):
+            self._hold(module)
+            return
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 full = f"{self.names[module]}.{name}"
                 setattr(module, name, self.parameter(self.source.read(full)))
+
+    def read_table(self, embedding: Any) -> Quantised | None:
+        """Read an embedding; its rows where they stay quantised."""
+        if not self._quantised:
+            self.read_all(embedding)
+            return None
+        rows = self.read_rows(f"{self.names[embedding]}.weight", [Range(0, embedding.num_embeddings)])
+        hold_table(embedding, rows)
+        return rows
+
+    def read_rows(self, name: str, ranges: Sequence[Range]) -> Quantised:
+        """Rows of a table, some thousand at a time, quantised."""
+        taken = [
+            Range(a, min(a + _ROWS_AT_ONCE, r.stop)) for r in ranges for a in range(r.start, r.stop, _ROWS_AT_ONCE)
+        ]
+        return joined([self._rounded(self.source.read(name, ranges=[r])) for r in taken])
+
+    def _holds(self, module: nn.Module) -> bool:
+        """Whether a whole module is a linear to be held in few bits: not a router, which decides."""
+        linear = self._quantised and type(module) in (nn.Linear, Conv1D)
+        return linear and features(module, "out") != self.arch.num_experts
+
+    def _hold(self, module: Any) -> None:
+        name = self.names[module]
+        if module.bias is not None:
+            module.bias = self.parameter(self.source.read(f"{name}.bias"))
+        weight = self.source.read(f"{name}.weight")
+        weight = weight.t() if isinstance(module, Conv1D) else weight
+        self._keep(module, weight, [Range(0, weight.shape[1])], sums=False)
+
+    def _keep(self, module: Any, weight_OI: Tensor, blocks: Sequence[Range], *, sums: bool) -> None:
+        parts = [self._rounded(weight_OI[:, b.start : b.stop]) for b in blocks] if sums else [self._rounded(weight_OI)]
+        if sums and not self.arch.fixed_sums:
+            parts, sums = [beside(parts)], False
+        hold(module, HeldLinear(parts, module.bias, sums=sums))
+
+    def _rounded(self, weight_OI: Tensor) -> Quantised:
+        kind = self.arch.format
+        return quantise(weight_OI, bits=kind.bits, group=kind.group_of(weight_OI.shape[1]))
 
     def read_buffers(self, module: nn.Module) -> None:
         """Read what a checkpoint stores of a module beside its parameters, for example a router's correction."""

@@ -54,6 +54,21 @@ class Cut:
             start += features
         return taken
 
+    def blocks(self, ranges: Sequence[Range], total: int, columns: Sequence[int]) -> list[Range]:
+        """The blocks in which sums are made, as ranges of the features that a device holds, which come from `ranges`.
+
+        One for each head group or expert; of FFN columns those between the borders `columns`.
+        """
+        (inputs,) = self.sections
+        borders = list(columns) if self.by == "columns" and columns else [i * inputs // total for i in range(total + 1)]
+        blocks, at = [], 0
+        for r in ranges:
+            inside = [b for b in borders if r.start <= b <= r.stop]
+            for a, b in zip(inside, inside[1:], strict=False):
+                blocks.append(Range(at, at + b - a))
+                at += b - a
+        return blocks
+
 
 def read_cuts(layer: nn.Module, layout: LayerLayout, config: PretrainedConfig, arch: ModelArch) -> dict[str, Cut]:
     """The cut of every projection of a layer, by its path inside the layer; none of what is held whole.

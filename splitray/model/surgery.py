@@ -29,6 +29,8 @@ from splitray.model.qk_norm import share_norm_sums
 from splitray.model.slice_reader import SliceReader, Source
 from splitray.model.slicing import Cut, read_cuts
 from splitray.model.split_layer import Exchange, LocalSubBlock, SplitLayer, WholeLayer
+from splitray.model.weights.held import HeldLinear, held, hold
+from splitray.model.weights.quantised import Quantised
 
 S = TypeVar("S", SplitLayer, WholeLayer)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -194,8 +196,11 @@ class Shard:
         Returns:
             This device's logits [batch, kept positions, its vocabulary rows]; no columns if it holds none.
         """
-        if self.lean is not None and new_tokens == batch == 1 and attention_mask is None and position_ids is None:
-            return self.lean.step(cache, tokens_BT)
+        if self.lean is not None and batch == 1 and attention_mask is None and position_ids is None:
+            if new_tokens == 1:
+                return self.lean.step(cache, tokens_BT)
+            if self.arch.sums_in_blocks:  # a row is then the same bits in a prompt and alone
+                return self.lean.rows(cache, tokens_BT, new_tokens, keep)
         inputs: dict[str, Any]
         if self.spec.embedding:
             assert tokens_BT is not None, "an embedding holder needs the tokens"
@@ -227,11 +232,14 @@ class Shard:
 
     def _ends(self, decoder: nn.Module) -> None:
         hidden, spec, layout = self.arch.hidden_dim, self.spec, self.layout
+        self._table: Quantised | None = None
         self.reader.read_own(decoder)
         for name, child in list(decoder.named_children()):
             if name not in layout.before + layout.after:
                 continue
-            if spec.vocab_rows if name in layout.after else spec.embedding:
+            if spec.embedding and child is self.embedding:
+                self._table = self.reader.read_table(child)
+            elif spec.vocab_rows if name in layout.after else spec.embedding:
                 self.reader.read_all(child)
             elif child is self.embedding:
                 self.embedding.weight = nn.Parameter(torch.empty(0, hidden, dtype=self.dtype), requires_grad=False)
@@ -247,19 +255,24 @@ class Shard:
             setattr(self.model.get_submodule(parent), child, self.head)
             return
         shares_table = self.arch.tied_embeddings and self.spec.embedding
+        own = f"{name}.weight"
+        stored = own if self.source.key(own) else f"{self._names[self.embedding]}.weight"
+        count = sum(r.count for r in rows)
+        if getattr(head, "bias", None) is not None:
+            head.bias = self.reader.parameter(self.source.read(f"{name}.bias", ranges=rows))
+        head.out_features = count
+        if self.arch.format.is_quantised:
+            table = self._table.taken(rows) if shares_table and self._table is not None else None
+            hold(head, HeldLinear([table or self.reader.read_rows(stored, rows)], head.bias, sums=False))
+            return
         if shares_table and len(rows) == 1:
             table = self.embedding.weight
             weight = table[rows[0].start : rows[0].stop]
         elif shares_table:
             weight = torch.cat([self.embedding.weight[r.start : r.stop] for r in rows])
         else:
-            own = f"{name}.weight"
-            stored = own if self.source.key(own) else f"{self._names[self.embedding]}.weight"
             weight = self.source.read(stored, ranges=rows).to(self.dtype)
         head.weight = nn.Parameter(weight, requires_grad=False)
-        head.out_features = weight.shape[0]
-        if getattr(head, "bias", None) is not None:
-            head.bias = self.reader.parameter(self.source.read(f"{name}.bias", ranges=rows))
 
     def _whole(self, layer: nn.Module, i: int) -> WholeLayer:
         held, layout = bool(self.spec.layers[i].groups), self.layout.of(i)
@@ -376,7 +389,8 @@ def _named_as(split: S, layer: nn.Module) -> S:
 def weight_bytes(shards: Sequence[Shard]) -> int:
     """Bytes of the distinct parameter storages of shards: what they share counts once."""
     storages = [p.untyped_storage() for s in shards for p in s.model.parameters()]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    few = {id(h): h.num_bytes for s in shards for m in s.model.modules() if (h := held(m)) is not None}
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + sum(few.values())
 
 
 def _ends_of(spec: ShardSpec) -> tuple[bool, tuple[Range, ...]]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from splitray.arch import ModelArch
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
-from splitray.errors import InputError
+from splitray.errors import InputError, ModelError
 from splitray.model.checked import check_weights
 from splitray.model.config import text_part, whole_config
 from splitray.model.folder import check_folder, has_weights
@@ -33,6 +33,7 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
+from splitray.weight_formats import as_format
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,12 @@ def model_path(model: str | Path) -> Path:
 
 
 def read_model(
-    model: str | Path, *, dtype: Dtype = "float32", topology: Topology | None = None
+    model: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    weights: str = "float32",
+    sums: str = "fixed",
+    topology: Topology | None = None,
 ) -> tuple[ModelArch, Layouts, bool]:
     """Counts and wiring of a model, and whether the lean loop is exact for it, after the self-test.
 
@@ -65,7 +71,29 @@ def read_model(
     config = read_config(folder)
     check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
-    return arch, layout, lean_is_exact(config)
+    lean = lean_is_exact(config)
+    return held_as(arch, weights, sums, lean=lean), layout, lean
+
+
+def held_as(arch: ModelArch, weights: str, sums: str, *, lean: bool) -> ModelArch:
+    """The counts of a model whose weights are held in a format.
+
+    Raises:
+        InputError: there is no such format, or none in which this model can be run.
+    """
+    kind = as_format(weights)
+    if not kind.is_quantised:
+        return arch
+    what, instead = f"weights {weights}", "use --weights float32"
+    if arch.dtype != "float32":
+        raise InputError(what, expected="--dtype float32 beside it", actual=arch.dtype, remedy="leave --dtype out")
+    if arch.num_experts or arch.whole_layers:
+        actual = "stacked experts" if arch.num_experts else "layers that nobody can cut"
+        raise ModelError(f"{arch.name}: {what}", expected="layers of linears", actual=actual, remedy=instead)
+    if sums == "fixed" and not lean:
+        raise ModelError(f"{arch.name}: {what}", expected="a model that the lean loop runs", actual="another form",
+                         remedy="use --sums fast: tokens may then depend on the placement")  # fmt: skip
+    return replace(arch, weights=weights, fixed_sums=sums == "fixed")
 
 
 def read_tokenizer(model: str | Path) -> Any:
@@ -180,6 +208,8 @@ def launch_engine(
     runtime: str = "process",
     seed: int = 0,
     dtype: Dtype = "float32",
+    weights: str = "float32",
+    sums: str = "fixed",
     fleet: Fleet | None = None,
     spin_s: float = 0.0,
     codec: str = "none",
@@ -202,6 +232,8 @@ def launch_engine(
         runtime: `local` (threads), `process` or `ray`.
         seed: seeds the planner.
         dtype: of weights and activations; token identity is promised in float32.
+        weights: the format in which devices hold them (weight_formats.py); rows and sums stay float32.
+        sums: `fixed` makes the sums of quantised weights the same bits wherever the pieces are, `fast` does not.
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
         codec: how partials and states travel between devices; `none` is exact, `auto` as a planner with V finds best.
@@ -230,7 +262,7 @@ def launch_engine(
     where = read_topology(topology, devices)
     progress("reading and testing the model")
     tokenizer = needed_tokenizer(model) if needs_text else read_tokenizer(model)
-    arch, layout, lean = read_model(model, dtype=dtype, topology=where)
+    arch, layout, lean = read_model(model, dtype=dtype, weights=weights, sums=sums, topology=where)
     if context is not None:
         arch = replace(arch, context_tokens=min(context, arch.context_tokens))
     progress("planning")

@@ -24,6 +24,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors", "arrays"),
         ("user_file", "results", "scratch", "own_code"),
         ("yaml_document", "card", "ray_address", "signals", "unfinished"),
+        ("weight_formats",),
         ("arch", "codecs", "channel", "text"),
         ("catalog",),
         ("topology",),
@@ -65,7 +66,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "splitray.runtime.device": (
         ("busy", "crossing", "speed", "lending"),
-        ("coded", "decode", "probes"),
+        ("fixed", "coded", "decode", "probes"),
         ("noisy",),
         ("holding",),
         ("kv_copy",),

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitray.model.kv_cache import KvCache, sliding_windows
-from splitray.model.lean.linears import Projection, array, transpose
-from splitray.model.lean.norms import heads_norm, norm_form, row_norm
+from splitray.model.lean.linears import Projection, array, project
+from splitray.model.lean.norms import heads_norm, norm_form, normed, row_norm
 from splitray.model.lean.not_lean import NotLean
 from splitray.model.lean.rope import Ropes
 from splitray.model.qk_norm import ProjectBoth
@@ -62,8 +62,7 @@ class Attention:
 
     def take_over(self) -> None:
         """Transpose the weights in place of HF's own layout."""
-        self.weight, self.bias = transpose(self._projections)
-        self.out, self.out_bias = transpose((self._out,))
+        self._project, self._sum = project(self._projections), project((self._out,))
 
     def _qk_norm(self, module: Any, q_name: str, k_name: str) -> Callable[[Array], None] | None:
         if not hasattr(module, q_name):
@@ -81,10 +80,16 @@ class Attention:
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum; writes its keys and values."""
-        heads, groups, d, turned, at = self.heads, self.groups, self.d, self._turned, cache.position
-        qkv = self.norm(x_D) @ self.weight
-        if self.bias is not None:
-            qkv += self.bias
+        return self._sum(self._attend(self._project(self.norm(x_D)), cache, cache.position))
+
+    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+        """As `partial` for the rows of one step, each of which is what it would be alone."""
+        rows = self._project(normed(self.norm, x_ND))
+        return self._sum(np.stack([self._attend(row, cache, cache.position + i) for i, row in enumerate(rows)]))
+
+    def _attend(self, qkv: Array, cache: KvCache, at: int) -> Array:
+        """What the heads take from the values up to the position `at`, side by side."""
+        heads, groups, d, turned = self.heads, self.groups, self.d, self._turned
         if self._by_head:
             qkv = qkv.reshape(heads, 3, d).transpose(1, 0, 2)
         qkv = qkv.reshape(heads + 2 * groups, d)
@@ -94,8 +99,8 @@ class Attention:
         rope = self.rope
         first, second = rope.pairs
         turned[:, first], turned[:, second] = qk[:, second], qk[:, first]
-        turned *= rope.sin_d
-        qk *= rope.cos_d
+        turned *= rope.sin_Sd[at]
+        qk *= rope.cos_Sd[at]
         qk += turned
         if self.turned_norm is not None:
             self.turned_norm(qk)
@@ -107,10 +112,8 @@ class Attention:
         start = at + 1 - self.window if at >= self.window else 0
         weights_GRS: Array = q_GRd @ keys_GSd[:, start : at + 1].transpose(0, 2, 1)  # type: ignore[assignment]
         self._soften(weights_GRS)
-        y: Array = (weights_GRS @ values_GSd[:, start : at + 1]).reshape(-1) @ self.out  # type: ignore[assignment]
-        if self.out_bias is not None:
-            np.add(y, self.out_bias, out=y)
-        return y
+        taken_GRd: Array = weights_GRS @ values_GSd[:, start : at + 1]  # type: ignore[assignment]
+        return taken_GRd.reshape(-1)
 
 
 def _linears(module: Any) -> tuple[tuple[Projection, ...], Projection]:

@@ -17,6 +17,7 @@ from splitray.arch import ModelArch
 from splitray.model.lean.linears import array
 from splitray.model.lean.not_lean import NotLean
 from splitray.model.split_layer import Array, SplitLayer
+from splitray.model.weights.held import held
 
 
 class Ends:
@@ -44,13 +45,14 @@ class Ends:
         rows_BTD = torch.randn(2, 2, arch.hidden_dim, generator=torch.Generator().manual_seed(0))
         inputs: dict[str, Any] = {"inputs_embeds": torch.zeros_like(rows_BTD)}
         if embedding is not None:
-            last = embedding.weight.shape[0] - 1
+            last = embedding.num_embeddings - 1
             inputs = {"input_ids": torch.tensor([[last // 2, last], [last, last // 2]])}
         with torch.inference_mode(), _without(layers, rows_BTD) as entered:
             logits = model(**inputs, use_cache=False).logits
         if embedding is not None:
             ids_BT = inputs["input_ids"]
-            found_BTD, bare_BTD = entered[0], embedding.weight[ids_BT]
+            table = held(embedding)
+            found_BTD, bare_BTD = entered[0], table.rows(ids_BT) if table else embedding.weight[ids_BT]
             self.scale = np.float32(_factor(found_BTD[0] - found_BTD[1], bare_BTD[0] - bare_BTD[1], "embedding"))
             if not _alike(found_BTD, float(self.scale) * bare_BTD):
                 ids_BS = ids_BT[:1, :1].expand(1, arch.context_tokens)

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from splitray.model.kv_cache import KvCache
 from splitray.model.lean.activations import gate_of
 from splitray.model.lean.experts import Experts, stacked_experts
-from splitray.model.lean.linears import transpose
-from splitray.model.lean.norms import norm_form, row_norm
+from splitray.model.lean.linears import project
+from splitray.model.lean.norms import norm_form, normed, row_norm
+from splitray.model.slicing import features
 from splitray.model.split_layer import Array, SplitLayer
 
 _GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
@@ -47,23 +48,22 @@ class GatedFfn:
         """`norm` comes before."""
         self._gates = [getattr(module, n) for n in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(module, n)]
         self._down = module.down_proj
-        self.columns, self.norm = self._down.weight.shape[1], norm
+        self.columns, self.norm = features(self._down, "in"), norm
         self._gate = gate_of(activation)
 
     def take_over(self) -> None:
         """Transpose the weights in place of HF's own layout."""
-        self.weight, self.bias = transpose(self._gates)
-        self.out, self.out_bias = transpose((self._down,))
+        self._project, self._sum = project(self._gates), project((self._down,))
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum for a residual."""
-        both = self.norm(x_D) @ self.weight
-        if self.bias is not None:
-            both += self.bias
-        y: Array = self._gate(both[: self.columns], both[self.columns :]) @ self.out
-        if self.out_bias is not None:
-            np.add(y, self.out_bias, out=y)
-        return y
+        both = self._project(self.norm(x_D))
+        return self._sum(self._gate(both[: self.columns], both[self.columns :]))
+
+    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+        """As `partial` for rows."""
+        rows = self._project(normed(self.norm, x_ND))
+        return self._sum(np.stack([self._gate(both[: self.columns], both[self.columns :]) for both in rows]))
 
 
 class OwnFfn:
@@ -80,7 +80,11 @@ class OwnFfn:
             experts.take_over()
         for module in self.module.modules():
             if type(module) in (nn.Linear, Conv1D):
-                transpose((module,))
+                project((module,))
+
+    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+        """As `partial` for rows, one by one: nobody knows what a module does with several."""
+        return np.stack([self.partial(x_D, cache) for x_D in x_ND])
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum for a residual."""

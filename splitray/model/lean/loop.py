@@ -23,12 +23,13 @@ from splitray.model.layout import Layouts
 from splitray.model.lean.attention import Attention
 from splitray.model.lean.ends import Ends
 from splitray.model.lean.ffn import read_ffn
-from splitray.model.lean.linears import array, transpose_head
-from splitray.model.lean.norms import norm_form, row_norm, settling
+from splitray.model.lean.linears import array, project_head
+from splitray.model.lean.norms import norm_form, normed, row_norm, settling
 from splitray.model.lean.not_lean import NotLean, trying
 from splitray.model.lean.own_attention import OwnAttention
 from splitray.model.lean.rope import Ropes
 from splitray.model.split_layer import Array, Exchange, LocalSubBlock, SplitLayer
+from splitray.model.weights.held import held
 
 Settle = Callable[[Array, Array], Array]
 
@@ -41,6 +42,9 @@ class LeanPiece(Protocol):
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum for a residual, a row of its own; attention writes KV."""
+
+    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+        """The same for the rows of a step, bit by bit what each one would be alone where weights are quantised."""
 
 
 class LeanLoop:
@@ -108,34 +112,77 @@ class LeanLoop:
         for part, piece in self.held.items():  # from here on nothing is refused any more
             if piece is not None and part not in known:
                 piece.take_over()
-        self.head: Array | None = None
-        self.head_bias: Array | None = None
-        self.table: Array | None = None
+        self.head: Callable[[Array], Array] | None = None
+        self.table: Any = None  # rows by tokens
         if same:
-            self.head, self.head_bias, self.table = same.head, same.head_bias, same.table
+            self.head, self.table = same.head, same.table
         else:
             if head is not None:
-                self.head, self.head_bias = transpose_head(head, embedding)
-            self.table = None if embedding is None else array(embedding.weight)
+                self.head = project_head(head, embedding)
+            if embedding is not None:
+                self.table = held(embedding) or array(embedding.weight)
 
     def step(self, cache: KvCache, tokens_BT: Tensor | None) -> Tensor:
         """One new token of one sequence; this device's logits [1, 1, rows] (no rows if it holds none)."""
-        self.ropes.begin(cache.position, cache.capacity)
+        self.ropes.reach(cache.position + 1, cache.capacity)
         x: Array | None = None
         if self.table is not None:
             assert tokens_BT is not None, "an embedding holder needs the tokens"
-            x = self.table[int(tokens_BT[0, 0])] * self._ends.scale
-            if self._ends.places_SD is not None:
-                x += self._ends.places_SD[cache.position]
+            x = self._embedded(int(tokens_BT[0, 0]), cache.position)
         with np.errstate(over="ignore"):
             x = self._through(x, cache)
         if self.head is None or self.norm is None or x is None:
             return torch.empty(1, 1, 0)
-        logits: Array = self.norm(x) @ self.head
-        if self.head_bias is not None:
-            logits += self.head_bias
+        logits = self.head(self.norm(x))
         self._ends.shape(logits)
         return torch.from_numpy(logits).view(1, 1, -1)
+
+    def rows(self, cache: KvCache, tokens_BT: Tensor | None, new_tokens: int, keep: int) -> Tensor:
+        """Several new tokens of one sequence, each computed as `step` does it; logits [1, keep, rows] of the last."""
+        self.ropes.reach(cache.position + new_tokens, cache.capacity)
+        x: Array | None = None
+        if self.table is not None:
+            assert tokens_BT is not None, "an embedding holder needs the tokens"
+            ids = tokens_BT[0].tolist()
+            x = np.stack([self._embedded(token, cache.position + i) for i, token in enumerate(ids)])
+        with np.errstate(over="ignore"):
+            x = self._rows_through(x, cache)
+        if self.head is None or self.norm is None or x is None:
+            return torch.empty(1, keep, 0)
+        logits_NV = self.head(normed(self.norm, x[-keep:]))
+        for logits in logits_NV:
+            self._ends.shape(logits)
+        return torch.from_numpy(logits_NV)[None]
+
+    def _embedded(self, token: int, position: int) -> Array:
+        x: Array = self.table[token] * self._ends.scale
+        if self._ends.places_SD is not None:
+            x += self._ends.places_SD[position]
+        return x
+
+    def _rows_through(self, x_ND: Array | None, cache: KvCache) -> Array | None:
+        """Through the layers of any family with the rows of a step."""
+
+        def leave(index: int, x_ND: Array | None, y_ND: Array | None, settle: Settle | None) -> Array | None:
+            def settle_rows(x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+                assert settle is not None, "a family that normalises sums"
+                rows = zip(x_BTD[0].numpy(), y_BTD[0].numpy(), strict=True)
+                return torch.from_numpy(np.stack([settle(x_D, y_D) for x_D, y_D in rows]))[None]
+
+            x, y = (None if rows is None else torch.from_numpy(rows)[None] for rows in (x_ND, y_ND))
+            out = self.exchange.cross(index, x, y, None if settle is None else settle_rows)
+            return None if out is None else out[0].numpy()
+
+        post_norm = self._through == self._settled
+        x_ND, index = leave(0, x_ND, None, None), 1
+        for attention, ffn, settles in zip(self.attention, self.ffn, self._settles, strict=True):
+            halves = ((attention, ffn),) if self._through == self._at_once else ((attention,), (ffn,))
+            for pieces, settle in zip(halves, settles, strict=False):
+                ys = [p.partials(x_ND, cache) for p in pieces if p is not None and x_ND is not None]
+                y_ND = sum(ys[1:], ys[0]) if ys else None
+                x_ND = leave(index, x_ND, y_ND, settle if post_norm else None)
+                index += 1
+        return x_ND
 
     def _added(self, x: Array | None, cache: KvCache) -> Array | None:
         """Through the layers of a family that adds sums to the residual as they are."""
@@ -181,6 +228,11 @@ class _Scaled:
 
     def __init__(self, piece: LeanPiece, scale: float) -> None:
         self.piece, self.scale, self.take_over = piece, np.float32(scale), piece.take_over
+
+    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+        y = self.piece.partials(x_ND, cache)
+        y *= self.scale
+        return y
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         y = self.piece.partial(x_D, cache)

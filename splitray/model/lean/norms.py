@@ -80,6 +80,11 @@ def row_norm(form: NormForm | None) -> Callable[[Array], Array]:
     return norm
 
 
+def normed(norm: Callable[[Array], Array], x_ND: Array) -> Array:
+    """The norm of each row by itself."""
+    return np.stack([norm(x_D) for x_D in x_ND])
+
+
 def heads_norm(form: NormForm) -> Callable[[Array], None]:
     """The norm of each head in place.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from splitray.model.kv_cache import KvCache
 from splitray.model.lean.attention import FOREVER, window_of
-from splitray.model.lean.linears import transpose
+from splitray.model.lean.linears import project
 from splitray.model.lean.norms import norm_form, row_norm
 from splitray.model.lean.not_lean import NotLean
 from splitray.model.lean.rope import rope_options
@@ -50,7 +51,16 @@ class OwnAttention:
         """Transpose the weights in place of HF's own layout."""
         for module in self._module.modules():
             if type(module) in (nn.Linear, Conv1D):
-                transpose((module,))
+                project((module,))
+
+    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+        """As `partial` for rows, one by one: nobody knows what a module does with several."""
+        first, rows = cache.position, []
+        for i, x_D in enumerate(x_ND):
+            cache.begin(first + i, 1)
+            rows.append(self.partial(x_D, cache))
+        cache.begin(first, len(x_ND))
+        return np.stack(rows)
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum; writes its keys and values."""

@@ -61,19 +61,15 @@ class Ropes:
             self._kinds[key] = rope if turns else Rope(None, layer.attention_module, head_dim, kind)
         return self._kinds[key]
 
-    def begin(self, position: int, capacity: int) -> None:
-        """Let every one stand at a position, with tables as long as the KV cache."""
+    def reach(self, positions: int, capacity: int) -> None:
+        """Let every table have so many positions, and as many as the KV cache if it grows."""
         for rope in self._kinds.values():
-            if position >= len(rope.cos_Sd):
-                rope.grow(max(capacity, position + 1))
-            rope.cos_d, rope.sin_d = rope.cos_Sd[position], rope.sin_Sd[position]
+            if positions > len(rope.cos_Sd):
+                rope.grow(max(capacity, positions))
 
 
 class Rope:
-    """Tables that grow; features that do not turn have cos 1 and sin 0. `cos_d` and `sin_d` are of one position."""
-
-    cos_d: Array
-    sin_d: Array
+    """Tables that grow; features that do not turn have cos 1 and sin 0."""
 
     def __init__(self, rotary: Any, attention: nn.Module | None, head_dim: int, layer_type: str | None) -> None:
         """Find out which features turn, and how they are paired.

@@ -17,6 +17,7 @@ from splitray.channel import Receiver
 from splitray.route import Route
 from splitray.runtime.device.coded import CodedCrossing
 from splitray.runtime.device.crossing import Crossing
+from splitray.runtime.device.fixed import FixedCrossing
 from splitray.runtime.wire import Wire
 
 
@@ -24,8 +25,9 @@ def crossing_of(device: str, route: Route, arch: ModelArch, wire: Wire) -> Cross
     """The crossing that a route asks for: exact, coded, or over a channel."""
     if route.channel is not None:
         return NoisyCrossing(device, route, arch, wire)
-    kind = Crossing if route.codec == "none" else CodedCrossing
-    return kind(device, route, arch, wire)
+    if route.codec != "none":
+        return CodedCrossing(device, route, arch, wire)
+    return (FixedCrossing if arch.sums_in_blocks else Crossing)(device, route, arch, wire)
 
 
 class NoisyCrossing(CodedCrossing):

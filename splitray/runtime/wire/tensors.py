@@ -5,10 +5,10 @@ from torch import Tensor
 
 from splitray.runtime.wire.frames import Frame
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-                "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
+                "float16": torch.float16, "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_NUMPY_KNOWS = {torch.float32, torch.int32, torch.int64, torch.uint8, torch.float16}
+_NUMPY_KNOWS = {torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.float16}
 
 
 def payload_of(tensor: Tensor) -> tuple[Tensor, memoryview]:

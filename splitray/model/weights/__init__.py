@@ -1,0 +1,1 @@
+"""How a device holds the weights of a linear, and how it multiplies by them."""

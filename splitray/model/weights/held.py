@@ -1,0 +1,91 @@
+"""A linear whose weights are held in few bits, in the place of transformers' own.
+
+Shapes: N rows, I inputs, O outputs, B blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from splitray.arrays import Floats32
+from splitray.model.weights.quantised import Quantised
+from splitray.model.weights.sums import Floats64, on_grid
+
+
+class HeldLinear:
+    """x W^T + bias for rows; with blocks of the inputs, a sum on the grid of sums.py that others' sums add up with."""
+
+    def __init__(self, blocks: Sequence[Quantised], bias: Tensor | None, *, sums: bool) -> None:
+        """`sums`: the outputs are partial sums in fixed blocks, as float64; else there is one block."""
+        from splitray.model.weights.kernel import Kernel  # half a second that plain weights need not wait for
+
+        assert sums or len(blocks) == 1, "blocks are for sums"
+        self._kernel, self._sums, self._blocks = Kernel(blocks), sums, len(blocks)
+        self.num_bytes, self.inputs = self._kernel.num_bytes, self._kernel.inputs
+        given: Any = None if bias is None else bias.detach().float().numpy()
+        self._bias: Any = on_grid(given) if sums and given is not None else given
+
+    def __call__(self, x_NI: Floats32) -> Floats32 | Floats64:
+        """[N, O]: each row as it would be alone."""
+        y: Any = self._kernel(np.ascontiguousarray(x_NI))
+        if self._sums:
+            y = on_grid(y)
+            if self._blocks > 1:
+                y = y.sum(0)
+        if self._bias is not None:
+            y += self._bias
+        return y  # type: ignore[no-any-return]
+
+
+def hold(module: Any, linear: HeldLinear) -> None:
+    """Let a linear of transformers compute by a held one; its own weight goes."""
+    module.held = linear
+    module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    module.bias = None
+
+    def forward(x: Tensor) -> Tensor:
+        y = torch.from_numpy(linear(x.reshape(-1, linear.inputs).numpy()))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    module.forward = forward
+
+
+def held(module: object) -> Any:
+    """The `HeldLinear` or `HeldTable` behind a module; None where its weights are plain."""
+    return getattr(module, "held", None)
+
+
+class HeldTable:
+    """Rows of an embedding in few bits."""
+
+    def __init__(self, rows: Quantised) -> None:
+        """`rows` stay as they are."""
+        self._rows, self.num_bytes = rows, rows.num_bytes
+
+    def __getitem__(self, token: int) -> Floats32:
+        """One row, in memory of its own."""
+        return self._rows.rows([token])[0]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of tokens, without what a family does to them."""
+        found = self._rows.rows(ids.reshape(-1).tolist())
+        return torch.from_numpy(np.ascontiguousarray(found)).view(*ids.shape, -1)
+
+
+def hold_table(embedding: Any, rows: Quantised) -> None:
+    """Let an embedding of transformers take its rows from a held table: its own code gets those of a step alone."""
+    table = embedding.held = HeldTable(rows)
+    embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(ids: Tensor) -> Tensor:
+        few = copy.copy(embedding)
+        few._parameters = {"weight": nn.Parameter(table.rows(ids.reshape(-1)), requires_grad=False)}
+        return type(embedding).forward(few, torch.arange(ids.numel()).view(ids.shape))  # type: ignore[no-any-return]
+
+    embedding.forward = forward
