@@ -26,6 +26,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
     runtime: options.Runtime = "process",
     dtype: options.Dtype = "float32",
+    weights: options.Weights = "float32",
+    sums: options.Sums = "fixed",
     codec: options.ChosenCodec = "none",
     channel: Annotated[
         str, typer.Option(help="What happens on the way, as in perplexity: loss:0.1.", metavar="CHANNEL")
@@ -80,6 +82,8 @@ def generate(
                 runtime=runtime,
                 seed=seed,
                 dtype=dtype,
+                weights=weights,
+                sums=sums,
                 codec=codec,
                 channel=as_channel(channel, seed=seed),
                 recovery=Recovery(replan="drift_plus_penalty"),

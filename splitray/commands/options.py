@@ -27,6 +27,13 @@ Runtime = Annotated[
     Literal["local", "process", "ray"], typer.Option(help="Devices are threads, processes or Ray actors.")
 ]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")]
+Weights = Annotated[
+    str, typer.Option(help="How devices hold the weights: float32, int8, int4, int4/128.", metavar="FORMAT")
+]
+Sums = Annotated[
+    Literal["fixed", "fast"],
+    typer.Option(help="fixed: with quantised weights too, no token depends on the placement."),
+]
 PlanDtype = Annotated[
     Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")
 ]

@@ -33,7 +33,7 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
-from splitray.weight_formats import as_format
+from splitray.weight_formats import ROWS, as_format
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,15 @@ def held_as(arch: ModelArch, weights: str, sums: str, *, lean: bool) -> ModelArc
     if arch.num_experts or arch.whole_layers:
         actual = "stacked experts" if arch.num_experts else "layers that nobody can cut"
         raise ModelError(f"{arch.name}: {what}", expected="layers of linears", actual=actual, remedy=instead)
-    if sums == "fixed" and not lean:
-        raise ModelError(f"{arch.name}: {what}", expected="a model that the lean loop runs", actual="another form",
-                         remedy="use --sums fast: tokens may then depend on the placement")  # fmt: skip
+    apart = [
+        (not lean, "a model that the lean loop runs", "another form"),
+        (arch.qk_norm_over_heads, "q and k normalised head by head", "a norm over all heads"),
+        (arch.head_dim % ROWS > 0, f"heads of a multiple of {ROWS} features", f"{arch.head_dim} features"),
+    ]
+    for is_so, expected, actual in apart:
+        if is_so and sums == "fixed":
+            raise ModelError(f"{arch.name}: {what} --sums fixed", expected=expected, actual=actual,
+                             remedy="use --sums fast: tokens may then depend on the placement")  # fmt: skip
     return replace(arch, weights=weights, fixed_sums=sums == "fixed")
 
 

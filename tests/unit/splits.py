@@ -23,6 +23,7 @@ from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
+from splitray.runtime.launch import held_as
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import DeviceId, Link, Topology
@@ -62,13 +63,16 @@ def split(
     codec: Codec = "none",
     channel: NoisyChannel | None = None,
     recovery: Recovery | None = None,
+    weights: str = "float32",
+    sums: str = "fixed",
 ) -> Iterator[Engine]:
     """The model in memory, split over threads."""
     arch, layout = read_arch(model.config)
+    lean = self_test(model.config) if lean is None else lean
+    arch = held_as(arch, weights, sums, lean=lean)
     where = topology or Topology.uniform(devices)
     state = ClusterState(arch=arch, topology=where)
     chosen = placement or make_planner(planner, seed=seed).propose(state)
-    lean = self_test(model.config) if lean is None else lean
     fleet = ThreadFleet(source=StateDictSource(model), deadline_s=20)
     with Engine(fleet=fleet, model_path="", arch=arch, layout=layout, topology=where, placement=chosen,
                 lean=lean, codec=codec, channel=channel, recovery=recovery) as engine:  # fmt: skip

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitray.model.split_layer import Array
+
+_LANES = 64  # four vectors of sixteen: as many as torch takes at once
 
 Gate = Callable[[Array, Array], Array]
 
@@ -21,11 +23,28 @@ def gate_of(activation: nn.Module) -> Gate:
     if "SiLU" in type(activation).__name__:
         return _silu
 
+    even = evenly(activation)
+
     def gate(gate_F: Array, up_F: Array) -> Array:
-        up_F *= activation(torch.from_numpy(gate_F)).numpy()
+        up_F *= even(torch.from_numpy(gate_F)).numpy()
         return up_F
 
     return gate
+
+
+def evenly(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An activation that computes each number to the same bits, wherever it stands and however many there are.
+
+    torch takes another way for the numbers that are left over when its vectors are full, so none are left over.
+    """
+
+    def even(x: Tensor) -> Tensor:
+        count = x.numel()
+        full = x.new_zeros(-(-count // _LANES) * _LANES)
+        full[:count] = x.reshape(-1)
+        return activation(full)[:count].view(x.shape)
+
+    return even
 
 
 def _silu(gate_F: Array, up_F: Array) -> Array:

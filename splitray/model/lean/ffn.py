@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitray.model.kv_cache import KvCache
-from splitray.model.lean.activations import gate_of
+from splitray.model.lean.activations import evenly, gate_of
 from splitray.model.lean.experts import Experts, stacked_experts
 from splitray.model.lean.linears import project
 from splitray.model.lean.norms import norm_form, normed, row_norm
@@ -81,6 +81,8 @@ class OwnFfn:
         for module in self.module.modules():
             if type(module) in (nn.Linear, Conv1D):
                 project((module,))
+            elif "activation" in type(module).__module__ or type(module).__module__.startswith("torch.nn.modules.act"):
+                module.forward = evenly(module.forward)  # type: ignore[method-assign]
 
     def partials(self, x_ND: Array, cache: KvCache) -> Array:
         """As `partial` for rows, one by one: nobody knows what a module does with several."""
