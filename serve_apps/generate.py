@@ -35,6 +35,10 @@ class Args(BaseModel):
         default=None, description="folder or URL that all devices reach, for KV of running requests"
     )
     replan: str | None = Field(default=None, description="planner, likewise, that moves the placement as links change")
+    weights: str = Field(default="float32", description="format of the weights: float32, int8, int4, int4/128")
+    sums: Literal["fixed", "fast"] = Field(
+        default="fixed", description="fixed: with quantised weights too, no token depends on the placement"
+    )
     context: int | None = Field(
         default=None, ge=2, description="longest request in tokens, for which room is kept; longer ones are refused"
     )
@@ -107,6 +111,8 @@ def _launch(args: Args) -> ServedEngine:
         runtime=args.runtime,
         seed=args.seed,
         replan=args.replan,
+        weights=args.weights,
+        sums=args.sums,
         context=args.context,
         start_s=args.start_s,
     )

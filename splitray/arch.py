@@ -1,10 +1,10 @@
 """What a decoder looks like to a planner: counts and sizes, no torch, no weights, no devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from splitray.errors import ModelError
-from splitray.weight_formats import WeightFormat, as_format
+from splitray.errors import InputError, ModelError
+from splitray.weight_formats import ROWS, WeightFormat, as_format
 
 
 class Range(NamedTuple):
@@ -164,3 +164,32 @@ class ModelArch:
         groups = "attention whole" if self.num_kv_heads == 1 else f"{self.num_kv_heads} head groups"
         units = "FFN whole" if self.ffn_dim == 1 else f"{self.ffn_dim} {'experts' if self.num_experts else 'columns'}"
         return f"{groups}, {units}"
+
+
+def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = True) -> ModelArch:
+    """The counts of a model whose weights are held in a format.
+
+    `lean` says whether the lean loop runs the model: only that makes sums in fixed blocks.
+
+    Raises:
+        InputError: there is no such format, or none in which this model can be run.
+    """
+    kind = as_format(weights)
+    if not kind.is_quantised:
+        return arch
+    what, instead = f"weights {weights}", "use --weights float32"
+    if arch.dtype != "float32":
+        raise InputError(what, expected="--dtype float32 beside it", actual=arch.dtype, remedy="leave --dtype out")
+    if arch.num_experts or arch.whole_layers:
+        actual = "stacked experts" if arch.num_experts else "layers that nobody can cut"
+        raise ModelError(f"{arch.name}: {what}", expected="layers of linears", actual=actual, remedy=instead)
+    apart = [
+        (not lean, "a model that the lean loop runs", "another form"),
+        (arch.qk_norm_over_heads, "q and k normalised head by head", "a norm over all heads"),
+        (arch.head_dim % ROWS > 0, f"heads of a multiple of {ROWS} features", f"{arch.head_dim} features"),
+    ]
+    for is_so, expected, actual in apart:
+        if is_so and sums == "fixed":
+            raise ModelError(f"{arch.name}: {what} --sums fixed", expected=expected, actual=actual,
+                             remedy="use --sums fast: tokens may then depend on the placement")  # fmt: skip
+    return replace(arch, weights=weights, fixed_sums=sums == "fixed")

@@ -34,6 +34,9 @@ Sums = Annotated[
     Literal["fixed", "fast"],
     typer.Option(help="fixed: with quantised weights too, no token depends on the placement."),
 ]
+PlanWeights = Annotated[
+    str | None, typer.Option(help="Likewise, with float32 rows (they have the --dtype).", metavar="FORMAT")
+]
 PlanDtype = Annotated[
     Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")
 ]

@@ -19,6 +19,8 @@ def plan(
     codec: options.ChosenCodec = "none",
     channel: options.Channel = "none",
     dtype: options.PlanDtype = None,
+    weights: options.PlanWeights = None,
+    sums: options.Sums = "fixed",
     seed: options.Seed = 0,
     limit_s: Annotated[
         float,
@@ -38,7 +40,7 @@ def plan(
         try_file(out)
     with stdout_kept(as_json):
         where = Topology.load(topology)
-        arch = read_model_arch(model, dtype=dtype)
+        arch = read_model_arch(model, dtype=dtype, weights=weights, sums=sums)
         found = priced(
             arch, where, planner, context_tokens=context, seed=seed, codec=codec, channel=channel, limit_s=limit_s
         )

@@ -27,6 +27,8 @@ def serve(
     planner: options.Planner = None,
     placement: options.PlacementFile = None,
     replan: options.Replan = None,
+    weights: options.Weights = "float32",
+    sums: options.Sums = "fixed",
     runtime: options.Runtime = "ray",
     host: Annotated[
         str, typer.Option(help="0.0.0.0 lets other machines in; clients are not authenticated.", metavar="IP")
@@ -54,7 +56,7 @@ def serve(
         from splitray.runtime.launch import decide, needed_tokenizer, read_model, read_topology
 
         where = read_topology(topology, devices)
-        arch, _, _ = read_model(model, topology=where)
+        arch, _, _ = read_model(model, weights=weights, sums=sums, topology=where)
         if replan is not None:
             make_planner(replan)  # a wrong name is refused before anything starts
         chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed,
@@ -63,7 +65,8 @@ def serve(
     console.print(placement_picture(chosen, arch, where))
     arguments: dict[str, Any] = {
         "model": model, "topology": topology, "devices": devices, "planner": planner, "placement": placement,
-        "replan": replan, "runtime": runtime, "seed": seed, "context": context, "start_s": start_s,
+        "replan": replan, "weights": weights, "sums": sums, "runtime": runtime,
+        "seed": seed, "context": context, "start_s": start_s,
         "trust_request_chat_template": trust_request_chat_template,
     }  # fmt: skip
     with ExitStack() as stack:

@@ -59,6 +59,8 @@ def simulate(
     ] = "none",
     channel: options.Channel = "none",
     dtype: options.PlanDtype = None,
+    weights: options.PlanWeights = None,
+    sums: options.Sums = "fixed",
     seed: options.Seed = 0,
     staged: Annotated[bool, typer.Option("--staged/--not-staged", help="Weights lie on every device's disk.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write results, samples and plots into it.", metavar="DIR")] = None,
@@ -71,6 +73,7 @@ def simulate(
     asked = Comparison(
         model=model, topology=topology, planners=planners, bandwidth_trace=bandwidth_trace, rtt_trace=rtt_trace,
         arrivals=arrivals, slots=slots, slot_s=slot_s, background=background, lose=lose, codec=codec, dtype=dtype,
+        weights=weights, sums=sums,
         channel=channel, seed=seed, staged=staged, edges=edges, shared_cloud=shared_cloud,
     )  # fmt: skip
     with ExitStack() as stack:

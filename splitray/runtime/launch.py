@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from transformers import AutoModelForCausalLM
 
-from splitray.arch import ModelArch
+from splitray.arch import ModelArch, held_as
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
-from splitray.errors import InputError, ModelError
+from splitray.errors import InputError
 from splitray.model.checked import check_weights
 from splitray.model.config import text_part, whole_config
 from splitray.model.folder import check_folder, has_weights
@@ -33,7 +33,6 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
-from splitray.weight_formats import ROWS, as_format
 
 logger = logging.getLogger(__name__)
 
@@ -72,34 +71,7 @@ def read_model(
     check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
     lean = lean_is_exact(config)
-    return held_as(arch, weights, sums, lean=lean), layout, lean
-
-
-def held_as(arch: ModelArch, weights: str, sums: str, *, lean: bool) -> ModelArch:
-    """The counts of a model whose weights are held in a format.
-
-    Raises:
-        InputError: there is no such format, or none in which this model can be run.
-    """
-    kind = as_format(weights)
-    if not kind.is_quantised:
-        return arch
-    what, instead = f"weights {weights}", "use --weights float32"
-    if arch.dtype != "float32":
-        raise InputError(what, expected="--dtype float32 beside it", actual=arch.dtype, remedy="leave --dtype out")
-    if arch.num_experts or arch.whole_layers:
-        actual = "stacked experts" if arch.num_experts else "layers that nobody can cut"
-        raise ModelError(f"{arch.name}: {what}", expected="layers of linears", actual=actual, remedy=instead)
-    apart = [
-        (not lean, "a model that the lean loop runs", "another form"),
-        (arch.qk_norm_over_heads, "q and k normalised head by head", "a norm over all heads"),
-        (arch.head_dim % ROWS > 0, f"heads of a multiple of {ROWS} features", f"{arch.head_dim} features"),
-    ]
-    for is_so, expected, actual in apart:
-        if is_so and sums == "fixed":
-            raise ModelError(f"{arch.name}: {what} --sums fixed", expected=expected, actual=actual,
-                             remedy="use --sums fast: tokens may then depend on the placement")  # fmt: skip
-    return replace(arch, weights=weights, fixed_sums=sums == "fixed")
+    return held_as(arch, weights, sums=sums, lean=lean), layout, lean
 
 
 def read_tokenizer(model: str | Path) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from splitray.arch import held_as
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.model.reading import read_arch
@@ -23,7 +24,6 @@ from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
-from splitray.runtime.launch import held_as
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import DeviceId, Link, Topology
@@ -69,7 +69,7 @@ def split(
     """The model in memory, split over threads."""
     arch, layout = read_arch(model.config)
     lean = self_test(model.config) if lean is None else lean
-    arch = held_as(arch, weights, sums, lean=lean)
+    arch = held_as(arch, weights, sums=sums, lean=lean)
     where = topology or Topology.uniform(devices)
     state = ClusterState(arch=arch, topology=where)
     chosen = placement or make_planner(planner, seed=seed).propose(state)

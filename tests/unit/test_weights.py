@@ -11,7 +11,7 @@ import torch
 from families import family_config, family_model
 from splits import another, moved_while_generating, slow_devices, split, threads_of
 
-from splitray.arch import ModelArch, Range
+from splitray.arch import ModelArch, Range, held_as
 from splitray.errors import InputError, ModelError
 from splitray.fitted import fitted
 from splitray.model.reading import read_arch
@@ -23,7 +23,7 @@ from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import trials
 from splitray.runtime.engine.policy import Recovery
-from splitray.runtime.launch import held_as, launch_engine
+from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Chooser, Sampling
 from splitray.topology import Topology
 from splitray.weight_formats import FORMATS, NUM_BLOCKS, as_format
@@ -138,7 +138,7 @@ def test_columns_are_cut_between_groups_in_sixteen_parts(weights, columns):
 
 def quantised_arch(name: str, weights: str) -> ModelArch:
     arch, _ = read_arch(family_config(name))
-    return held_as(arch, weights, "fixed", lean=True)
+    return held_as(arch, weights, sums="fixed", lean=True)
 
 
 @pytest.mark.parametrize("weights", QUANTISED)
@@ -168,17 +168,17 @@ def test_what_cannot_be_held_in_few_bits_is_refused():
         as_format("int3")
     arch, _ = read_arch(family_config("mixtral"))
     with pytest.raises(ModelError, match="stacked experts"):
-        held_as(arch, "int4", "fixed", lean=True)
+        held_as(arch, "int4", sums="fixed", lean=True)
     arch, _ = read_arch(family_config("llama"))
     with pytest.raises(ModelError, match="--sums fast"):
-        held_as(arch, "int4", "fixed", lean=False)
+        held_as(arch, "int4", sums="fixed", lean=False)
     for name in ("olmo2", "gemma2"):  # heads of ten features there
         arch, _ = read_arch(family_config(name))
         with pytest.raises(ModelError, match="--sums fast"):
-            held_as(arch, "int4", "fixed", lean=True)
-        assert not held_as(arch, "int4", "fast", lean=True).sums_in_blocks
+            held_as(arch, "int4", sums="fixed", lean=True)
+        assert not held_as(arch, "int4", sums="fast", lean=True).sums_in_blocks
     with pytest.raises(InputError, match="--dtype"):
-        held_as(replace(arch, dtype="bfloat16"), "int4", "fixed", lean=True)
+        held_as(replace(arch, dtype="bfloat16"), "int4", sums="fixed", lean=True)
 
 
 @pytest.fixture
