@@ -114,7 +114,7 @@ class ModelArch:
 
     def weight_bytes(self, num_params: int) -> int:
         """Bytes that so many weights take: by their format or `weight_bits` where they have one, else by `dtype`."""
-        bits = self.format.resident_bits if self.format.is_quantised else self.weight_bits
+        bits = self.format.resident_bits if self.format.is_held else self.weight_bits
         return num_params * self.dtype_bytes if bits is None else round(num_params * bits / 8)
 
     @property
@@ -175,7 +175,7 @@ def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = 
         InputError: there is no such format, or none in which this model can be run.
     """
     kind = as_format(weights)
-    if not kind.is_quantised:
+    if not kind.is_held:
         return arch
     what, instead = f"weights {weights}", "use --weights float32"
     if arch.dtype != "float32":
@@ -189,7 +189,7 @@ def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = 
         (arch.head_dim % ROWS > 0, f"heads of a multiple of {ROWS} features", f"{arch.head_dim} features"),
     ]
     for is_so, expected, actual in apart:
-        if is_so and sums == "fixed":
+        if is_so and kind.is_quantised and sums == "fixed":
             raise ModelError(f"{arch.name}: {what} --sums fixed", expected=expected, actual=actual,
                              remedy="use --sums fast: tokens may then depend on the placement")  # fmt: skip
     return replace(arch, weights=weights, fixed_sums=sums == "fixed")

@@ -28,6 +28,11 @@ class WeightFormat:
     resident_bits: float = 0.0
 
     @property
+    def is_held(self) -> bool:
+        """Whether linears keep weights in another form than that of the rows they multiply."""
+        return self.name != "float32"
+
+    @property
     def is_quantised(self) -> bool:
         """Whether weights share scales."""
         return self.group > 0
@@ -54,6 +59,8 @@ FORMATS = {
     f.name: f
     for f in (
         WeightFormat("float32", 32, resident_bits=32),
+        WeightFormat("bfloat16", 16, resident_bits=16),
+        WeightFormat("float16", 16, resident_bits=16),
         WeightFormat("int8", 8, 32, resident_bits=11),
         WeightFormat("int4", 4, 32, resident_bits=7.2),
         WeightFormat("int4/128", 4, 128, resident_bits=4.8),

@@ -15,7 +15,8 @@ from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
 from splitray.model.layout import is_norm
 from splitray.model.slicing import Cut, features
-from splitray.model.weights.held import HeldLinear, hold, hold_table
+from splitray.model.weights.halves import HalfMatrix
+from splitray.model.weights.held import Matrix, hold, hold_table, linear_of
 from splitray.model.weights.quantised import Quantised, beside, joined, quantise
 
 _ROWS_AT_ONCE = 4096  # of a table, on the way to few bits
@@ -43,7 +44,7 @@ class SliceReader:
     def __init__(self, *, source: Source, names: Mapping[nn.Module, str], arch: ModelArch, dtype: torch.dtype) -> None:
         """`names` gives each module's path in the whole model."""
         self.source, self.names, self.arch, self.dtype = source, names, arch, dtype
-        self._quantised = arch.format.is_quantised
+        self._holding = arch.format.is_held
 
     def narrow_counts(self, attention: Any, held: int) -> None:
         """Write the counts of the held heads on an attention module, wherever it keeps such a count."""
@@ -99,7 +100,7 @@ class SliceReader:
 
     def read_experts(self, module: Any, held: tuple[Range, ...]) -> None:
         """Read some whole experts and translate the router's choices to them."""
-        if self._quantised:
+        if self._holding:
             raise unsplittable(f"weights {self.arch.weights}", "linears", f"stacked experts in {self.names[module]}")
         experts = [e for r in held for e in range(r.start, r.stop)]
         names = [n for n, _ in module.named_parameters(recurse=False)]
@@ -139,7 +140,7 @@ class SliceReader:
                 module.bias = self.parameter(self.source.read(f"{name}.bias"))
             else:
                 module.bias = self.parameter(torch.zeros(module.bias.shape)) if transposed else None
-        if self._quantised:
+        if self._holding:
             blocks = [Range(0, count)] if cut.side == "out" else cut.blocks(ranges, total, self.arch.ffn_cuts)
             self._keep(module, weight.t() if transposed else weight, blocks, sums=cut.side == "in")
         else:
@@ -164,17 +165,19 @@ class SliceReader:
                 full = f"{self.names[module]}.{name}"
                 setattr(module, name, self.parameter(self.source.read(full)))
 
-    def read_table(self, embedding: Any) -> Quantised | None:
-        """Read an embedding; its rows where they stay quantised."""
-        if not self._quantised:
+    def read_table(self, embedding: Any) -> Matrix | None:
+        """Read an embedding; its rows where they stay in fewer bits."""
+        if not self._holding:
             self.read_all(embedding)
             return None
         rows = self.read_rows(f"{self.names[embedding]}.weight", [Range(0, embedding.num_embeddings)])
         hold_table(embedding, rows)
         return rows
 
-    def read_rows(self, name: str, ranges: Sequence[Range]) -> Quantised:
-        """Rows of a table, some thousand at a time, quantised."""
+    def read_rows(self, name: str, ranges: Sequence[Range]) -> Matrix:
+        """Rows of a table in the format; quantised some thousand at a time."""
+        if not self.arch.format.is_quantised:
+            return self._half(self.source.read(name, ranges=ranges))
         taken = [
             Range(a, min(a + _ROWS_AT_ONCE, r.stop)) for r in ranges for a in range(r.start, r.stop, _ROWS_AT_ONCE)
         ]
@@ -182,7 +185,7 @@ class SliceReader:
 
     def _holds(self, module: nn.Module) -> bool:
         """Whether a whole module is a linear to be held in few bits: not a router, which decides."""
-        linear = self._quantised and type(module) in (nn.Linear, Conv1D)
+        linear = self._holding and type(module) in (nn.Linear, Conv1D)
         return linear and features(module, "out") != self.arch.num_experts
 
     def _hold(self, module: Any) -> None:
@@ -194,10 +197,16 @@ class SliceReader:
         self._keep(module, weight, [Range(0, weight.shape[1])], sums=False)
 
     def _keep(self, module: Any, weight_OI: Tensor, blocks: Sequence[Range], *, sums: bool) -> None:
+        if not self.arch.format.is_quantised:
+            hold(module, linear_of([self._half(weight_OI)], module.bias, sums=False))
+            return
         parts = [self._rounded(weight_OI[:, b.start : b.stop]) for b in blocks] if sums else [self._rounded(weight_OI)]
         if sums and not self.arch.fixed_sums:
             parts, sums = [beside(parts)], False
-        hold(module, HeldLinear(parts, module.bias, sums=sums))
+        hold(module, linear_of(parts, module.bias, sums=sums))
+
+    def _half(self, weight_OI: Tensor) -> HalfMatrix:
+        return HalfMatrix(weight_OI.to(getattr(torch, self.arch.weights)).contiguous())
 
     def _rounded(self, weight_OI: Tensor) -> Quantised:
         kind = self.arch.format

@@ -29,8 +29,7 @@ from splitray.model.qk_norm import share_norm_sums
 from splitray.model.slice_reader import SliceReader, Source
 from splitray.model.slicing import Cut, read_cuts
 from splitray.model.split_layer import Exchange, LocalSubBlock, SplitLayer, WholeLayer
-from splitray.model.weights.held import HeldLinear, held, hold
-from splitray.model.weights.quantised import Quantised
+from splitray.model.weights.held import Matrix, held, hold, linear_of
 
 S = TypeVar("S", SplitLayer, WholeLayer)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -232,7 +231,7 @@ class Shard:
 
     def _ends(self, decoder: nn.Module) -> None:
         hidden, spec, layout = self.arch.hidden_dim, self.spec, self.layout
-        self._table: Quantised | None = None
+        self._table: Matrix | None = None
         self.reader.read_own(decoder)
         for name, child in list(decoder.named_children()):
             if name not in layout.before + layout.after:
@@ -261,9 +260,9 @@ class Shard:
         if getattr(head, "bias", None) is not None:
             head.bias = self.reader.parameter(self.source.read(f"{name}.bias", ranges=rows))
         head.out_features = count
-        if self.arch.format.is_quantised:
+        if self.arch.format.is_held:
             table = self._table.taken(rows) if shares_table and self._table is not None else None
-            hold(head, HeldLinear([table or self.reader.read_rows(stored, rows)], head.bias, sums=False))
+            hold(head, linear_of([table or self.reader.read_rows(stored, rows)], head.bias, sums=False))
             return
         if shares_table and len(rows) == 1:
             table = self.embedding.weight

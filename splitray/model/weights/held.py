@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from splitray.arrays import Floats32
+from splitray.model.weights.halves import HalfLinear, HalfMatrix
 from splitray.model.weights.quantised import Quantised
 from splitray.model.weights.sums import Floats64, on_grid
+
+Matrix = Quantised | HalfMatrix
 
 
 class HeldLinear:
@@ -43,7 +46,15 @@ class HeldLinear:
         return y  # type: ignore[no-any-return]
 
 
-def hold(module: Any, linear: HeldLinear) -> None:
+def linear_of(blocks: Sequence[Matrix], bias: Tensor | None, *, sums: bool) -> HeldLinear | HalfLinear:
+    """The linear that multiplies by a matrix, or by blocks of one."""
+    first = blocks[0]
+    if isinstance(first, HalfMatrix):
+        return HalfLinear(first, bias)
+    return HeldLinear([b for b in blocks if isinstance(b, Quantised)], bias, sums=sums)
+
+
+def hold(module: Any, linear: HeldLinear | HalfLinear) -> None:
     """Let a linear of transformers compute by a held one; its own weight goes."""
     module.held = linear
     module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -57,14 +68,14 @@ def hold(module: Any, linear: HeldLinear) -> None:
 
 
 def held(module: object) -> Any:
-    """The `HeldLinear` or `HeldTable` behind a module; None where its weights are plain."""
+    """The `HeldLinear`, `HalfLinear` or `HeldTable` behind a module; None where its weights are plain."""
     return getattr(module, "held", None)
 
 
 class HeldTable:
-    """Rows of an embedding in few bits."""
+    """Rows of an embedding in fewer bits."""
 
-    def __init__(self, rows: Quantised) -> None:
+    def __init__(self, rows: Matrix) -> None:
         """`rows` stay as they are."""
         self._rows, self.num_bytes = rows, rows.num_bytes
 
@@ -78,7 +89,7 @@ class HeldTable:
         return torch.from_numpy(np.ascontiguousarray(found)).view(*ids.shape, -1)
 
 
-def hold_table(embedding: Any, rows: Quantised) -> None:
+def hold_table(embedding: Any, rows: Matrix) -> None:
     """Let an embedding of transformers take its rows from a held table: its own code gets those of a step alone."""
     table = embedding.held = HeldTable(rows)
     embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
