@@ -35,7 +35,7 @@ class Args(BaseModel):
         default=None, description="folder or URL that all devices reach, for KV of running requests"
     )
     replan: str | None = Field(default=None, description="planner, likewise, that moves the placement as links change")
-    weights: str = Field(default="float32", description="format of the weights, as `splitray plan --help` lists them")
+    weights: str = Field(default="auto", description="format of the weights, as `splitray plan --help` lists them")
     sums: Literal["fixed", "fast"] = Field(
         default="fixed", description="fixed: with quantised weights too, no token depends on the placement"
     )

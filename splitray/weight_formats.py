@@ -55,6 +55,8 @@ class WeightFormat:
         return tuple(sorted(borders | {columns}))
 
 
+AUTO_WEIGHTS = "auto"
+"""As the checkpoint stores them."""
 FORMATS = {
     f.name: f
     for f in (
@@ -69,7 +71,7 @@ FORMATS = {
 
 
 def as_format(name: str) -> WeightFormat:
-    """The format of this name.
+    """The format of this name; `auto` is decided before, where a checkpoint is read.
 
     Raises:
         InputError: there is none.

@@ -26,7 +26,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="The most to generate.", metavar="N")] = 64,
     runtime: options.Runtime = "process",
     dtype: options.Dtype = "float32",
-    weights: options.Weights = "float32",
+    weights: options.Weights = "auto",
     sums: options.Sums = "fixed",
     codec: options.ChosenCodec = "none",
     channel: Annotated[

@@ -29,7 +29,10 @@ Runtime = Annotated[
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")]
 Weights = Annotated[
     str,
-    typer.Option(help="How weights are held: float32, bfloat16, float16, int8, int4, int4/128.", metavar="FORMAT"),
+    typer.Option(
+        help="How weights are held: auto (as stored), float32, bfloat16, float16, int8, int4, int4/128.",
+        metavar="FORMAT",
+    ),
 ]
 Sums = Annotated[
     Literal["fixed", "fast"],

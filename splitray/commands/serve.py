@@ -27,7 +27,7 @@ def serve(
     planner: options.Planner = None,
     placement: options.PlacementFile = None,
     replan: options.Replan = None,
-    weights: options.Weights = "float32",
+    weights: options.Weights = "auto",
     sums: options.Sums = "fixed",
     runtime: options.Runtime = "ray",
     host: Annotated[

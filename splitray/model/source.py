@@ -5,7 +5,9 @@ Knows names, shapes and bytes; not which device wants what, nor what the tensors
 
 import hashlib
 import json
+import math
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +81,14 @@ class Checkpoint:
     def type_of(self, key: str) -> str:
         """The type of a stored tensor, as safetensors calls it: F32, BF16."""
         return str(self._slice(key).get_dtype())
+
+    def stored_format(self) -> str:
+        """The format (weight_formats.py) of most of the stored numbers; float32 where it has no name there."""
+        counts = Counter[str]()
+        for key in self._file_of:
+            counts[self.type_of(key)] += math.prod(self._slice(key).get_shape())
+        (most, _), *_ = counts.most_common(1) or [("F32", 0)]
+        return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 
     def key(self, name: str) -> str | None:
         """The checkpoint's key for a parameter of the model, or None."""

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 from splitray.arch import ModelArch, held_as
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
-from splitray.errors import InputError
+from splitray.errors import InputError, ModelError
 from splitray.model.checked import check_weights
 from splitray.model.config import text_part, whole_config
 from splitray.model.folder import check_folder, has_weights
 from splitray.model.layout import Layouts
 from splitray.model.lengths import check_generation
 from splitray.model.reading import read_arch, read_config
+from splitray.model.source import Checkpoint
 from splitray.model.token_ids import check_tokenizer
 from splitray.model.tokenizer import TokenizerError, has_tokenizer, load_tokenizer
 from splitray.placement import Placement, validate
@@ -33,6 +34,7 @@ from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
+from splitray.weight_formats import AUTO_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def read_model(
     model: str | Path,
     *,
     dtype: Dtype = "float32",
-    weights: str = "float32",
+    weights: str = AUTO_WEIGHTS,
     sums: str = "fixed",
     topology: Topology | None = None,
 ) -> tuple[ModelArch, Layouts, bool]:
@@ -71,7 +73,21 @@ def read_model(
     check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
     lean = lean_is_exact(config)
+    if weights == AUTO_WEIGHTS:
+        return _as_stored(arch, folder), layout, lean
     return held_as(arch, weights, sums=sums, lean=lean), layout, lean
+
+
+def _as_stored(arch: ModelArch, folder: Path) -> ModelArch:
+    """The weights as the checkpoint has them, where they can be held so; else float32."""
+    if arch.dtype != "float32" or not has_weights(folder):
+        return arch
+    stored = Checkpoint(folder).stored_format()
+    try:
+        return held_as(arch, stored)
+    except ModelError as error:
+        logger.warning("stored in %s, held in float32: %s", stored, error)
+        return arch
 
 
 def read_tokenizer(model: str | Path) -> Any:
@@ -186,7 +202,7 @@ def launch_engine(
     runtime: str = "process",
     seed: int = 0,
     dtype: Dtype = "float32",
-    weights: str = "float32",
+    weights: str = AUTO_WEIGHTS,
     sums: str = "fixed",
     fleet: Fleet | None = None,
     spin_s: float = 0.0,
@@ -210,7 +226,8 @@ def launch_engine(
         runtime: `local` (threads), `process` or `ray`.
         seed: seeds the planner.
         dtype: of weights and activations; token identity is promised in float32.
-        weights: the format in which devices hold them (weight_formats.py); rows and sums stay float32.
+        weights: the format in which devices hold them (weight_formats.py), or `auto`, as they are stored; rows and
+            sums stay float32.
         sums: `fixed` makes the sums of quantised weights the same bits wherever the pieces are, `fast` does not.
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from families import FAMILIES, family_model
 from splits import split
 
 from splitray.arch import Range
+from splitray.errors import ModelError
 from splitray.model.weights import halves
 from splitray.model.weights.halves import HalfLinear, HalfMatrix, has_kernel
+from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 
 PROMPT = [5, 17, 60, 3, 44, 44, 8, 91, 12]
@@ -79,3 +83,26 @@ def test_tokens_are_those_of_the_same_weights_in_float32(family, dtype):
     for devices, planner, seed in ((1, "even", 0), (2, "even", 0), (3, "random", 1), (3, "random", 2)):
         with split(model, devices=devices, planner=planner, seed=seed, weights=dtype) as engine:
             assert list(engine.stream(PROMPT, GREEDY)) == expected
+
+
+def bytes_and_tokens(folder: Path, **options: Any) -> tuple[str, int, list[int]]:
+    with launch_engine(model=folder, devices=2, runtime="local", **options) as engine:
+        tokens = list(engine.stream(PROMPT, GREEDY))
+        return engine.arch.weights, sum(s["weight_bytes"] for s in engine.stats().values()), tokens
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_held_as_they_are_stored(dtype, tmp_path):
+    copy.deepcopy(family_model("llama")).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    held, few, tokens = bytes_and_tokens(tmp_path)
+    plain, many, expected = bytes_and_tokens(tmp_path, weights="float32")
+    assert (held, plain) == (dtype, "float32") and tokens == expected
+    assert few < 0.55 * many
+
+
+def test_what_cannot_be_held_as_it_is_stored_is_held_in_float32(tmp_path, caplog):
+    copy.deepcopy(family_model("mixtral")).to(torch.bfloat16).save_pretrained(tmp_path)
+    held, _, _ = bytes_and_tokens(tmp_path)
+    assert held == "float32" and "stored in bfloat16, held in float32" in caplog.text
+    with pytest.raises(ModelError, match="stacked experts"):
+        bytes_and_tokens(tmp_path, weights="bfloat16")
