@@ -39,7 +39,7 @@ Sums = Annotated[
     typer.Option(help="fixed: with quantised weights too, no token depends on the placement."),
 ]
 PlanWeights = Annotated[
-    str | None, typer.Option(help="Likewise, with float32 rows (they have the --dtype).", metavar="FORMAT")
+    str | None, typer.Option(help="How weights are held, as in generate; rows are float32.", metavar="FORMAT")
 ]
 PlanDtype = Annotated[
     Literal["float32", "bfloat16"] | None, typer.Option(help="bfloat16 for names, float32 for folders.")

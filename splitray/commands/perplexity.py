@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from splitray.commands import options
+from splitray.errors import InputError
 from splitray.model.folder import check_folder
 from splitray.report.progress import bar, progress
 from splitray.report.stdout import print_json, stdout_kept
@@ -45,10 +46,14 @@ def perplexity(
         Path | None, typer.Option(help="A sweep over all that is given, into a table to go on with.", metavar="FILE")
     ] = None,
     dtype: options.Dtype = "float32",
+    weights: options.PlanWeights = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Score a text with a model, whole or split, exact, through codecs and over noisy channels."""
+    if out is not None and weights is not None:
+        raise InputError("weights", expected="one measurement", actual="a sweep (--out)",
+                         remedy="leave --out out: the table of a sweep is about what crosses")  # fmt: skip
     if out is not None:
         try_file(out)
     if model != "tiny":
@@ -75,7 +80,7 @@ def perplexity(
         return
     request = PerplexityRequest(
         **scoring, cut=single_cut(cut), placement=single("placement", placements),
-        codec=single("codec", codecs) or "none", channel=single("channel", channels) or "none",
+        codec=single("codec", codecs) or "none", channel=single("channel", channels) or "none", weights=weights,
     )  # fmt: skip
     with stdout_kept(as_json), progress(Console(stderr=True), "Reading the model") as spin:
         document = run(request, progress=spin)
@@ -83,5 +88,7 @@ def perplexity(
         print_json(document)
         return
     where = f"split, codec {document['codec']}, channel {document['channel']}"
-    where = "one device" if document["placement"] is None else where
+    whole = document["placement"] is None or document["cut"] is None and not placements
+    where = "one device" if whole else where
+    where += "" if document["weights"] == "float32" else f", {document['weights']} weights"
     console.print(f"perplexity {document['perplexity']:.4f} over {document['tokens']:,} tokens ({where})")

@@ -58,12 +58,16 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexityRequest(Scoring):
-    """One measurement, as the command line asks for it. At most one of `cut` and `placement`; neither is one device."""
+    """One measurement, as the command line asks for it. At most one of `cut` and `placement`; neither is one device.
+
+    `weights` is the format in which devices hold them; None: float32, and one device is then transformers itself.
+    """
 
     cut: int | None = None
     placement: str | Path | Placement | None = None
     codec: str = "none"
     channel: str = "none"
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ def run(request: PerplexityRequest, *, progress: Progress = lambda _: None) -> d
 
     Returns:
         `perplexity` (of the mean likelihood over all masks), `tokens` (how many were scored), `channel`, `codec`,
-        `cut`, `placement` (its document, null for one device), `seed`, `mask_perplexities` (one without a channel).
+        `weights` (the format they are held in), `cut`, `placement` (its document, null for transformers' own model),
+        `seed`, `mask_perplexities` (one without a channel).
 
     Raises:
         InputError: the text, the cut, the placement, the codec or the channel cannot be used.
@@ -106,11 +111,12 @@ def run(request: PerplexityRequest, *, progress: Progress = lambda _: None) -> d
     with ExitStack() as stack:
         placement: Placement | None = None
         progress("Reading the model")
-        if cut is None and request.placement is None:
+        held = "float32"
+        if cut is None and request.placement is None and request.weights is None:
             forward = whole(request.model, request.dtype)
         else:
             model = stack.enter_context(split(request, cut, codec, channel))
-            placement = model.engine.placement
+            held, placement = model.engine.arch.weights, model.engine.placement
             forward = of_split(model)
         masks = 1 if channel is None else request.masks
         nll_MT = np.stack([losses(ids_T, forward, window, stride, progress=progress) for _ in range(masks)])
@@ -119,6 +125,7 @@ def run(request: PerplexityRequest, *, progress: Progress = lambda _: None) -> d
         "tokens": nll_MT.shape[1],
         "channel": "none" if channel is None else str(channel),
         "codec": codec,
+        "weights": held,
         "cut": cut,
         "placement": None if placement is None else placement.to_document(),
         "seed": request.seed,
@@ -261,14 +268,16 @@ def whole(model: str, dtype: str) -> Forward:
 
 
 def split(request: PerplexityRequest, cut: int | None, codec: Codec, channel: NoisyChannel | None = None) -> SplitModel:
-    """The model over threads: two devices for a cut, those that it names for a placement."""
+    """The model over threads: two devices for a cut, those that it names for a placement, else one."""
     options: dict[str, Any] = {
-        "runtime": "local", "dtype": request.dtype, "seed": request.seed, "codec": codec, "channel": channel
+        "runtime": "local", "dtype": request.dtype, "seed": request.seed, "codec": codec, "channel": channel,
+        "weights": request.weights or "float32",
     }  # fmt: skip
     if cut is not None:
         return SplitModel.from_pretrained(request.model, devices=2, planner=f"fixed_cut:{cut}", **options)
     placement = request.placement
-    assert placement is not None, "a split model has a cut or a placement"
+    if placement is None:
+        return SplitModel.from_pretrained(request.model, devices=1, **options)
     chosen = placement if isinstance(placement, Placement) else Placement.load(placement)
     return SplitModel.from_pretrained(request.model, topology=_devices_of(chosen), placement=chosen, **options)
 

@@ -22,6 +22,8 @@ from splitray.placement import validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.profiling.faults import trials
+from splitray.profiling.perplexity import PerplexityRequest
+from splitray.profiling.perplexity import run as perplexity
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Chooser, Sampling
@@ -276,3 +278,13 @@ def test_the_shipped_model_says_words(weights):
             assert held < 0.5 * 4 * engine.arch.num_params
     assert texts[0] == texts[1]
     assert sum(w in texts[0] for w in (" the", " of", " list", " a ")) >= 2, texts[0]
+
+
+@pytest.mark.parametrize("cut", [None, 5])
+def test_perplexity_in_a_format_is_that_of_any_placement(cut):
+    asked = PerplexityRequest(model="tiny", text="LICENSE", tokens=140, window=64, weights="int8", cut=cut)
+    found = perplexity(asked)
+    plain = perplexity(replace(asked, weights=None, cut=None))
+    assert (found["weights"], plain["weights"]) == ("int8", "float32")
+    assert found["perplexity"] == perplexity(replace(asked, cut=None))["perplexity"]
+    assert found["perplexity"] / plain["perplexity"] == pytest.approx(1, abs=0.02)
