@@ -28,6 +28,11 @@ class WeightFormat:
     resident_bits: float = 0.0
 
     @property
+    def table(self) -> "WeightFormat":
+        """That of embedding and head: 8 bits beside 4, where rounding them cost more than all else together."""
+        return FORMATS["int8"] if self.bits < 8 else self
+
+    @property
     def is_held(self) -> bool:
         """Whether linears keep weights in another form than that of the rows they multiply."""
         return self.name != "float32"

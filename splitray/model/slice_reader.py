@@ -18,6 +18,7 @@ from splitray.model.slicing import Cut, features
 from splitray.model.weights.halves import HalfMatrix
 from splitray.model.weights.held import Matrix, hold, hold_table, linear_of
 from splitray.model.weights.quantised import Quantised, beside, joined, quantise
+from splitray.weight_formats import WeightFormat
 
 _ROWS_AT_ONCE = 4096  # of a table, on the way to few bits
 _LOCAL_COUNTS = ("num_heads", "num_attention_heads")
@@ -181,7 +182,8 @@ class SliceReader:
         taken = [
             Range(a, min(a + _ROWS_AT_ONCE, r.stop)) for r in ranges for a in range(r.start, r.stop, _ROWS_AT_ONCE)
         ]
-        return joined([self._rounded(self.source.read(name, ranges=[r])) for r in taken])
+        kind = self.arch.format.table
+        return joined([_rounded(self.source.read(name, ranges=[r]), kind) for r in taken])
 
     def _holds(self, module: nn.Module) -> bool:
         """Whether a whole module is a linear to be held in few bits: not a router, which decides."""
@@ -200,17 +202,15 @@ class SliceReader:
         if not self.arch.format.is_quantised:
             hold(module, linear_of([self._half(weight_OI)], module.bias, sums=False))
             return
-        parts = [self._rounded(weight_OI[:, b.start : b.stop]) for b in blocks] if sums else [self._rounded(weight_OI)]
+        kind = self.arch.format
+        taken = [weight_OI[:, b.start : b.stop] for b in blocks] if sums else [weight_OI]
+        parts = [_rounded(part, kind) for part in taken]
         if sums and not self.arch.fixed_sums:
             parts, sums = [beside(parts)], False
         hold(module, linear_of(parts, module.bias, sums=sums))
 
     def _half(self, weight_OI: Tensor) -> HalfMatrix:
         return HalfMatrix(weight_OI.to(getattr(torch, self.arch.weights)).contiguous())
-
-    def _rounded(self, weight_OI: Tensor) -> Quantised:
-        kind = self.arch.format
-        return quantise(weight_OI, bits=kind.bits, group=kind.group_of(weight_OI.shape[1]))
 
     def read_buffers(self, module: nn.Module) -> None:
         """Read what a checkpoint stores of a module beside its parameters, for example a router's correction."""
@@ -224,3 +224,7 @@ class SliceReader:
     def parameter(self, tensor: Tensor) -> nn.Parameter:
         """A parameter of the shard's dtype that nobody trains."""
         return nn.Parameter(tensor.to(self.dtype), requires_grad=False)
+
+
+def _rounded(weight_OI: Tensor, kind: WeightFormat) -> Quantised:
+    return quantise(weight_OI, bits=kind.bits, group=kind.group_of(weight_OI.shape[1]))
