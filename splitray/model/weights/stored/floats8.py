@@ -1,6 +1,6 @@
 """Matrices of 8-bit floats with scales, and gpt-oss's experts in 4-bit floats (mxfp4).
 
-fp8 has no exact form in whole numbers; twice an mxfp4 value is one of at most 12, so that int8 in groups of 32 is exact.
+fp8 has no exact form in whole numbers. Twice an mxfp4 value is a whole number up to 12, hence int8 in groups of 32.
 
 Shapes: E experts, O outputs, I inputs, G groups of 32.
 """
@@ -87,9 +87,7 @@ def _block(shape: tuple[int, int], grid: tuple[int, ...], said: tuple[int, int] 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mxfp4:
-    """Experts of gpt-oss: `blocks` [E, O, G, 16] of two numbers a byte, the low one first, `scales` [E, O, G] of
-    exponents; a row of a block is that of an output.
-    """  # noqa: D205
+    """Experts of gpt-oss: blocks [E, O, G, 16] of two numbers a byte, the low one first; exponents [E, O, G]."""
 
     module: str
     shape: tuple[int, int, int]
@@ -119,6 +117,7 @@ def mxfp4(module: str, shapes: Shapes) -> Mxfp4:
     keys = (f"{module}_blocks", f"{module}_scales")
     blocks, scales = (shapes.get(k, ()) for k in keys)
     if len(blocks) != 4 or blocks[3] * 2 != _GROUP or scales != blocks[:3]:
-        raise ModelError(f"quantised weights {module}", expected="blocks [experts, outputs, groups, 16] and their scales",
-                         actual=f"{blocks} and {scales}", remedy="copy the checkpoint again")  # fmt: skip
+        expected = "blocks [experts, outputs, groups, 16] and their scales"
+        raise ModelError(f"quantised weights {module}", expected=expected, actual=f"{blocks} and {scales}",
+                         remedy="copy the checkpoint again")  # fmt: skip
     return Mxfp4(module=module, shape=(blocks[0], blocks[1], blocks[2] * _GROUP), keys=keys)

@@ -53,8 +53,7 @@ class Integers:
     def slab(self, read: Read, outputs: Range, inputs: Range) -> Slab:
         """Some outputs and inputs; only the words and groups in which they lie are read."""
         order = self._stored_groups(read)
-        group, count = (1, self.groups) if order is not None else (self.group, self.groups)
-        groups = Range(0, count) if order is not None else around(inputs, group)
+        groups = around(inputs, self.group) if order is None else Range(0, self.groups)
         numbers = {"awq": self._awq, "awq_gemv": self._rows, "gptq": self._gptq}.get(self.kind, self._rows)
         scales, zeros = self._scales(read, outputs, groups)
         return Slab(
@@ -122,8 +121,7 @@ class Integers:
 
 def _by_row(read: Read, key: str, outputs: Range, groups: Range) -> Tensor:
     """Scales or zeros as [O or 1, G or 1]: those of a tensor or of channels may be a number or a vector."""
-    found = read(key, None, None) if key else None
-    assert found is not None
+    found = read(key, None, None)
     if found.numel() == 1:
         return found.reshape(1, 1)
     if found.ndim == 1:
