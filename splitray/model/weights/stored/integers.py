@@ -109,7 +109,8 @@ class Integers:
             words = read(f"{module}.qzeros", outputs, around(groups, per))
             return floats(read(f"{module}.scales", outputs, groups)), unpacked(words, 4)[:, within(groups, per)]
         scales = floats(_by_row(read, f"{module}.weight_scale", outputs, groups))
-        key, zeros = f"{module}.weight_zero_point", None
+        key = f"{module}.weight_zero_point"
+        zeros: Any = None
         if key in self.keys and self.packed_zeros:
             words = read(key, around(outputs, per), groups).t()
             zeros = unpacked(words, self.bits)[:, within(outputs, per)].T
