@@ -259,3 +259,41 @@ def test_tensors_that_do_not_fit_together_are_refused(tmp_path):
         checkpoint(tmp_path, config, dict(whole))
     with pytest.raises(ModelError, match="qzeros"):
         checkpoint(tmp_path, config, whole | {"m.scales": scales.T[:, :8]})
+
+
+def test_compressed_tensors_in_act_order(tmp_path):
+    numbers, zeros, scales = numbers_of(4, 4)
+    zeros[:] = 8
+    of = np.random.default_rng(1).permutation(np.repeat(np.arange(4), I // 4))
+    tensors = {"m.weight_packed": words(numbers, 4), "m.weight_scale": scales, "m.weight_shape": torch.tensor([O, I]),
+               "m.weight_g_idx": torch.from_numpy(of).int()}  # fmt: skip
+    found = checkpoint(tmp_path, compressed_config(num_bits=4, actorder="group"), tensors)
+    assert found.order("m.weight") is not None
+    check(found, dequantised(numbers, zeros, scales, of), bits=4, group=64)
+
+
+def test_a_model_reads_its_parameters_by_their_names(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2,
+                         num_hidden_layers=1, vocab_size=32)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    tensors, expected = {}, {}
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("proj.weight"):
+            tensors[name] = expected[name] = tensor
+            continue
+        numbers = np.random.default_rng(0).integers(0, 16, tuple(tensor.shape))
+        scales = torch.rand(len(tensor), 2).half()
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.qweight": words(numbers, 4).T, f"{module}.scales": scales.T,
+                    f"{module}.qzeros": words(np.full((2, len(tensor)), 7), 4)}  # fmt: skip
+        expected[name] = dequantised(numbers, np.full((len(tensor), 2), 8), scales, np.arange(64) // 32)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": said}))
+    found = PackedCheckpoint(tmp_path)
+    assert set(found.names.keys) == set(expected) and not found.names.unused
+    assert found.names.shapes == {n: tuple(t.shape) for n, t in expected.items()}
+    for name, tensor in expected.items():
+        assert torch.equal(found.read(name), tensor), name

@@ -51,7 +51,7 @@ class Floats8:
 def scales_of(stored: Tensor) -> Tensor:
     """Scales as float32; bytes are exponents of two less 127."""
     if stored.dtype == torch.uint8:
-        return torch.ldexp(torch.ones(()), stored.int() - 127)
+        return torch.from_numpy(np.ldexp(np.float32(1), stored.numpy().astype(np.int32) - 127))
     return stored.float()
 
 
@@ -97,12 +97,12 @@ class Mxfp4:
         """Some outputs and inputs of one expert, in whole numbers of 8 bits."""
         groups, of = around(inputs, _GROUP), Range(expert, expert + 1)
         blocks = read(self.keys[0], of, outputs)[0, :, groups.start : groups.stop].numpy()
-        exponents = read(self.keys[1], of, outputs)[0, :, groups.start : groups.stop]
+        exponents = read(self.keys[1], of, outputs)[0, :, groups.start : groups.stop].numpy().astype(np.int32)
         twice = _TWICE[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(outputs.count, -1)
         return Slab(
             bits=8,
             numbers=(twice[:, within(inputs, _GROUP)] + 128).astype(np.uint8),
-            scales=floats(torch.ldexp(torch.ones(()), exponents.int() - 128)),
+            scales=np.ldexp(np.float32(1), exponents - 128),
             zeros=None,
             group_of=groups_of(inputs, _GROUP),
         )
