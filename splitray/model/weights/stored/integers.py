@@ -101,6 +101,7 @@ class Integers:
     def _scales(self, read: Read, outputs: Range, groups: Range) -> tuple[Any, Any]:
         """Scales and zeros [O, G]."""
         per, module = 32 // self.bits, self.module
+        zeros: Any = None
         if self.kind in ("awq", "gptq"):
             words = read(f"{module}.qzeros", groups, around(outputs, per))
             zeros = unpacked(words, self.bits, awq=self.kind == "awq", add=self.add)[:, within(outputs, per)].T
@@ -110,7 +111,6 @@ class Integers:
             return floats(read(f"{module}.scales", outputs, groups)), unpacked(words, 4)[:, within(groups, per)]
         scales = floats(_by_row(read, f"{module}.weight_scale", outputs, groups))
         key = f"{module}.weight_zero_point"
-        zeros: Any = None
         if key in self.keys and self.packed_zeros:
             words = read(key, around(outputs, per), groups).t()
             zeros = unpacked(words, self.bits)[:, within(outputs, per)].T
