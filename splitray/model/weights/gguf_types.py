@@ -53,11 +53,9 @@ def type_named(number: int, *, file: object, tensor: str) -> Kind:
                      remedy="use a file of this model in another quantisation, Q4_K_M for example")  # fmt: skip
 
 
-def row_bytes(kind: Kind, inputs: int) -> int:
-    """Bytes of a row of so many inputs, which fill whole blocks."""
-    weights, size = GGML_QUANT_SIZES[kind]
-    assert inputs % weights == 0, "rows end with a block"
-    return inputs // weights * size
+def block_of(kind: Kind) -> tuple[int, int]:
+    """Weights and bytes of a block."""
+    return GGML_QUANT_SIZES[kind]
 
 
 def inputs_of(kind: Kind, num_bytes: int) -> int:
