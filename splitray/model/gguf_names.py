@@ -14,7 +14,6 @@ from splitray.errors import ModelError, did_you_mean
 
 FAMILIES = {
     "llama": "llama",
-    "mistral3": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma2": "gemma2",
@@ -23,8 +22,8 @@ FAMILIES = {
     "smollm3": "smollm3",
     "gpt-oss": "gpt_oss",
 }
-"""transformers' model_type by llama.cpp's architecture."""
-_TURNED = ("llama", "mistral3", "smollm3")  # rows of q and k lie in pairs, as llama.cpp's rotation wants them
+"""transformers' model_type by llama.cpp's architecture; mistral is stored as llama, which computes the same."""
+_TURNED = ("llama", "smollm3")  # rows of q and k lie in pairs, as llama.cpp's rotation wants them
 _LIFTED = ("gemma2", "gemma3")  # norms are stored as 1 + w
 _EXPERT = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?$")
 

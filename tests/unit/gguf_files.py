@@ -45,23 +45,36 @@ def small_model(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, kind: Kind = Kind.F32, split: int = 0, **more: object) -> None:
-    """Write a model whose matrices are stored in a type; `more` metadata goes beside that of its sizes."""
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    kind: Kind = Kind.F32,
+    split: int = 0,
+    tensors: dict[str, np.ndarray] | None = None,
+    more: dict[str, object] | None = None,
+) -> None:
+    """Write a model whose matrices are stored in a type, with `more` metadata and `tensors` beside its own."""
     config = model.config
     family = config.model_type
     name = MODELS[family][0]
     writer = gguf.GGUFWriter(path, name, split_max_tensors=split)
     _metadata(writer, name, config)
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-    for key, value in more.items():
+    if "tokenizer.ggml.tokens" not in (more or {}):
+        writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    for key, value in (more or {}).items():
         if isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
         else:
             assert isinstance(value, int)
             writer.add_uint32(key, value)
-    for stored, tensor in converted(model).items():
+    for stored, tensor in (converted(model) | (tensors or {})).items():
         matrix = tensor.ndim > 1 and "gate_inp" not in stored
         data = gguf.quants.quantize(tensor, kind) if matrix else tensor
         writer.add_tensor(stored, data, raw_dtype=kind if matrix else Kind.F32)
@@ -84,7 +97,7 @@ def _metadata(writer: gguf.GGUFWriter, name: str, config: object) -> None:
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    writer.add_rope_dimension_count(head)
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
     if values.get("sliding_window"):
         writer.add_sliding_window(values["sliding_window"])
     if name in ("qwen3", "gemma2", "gemma3", "gpt-oss"):

@@ -1,0 +1,34 @@
+"""The tokenizer and the chat template of a GGUF file, as transformers makes them of its metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+from splitray.model.gguf_file import GgufFile
+from splitray.model.tokenizer import TokenizerError
+
+
+def tokenizer_of(file: GgufFile) -> Any:
+    """A tokenizer of transformers, with the file's chat template if it has one.
+
+    Raises:
+        TokenizerError: the file has none, or one that transformers does not read; the model runs with ids.
+    """
+    path = file.files[0]
+    if "tokenizer.ggml.model" not in file.metadata:
+        raise TokenizerError(f"GGUF file {path}", expected="a tokenizer in its metadata", actual="none",
+                             remedy="use --prompt-ids with `splitray generate`")  # fmt: skip
+    try:
+        architecture, values, config = get_gguf_tokenizer(str(path))
+        backend, _ = convert_gguf_tokenizer(architecture, values)
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
+        given = {n: config[n] for n in names if config.get(n) is not None}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
+        said = " ".join(str(error).split())[:300]
+        raise TokenizerError(f"GGUF file {path}: tokenizer", expected="one that transformers reads",
+                             actual=f"{type(error).__name__}: {said}",
+                             remedy="use --prompt-ids with `splitray generate`") from error  # fmt: skip
