@@ -26,9 +26,10 @@ _AT_ONCE = 1 << 20  # weights that are unpacked together
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Blocks taken apart: value = (number - zero) * scale - minimum; numbers [N, I / N], scales and minima [N, groups].
+    """Blocks taken apart: value = (number - zero) * scale - minimum; scales and minima [N, groups of a block].
 
-    `zero` of each number; the middle needs no place of its own in the result.
+    `numbers` [N, bytes], of 4 bits two in a byte. `zero` of each number; None: the middle, which needs no place of its
+    own in the result.
     """
 
     numbers: NDArray[np.uint8]
@@ -103,13 +104,11 @@ def _matrix(raw: Bytes, kind: Kind, inputs: int) -> tuple[Quantised, Floats32 | 
     scales = np.ascontiguousarray(found.scales, np.float32).reshape(outputs, -1)
     groups = scales.shape[1]
     numbers = found.numbers.reshape(outputs, groups, -1)
-    group = numbers.shape[2] if outputs else 32
+    group = numbers.shape[2] * 8 // found.bits if outputs else 32
     zeros = None
     if found.zero is not None:
         assert found.zero == 0 and found.bits == 4, "packed zeros of other numbers"
         zeros = np.zeros((outputs, -(-groups // 2)), np.uint8)
-    if found.bits == 4:
-        numbers = numbers[..., ::2] | numbers[..., 1::2] << np.uint8(4)
     matrix = Quantised(bits=found.bits, group=group, numbers=numbers, scales=scales, zeros=zeros, inputs=inputs)
     return matrix, None if found.minima is None else np.ascontiguousarray(found.minima).reshape(outputs, -1)
 
@@ -128,18 +127,33 @@ def _unpacked(raw: Bytes, bits: int, run: int) -> NDArray[np.uint8]:
     return (raw.reshape(len(raw), -1, 1, run) >> shifts & np.uint8((1 << bits) - 1)).reshape(len(raw), -1)
 
 
+def _paired(numbers: NDArray[np.uint8]) -> Bytes:
+    """Two numbers of 4 bits in a byte."""
+    packed: Bytes = numbers[:, ::2] | numbers[:, 1::2] << np.uint8(4)
+    return packed
+
+
+def _turned(raw: Bytes, run: int) -> Bytes:
+    """As `_paired` of `_unpacked` for 4 bits: bytes that hold numbers half a run apart, with neighbours in them."""
+    even, odd = raw[:, ::2].reshape(len(raw), -1, run // 2), raw[:, 1::2].reshape(len(raw), -1, run // 2)
+    turned = np.empty((len(raw), even.shape[1], 2, run // 2), np.uint8)
+    np.bitwise_or(even & np.uint8(15), odd << np.uint8(4), out=turned[:, :, 0])
+    np.bitwise_or(even >> np.uint8(4), odd & np.uint8(240), out=turned[:, :, 1])
+    return turned.reshape(len(raw), -1)
+
+
 def _bits(raw: Bytes) -> NDArray[np.uint8]:
     return np.unpackbits(np.ascontiguousarray(raw), axis=1, bitorder="little")
 
 
 def _q4_0(blocks: Bytes) -> _Groups:
     d, qs = _split(blocks, 2)
-    return _Groups(_unpacked(qs, 4, 16), _half(d), 4)
+    return _Groups(_turned(qs, 16), _half(d), 4)
 
 
 def _q4_1(blocks: Bytes) -> _Groups:
     d, m, qs = _split(blocks, 2, 2)
-    return _Groups(_unpacked(qs, 4, 16), _half(d), 4, -_half(m), zero=0)
+    return _Groups(_turned(qs, 16), _half(d), 4, -_half(m), zero=0)
 
 
 def _q5_0(blocks: Bytes) -> _Groups:
@@ -161,14 +175,15 @@ def _q8_0(blocks: Bytes) -> _Groups:
 def _q2_k(blocks: Bytes) -> _Groups:
     scales, qs, d, dmin = _split(blocks, 16, 64, 2)
     minima = _half(dmin) * (scales >> 4).astype(np.float32)
-    return _Groups(_unpacked(qs, 2, 32), _half(d) * (scales & 15).astype(np.float32), 4, minima, zero=0)
+    return _Groups(_paired(_unpacked(qs, 2, 32)), _half(d) * (scales & 15).astype(np.float32), 4, minima, zero=0)
 
 
 def _q3_k(blocks: Bytes) -> _Groups:
     high, qs, scales, d = _split(blocks, 32, 64, 12)
     six = _unpacked(scales[:, :8], 4, 8) | _unpacked(scales[:, 8:], 2, 4) << np.uint8(4)
     scale = _half(d) * (six.astype(np.float32) - 32)
-    return _Groups(_unpacked(qs, 2, 32) + np.uint8(4) + (_unpacked(high, 1, 32) << np.uint8(2)), scale, 4)
+    numbers = _unpacked(qs, 2, 32) + np.uint8(4) + (_unpacked(high, 1, 32) << np.uint8(2))
+    return _Groups(_paired(numbers), scale, 4)
 
 
 def _k_scales(d: Bytes, dmin: Bytes, packed: Bytes) -> tuple[Floats32, Floats32]:
@@ -179,7 +194,7 @@ def _k_scales(d: Bytes, dmin: Bytes, packed: Bytes) -> tuple[Floats32, Floats32]
 def _q4_k(blocks: Bytes) -> _Groups:
     d, dmin, packed, qs = _split(blocks, 2, 2, 12)
     scales, minima = _k_scales(d, dmin, packed)
-    return _Groups(_unpacked(qs, 4, 32), scales, 4, minima, zero=0)
+    return _Groups(_turned(qs, 32), scales, 4, minima, zero=0)
 
 
 def _q5_k(blocks: Bytes) -> _Groups:
