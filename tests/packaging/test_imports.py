@@ -58,8 +58,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("hf", "generation", "model_arch"),
     ),
     "splitray.runtime.wire": (
-        ("frames", "endpoint", "packing"),
-        ("connection", "answers"),
+        ("frames", "endpoint", "packing", "free_cores"),
+        ("connection", "answers", "waits"),
         ("wire", "messages"),
         ("listener", "tensors"),
         ("calls",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from splitray.model.split_layer import Array
 from splitray.route import Route
 from splitray.runtime.wire import Frame, Header, Key, Kind, Wire, frame_start, header
 from splitray.runtime.wire.tensors import DTYPE_NAMES, payload_of, tensor_of
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_ROW_TYPES = {FLOAT32: "float32", FLOAT64: "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Crossing:
         }  # fmt: skip
         self._holders = {b.index: [d for d in b.devices] for b in route.sub_blocks}
         self._hidden = arch.hidden_dim
+        self._started: tuple[Any, bytes] = None, b""
         targets = [m.target for b in route.boundaries for m in b.messages if m.source == me]
         self.targets = tuple(dict.fromkeys(targets))
 
@@ -240,17 +245,22 @@ class Crossing:
     def send_row(self, peer: str, index: int, row_D: Array | None) -> None:
         """Send one row to a peer across the boundary of `index`."""
         assert row_D is not None, "a holder has a row"
-        self.wire.put(peer, self._row_start(index, len(row_D)), row_D.data.cast("B"))
+        self.wire.put(peer, self._row_start(index, row_D.dtype, len(row_D)), row_D.data.cast("B"))
 
-    def receive_row(self, peer: str, index: int) -> Array:
+    def receive_row(self, peer: str, index: int, dtype: np.dtype[Any] = FLOAT32) -> Array:
         """Receive one row from a peer across the boundary of `index`; valid until the next receive from it."""
         step, hidden = self.step, self._hidden
         key = Key(step.attempt, step.position, 2 * index + 1)
-        payload = self.wire.receive_expected(peer, key, self._row_start(index, hidden), 4 * hidden)
-        return np.frombuffer(payload, np.float32)
+        start = self._row_start(index, dtype, hidden)
+        return np.frombuffer(self.wire.receive_expected(peer, key, start, dtype.itemsize * hidden), dtype)
 
-    def _row_start(self, index: int, hidden: int) -> bytes:
-        return frame_start(self._header(Kind.TENSOR, 2 * index + 1, "float32", (1, 1, hidden)), 4 * hidden)
+    def _row_start(self, index: int, dtype: np.dtype[Any], hidden: int) -> bytes:
+        """One start for what is sent and what is received at a boundary: they differ in their payload only."""
+        row = (self.step, index, dtype, hidden)
+        if row != self._started[0]:
+            fields = self._header(Kind.TENSOR, 2 * index + 1, _ROW_TYPES[dtype], (1, 1, hidden))
+            self._started = row, frame_start(fields, dtype.itemsize * hidden)
+        return self._started[1]
 
     def sum_over_holders(self, index: int, sums: Tensor) -> Tensor:
         """Sum a small tensor over the holders of a partitioned sub-block, in device order on every one."""

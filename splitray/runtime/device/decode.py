@@ -148,6 +148,7 @@ class DecodeLoop:
         batch = self.prompt_BT.shape[0]
         order = self.order
         self.crossing.step = Step(order.session, order.epoch, order.attempt, position, 1)
+        self.crossing.wire.waits.alike = new_tokens == 1
         if self.shard is None:
             return None
         self.cache.begin(position, new_tokens)

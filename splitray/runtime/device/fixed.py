@@ -16,7 +16,7 @@ from torch import Tensor
 
 from splitray.model.split_layer import Array
 from splitray.model.weights.sums import lifted, on_grid, tensor_on_grid
-from splitray.runtime.device.crossing import Crossing, Plan
+from splitray.runtime.device.crossing import FLOAT64, Crossing, Plan
 
 
 class FixedCrossing(Crossing):
@@ -87,9 +87,9 @@ class FixedCrossing(Crossing):
         if not plan.partitioned:
             return super().cross_row(index, x_D if mine is None else mine.astype(np.float32), None)
         for peer in plan.row_to:
-            self._send(peer, index, torch.from_numpy(mine)[None, None])
+            self.send_row(peer, index, mine)
         self.wire.flush()
-        parts = [mine if p == self.me else self._receive(p, index).view(-1).numpy() for p in plan.parts]
+        parts = [mine if p == self.me else self.receive_row(p, index, FLOAT64) for p in plan.parts]
         return sum(parts[1:], parts[0]).astype(np.float32) if parts else None
 
     def settle_row(

@@ -24,7 +24,7 @@ from splitray.runtime.device.epochs import Epochs
 from splitray.runtime.device.holding import Holding
 from splitray.runtime.device.side import Side
 from splitray.runtime.device.speed import speeds
-from splitray.runtime.wire import Channel, Endpoint, Kind, Pace, Wire, answers, messages
+from splitray.runtime.wire import Channel, Endpoint, FreeCores, Kind, Pace, Waits, Wire, answers, messages
 from splitray.runtime.wire.answers import Answer
 from splitray.runtime.wire.calls import Takes, carry_out, send_tensor
 from splitray.runtime.wire.listener import CALLER, DEADLINE_S, SIDE, SIDE_OF_ENGINE, Listener, dial
@@ -184,8 +184,8 @@ class ShardHost:
             if not self._joined.wait_for(settled, timeout=self._deadline_s) or not expected <= set(self.wire.channels):
                 missing = sorted(expected - set(self.wire.channels))
                 raise DeviceLost(f"{missing} did not connect within {self._deadline_s:g} s")
-        for channel in self.wire.channels.values():
-            channel.spin_s = order.spin_s
+        here = (c.process for c in self.wire.channels.values())
+        self.wire.waits = Waits(FreeCores(p for p in here if p is not None), spin_s=order.spin_s)
 
     def _decode(self, order: messages.DecodeOrder) -> Answer:
         assert self._caller is not None, "orders come from a caller"

@@ -14,6 +14,7 @@ from splitray.errors import DeviceLost
 from splitray.runtime.wire.frames import PREFIX, Frame, Header, Payload, frame_start
 
 _BUFFER_BYTES = 1 << 16
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _TCP_THIN_LINEAR_TIMEOUTS = 16  # of linux/tcp.h
 
 
@@ -44,15 +45,21 @@ class Channel:
     def __init__(self, sock: socket.socket, peer: str, deadline_s: float) -> None:
         """Take over a connected socket; a receive without data for `deadline_s` raises DeviceLost."""
         self.sock, self.peer, self.deadline_s = sock, peer, deadline_s
+        self.process: int | None = None
+        """That of the peer, where it is on this machine."""
         self.backlog: deque[memoryview] = deque()
         self.pending: deque[Frame] = deque()
-        self.spin_s = 0.0
         self.closed = False
         self.pace: Pace | None = None
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        if sock.family != socket.AF_UNIX:
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        if sock.family == socket.AF_UNIX:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            self.process = _CREDENTIALS.unpack(credentials)[0]
+        else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(OSError):  # Linux: after a short cut try again soon, not ever later
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_THIN_LINEAR_TIMEOUTS, 1)
@@ -147,6 +154,10 @@ class Channel:
         self._end = 0
         return self._view[len(start) : total]
 
+    def has_come(self) -> bool:
+        """Whether there is something to read, were it the end of the connection."""
+        return bool(self.pending or self._end or self._poll.poll(0))
+
     def take_in(self) -> None:
         """Keep a frame that has come for a later read."""
         frame = self._next(block=False)
@@ -161,24 +172,18 @@ class Channel:
 
     def _fill(self, block: bool) -> bool:
         """Take in what has come; False if `block` is False and nothing has."""
-        flags = 0 if block else socket.MSG_DONTWAIT
-        spin_until = time.perf_counter() + self.spin_s if block and self.spin_s else 0.0
-        while True:
-            spin = spin_until and time.perf_counter() < spin_until
-            try:
-                count = self.sock.recv_into(self._view[self._end :], 0, socket.MSG_DONTWAIT if spin else flags)
-            except BlockingIOError as error:
-                if spin:
-                    continue
-                if not block:
-                    return False
-                raise DeviceLost(f"{self.peer} sent nothing for {self.deadline_s:g} s") from error
-            except OSError as error:
-                raise self._lost(error) from error
-            if count == 0:
-                raise self._lost("it closed the connection")
-            self._end += count
-            return True
+        try:
+            count = self.sock.recv_into(self._view[self._end :], 0, 0 if block else socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            if not block:
+                return False
+            raise DeviceLost(f"{self.peer} sent nothing for {self.deadline_s:g} s") from error
+        except OSError as error:
+            raise self._lost(error) from error
+        if count == 0:
+            raise self._lost("it closed the connection")
+        self._end += count
+        return True
 
     def _parse(self) -> Frame | None:
         have = self._end - self._start

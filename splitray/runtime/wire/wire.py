@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from splitray.errors import DeviceLost
 from splitray.runtime.wire.connection import Channel
 from splitray.runtime.wire.frames import Frame, Header, Key, Kind, Payload, frame_start
+from splitray.runtime.wire.free_cores import FreeCores
+from splitray.runtime.wire.waits import Waits
 
 
 class StopRun(Exception):  # noqa: N818 - control flow, not an error
@@ -35,12 +37,14 @@ class Wire:
         self.dropped = 0
         self.epoch = 0
         self.attempt = 0
+        self.waits = Waits(FreeCores())
         self._early: dict[tuple[str, Key], Frame] = {}
         self._backlogged = False
 
     def begin(self, attempt: int) -> None:
         """Start a run: frames of earlier attempts are dropped from now on."""
         self.attempt = attempt
+        self.waits.forget()
         self._backlogged = any(c.backlog for c in self.channels.values())
         self._early = {k: v for k, v in self._early.items() if k[1].attempt >= attempt}
 
@@ -75,7 +79,14 @@ class Wire:
             if early is not None:
                 return early
         channel = self.channels[peer]
-        give_up = 0.0
+        if not self._backlogged:
+            self.waits.begin(channel, key.boundary)
+        frame = self._receive(channel, key)
+        self.waits.end()
+        return frame
+
+    def _receive(self, channel: Channel, key: Key) -> Frame:
+        peer, give_up = channel.peer, 0.0
         while True:
             if self._backlogged and not channel.pending:
                 give_up = give_up or time.monotonic() + channel.deadline_s
@@ -98,11 +109,15 @@ class Wire:
 
         It is valid until the next receive from this peer. Raises as `receive` does.
         """
-        if not self._early and not self._backlogged:
-            payload = self.channels[peer].read_expected(start, payload_bytes)
-            if payload is not None:
-                return payload
-        return self.receive(peer, key).payload
+        if self._early or self._backlogged:
+            return self.receive(peer, key).payload
+        channel = self.channels[peer]
+        self.waits.begin(channel, key.boundary)
+        payload: Payload | None = channel.read_expected(start, payload_bytes)
+        if payload is None:
+            payload = self._receive(channel, key).payload
+        self.waits.end()
+        return payload
 
     def flush(self) -> None:
         """Wait until every backlog is on its way, taking in what comes (so that two flushes cannot lock)."""
