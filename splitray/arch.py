@@ -112,10 +112,32 @@ class ModelArch:
         """The borders at which FFN columns may be cut; empty: at any."""
         return () if self.num_experts or self.ffn_dim == 1 else self.format.ffn_cuts(self.ffn_dim)
 
+    @property
+    def bits(self) -> float:
+        """What a weight of a linear takes in memory."""
+        if self.format.is_held:
+            return self.format.resident_bits
+        return 8 * self.dtype_bytes if self.weight_bits is None else self.weight_bits
+
     def weight_bytes(self, num_params: int) -> int:
-        """Bytes that so many weights take: by their format or `weight_bits` where they have one, else by `dtype`."""
-        bits = self.format.resident_bits if self.format.is_held else self.weight_bits
-        return num_params * self.dtype_bytes if bits is None else round(num_params * bits / 8)
+        """Bytes that so many weights of linears take."""
+        return round(num_params * self.bits / 8)
+
+    def table_bytes(self, num_params: int) -> int:
+        """Bytes that so many weights of the embedding's or the head's rows take: 8 bits each beside linears of 4."""
+        bits = self.format.table.resident_bits if self.format.is_held else self.bits
+        return round(num_params * bits / 8)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the embedding, with the tables that some models keep beside it, which are never rounded."""
+        beside = round(self.embedding_params * (8 * self.dtype_bytes if self.format.is_held else self.bits) / 8)
+        return self.table_bytes(self.vocab * self.vocab_row_params) + beside
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether a tied head takes no memory beside the embedding; a kernel keeps its rows in a form of its own."""
+        return self.tied_embeddings and not self.format.is_held
 
     @property
     def heads_per_group(self) -> int:
@@ -155,6 +177,13 @@ class ModelArch:
         layer = self.num_kv_heads * self.group_params + self.ffn_dim * self.ffn_unit_params
         tables = (1 if self.tied_embeddings else 2) * self.vocab * self.vocab_row_params
         return self.num_layers * layer + tables + self.embedding_params
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all weights but norms and biases (a table that head and embedding share counted once)."""
+        head = 0 if self.shares_table else self.table_bytes(self.vocab * self.vocab_row_params)
+        layers = self.num_layers * (self.num_kv_heads * self.group_params + self.ffn_dim * self.ffn_unit_params)
+        return self.weight_bytes(layers) + self.embedding_bytes + head
 
     @property
     def grain(self) -> str:

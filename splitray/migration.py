@@ -38,7 +38,7 @@ def diff(old: Placement, new: Placement, arch: ModelArch, context_tokens: int) -
 
 
 def _moves(old: Placement, new: Placement, arch: ModelArch, context_tokens: int) -> Iterator[Move]:
-    row = arch.weight_bytes(arch.vocab_row_params)
+    row = arch.table_bytes(arch.vocab_row_params)
     group, kv = arch.weight_bytes(arch.group_params), arch.kv_bytes_per_token * context_tokens
     unit = arch.weight_bytes(arch.ffn_unit_params)
 

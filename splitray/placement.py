@@ -223,18 +223,18 @@ def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
 
 def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
     """Weight bytes a device holds, norms and biases left out; a tied table is shared where rows coincide."""
-    params = dict.fromkeys(placement.devices, 0)
+    params, tables = dict.fromkeys(placement.devices, 0), dict.fromkeys(placement.devices, 0)
     for layer, count in placement.runs():
         for device, ranges in layer.attention.by_device:
             params[device] += count * sum(r.count for r in ranges) * arch.group_params
         for device, ranges in layer.ffn.by_device:
             params[device] += count * sum(r.count for r in ranges) * arch.ffn_unit_params
     for device in placement.embedding:
-        params[device] += arch.vocab * arch.vocab_row_params + arch.embedding_params
+        tables[device] += arch.embedding_bytes
     for device, _ in placement.head.by_device:
-        if not (arch.tied_embeddings and device in placement.embedding):
-            params[device] += placement.head.count(device) * arch.vocab_row_params
-    return {d: arch.weight_bytes(n) for d, n in params.items()}
+        if not (arch.shares_table and device in placement.embedding):
+            tables[device] += arch.table_bytes(placement.head.count(device) * arch.vocab_row_params)
+    return {d: arch.weight_bytes(n) + tables[d] for d, n in params.items()}
 
 
 def _covered(shares: Shares, total: int, where: str, unit: str) -> None:

@@ -129,7 +129,7 @@ def _room(state: ClusterState, memory: Floats, a: int, b: Ints, e: int, h: Ints)
     And whether the ends fit where no layer is. `e` holds the embedding, `h` [B] the head.
     """
     table = embedding_bytes(state)
-    head = np.where((h == e) & state.arch.tied_embeddings, 0, table_bytes(state))
+    head = np.where((h == e) & state.arch.shares_table, 0, table_bytes(state))
     first = memory[a] - table * (e == a) - head * (h == a)
     second = memory[b] - table * (b == e) - head * (h == b)
     fits = (memory[e] >= table + head * (h == e)) & (memory[h] >= head + table * (h == e))

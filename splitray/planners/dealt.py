@@ -38,7 +38,7 @@ class _Room:
     def head(self, first: DeviceId, embedding: DeviceId) -> DeviceId:
         """The head's device: pinned, or the first with room from `first` on; free beside a tied embedding."""
         state = self.state
-        if state.arch.tied_embeddings and embedding in (first, state.pinned_head):
+        if state.arch.shares_table and embedding in (first, state.pinned_head):
             return embedding
         candidates = [state.pinned_head] if state.pinned_head else [first, *self.left]
         return self.take(candidates, table_bytes(state), "the head")

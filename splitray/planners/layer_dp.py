@@ -76,7 +76,7 @@ def caps(state: ClusterState, used: Sequence[int], embedding: int, head: int) ->
     devices = state.topology.devices
     left = {d: devices[d].memory_bytes for d in {*used, embedding, head}}
     left[embedding] -= embedding_bytes(state)
-    left[head] -= 0 if state.arch.tied_embeddings and embedding == head else table_bytes(state)
+    left[head] -= 0 if state.arch.shares_table and embedding == head else table_bytes(state)
     if min(left[embedding], left[head]) < 0:
         return None
     many = state.arch.num_layers

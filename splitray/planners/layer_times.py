@@ -100,4 +100,4 @@ def table_bytes(state: ClusterState) -> int:
 
 def embedding_bytes(state: ClusterState) -> int:
     """The embedding, with the tables that some models keep beside it."""
-    return table_bytes(state) + state.arch.weight_bytes(state.arch.embedding_params)
+    return state.arch.embedding_bytes

@@ -26,14 +26,14 @@ def ffn_unit_bytes(arch: ModelArch) -> int:
 
 def vocab_row_bytes(arch: ModelArch) -> int:
     """One vocabulary row of the embedding or of the head."""
-    return arch.weight_bytes(arch.vocab_row_params)
+    return arch.table_bytes(arch.vocab_row_params)
 
 
 def model_bytes(state: ClusterState) -> int:
     """The whole model with its KV cache, nothing replicated, a tied table counted once."""
     arch = state.arch
     kv = arch.num_layers * arch.num_kv_heads * arch.kv_bytes_per_token * state.context_tokens
-    return arch.weight_bytes(arch.num_params) + kv
+    return arch.model_bytes + kv
 
 
 def needed_bytes(placement: Placement, state: ClusterState) -> dict[DeviceId, int]:

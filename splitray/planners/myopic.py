@@ -143,7 +143,7 @@ def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int
         embedding = head if pins[0] is None else pins[0]
         need = np.zeros(len(ids))
         need[embedding] += embedding_bytes(state)
-        need[head] += 0 if state.arch.tied_embeddings and embedding == head else table
+        need[head] += 0 if state.arch.shares_table and embedding == head else table
         if (need <= left).all():
             left -= need
             return embedding, head

@@ -75,7 +75,7 @@ class _Draw:
         return ()
 
     def _head(self, embedding: tuple[DeviceId, ...]) -> Shares | None:
-        tied = self.state.arch.tied_embeddings
+        tied = self.state.arch.shares_table
         free = embedding if tied else ()
         row_bytes = vocab_row_bytes(self.state.arch)
         # A tied table is counted once, with the embedding; rows of it elsewhere come on top.

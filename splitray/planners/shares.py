@@ -102,7 +102,7 @@ def _in_proportion(state: ClusterState, speeds: Sequence[float], embedding: tupl
     room, caps = [], []
     for device, speed in zip(devices, speeds, strict=True):
         holds_table = device.id in embedding
-        head_is_free = holds_table and arch.tied_embeddings
+        head_is_free = holds_table and arch.shares_table
         pinned_head = state.pinned_head == device.id and not head_is_free
         left = device.memory_bytes - embedding_bytes(state) * holds_table - table * pinned_head
         if left < 0:
@@ -159,7 +159,7 @@ def _split_all(
             found.append(_in_order(ids, counts))
         return found
 
-    free_head = embedding if arch.tied_embeddings else ()
+    free_head = embedding if arch.shares_table else ()
     kinds = {
         "attention": (arch.num_kv_heads, group_bytes(arch, state.context_tokens), arch.num_layers, ()),
         "ffn": (arch.ffn_dim, ffn_unit_bytes(arch), arch.num_layers, ()),

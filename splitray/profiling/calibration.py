@@ -120,7 +120,7 @@ class Calibration:
                 name="narrow", layers=24, hidden=768, heads=2, kv_heads=2, ffn=256, vocab=512, tied=False, head_dim=64
             )
         else:
-            self.cold_bytes = like.weight_bytes(like.num_params) // len(topology.ids)
+            self.cold_bytes = like.model_bytes // len(topology.ids)
             wide = RandomLlama(
                 name="wide", layers=like.num_layers, hidden=like.hidden_dim, heads=like.num_heads,
                 kv_heads=like.num_kv_heads, ffn=like.ffn_dim, vocab=like.vocab, tied=like.tied_embeddings,

@@ -72,7 +72,7 @@ def demonstrate(
         folder = str(model_path(model).resolve())
         placement = uneven_placement(arch, topology)
         picture = placement_picture(placement, arch, topology)
-        size = f"{arch.num_params / 1e6:,.1f} million weights, {bytes_text(arch.weight_bytes(arch.num_params))}"
+        size = f"{arch.num_params / 1e6:,.1f} million weights, {bytes_text(arch.model_bytes)}"
         _say(console, f"{model}: a {arch.name} model, {arch.num_layers} layers, {size}\n")
         console.print(picture)
         file = stack.enter_context(_saved(placement))

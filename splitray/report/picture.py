@@ -149,7 +149,7 @@ def _legend(placement: Placement, arch: ModelArch, topology: Topology, marks: _M
             share_text(ffn, arch.num_layers * arch.ffn_dim),
             share_text(placement.head.count(device), arch.vocab),
             bytes_text(weights[device]),
-            share_text(weights[device], arch.weight_bytes(arch.num_params)),
+            share_text(weights[device], arch.model_bytes),
         )
     notes = [
         Text.assemble(" ", marks.block([holders] * 3, 1), f" a full copy on each of {', '.join(holders)}")

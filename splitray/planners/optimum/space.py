@@ -21,7 +21,7 @@ import numpy as np
 from splitray.arrays import Bools, Floats
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, vocab_row_bytes
 from splitray.planners.optimum.deadline import NEVER, Deadline
 from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
@@ -76,7 +76,7 @@ class Space:
         """Price pieces and boundaries; the tables are made when they are first asked for."""
         self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
         self.coarse = blocks is not None
-        self.tied = state.arch.tied_embeddings
+        self.tied = state.arch.shares_table
         self.rates = Rates.of(state.topology)
         self.num_devices = len(state.topology.devices)
         self.rhythms: dict[tuple[int, int], tuple[Floats, Floats] | None] = {}
@@ -100,11 +100,10 @@ class Space:
             ffn_unit_bytes(arch),
             positions,
         )
-        row = arch.weight_bytes(arch.vocab_row_params)
-        self.table_bytes = float(arch.vocab * row + arch.weight_bytes(arch.embedding_params))
+        self.table_bytes = float(arch.embedding_bytes)
         whole_head = freedom != "all" or state.pinned_head is not None
         rows = 1 if whole_head else min(arch.vocab, blocks or arch.vocab)
-        self._head = self._weights("head", rows, arch.vocab, arch.vocab_row_params, row)
+        self._head = self._weights("head", rows, arch.vocab, arch.vocab_row_params, vocab_row_bytes(arch))
         self.holdings = self._holdings(most_shared)
         layer: tuple[Kind, ...] = ("layer",) if arch.parallel_block else ("attention", "ffn")
         self.kinds: tuple[Kind, ...] = layer * arch.num_layers + ("head",)
@@ -147,8 +146,8 @@ class Space:
         self, part: Part, count: int, total: int, params: int, unit_bytes: int, positions: float = 1.0
     ) -> Pieces:
         each = total / count
-        flops, read_bytes = 2 * params * each * positions, self.arch.weight_bytes(params) * each
-        return self._pieces(part, count, total, flops, read_bytes, unit_bytes * each)
+        flops, num_bytes = 2 * params * each * positions, unit_bytes * each
+        return self._pieces(part, count, total, flops, num_bytes, num_bytes)
 
     def _holdings(self, most_shared: int) -> tuple[BlockHolding, ...]:
         single = [BlockHolding((d,)) for d in range(self.num_devices)]
@@ -196,7 +195,7 @@ class Space:
 
     def free_rows(self, kind: Kind, embedding: int) -> Bools:
         """Where pieces of this kind take no memory: rows of a tied table beside the embedding, [D]."""
-        return self.table_on[embedding] & (kind == "head" and self.arch.tied_embeddings)
+        return self.table_on[embedding] & (kind == "head" and self.tied)
 
     @cached_property
     def _tables(self) -> dict[str, Floats]:

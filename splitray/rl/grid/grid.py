@@ -68,8 +68,9 @@ class Grid:
         groups[self._ffn - 1] = h
         units[self._ffn : self._nothing] = np.stack([self.units, arch.ffn_dim - self.units], axis=1)
         params = groups * arch.group_params + units * arch.ffn_unit_params
-        read = [[arch.weight_bytes(int(p)) for p in row] for row in params + rows * arch.vocab_row_params]
-        self._weight_bytes = np.array(read, float)
+        read = [[arch.weight_bytes(int(p)) for p in row] for row in params]
+        tables = [[arch.table_bytes(int(p)) for p in row] for row in rows * arch.vocab_row_params]
+        self._weight_bytes = np.array(read, float) + tables
         self._flops = (2 * params).astype(float)
         self._kv_bytes = (groups * arch.kv_bytes_per_token).astype(float)
         self._attention_flops = (4 * groups * arch.heads_per_group * arch.head_dim).astype(float)
@@ -170,13 +171,11 @@ class Grid:
         """Weights and KV of `context_tokens` ([N] or a number) on each device, [N, 2], as `needed_bytes` says."""
         attention, ffn = self._codes(choice)
         params = ((self._params[attention] + self._params[ffn]) * self.sizes[:, None]).sum(1)
-        table = self.arch.vocab * self.arch.vocab_row_params
-        devices = np.arange(2)
+        arch, devices = self.arch, np.arange(2)
         at_embedding, at_head = choice.embedding[:, None] == devices, choice.head[:, None] == devices
-        params = params + table * at_embedding
-        params = params + table * (at_head & ~(at_embedding & self.arch.tied_embeddings))
-        bits = self.arch.weight_bits
-        weights: Floats = params * float(self.arch.dtype_bytes) if bits is None else np.rint(params * bits / 8)
+        weights: Floats = np.rint(params * arch.bits / 8) + arch.embedding_bytes * at_embedding
+        head = arch.table_bytes(arch.vocab * arch.vocab_row_params)
+        weights = weights + head * (at_head & ~(at_embedding & arch.shares_table))
         groups = (self._groups[attention] * self.sizes[:, None]).sum(1)
         return weights + groups * (self.arch.kv_bytes_per_token * np.asarray(context_tokens, float).reshape(-1, 1))
 

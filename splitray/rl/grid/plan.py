@@ -136,7 +136,7 @@ class Program:
             share = 1 / request.output_tokens
             way = pace.ways(TOKEN_BYTES * request.prompt_tokens)[2][self._origin]
             self.start[1 - self._origin] += share * self.per_second * way
-        row = arch.weight_bytes(arch.vocab_row_params) * arch.vocab
+        row = arch.table_bytes(arch.vocab_row_params) * arch.vocab
         flops = 2 * arch.vocab * arch.vocab_row_params / pace.flops_per_s
         busy = np.maximum(flops, row / pace.bytes_per_s) + pace.launch_s  # [D, N]
         seconds = passes.arrive_s[[EDGE, CLOUD], 0, :3, [EDGE, CLOUD]] + busy[:, None]  # [D, 3, N]
@@ -147,7 +147,7 @@ class Program:
         back = self.per_second * way * _APART  # [E, D, N]
         sent = self.per_joule * pace.radio_w * air * (_APART | (np.arange(2) != self._origin)[:, None])
         self.end: Floats = cost.transpose(1, 0, 2) + (back + sent)[:, None]
-        self.bytes_at_ends: Floats = row * (_HERE[:, :, None] + _HERE[:, None] * (1 - arch.tied_embeddings * _HERE))
+        self.bytes_at_ends: Floats = row * (_HERE[:, :, None] + _HERE[:, None] * (1 - arch.shares_table * _HERE))
         if pins != "none":
             self.start[1 - self._origin] = np.inf
         if pins == "embedding_and_head":
