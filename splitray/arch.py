@@ -1,6 +1,8 @@
 """What a decoder looks like to a planner: counts and sizes, no torch, no weights, no devices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, NamedTuple
 
 from splitray.errors import InputError, ModelError
@@ -35,8 +37,9 @@ class ModelArch:
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
-    `weights` names the format in which devices hold them (weight_formats.py). With `fixed_sums` a quantised model's
-    sums are made block by block, so that they are the same bits wherever its pieces are.
+    `weights` names the format in which devices hold them (weight_formats.py), `device_weights` that of each device
+    where they differ: see `on`. With `fixed_sums` the sums of a model that any device holds quantised are made block by
+    block, so that they are the same bits wherever its pieces are.
     """
 
     name: str
@@ -67,6 +70,7 @@ class ModelArch:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     weight_bits: float | None = None
     weights: str = "float32"
+    device_weights: tuple[tuple[str, str], ...] = ()
     fixed_sums: bool = True
 
     def __post_init__(self) -> None:
@@ -98,9 +102,24 @@ class ModelArch:
         return as_format(self.weights)
 
     @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """All in which devices hold weights."""
+        named = dict.fromkeys(w for _, w in self.device_weights) or (self.weights,)
+        return tuple(map(as_format, named))
+
+    def on(self, device: str) -> "ModelArch":
+        """The same with `weights` as this device holds them."""
+        return _on(self, device) if self.device_weights else self
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any device holds weights that share scales."""
+        return any(f.is_quantised for f in self.formats)
+
+    @property
     def sums_in_blocks(self) -> bool:
         """Whether partial sums are made in fixed blocks, and cross as float64."""
-        return self.format.is_quantised and self.fixed_sums
+        return self.is_quantised and self.fixed_sums
 
     @property
     def partial_bytes(self) -> int:
@@ -109,8 +128,9 @@ class ModelArch:
 
     @property
     def ffn_cuts(self) -> tuple[int, ...]:
-        """The borders at which FFN columns may be cut; empty: at any."""
-        return () if self.num_experts or self.ffn_dim == 1 else self.format.ffn_cuts(self.ffn_dim)
+        """The borders at which FFN columns may be cut, those of the largest groups; empty: at any."""
+        coarsest = max(self.formats, key=lambda f: f.group)
+        return () if self.num_experts or self.ffn_dim == 1 else coarsest.ffn_cuts(self.ffn_dim)
 
     @property
     def bits(self) -> float:
@@ -193,6 +213,25 @@ class ModelArch:
         groups = "attention whole" if self.num_kv_heads == 1 else f"{self.num_kv_heads} head groups"
         units = "FFN whole" if self.ffn_dim == 1 else f"{self.ffn_dim} {'experts' if self.num_experts else 'columns'}"
         return f"{groups}, {units}"
+
+
+@cache
+def _on(arch: ModelArch, device: str) -> ModelArch:
+    return replace(arch, weights=dict(arch.device_weights).get(device, arch.weights))
+
+
+def held_by(arch: ModelArch, weights: Mapping[str, str], *, sums: str = "fixed", lean: bool = True) -> ModelArch:
+    """The counts of a model that each of some devices holds in a format of its own; `arch` has plain weights.
+
+    Raises:
+        InputError: see `held_as`.
+    """
+    formats = [*dict.fromkeys(weights.values())]
+    if len(formats) == 1:
+        return held_as(arch, formats[0], sums=sums, lean=lean)
+    for name in formats:
+        held_as(arch, name, sums=sums, lean=lean)
+    return replace(arch, device_weights=tuple(sorted(weights.items())), fixed_sums=sums == "fixed")
 
 
 def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = True) -> ModelArch:

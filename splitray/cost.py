@@ -127,7 +127,8 @@ def load_of_route(route: Route, placement: Placement, arch: ModelArch, topology:
             work["attention_flops"][stage, d] = 4 * groups * arch.heads_per_group * arch.head_dim
             params = groups * arch.group_params + units * arch.ffn_unit_params
             work["flops"][stage, d] = 2 * params
-            work["weight_bytes"][stage, d] = arch.weight_bytes(params) + arch.table_bytes(rows * arch.vocab_row_params)
+            held = arch.on(device)
+            work["weight_bytes"][stage, d] = held.weight_bytes(params) + held.table_bytes(rows * arch.vocab_row_params)
             head_flops[d] += 2 * rows * arch.vocab_row_params
     put(num_stages - 1, route.boundary(head.index + 1).messages, into_head=False)
     embeds = np.isin(np.array(topology.ids), placement.embedding)

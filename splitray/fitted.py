@@ -16,7 +16,7 @@ def fitted(placement: Placement, arch: ModelArch) -> Placement:
 
     FFNs follow their attention, readers of KV its owner, and quantised matrices are cut where their format allows it.
     """
-    if arch.format.is_quantised:
+    if arch.is_quantised:
         placement = _cut_at_borders(placement, arch)
     if not (arch.whole_layers or arch.kv_layers or arch.tokens_everywhere):
         return placement

@@ -5,7 +5,7 @@ staged on the target already (every device reads its own copy of the checkpoint)
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,20 +38,29 @@ def diff(old: Placement, new: Placement, arch: ModelArch, context_tokens: int) -
 
 
 def _moves(old: Placement, new: Placement, arch: ModelArch, context_tokens: int) -> Iterator[Move]:
-    row = arch.table_bytes(arch.vocab_row_params)
-    group, kv = arch.weight_bytes(arch.group_params), arch.kv_bytes_per_token * context_tokens
-    unit = arch.weight_bytes(arch.ffn_unit_params)
+    kv = arch.kv_bytes_per_token * context_tokens
+
+    def row(device: DeviceId) -> int:
+        return arch.on(device).table_bytes(arch.vocab_row_params)
+
+    def group(device: DeviceId) -> int:
+        return arch.on(device).weight_bytes(arch.group_params)
+
+    def unit(device: DeviceId) -> int:
+        return arch.on(device).weight_bytes(arch.ffn_unit_params)
 
     known: dict[tuple[Shares, Shares], list[tuple[DeviceId, DeviceId, Range]]] = {}  # layers are often alike
 
-    def moves(piece: Piece, layer: int, before: Shares, after: Shares, weight: int, cache: int) -> Iterator[Move]:
+    def moves(
+        piece: Piece, layer: int, before: Shares, after: Shares, weight: Callable[[DeviceId], int], cache: int
+    ) -> Iterator[Move]:
         if (before, after) not in known:
             known[before, after] = [(s, t, r) for t, held in after.by_device for s, r in _gained(before, t, held)]
         for source, target, indices in known[before, after]:
             n = indices.count
             yield Move(
                 piece=piece, layer=layer, indices=indices, source=source, target=target,
-                weight_bytes=n * weight, kv_bytes=n * cache,
+                weight_bytes=n * weight(target), kv_bytes=n * cache,
             )  # fmt: skip
 
     table_before, table_after = (Shares.whole(arch.vocab, *p.embedding) for p in (old, new))
@@ -74,6 +83,18 @@ def _gained(before: Shares, target: DeviceId, after: Sequence[Range]) -> Iterato
         source = next(holders, None)
         assert source is not None, "a valid placement covers every index"
         yield source, Range(start, stop)
+
+
+def reformatted(old: Placement, new: Placement, arch: ModelArch) -> tuple[Move, ...]:
+    """The moves whose target holds weights in another format than the source: their numbers are rounded otherwise."""
+    if not arch.device_weights:
+        return ()
+
+    def differ(move: Move) -> bool:
+        a, b = (arch.on(d).format for d in (move.source, move.target))
+        return a.table != b.table if move.piece in ("embedding", "head") else a != b
+
+    return tuple(m for m in diff(old, new, arch, 0) if differ(m))
 
 
 def moved_bytes(moves: Sequence[Move], *, staged: bool) -> int:

@@ -224,17 +224,18 @@ def validate(placement: Placement, arch: ModelArch, topology: Topology) -> None:
 def weight_bytes(placement: Placement, arch: ModelArch) -> dict[DeviceId, int]:
     """Weight bytes a device holds, norms and biases left out; a tied table is shared where rows coincide."""
     params, tables = dict.fromkeys(placement.devices, 0), dict.fromkeys(placement.devices, 0)
+    held = {d: arch.on(d) for d in params}
     for layer, count in placement.runs():
         for device, ranges in layer.attention.by_device:
             params[device] += count * sum(r.count for r in ranges) * arch.group_params
         for device, ranges in layer.ffn.by_device:
             params[device] += count * sum(r.count for r in ranges) * arch.ffn_unit_params
     for device in placement.embedding:
-        tables[device] += arch.embedding_bytes
+        tables[device] += held[device].embedding_bytes
     for device, _ in placement.head.by_device:
-        if not (arch.shares_table and device in placement.embedding):
-            tables[device] += arch.table_bytes(placement.head.count(device) * arch.vocab_row_params)
-    return {d: arch.weight_bytes(n) + tables[d] for d, n in params.items()}
+        if not (held[device].shares_table and device in placement.embedding):
+            tables[device] += held[device].table_bytes(placement.head.count(device) * arch.vocab_row_params)
+    return {d: held[d].weight_bytes(n) + tables[d] for d, n in params.items()}
 
 
 def _covered(shares: Shares, total: int, where: str, unit: str) -> None:
@@ -300,15 +301,24 @@ def _pinned(placement: Placement, topology: Topology) -> None:
 
 
 def _within_limits(placement: Placement, arch: ModelArch) -> None:
-    borders, row = set(arch.ffn_cuts), ROWS if arch.format.is_quantised else 1
+    borders, row = set(arch.ffn_cuts), ROWS if arch.is_quantised else 1
     cuts = {c for _, ranges in placement.head.by_device for r in ranges for c in r if c % row and c != arch.vocab}
     if cuts:
-        _refuse("head", f"rows cut at multiples of {row} ({arch.weights} weights)", sorted(cuts)[:3])
+        _refuse("head", f"rows cut at multiples of {row} ({_formats(arch)} weights)", sorted(cuts)[:3])
+    if arch.device_weights:
+        _alike("embedding", placement.embedding, arch)
     for i, layer in enumerate(placement.layers):
         cuts = {c for _, ranges in layer.ffn.by_device for r in ranges for c in r} - borders if borders else set()
         if cuts:
-            expected = f"columns cut at {sorted(borders)} ({arch.weights} weights are rounded group by group)"
+            expected = f"columns cut at {sorted(borders)} ({_formats(arch)} weights are rounded group by group)"
             _refuse(f"layer {i} ffn", expected, sorted(cuts)[:3])
+        if arch.device_weights:
+            for what, shares, total in (
+                ("attention", layer.attention, arch.num_kv_heads),
+                ("ffn", layer.ffn, arch.ffn_dim),
+            ):
+                if shares.is_replicated(total):
+                    _alike(f"layer {i} {what}", shares.devices, arch)
         if arch.whole_layers and set(layer.attention.devices) != set(layer.ffn.devices):
             _refuse(f"layer {i}", f"attention and FFN on the same devices ({arch.name} is cut between layers only)",
                     f"{_named(layer.attention)} and {_named(layer.ffn)}")  # fmt: skip
@@ -321,6 +331,19 @@ def _within_limits(placement: Placement, arch: ModelArch) -> None:
     if arch.tokens_everywhere and missing:
         _refuse("embedding", f"on every device ({arch.name} embeds tokens for each layer)",
                 f"not on {', '.join(missing)}")  # fmt: skip
+
+
+def _formats(arch: ModelArch) -> str:
+    return ", ".join(f.name for f in arch.formats)
+
+
+def _alike(what: str, devices: Sequence[DeviceId], arch: ModelArch) -> None:
+    """Refuse copies of a sub-block that are rounded otherwise: devices would go on with different numbers."""
+    found = {d: arch.on(d).format for d in devices}
+    if len({f.table if what == "embedding" else f for f in found.values()}) > 1:
+        named = ", ".join(f"{d} in {f.name}" for d, f in found.items())
+        remedy = "give them the same `weights:` in the topology, or place it on one of them"
+        raise PlacementError(what, expected="copies in one format of weights", actual=named, remedy=remedy)
 
 
 def holders(layers: Sequence[LayerPlacement]) -> list[DeviceId]:

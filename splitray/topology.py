@@ -14,6 +14,7 @@ from typing import Any, Literal, NewType
 from splitray.catalog import DEVICES, LINKS, device_values, link_values
 from splitray.errors import TopologyError, did_you_mean, listed
 from splitray.user_file import UserFile
+from splitray.weight_formats import WEIGHTS
 from splitray.yaml_document import COMMA, kind_of, number, read_yaml
 
 DeviceId = NewType("DeviceId", str)
@@ -34,6 +35,12 @@ _LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], object], str, str], ...] =
     (("tier",), lambda v: v in ("edge", "cloud"), "edge or cloud", "set tier to edge or cloud"),
     (_RATES, lambda v: 0 < v < inf, "a number above 0", "give the device's {}"),
     (("compute_efficiency", "memory_efficiency"), lambda v: 0 < v <= 1, "a share of the peak: above 0 to 1", _CORRECT),
+    (
+        ("weights",),
+        lambda v: v is None or v in WEIGHTS,
+        f"one of {', '.join(WEIGHTS)}",
+        "use one of them, or leave `weights:` out to have what --weights says",
+    ),
     (_COSTS, lambda v: 0 <= v < inf, "0 or more", "give the device's {}"),
 )
 """What the fields of a device must be: their names, the check, what is expected and what to do."""
@@ -63,6 +70,8 @@ class Device:
     shared_bandwidth_bytes_per_s: float | None = None
     torch_device: str = "cpu"
     model_path: str | None = None
+    weights: str | None = None
+    """The format in which it holds weights (weight_formats.py), `auto` as they are stored; None: what the run says."""
 
     def __post_init__(self) -> None:
         for names, fits, expected, remedy in _LIMITS:
@@ -242,8 +251,8 @@ class Topology:
 
 
 _DEVICE_KEYS = tuple(f.name for f in fields(Device))
-_TEXTS = ("id", "tier", "memory_group", "torch_device", "model_path")
-_OPTIONAL = ("catalog", "memory_group", "shared_bandwidth_bytes_per_s", "model_path")
+_TEXTS = ("id", "tier", "memory_group", "torch_device", "model_path", "weights")
+_OPTIONAL = ("catalog", "memory_group", "shared_bandwidth_bytes_per_s", "model_path", "weights")
 _TIMES = ("rtt_s", "exchange_s", "launch_s")
 _LEAST, _MOST, _MOST_S = 1e-9, 1e24, 1e5  # beyond these it is a slip, and what is computed of it may be no number
 _UNITS = {

@@ -74,6 +74,8 @@ FORMATS = {
     )
 }
 
+WEIGHTS = (AUTO_WEIGHTS, *FORMATS)
+
 
 def as_format(name: str) -> WeightFormat:
     """The format of this name; `auto` is decided before, where a checkpoint is read.

@@ -40,7 +40,7 @@ def plan(
         try_file(out)
     with stdout_kept(as_json):
         where = Topology.load(topology)
-        arch = read_model_arch(model, dtype=dtype, weights=weights, sums=sums)
+        arch = read_model_arch(model, dtype=dtype, weights=weights, sums=sums, topology=where)
         found = priced(
             arch, where, planner, context_tokens=context, seed=seed, codec=codec, channel=channel, limit_s=limit_s
         )

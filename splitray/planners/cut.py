@@ -8,8 +8,17 @@ import numpy as np
 from splitray.arrays import Bools, Floats, Ints
 from splitray.errors import PlacementError, listed
 from splitray.placement import Placement
-from splitray.planners.layer_times import LayerTimes, embedding_bytes, layer_bytes, layer_times, table_bytes
-from splitray.planners.memory import first_fit, model_bytes, no_room, shortfall
+from splitray.planners.layer_times import LayerTimes, layer_times
+from splitray.planners.memory import (
+    embedding_bytes,
+    first_fit,
+    layer_bytes,
+    model_bytes,
+    no_room,
+    shares_table,
+    shortfall,
+    table_bytes,
+)
 from splitray.planners.protocol import ClusterState
 from splitray.planners.whole import clouds, layers_on, own_edge
 from splitray.topology import DeviceId, Topology
@@ -128,12 +137,12 @@ def _room(state: ClusterState, memory: Floats, a: int, b: Ints, e: int, h: Ints)
 
     And whether the ends fit where no layer is. `e` holds the embedding, `h` [B] the head.
     """
-    table = embedding_bytes(state)
-    head = np.where((h == e) & state.arch.shares_table, 0, table_bytes(state))
+    table, each = embedding_bytes(state)[e], layer_bytes(state)
+    head = np.where((h == e) & shares_table(state)[e], 0, table_bytes(state)[h])
     first = memory[a] - table * (e == a) - head * (h == a)
     second = memory[b] - table * (b == e) - head * (h == b)
     fits = (memory[e] >= table + head * (h == e)) & (memory[h] >= head + table * (h == e))
-    return np.floor(first / layer_bytes(state)), np.floor(second / layer_bytes(state)), fits
+    return np.floor(first / each[a]), np.floor(second / each[b]), fits
 
 
 def _average(state: ClusterState) -> Topology | None:

@@ -15,8 +15,16 @@ import numpy as np
 from splitray.arrays import Floats, Ints
 from splitray.errors import listed
 from splitray.placement import Placement
-from splitray.planners.layer_times import LayerTimes, embedding_bytes, layer_bytes, layer_times, table_bytes
-from splitray.planners.memory import fastest_first, model_bytes, no_room
+from splitray.planners.layer_times import LayerTimes, layer_times
+from splitray.planners.memory import (
+    embedding_bytes,
+    fastest_first,
+    layer_bytes,
+    model_bytes,
+    no_room,
+    shares_table,
+    table_bytes,
+)
 from splitray.planners.protocol import EQUAL, ClusterState
 from splitray.planners.whole import layers_on
 
@@ -75,12 +83,12 @@ def caps(state: ClusterState, used: Sequence[int], embedding: int, head: int) ->
     """How many layers fit on each of some devices beside the ends, [n]; None where an end does not fit."""
     devices = state.topology.devices
     left = {d: devices[d].memory_bytes for d in {*used, embedding, head}}
-    left[embedding] -= embedding_bytes(state)
-    left[head] -= 0 if state.arch.shares_table and embedding == head else table_bytes(state)
+    left[embedding] -= embedding_bytes(state)[embedding]
+    left[head] -= 0 if embedding == head and shares_table(state)[head] else table_bytes(state)[head]
     if min(left[embedding], left[head]) < 0:
         return None
-    many = state.arch.num_layers
-    return np.array([min(many, int(left[d] // layer_bytes(state))) for d in used])
+    many, each = state.arch.num_layers, layer_bytes(state)
+    return np.array([min(many, int(left[d] // each[d])) for d in used])
 
 
 def best_shards(

@@ -12,7 +12,6 @@ from splitray.arrays import Floats
 from splitray.codecs import encoded_bytes
 from splitray.cost import Rates, load_of, work_s
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, vocab_row_bytes
 from splitray.planners.pairs import LinkedPairs, PairSeconds
 from splitray.planners.protocol import ClusterState, equal_s_per_joule
 from splitray.route import TOKEN_BYTES
@@ -85,19 +84,3 @@ def work_alone_s(state: ClusterState, where: Topology) -> Floats:
         exchange_s=none, contention_s_per_byte=none, medium=np.full((1, 1), -1),
     )  # fmt: skip
     return work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]
-
-
-def layer_bytes(state: ClusterState) -> int:
-    """One whole layer: its weights and the KV of the state's context."""
-    arch = state.arch
-    return arch.num_kv_heads * group_bytes(arch, state.context_tokens) + arch.ffn_dim * ffn_unit_bytes(arch)
-
-
-def table_bytes(state: ClusterState) -> int:
-    """The head."""
-    return state.arch.vocab * vocab_row_bytes(state.arch)
-
-
-def embedding_bytes(state: ClusterState) -> int:
-    """The embedding, with the tables that some models keep beside it."""
-    return state.arch.embedding_bytes

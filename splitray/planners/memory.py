@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from splitray.arch import ModelArch
+from splitray.arrays import Bools, Ints
 from splitray.errors import PlacementError, listed
 from splitray.placement import Placement, validate, weight_bytes
 from splitray.planners.protocol import ClusterState
@@ -14,26 +17,53 @@ def no_room(expected: str, actual: str, remedy: str) -> PlacementError:
     return PlacementError("memory", expected=expected, actual=actual, remedy=remedy)
 
 
-def group_bytes(arch: ModelArch, context_tokens: int) -> int:
-    """One head group of one layer: its weights and the KV of `context_tokens` tokens."""
-    return arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context_tokens
+def each_held(state: ClusterState) -> list[ModelArch]:
+    """The model as each device of the topology holds it."""
+    return [state.arch.on(d) for d in state.topology.ids]
 
 
-def ffn_unit_bytes(arch: ModelArch) -> int:
-    """One FFN column, or one whole expert."""
-    return arch.weight_bytes(arch.ffn_unit_params)
+def group_bytes(state: ClusterState) -> Ints:
+    """One head group of one layer on each device, [D]: its weights and the KV of the state's context."""
+    kv = state.arch.kv_bytes_per_token * state.context_tokens
+    return np.array([a.weight_bytes(a.group_params) + kv for a in each_held(state)])
 
 
-def vocab_row_bytes(arch: ModelArch) -> int:
-    """One vocabulary row of the embedding or of the head."""
-    return arch.table_bytes(arch.vocab_row_params)
+def ffn_unit_bytes(state: ClusterState) -> Ints:
+    """One FFN column, or one whole expert, on each device, [D]."""
+    return np.array([a.weight_bytes(a.ffn_unit_params) for a in each_held(state)])
+
+
+def vocab_row_bytes(state: ClusterState) -> Ints:
+    """One vocabulary row of the head on each device, [D]."""
+    return np.array([a.table_bytes(a.vocab_row_params) for a in each_held(state)])
+
+
+def layer_bytes(state: ClusterState) -> Ints:
+    """One whole layer on each device, [D]: its weights and the KV of the state's context."""
+    arch = state.arch
+    return arch.num_kv_heads * group_bytes(state) + arch.ffn_dim * ffn_unit_bytes(state)
+
+
+def table_bytes(state: ClusterState) -> Ints:
+    """The head on each device, [D]."""
+    return state.arch.vocab * vocab_row_bytes(state)
+
+
+def embedding_bytes(state: ClusterState) -> Ints:
+    """The embedding on each device, [D], with the tables that some models keep beside it."""
+    return np.array([a.embedding_bytes for a in each_held(state)])
+
+
+def shares_table(state: ClusterState) -> Bools:
+    """On which devices a tied head takes no memory beside the embedding, [D]."""
+    return np.array([a.shares_table for a in each_held(state)])
 
 
 def model_bytes(state: ClusterState) -> int:
-    """The whole model with its KV cache, nothing replicated, a tied table counted once."""
+    """The whole model with its KV cache in the smallest format, nothing replicated, a shared table counted once."""
     arch = state.arch
     kv = arch.num_layers * arch.num_kv_heads * arch.kv_bytes_per_token * state.context_tokens
-    return arch.model_bytes + kv
+    return min(a.model_bytes for a in each_held(state)) + kv
 
 
 def needed_bytes(placement: Placement, state: ClusterState) -> dict[DeviceId, int]:

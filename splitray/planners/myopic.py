@@ -18,8 +18,16 @@ import numpy as np
 
 from splitray.arrays import Floats, Ints
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.layer_times import embedding_bytes, table_bytes, work_alone_s
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room
+from splitray.planners.layer_times import work_alone_s
+from splitray.planners.memory import (
+    embedding_bytes,
+    ffn_unit_bytes,
+    group_bytes,
+    model_bytes,
+    no_room,
+    shares_table,
+    table_bytes,
+)
 from splitray.planners.pairs import LinkedPairs, PairSeconds
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import ClusterState
@@ -91,7 +99,7 @@ class Myopic:
         if ends is None:
             return None
         embedding, head = ends
-        sizes = float(group_bytes(arch, state.context_tokens)), float(arch.ffn_dim * ffn_unit_bytes(arch))
+        sizes = group_bytes(state).astype(float), arch.ffn_dim * ffn_unit_bytes(state).astype(float)
         layers: list[tuple[Ints, int]] = []
         options: list[Iterator[tuple[Ints, int]]] = []
         known: dict[tuple[int, int | None], tuple[Ints, int]] = {}
@@ -124,10 +132,10 @@ class Myopic:
         return Placement(tuple(found), (where.ids[embedding],), Shares.whole(arch.vocab, where.ids[head]))
 
 
-def _taken(layer: tuple[Ints, int], sizes: tuple[float, float]) -> Floats:
+def _taken(layer: tuple[Ints, int], sizes: tuple[Floats, Floats]) -> Floats:
     counts, ffn = layer
     taken = counts.astype(np.float64) * sizes[0]
-    taken[ffn] += sizes[1]
+    taken[ffn] += sizes[1][ffn]
     return taken
 
 
@@ -142,8 +150,8 @@ def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int
     for head in [pins[1]] if pins[1] is not None else [int(i) for i in np.lexsort((head_s, apart))]:
         embedding = head if pins[0] is None else pins[0]
         need = np.zeros(len(ids))
-        need[embedding] += embedding_bytes(state)
-        need[head] += 0 if state.arch.shares_table and embedding == head else table
+        need[embedding] += embedding_bytes(state)[embedding]
+        need[head] += 0 if embedding == head and shares_table(state)[head] else table[head]
         if (need <= left).all():
             left -= need
             return embedding, head
@@ -153,7 +161,7 @@ def ends_of(state: ClusterState, head_s: Floats, left: Floats) -> tuple[int, int
 def _layer_options(
     times: _Times,
     left: Floats,
-    sizes: tuple[float, float],
+    sizes: tuple[Floats, Floats],
     num_groups: int,
     residual: int,
     after: int | None,
@@ -180,8 +188,8 @@ def _layer_options(
     alone, rank = (np.repeat(each[:, few], len(widths), axis=0) for each in (alone, rank))
     first, last = np.tile(widths, (len(holders), 1)).T
     allowed = (rank >= first[:, None]) & (rank < last[:, None])
-    room = left[few] - np.where(few == ffn[:, None], sizes[1], 0.0)
-    most = np.where(allowed, np.floor(room / sizes[0]), 0)
+    room = left[few] - np.where(few == ffn[:, None], sizes[1][few], 0.0)
+    most = np.where(allowed, np.floor(room / sizes[0][few]), 0)
     counts = np.zeros(alone.shape, np.int64)
     done = alone.copy()
     rows = np.arange(len(ffn))

@@ -1,5 +1,6 @@
 """Random valid placements: what tests and comparisons draw from. Knows no cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,14 @@ import numpy as np
 
 from splitray.errors import listed
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
+from splitray.planners.memory import (
+    embedding_bytes,
+    ffn_unit_bytes,
+    group_bytes,
+    model_bytes,
+    no_room,
+    vocab_row_bytes,
+)
 from splitray.planners.protocol import MANY_DEVICES, ClusterState
 from splitray.topology import DeviceId
 
@@ -42,13 +50,15 @@ class _Draw:
 
     def __init__(self, state: ClusterState, rng: np.random.Generator, *, may_replicate: bool) -> None:
         arch = state.arch
-        self.state, self.rng, self.may_replicate = state, rng, may_replicate
+        self.state, self.rng = state, rng
+        self.may_replicate = may_replicate and not arch.device_weights  # copies are in one format
         self.ids = state.topology.ids
         self.left = {d.id: d.memory_bytes for d in state.topology.devices}
         self.waiting_bytes = model_bytes(state)  # of pieces not yet placed, each counted once
-        self.group_bytes = group_bytes(arch, state.context_tokens)
-        self.unit_bytes = ffn_unit_bytes(arch)
-        self.table_bytes = arch.vocab * vocab_row_bytes(arch)
+        self.group_bytes, self.unit_bytes, self.row_bytes, self.table_bytes = (
+            dict(zip(self.ids, each.tolist(), strict=True))
+            for each in (group_bytes(state), ffn_unit_bytes(state), vocab_row_bytes(state), embedding_bytes(state))
+        )
 
     def placement(self) -> Placement | None:
         """A placement within memory, or None where this attempt ran out of room."""
@@ -67,47 +77,48 @@ class _Draw:
         """One holder, sometimes two; empty if no device has room."""
         pinned = self.state.pinned_embedding
         candidates = [pinned] if pinned else self._several(len(self.ids))
-        held = tuple(d for d in candidates if self.left[d] >= self.table_bytes)
+        held = tuple(d for d in candidates if self.left[d] >= self.table_bytes[d])
         for wanted in (2, 1) if self.may_replicate and self.rng.random() < 0.25 else (1,):
-            cost = dict.fromkeys(held[:wanted], self.table_bytes)
-            if cost and self._take(cost, self.table_bytes):
+            cost = {d: self.table_bytes[d] for d in held[:wanted]}
+            if cost and self._take(cost, min(self.table_bytes.values())):
                 return tuple(cost)
         return ()
 
     def _head(self, embedding: tuple[DeviceId, ...]) -> Shares | None:
-        tied = self.state.arch.shares_table
-        free = embedding if tied else ()
-        row_bytes = vocab_row_bytes(self.state.arch)
-        # A tied table is counted once, with the embedding; rows of it elsewhere come on top.
-        once = 0 if tied else self.table_bytes
+        arch = self.state.arch
+        free = tuple(d for d in embedding if arch.on(d).shares_table)
+        # A table that is shared is counted once, with the embedding; rows of it elsewhere come on top.
+        once = 0 if free else arch.vocab * min(self.row_bytes.values())
         if self.state.pinned_head:
-            shares = Shares.whole(self.state.arch.vocab, self.state.pinned_head)
-            return shares if self._take_shares(shares, row_bytes, once, free) else None
-        return self._shares(self.state.arch.vocab, row_bytes, once, free)
+            shares = Shares.whole(arch.vocab, self.state.pinned_head)
+            return shares if self._take_shares(shares, self.row_bytes, once, free) else None
+        return self._shares(arch.vocab, self.row_bytes, once, free)
 
     def _layer(self) -> LayerPlacement | None:
         arch = self.state.arch
         groups, columns = arch.num_kv_heads, arch.ffn_dim
-        both = groups * self.group_bytes, columns * self.unit_bytes
+        both = {d: groups * self.group_bytes[d] + columns * self.unit_bytes[d] for d in self.ids}
         if arch.parallel_block and self._wants_replicas():
             devices = self._several(int(self.rng.integers(2, len(self.ids) + 1)))
-            if self._take(dict.fromkeys(devices, sum(both)), sum(both)):
+            if self._take({d: both[d] for d in devices}, min(both.values())):
                 return LayerPlacement(Shares.whole(groups, *devices), Shares.whole(columns, *devices))
         attention = self._sub_block(groups, self.group_bytes)
         ffn = self._sub_block(columns, self.unit_bytes) if attention else None
         return LayerPlacement(attention, ffn) if attention and ffn else None
 
-    def _sub_block(self, total: int, unit_bytes: int) -> Shares | None:
+    def _sub_block(self, total: int, unit_bytes: Mapping[DeviceId, int]) -> Shares | None:
         if not self.state.arch.parallel_block and self._wants_replicas():
             shares = Shares.whole(total, *self._several(int(self.rng.integers(2, len(self.ids) + 1))))
-            if self._take_shares(shares, unit_bytes, total * unit_bytes):
+            if self._take_shares(shares, unit_bytes, total * min(unit_bytes.values())):
                 return shares
-        return self._shares(total, unit_bytes, total * unit_bytes)
+        return self._shares(total, unit_bytes, total * min(unit_bytes.values()))
 
     def _wants_replicas(self) -> bool:
         return self.may_replicate and len(self.ids) > 1 and bool(self.rng.random() < 0.25)
 
-    def _shares(self, total: int, unit_bytes: int, once: int, free: tuple[DeviceId, ...] = ()) -> Shares | None:
+    def _shares(
+        self, total: int, unit_bytes: Mapping[DeviceId, int], once: int, free: tuple[DeviceId, ...] = ()
+    ) -> Shares | None:
         """Whole on one device or scattered over several; where room is left if no such draw fits."""
         for _ in range(_SHARE_DRAWS):
             num_devices = 1 if self.rng.random() < 0.4 else int(self.rng.integers(1, len(self.ids) + 1))
@@ -128,12 +139,14 @@ class _Draw:
             ranges.setdefault(owners[int(i)], []).append((start, stop))
         return Shares.of(ranges)
 
-    def _where_room_is(self, total: int, unit_bytes: int, once: int, free: tuple[DeviceId, ...]) -> Shares | None:
+    def _where_room_is(
+        self, total: int, unit_bytes: Mapping[DeviceId, int], once: int, free: tuple[DeviceId, ...]
+    ) -> Shares | None:
         ranges: dict[str, list[tuple[int, int]]] = {}
         start = 0
         for device in self._several(len(self.ids)):
-            fits = device in free or self.left[device] >= (total - start) * unit_bytes
-            stop = total if fits else start + int(max(0.0, self.left[device]) // unit_bytes)
+            fits = device in free or self.left[device] >= (total - start) * unit_bytes[device]
+            stop = total if fits else start + int(max(0.0, self.left[device]) // unit_bytes[device])
             ranges[device] = [(start, stop)]
             start = stop
         shares = Shares.of(ranges)
@@ -142,8 +155,10 @@ class _Draw:
     def _several(self, num_devices: int) -> list[DeviceId]:
         return [self.ids[int(i)] for i in self.rng.permutation(len(self.ids))[:num_devices]]
 
-    def _take_shares(self, shares: Shares, unit_bytes: int, once: int, free: tuple[DeviceId, ...] = ()) -> bool:
-        cost = {d: 0 if d in free else shares.count(d) * unit_bytes for d in shares.devices}
+    def _take_shares(
+        self, shares: Shares, unit_bytes: Mapping[DeviceId, int], once: int, free: tuple[DeviceId, ...] = ()
+    ) -> bool:
+        cost = {d: 0 if d in free else shares.count(d) * unit_bytes[d] for d in shares.devices}
         return self._take(cost, once)
 
     def _take(self, cost_bytes: dict[DeviceId, int], once: int) -> bool:

@@ -6,10 +6,21 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar
 
+from splitray.arrays import Ints
 from splitray.errors import InputError, PlacementError, listed
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.layer_times import embedding_bytes, layer_times
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, no_room, vocab_row_bytes
+from splitray.planners.layer_times import layer_times
+from splitray.planners.memory import (
+    embedding_bytes,
+    ffn_unit_bytes,
+    group_bytes,
+    layer_bytes,
+    model_bytes,
+    no_room,
+    shares_table,
+    table_bytes,
+    vocab_row_bytes,
+)
 from splitray.planners.protocol import MANY_DEVICES, ClusterState
 from splitray.planners.thrift import thrifty_s
 from splitray.topology import DeviceId
@@ -95,16 +106,13 @@ class TensorParallel:
 def _in_proportion(state: ClusterState, speeds: Sequence[float], embedding: tuple[DeviceId, ...]) -> Placement:
     """Shares in proportion to speeds, 0 for devices that are to hold none, beside the embedding on some of them."""
     arch, devices = state.arch, state.topology.devices
-    table = arch.vocab * vocab_row_bytes(arch)
-    layers = arch.num_layers * (
-        arch.num_kv_heads * group_bytes(arch, state.context_tokens) + arch.ffn_dim * ffn_unit_bytes(arch)
-    )
-    room, caps = [], []
-    for device, speed in zip(devices, speeds, strict=True):
+    sizes = zip(table_bytes(state), embedding_bytes(state), arch.num_layers * layer_bytes(state), strict=True)
+    shared, room, caps = shares_table(state), [], []
+    for i, (device, speed, (table, first, layers)) in enumerate(zip(devices, speeds, sizes, strict=True)):
         holds_table = device.id in embedding
-        head_is_free = holds_table and arch.shares_table
+        head_is_free = holds_table and bool(shared[i])
         pinned_head = state.pinned_head == device.id and not head_is_free
-        left = device.memory_bytes - embedding_bytes(state) * holds_table - table * pinned_head
+        left = device.memory_bytes - first * holds_table - table * pinned_head
         if left < 0:
             raise _too_small(state, f"{table * (1 + pinned_head):,} bytes of pinned tables on {device.id}")
         head = 0 if head_is_free or state.pinned_head else table
@@ -146,27 +154,28 @@ def _split_all(
     arch, ids = state.arch, state.topology.ids
     left = list(room_bytes)
 
-    def rows(total: int, unit_bytes: int, repeat: int, free_on: tuple[DeviceId, ...] = ()) -> list[Shares]:
-        costs = [0 if d in free_on and f > 0 else unit_bytes for d, f in zip(ids, fractions, strict=True)]
+    def rows(total: int, unit_bytes: Ints, repeat: int, free_on: tuple[DeviceId, ...] = ()) -> list[Shares]:
+        each = zip(ids, fractions, unit_bytes.tolist(), strict=True)
+        costs = [0 if d in free_on and f > 0 else n for d, f, n in each]
         rounding = _Rounding(fractions)
         found = []
         for _ in range(repeat):
             room = [_units(b, c, total) for b, c in zip(left, costs, strict=True)]
             counts = rounding.split(total, room)
             if counts is None:
-                raise _too_small(state, f"{model_bytes(state):,} bytes in pieces of up to {unit_bytes:,}")
+                raise _too_small(state, f"{model_bytes(state):,} bytes in pieces of up to {unit_bytes.max():,}")
             left[:] = [b - n * c for b, n, c in zip(left, counts, costs, strict=True)]
             found.append(_in_order(ids, counts))
         return found
 
-    free_head = embedding if arch.shares_table else ()
+    free_head = tuple(d for d in embedding if arch.on(d).shares_table)
     kinds = {
-        "attention": (arch.num_kv_heads, group_bytes(arch, state.context_tokens), arch.num_layers, ()),
-        "ffn": (arch.ffn_dim, ffn_unit_bytes(arch), arch.num_layers, ()),
-        "head": (arch.vocab, vocab_row_bytes(arch), 0 if state.pinned_head else 1, free_head),
+        "attention": (arch.num_kv_heads, group_bytes(state), arch.num_layers, ()),
+        "ffn": (arch.ffn_dim, ffn_unit_bytes(state), arch.num_layers, ()),
+        "head": (arch.vocab, vocab_row_bytes(state), 0 if state.pinned_head else 1, free_head),
     }
     # The largest pieces first: the small ones then fill what rounding left, so that nearly full devices work.
-    split = {k: rows(*kinds[k]) for k in sorted(kinds, key=lambda k: -kinds[k][1])}
+    split = {k: rows(*kinds[k]) for k in sorted(kinds, key=lambda k: -kinds[k][1].max())}
     head = split["head"][0] if not state.pinned_head else Shares.whole(arch.vocab, state.pinned_head)
     layers = zip(split["attention"], split["ffn"], strict=True)
     return Placement(tuple(LayerPlacement(a, f) for a, f in layers), embedding, head)

@@ -32,6 +32,7 @@ from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
+from splitray.runtime.model_arch import on_devices
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
 from splitray.weight_formats import AUTO_WEIGHTS
@@ -59,7 +60,8 @@ def read_model(
 ) -> tuple[ModelArch, Layouts, bool]:
     """Counts and wiring of a model, and whether the lean loop is exact for it, after the self-test.
 
-    Its weights are checked if they lie here: the devices of a `topology` may have them in folders of their own.
+    Its weights are checked if they lie here: the devices of a `topology` may have them in folders of their own, and
+    hold them in formats of their own.
 
     Raises:
         ModelError: the folder holds no usable model, or its architecture cannot be split exactly.
@@ -73,9 +75,13 @@ def read_model(
     check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
     lean = lean_is_exact(config)
-    if weights == AUTO_WEIGHTS:
-        return _as_stored(arch, folder), layout, lean
-    return held_as(arch, weights, sums=sums, lean=lean), layout, lean
+    if topology is not None:
+        arch = on_devices(arch, topology, weights, lambda: _as_stored(arch, folder).weights, sums=sums, lean=lean)
+    elif weights == AUTO_WEIGHTS:
+        arch = _as_stored(arch, folder)
+    else:
+        arch = held_as(arch, weights, sums=sums, lean=lean)
+    return arch, layout, lean
 
 
 def _as_stored(arch: ModelArch, folder: Path) -> ModelArch:

@@ -119,7 +119,7 @@ def scenarios_of(asked: Comparison) -> list[Scenario]:
     topology = Topology.load(asked.topology)
     topology.require_connected()
     edges = _edges(asked, topology)
-    arch = read_model_arch(asked.model, dtype=asked.dtype, weights=asked.weights, sums=asked.sums)
+    arch = read_model_arch(asked.model, dtype=asked.dtype, weights=asked.weights, sums=asked.sums, topology=topology)
     pairs = edge_cloud_links(topology)
     if (asked.bandwidth_trace or asked.rtt_trace) and not pairs:
         raise InputError("trace", expected="a topology with a link between an edge and a cloud device", actual="none",

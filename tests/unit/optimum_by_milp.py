@@ -99,7 +99,7 @@ def _with_embedding(space: Space, embedding: int, time_limit_s: float) -> Found 
                 program.require(mine + [(pair(stage, h, a), -1.0) for a in holdings], 0.0, 0.0)
     for d in devices:
         size = float(space.memory_bytes[d])
-        taken = space.table_bytes if space.table_on[embedding, d] else 0.0
+        taken = float(space.table_bytes[d]) if space.table_on[embedding, d] else 0.0
         terms = [
             (v, o.held_bytes[d] / size)
             for each, vs in zip(known, takes, strict=True)

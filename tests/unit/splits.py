@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from splitray.arch import held_as
 from splitray.channel import NoisyChannel
 from splitray.codecs import Codec
 from splitray.model.reading import read_arch
@@ -24,6 +23,7 @@ from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
+from splitray.runtime.model_arch import on_devices
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import DeviceId, Link, Topology
@@ -69,8 +69,8 @@ def split(
     """The model in memory, split over threads."""
     arch, layout = read_arch(model.config)
     lean = self_test(model.config) if lean is None else lean
-    arch = held_as(arch, weights, sums=sums, lean=lean)
     where = topology or Topology.uniform(devices)
+    arch = on_devices(arch, where, weights, lambda: "float32", sums=sums, lean=lean)
     state = ClusterState(arch=arch, topology=where)
     chosen = placement or make_planner(planner, seed=seed).propose(state)
     fleet = ThreadFleet(source=StateDictSource(model), deadline_s=20)

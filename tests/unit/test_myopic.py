@@ -13,8 +13,7 @@ from splitray.cost import Load, Rates, load_of, memory_bytes, step_cost
 from splitray.errors import PlacementError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import ClusterState, make_planner
-from splitray.planners.layer_times import table_bytes
-from splitray.planners.memory import ffn_unit_bytes, group_bytes
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, table_bytes
 from splitray.planners.myopic import Myopic
 from splitray.topology import Device, DeviceId, Link, Topology
 
@@ -27,14 +26,14 @@ ARCH = ModelArch(
 def cluster(rng: np.random.Generator, *, memory: tuple[float, float] = (4, 30)) -> Topology:
     """docs/equations.md E4.C: devices of 5-50 GFLOPS, links of 1-10 Gbit/s; memory for so many of a layer's pieces."""
     state = ClusterState(arch=ARCH, topology=Topology.uniform(1), context_tokens=256)
-    piece = group_bytes(ARCH, 256)
+    piece, table = int(group_bytes(state)[0]), int(table_bytes(state)[0])
     devices = tuple(
         Device(
             id=DeviceId(f"d{i}"),
             tier="edge",
             compute_flops=float(np.clip(rng.lognormal(np.log(16e9), 0.7), 5e9, 50e9)),
             memory_bandwidth_bytes_per_s=float(rng.uniform(4e9, 40e9)),
-            memory_bytes=float(rng.uniform(*memory)) * piece + (2 * table_bytes(state) if i == 0 else 0),
+            memory_bytes=float(rng.uniform(*memory)) * piece + (2 * table if i == 0 else 0),
         )
         for i in range(int(rng.integers(3, 6)))
     )
@@ -96,8 +95,8 @@ def test_the_gap_to_the_optimum_is_small() -> None:
 
 
 def equal(num_devices: int, pieces: float, *, rtt_s: float = 0.0) -> Topology:
-    piece = group_bytes(ARCH, 256)
     uniform = Topology.uniform(num_devices)
+    piece = int(group_bytes(ClusterState(arch=ARCH, topology=uniform, context_tokens=256))[0])
     devices = tuple(replace(d, memory_bytes=pieces * piece + 3e6) for d in uniform.devices)
     return replace(
         uniform,
@@ -114,10 +113,9 @@ def test_equal_devices_with_free_links_share_the_heads_evenly() -> None:
 
 
 def test_backtracking_finds_what_greedy_choices_miss() -> None:
-    ffn = ARCH.ffn_dim * ffn_unit_bytes(ARCH)
-    head = group_bytes(ARCH, 64)
     state = ClusterState(arch=replace(ARCH, num_layers=2), topology=equal(2, 0), interval_tokens=64)
-    table = table_bytes(state)
+    ffn, table = ARCH.ffn_dim * int(ffn_unit_bytes(state)[0]), int(table_bytes(state)[0])
+    head = int(group_bytes(replace(state, context_tokens=64))[0])
     # All heads of the first layer fit on the fast device, but then the second FFN fits nowhere.
     rooms = (2 * table + 2 * ffn + 4 * head, 12 * head)
     speeds = (1e11, 1e9)

@@ -13,8 +13,8 @@ from splitray.cost import CostModel
 from splitray.errors import PlacementError
 from splitray.planners import ClusterState, make_planner
 from splitray.planners.layer_dp import Chain, best_shards, caps
-from splitray.planners.layer_times import LayerTimes, layer_bytes, layer_times, table_bytes
-from splitray.planners.memory import needed_bytes, shortfall
+from splitray.planners.layer_times import LayerTimes, layer_times
+from splitray.planners.memory import layer_bytes, needed_bytes, shortfall, table_bytes
 from splitray.planners.ucb import Ucb
 from splitray.planners.whole import layers_on
 from splitray.route import compile_route
@@ -33,7 +33,7 @@ def cluster(num_devices: int, rng: np.random.Generator, *, layers: tuple[float, 
         Device(
             id=DeviceId(f"d{i}"),
             tier="edge" if i == 0 else "cloud",
-            memory_bytes=2 * table_bytes(state) + rng.uniform(*layers) * layer_bytes(state),
+            memory_bytes=2 * int(table_bytes(state)[0]) + rng.uniform(*layers) * int(layer_bytes(state)[0]),
             compute_flops=1e12,
             memory_bandwidth_bytes_per_s=rng.uniform(1e8, 1e9),
         )

@@ -13,8 +13,7 @@ from splitray.errors import PlacementError
 from splitray.papers.kafetzis import CORRECTED, KafetzisErrata, layer_blocks
 from splitray.placement import Placement
 from splitray.planners import ClusterState, make_planner
-from splitray.planners.layer_times import table_bytes
-from splitray.planners.memory import check, model_bytes, shortfall
+from splitray.planners.memory import check, model_bytes, shortfall, table_bytes
 from splitray.planners.scored import VARIANTS, Scored
 from splitray.topology import DeviceId, Topology
 
@@ -138,7 +137,9 @@ def test_e2_a_tenth_of_the_ffn_fits_where_the_ffn_does_not() -> None:
 def test_e3_links_eight_times_too_quick_pass_where_a_transfer_takes_too_long() -> None:
     """S <= 1: a hidden state of 2048 bytes over 1 kB/s takes 2 seconds, or as coded a quarter of one."""
     state = ClusterState(arch=ARCH, topology=cluster(rate=1e3))
-    tight = with_memory(state.topology, 2 * table_bytes(state) + 1e6, 1e9, 1e9)  # room for the tables and one head
+    tight = with_memory(
+        state.topology, 2 * int(table_bytes(state)[0]) + 1e6, 1e9, 1e9
+    )  # room for the tables and one head
     pinned = replace(state, topology=replace(tight, origin_holds="embedding_and_head"))
     with pytest.raises(PlacementError, match="ffn of layer 0"):
         VARIANTS["max"].propose(pinned)
@@ -188,7 +189,7 @@ def test_an_overload_is_resolved_by_moving_heads_off(variant: str) -> None:
     blocks = layer_blocks(ARCH, context_tokens=64)
     head, ffn = blocks.head_with_projection(8).memory_bytes, blocks.ffn.memory_bytes
     state = ClusterState(arch=ARCH, topology=cluster(2))
-    where = with_memory(state.topology, 2 * ffn + head / 2, 2 * table_bytes(state) + 16.2 * head)
+    where = with_memory(state.topology, 2 * ffn + head / 2, 2 * int(table_bytes(state)[0]) + 16.2 * head)
     state = replace(state, topology=replace(where, origin=CLOUD_A, origin_holds="embedding_and_head"))
     with pytest.raises(PlacementError, match="ffn of layer 1.*after 0 overloads resolved and 0 blocks taken back"):
         replace(VARIANTS[variant], backtrack_limit=0).propose(state)

@@ -152,7 +152,7 @@ class Additive:
             cost = cost + self.prompt_share * (prices.per_second * end + done @ self._power)
         if prices.per_byte is not None:
             cost = cost + sum(
-                (c * prices.per_byte).sum(2) * p.piece_bytes for c, p in zip(counts, space.pieces(kind), strict=True)
+                (c * (prices.per_byte * p.piece_bytes)).sum(2) for c, p in zip(counts, space.pieces(kind), strict=True)
             )
         return _Stage(cost=cost, counts=tuple(counts), seconds=seconds)
 
@@ -180,7 +180,7 @@ class Additive:
         allowed_e[space.embeddings] = 0.0
         value = self._stages[0].cost + allowed_e
         if self.prices.per_byte is not None:
-            value = value + (space.table_on @ self.prices.per_byte * space.table_bytes)[:, None]
+            value = value + (space.table_on @ (self.prices.per_byte * space.table_bytes))[:, None]
         values: list[Floats] = [value]
         history: list[Ints] = []
         costs, cycle, rise = [s.cost for s in self._stages[1:]], len(self.inside) + 1, 0.0

@@ -55,12 +55,13 @@ class Potentials:
             fair = unit[list(h.devices)].sum(0) / layer_s
             self._weightings.append([unit[d] for d in h.devices] + ([fair / fair.sum()] if len(h.devices) > 1 else []))
         self._upper = upper_s
-        needed = space.table_bytes + sum(
-            p.count * p.piece_bytes for k in space.kinds for p in space.pieces(k) if not (k == "head" and space.tied)
-        )
+        needed = float(space.table_bytes.min()) + sum(  # at least, wherever the pieces are
+            p.count * float(np.where(space.shares_table & (k == "head"), 0.0, p.piece_bytes).min())
+            for k in space.kinds for p in space.pieces(k)
+        )  # fmt: skip
         self._sets = _sets_too_small(space, needed)
         # Where all are too small even without the embedding, a path has to leave them wherever that is.
-        room = [space.memory_bytes[list(s)].sum() + space.table_bytes for s in self._sets]
+        room = [space.memory_bytes[list(s)].sum() + space.table_bytes.max() for s in self._sets]
         self._embedding_apart = all(r < needed * (1 - 1e-9) for r in room)
         self._coupled: dict[tuple[bool, Way], float] = {}
         several = [e for e in space.embeddings if space.table_on[e].sum() > 1]
@@ -125,7 +126,7 @@ class Potentials:
             each = self._rows[r]
             entry_s = np.minimum(space.entry_s[each].min(0), MISSING_S)
             entered = np.einsum("nd,nd->n", self._weight, entry_s[self._holding])
-            tables = float((space.table_on[each] @ price).min()) * space.table_bytes
+            tables = float((space.table_on[each] @ (price * space.table_bytes)).min())
             value[row] = np.where(self._starts_at(each), entered + tables, _FORBIDDEN)
         first = space.kinds[0]
         work = {k: self._work(k, price, [self._rows[r] for r in rows]) for k in set(space.kinds)}

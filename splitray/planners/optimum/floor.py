@@ -20,8 +20,8 @@ import numpy as np
 
 from splitray.arrays import Floats
 from splitray.codecs import encoded_bytes
-from splitray.planners.layer_times import layer_bytes, layer_times, table_bytes, work_alone_s
-from splitray.planners.memory import ffn_unit_bytes, group_bytes
+from splitray.planners.layer_times import layer_times, work_alone_s
+from splitray.planners.memory import ffn_unit_bytes, group_bytes, layer_bytes, table_bytes
 from splitray.planners.pairs import LinkedPairs
 from splitray.planners.protocol import ClusterState
 from splitray.route import TOKEN_BYTES
@@ -33,12 +33,15 @@ def floor_s(state: ClusterState) -> float:
     stages = work_alone_s(state, state.topology)
     layer = [stages[:, 1:-2].sum(1)] if arch.parallel_block else [stages[:, 1:-3].sum(1), stages[:, -3]]
     alone = np.array([*layer, stages[:, -2]])  # [K, D]
-    attention, ffn = arch.num_kv_heads * group_bytes(arch, state.context_tokens), arch.ffn_dim * ffn_unit_bytes(arch)
+    attention, ffn, rows = (  # in the smallest format
+        int(count * each(state).min()) for count, each in
+        ((arch.num_kv_heads, group_bytes), (arch.ffn_dim, ffn_unit_bytes), (1, table_bytes))
+    )  # fmt: skip
     groups, columns = arch.num_kv_heads, arch.ffn_dim
     if arch.parallel_block:
-        num_bytes, pieces = [attention + ffn, table_bytes(state)], [groups + columns, arch.vocab]
+        num_bytes, pieces = [attention + ffn, rows], [groups + columns, arch.vocab]
     else:
-        num_bytes, pieces = [attention, ffn, table_bytes(state)], [groups, columns, arch.vocab]
+        num_bytes, pieces = [attention, ffn, rows], [groups, columns, arch.vocab]
     times = np.array([arch.num_layers] * len(layer) + [1])
     links = LinkedPairs.of(state.topology)
     hidden = encoded_bytes(state.codec, 1, arch.hidden_dim, dtype_bytes=arch.dtype_bytes)

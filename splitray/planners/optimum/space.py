@@ -14,14 +14,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from splitray.arrays import Bools, Floats
+from splitray.arrays import Bools, Floats, Ints
 from splitray.cost import Rates, exchange
 from splitray.placement import LayerPlacement, Placement, Shares
-from splitray.planners.memory import ffn_unit_bytes, group_bytes, model_bytes, vocab_row_bytes
+from splitray.planners.memory import (
+    each_held,
+    embedding_bytes,
+    ffn_unit_bytes,
+    group_bytes,
+    model_bytes,
+    shares_table,
+    vocab_row_bytes,
+)
 from splitray.planners.optimum.deadline import NEVER, Deadline
 from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
@@ -45,7 +54,7 @@ class Pieces:
     count: int
     total: int
     piece_s: Floats  # [D]
-    piece_bytes: float
+    piece_bytes: Floats  # [D]
 
     def ranges(self, counts: Sequence[int], ids: Sequence[str]) -> Shares:
         """Contiguous ranges in device order."""
@@ -76,7 +85,7 @@ class Space:
         """Price pieces and boundaries; the tables are made when they are first asked for."""
         self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
         self.coarse = blocks is not None
-        self.tied = state.arch.shares_table
+        self.shares_table = shares_table(state)
         self.rates = Rates.of(state.topology)
         self.num_devices = len(state.topology.devices)
         self.rhythms: dict[tuple[int, int], tuple[Floats, Floats] | None] = {}
@@ -89,21 +98,22 @@ class Space:
             arch.num_kv_heads,
             arch.num_kv_heads,
             positions * (2 * arch.group_params + 4 * arch.heads_per_group * arch.head_dim * context),
-            arch.weight_bytes(arch.group_params) + arch.kv_bytes_per_token * context,
-            group_bytes(arch, state.context_tokens),
+            group_bytes(replace(state, context_tokens=0)) + arch.kv_bytes_per_token * context,
+            group_bytes(state),
         )
         self._ffn = self._weights(
             "ffn",
             min(arch.ffn_dim, blocks or arch.ffn_dim),
             arch.ffn_dim,
             arch.ffn_unit_params,
-            ffn_unit_bytes(arch),
+            ffn_unit_bytes(state),
             positions,
         )
-        self.table_bytes = float(arch.embedding_bytes)
+        self.table_bytes = embedding_bytes(state).astype(float)
+        """Of the embedding on each device, [D]."""
         whole_head = freedom != "all" or state.pinned_head is not None
         rows = 1 if whole_head else min(arch.vocab, blocks or arch.vocab)
-        self._head = self._weights("head", rows, arch.vocab, arch.vocab_row_params, vocab_row_bytes(arch))
+        self._head = self._weights("head", rows, arch.vocab, arch.vocab_row_params, vocab_row_bytes(state))
         self.holdings = self._holdings(most_shared)
         layer: tuple[Kind, ...] = ("layer",) if arch.parallel_block else ("attention", "ffn")
         self.kinds: tuple[Kind, ...] = layer * arch.num_layers + ("head",)
@@ -113,7 +123,13 @@ class Space:
         # Prompts start at the origin; where it reaches no device that may hold the table, any is as good as another.
         served = [i for i in free if state.topology.serves(ids[i])] or free
         copied = [i for i in served if i in self.shared] if freedom == "all" else []
-        sets = [BlockHolding(c, True) for n in range(2, len(copied) + 1) for c in combinations(copied, n)]
+        held = each_held(state)
+        sets = [
+            BlockHolding(c, True)
+            for n in range(2, len(copied) + 1)
+            for c in combinations(copied, n)
+            if len({held[d].format.table for d in c}) == 1
+        ]
         self.tables = (*(BlockHolding((d,)) for d in range(self.num_devices)), *sets)
         """Who may hold the embedding: each device alone, then several."""
         self.embeddings = [*served, *range(self.num_devices, len(self.tables))]
@@ -138,12 +154,14 @@ class Space:
                 break
         return replace(state, topology=part)
 
-    def _pieces(self, part: Part, count: int, total: int, flops: float, read_bytes: float, held_bytes: float) -> Pieces:
+    def _pieces(
+        self, part: Part, count: int, total: int, flops: float, read_bytes: NDArray[Any], held_bytes: NDArray[Any]
+    ) -> Pieces:
         seconds = np.maximum(flops / self.rates.flops_per_s[0], read_bytes / self.rates.bytes_per_s[0])
-        return Pieces(part=part, count=count, total=total, piece_s=seconds, piece_bytes=held_bytes)
+        return Pieces(part=part, count=count, total=total, piece_s=seconds, piece_bytes=held_bytes.astype(float))
 
     def _weights(
-        self, part: Part, count: int, total: int, params: int, unit_bytes: int, positions: float = 1.0
+        self, part: Part, count: int, total: int, params: int, unit_bytes: Ints, positions: float = 1.0
     ) -> Pieces:
         each = total / count
         flops, num_bytes = 2 * params * each * positions, unit_bytes * each
@@ -160,8 +178,8 @@ class Space:
         able = {d for d in few if any(self.linked(ids[d], other) for other in ids)}
         linked = [c for c in sets if able.issuperset(c)]  # two that share need no link if another one is between them
         shared = [BlockHolding(c) for c in linked]
-        copies = [BlockHolding(c, True) for c in linked] if self.freedom == "all" else []
-        return tuple(single + shared + copies)
+        copies = [BlockHolding(c, True) for c in linked if len({self.arch.on(ids[d]).format for d in c}) == 1]
+        return tuple(single + shared + (copies if self.freedom == "all" else []))
 
     def linked(self, a: DeviceId, b: DeviceId) -> bool:
         """Whether both can send to each other."""
@@ -195,7 +213,7 @@ class Space:
 
     def free_rows(self, kind: Kind, embedding: int) -> Bools:
         """Where pieces of this kind take no memory: rows of a tied table beside the embedding, [D]."""
-        return self.table_on[embedding] & (kind == "head" and self.tied)
+        return self.table_on[embedding] & self.shares_table & (kind == "head")
 
     @cached_property
     def _tables(self) -> dict[str, Floats]:

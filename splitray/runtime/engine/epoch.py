@@ -69,7 +69,7 @@ class Epoch:
         at = self.topology.device(DeviceId(device))
         return Assignment(
             model_path=at.model_path or self.model_path,
-            arch=self.arch,
+            arch=self.arch.on(device),
             layout=self.layout,
             spec=shard_spec(self.placement, self.arch, self.route, self.topology.ids, device),
             route=self.route,

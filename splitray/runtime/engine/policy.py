@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from splitray.arch import ModelArch
 from splitray.errors import DeviceLost, InputError
+from splitray.migration import reformatted
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.runtime.engine.backoff import Backoff
+from splitray.runtime.engine.heirs import inherited
 from splitray.topology import Topology
 
 Replan = Callable[[Topology, int], Placement]
@@ -77,8 +79,13 @@ class Recovery:
             raise _wrong("stand_by", f"devices of the topology: {', '.join(topology.ids)}", ", ".join(unknown),
                          "name devices that are there")  # fmt: skip
 
-    def placement(self, arch: ModelArch, topology: Topology, context_tokens: int) -> Placement:
+    def placement(
+        self, arch: ModelArch, topology: Topology, context_tokens: int, *, keeping: Placement | None = None
+    ) -> Placement:
         """The placement on the devices that are left, by `replan`.
+
+        Where a piece of `keeping`, which runs, would change its format, lost pieces go to devices of their format
+        instead, and nothing else moves.
 
         Raises:
             InputError: nothing fits.
@@ -86,9 +93,12 @@ class Recovery:
         assert self.replan is not None, "asked for"
         if isinstance(self.replan, str) or hasattr(self.replan, "propose"):
             state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
-            return make_planner(self.replan).propose(state)
-        placement = self.replan(topology, context_tokens)
-        validate(placement, arch, topology)
+            placement = make_planner(self.replan).propose(state)
+        else:
+            placement = self.replan(topology, context_tokens)
+            validate(placement, arch, topology)
+        if keeping is not None and reformatted(keeping, placement, arch):
+            return inherited(keeping, arch, topology)
         return placement
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 from splitray.errors import DeviceFailed, DeviceLost, InputError
 from splitray.runtime.engine.asking import Unanswered
 from splitray.runtime.engine.epoch import LOAD_S, Epoch, Kept
+from splitray.runtime.engine.heirs import refuse_new_formats
 from splitray.runtime.engine.members import Members, reach_orders
 from splitray.runtime.engine.next_step import NextStep, next_step
 from splitray.runtime.engine.policy import Recovery, without
@@ -87,7 +88,7 @@ def recovered(
         patient = not late and bool(away) and away <= {*found.silent}
         usable = found.usable if recovery.replan is None else found.usable - refused
         step = next_step(
-            succession.wanted(0 if session is None else session.capacity),
+            succession.wanted(0 if session is None else session.capacity, keeps_formats=session is not None),
             succession.seen(usable, stopped=True, patient=patient),
         )
         if recovery.fail_back or step.kind == "wait":
@@ -177,6 +178,8 @@ def _rebuild(
     """Stage and switch, on the same placement or on another one."""
     recovery, began = members.recovery, time.monotonic()
     assert recovery is not None, "asked for"
+    if session is not None and session.steps:
+        refuse_new_formats(succession.now.placement, step.placement, succession.now.arch)
     epoch = succession.following(step.placement, step.topology)
     for device in epoch.route.devices:
         members.reach(device)
@@ -206,7 +209,9 @@ def make_ready(members: Members, now: Epoch) -> None:
     for device in recovery.stand_by:
         if device in now.route.devices:
             left = without(now.topology, [device])
-            then = now.moved(recovery.placement(now.arch, left, now.arch.context_tokens), left, -1)
+            then = now.moved(
+                recovery.placement(now.arch, left, now.arch.context_tokens, keeping=now.placement), left, -1
+            )
             members.ensure(then.topology.device(d) for d in then.route.devices)
             lenders = {d: then.lenders(d, members.endpoints) for d in then.route.devices}
             orders = {str(d): ReadyOrder(assignment=then.assignment(d), lenders=lenders[d]) for d in then.route.devices}

@@ -40,15 +40,19 @@ class Succession:
             self._last += 1
             return self.now.moved(placement, topology, self._last)
 
-    def wanted(self, context_tokens: int) -> WantedState:
-        """What is to run, and how to place it on some of the devices, see next_step.py."""
+    def wanted(self, context_tokens: int, *, keeps_formats: bool = False) -> WantedState:
+        """What is to run, and how to place it on some of the devices, see next_step.py.
+
+        `keeps_formats`: a session lives, whose pieces are held as they are.
+        """
         recovery, arch = self._members.recovery, self.now.arch
         if recovery is None:
             return WantedState(placement=self.whole.placement, topology=self.whole.topology, place=None)
 
         def place(left: Topology) -> Placement:
             assert recovery is not None, "seen to above"
-            return recovery.placement(arch, left, context_tokens)
+            keeping = self.now.placement if keeps_formats else None
+            return recovery.placement(arch, left, context_tokens, keeping=keeping)
 
         return WantedState(placement=self.whole.placement, topology=self.whole.topology, fail_back=recovery.fail_back,
                       place=None if recovery.replan is None else place)  # fmt: skip

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-from splitray.errors import DeviceFailed, DeviceLost, InputError
+from splitray.errors import DeviceFailed, DeviceLost, InputError, PlacementError
 from splitray.placement import Placement
 from splitray.runtime.engine.epoch import Epoch, Kept, Next
+from splitray.runtime.engine.heirs import refuse_new_formats
 from splitray.runtime.engine.members import Members
 from splitray.runtime.engine.next_step import NextStep
 from splitray.runtime.engine.recovery import Fault, make_ready, recovered
@@ -82,6 +83,8 @@ class Upkeep:
         self, placement: Placement, topology: Topology, *, copies_kv: bool = True, lasting: bool = False
     ) -> Next:
         """See `Engine.migrate`."""
+        if self._lives:
+            refuse_new_formats(self._succession.now.placement, placement, self._succession.now.arch)
         coming = self._succession.begin(placement, topology, copies_kv, lasting=lasting)
 
         def prepare() -> None:
@@ -90,6 +93,11 @@ class Upkeep:
 
         threading.Thread(target=prepare, name="splitray-stage", daemon=True).start()
         return coming
+
+    @property
+    def _lives(self) -> bool:
+        """Whether there is a session that has begun."""
+        return bool(self._steps.kept()) or (self.session is not None and bool(self.session.steps))
 
     def _follow(self, step: NextStep) -> Next:
         return self.migrate(step.placement, step.topology)
@@ -109,6 +117,12 @@ class Upkeep:
         """
         coming, session = self._succession.staged, self.session
         if coming is not None:
+            try:
+                if self._lives:  # since it was begun
+                    refuse_new_formats(self._succession.now.placement, coming.epoch.placement, coming.epoch.arch)
+            except PlacementError as error:
+                coming.fail(error)
+                return
             self._succession.take_over(coming, self._kept)
             if coming.error is None and session is not None and not coming.copies_kv:
                 session.valid = 0
