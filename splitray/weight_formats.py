@@ -74,6 +74,8 @@ FORMATS = {
     )
 }
 
+BEST_WEIGHTS = "best"
+"""As a planner finds best for each device."""
 WEIGHTS = (AUTO_WEIGHTS, *FORMATS)
 
 

@@ -30,7 +30,7 @@ Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights 
 Weights = Annotated[
     str,
     typer.Option(
-        help="How weights are held: auto (as stored), float32, bfloat16, float16, int8, int4, int4/128.",
+        help="How weights are held: auto (as stored), float32, bfloat16, float16, int8, int4, int4/128, best.",
         metavar="FORMAT",
     ),
 ]

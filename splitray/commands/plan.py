@@ -42,7 +42,16 @@ def plan(
         where = Topology.load(topology)
         arch = read_model_arch(model, dtype=dtype, weights=weights, sums=sums, topology=where)
         found = priced(
-            arch, where, planner, context_tokens=context, seed=seed, codec=codec, channel=channel, limit_s=limit_s
+            arch,
+            where,
+            planner,
+            context_tokens=context,
+            seed=seed,
+            codec=codec,
+            channel=channel,
+            limit_s=limit_s,
+            weights=weights,
+            sums=sums,
         )
     if out is not None:
         found.placement.save(out)
@@ -50,6 +59,6 @@ def plan(
         print_json(found.document())
         return
     console = Console(highlight=False)
-    console.print(placement_picture(found.placement, arch, where))
+    console.print(placement_picture(found.placement, found.arch, where))
     console.print()
     console.print(plan_table(found.document(), where))

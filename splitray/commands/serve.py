@@ -53,14 +53,16 @@ def serve(
     with progress(watcher, "Reading the model"):
         from splitray.planners import make_planner
         from splitray.report.picture import placement_picture
-        from splitray.runtime.launch import decide, needed_tokenizer, read_model, read_topology
+        from splitray.runtime.launch import decide, needed_tokenizer, read_model, read_topology, settled
 
         where = read_topology(topology, devices)
-        arch, _, _ = read_model(model, weights=weights, sums=sums, topology=where)
+        arch, _, lean = read_model(model, weights=weights, sums=sums, topology=where)
         if replan is not None:
             make_planner(replan)  # a wrong name is refused before anything starts
-        chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed,
-                           context_tokens=min(context or 0, arch.context_tokens))  # fmt: skip
+        tokens = min(context or 0, arch.context_tokens)
+        arch, where = settled(arch, where, weights, planner=planner, placement=placement, seed=seed,
+                              context_tokens=tokens, sums=sums, lean=lean)  # fmt: skip
+        chosen, _ = decide(arch, where, planner=planner, placement=placement, seed=seed, context_tokens=tokens)
         needed_tokenizer(model)
     console.print(placement_picture(chosen, arch, where))
     arguments: dict[str, Any] = {

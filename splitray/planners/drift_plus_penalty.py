@@ -32,6 +32,7 @@ from splitray.planners.optimum.scarce import priced
 from splitray.planners.optimum.space import Space
 from splitray.planners.pay_back import moving_s
 from splitray.planners.protocol import ClusterState, equal_s_per_joule
+from splitray.quality.weight_loss import weights_loss
 from splitray.route import compile_route
 
 
@@ -55,7 +56,7 @@ class DriftPlusPenalty:
         if fitting and not space.rates.shares_memory:
             # No slower than one device or one cut: those chains are in the program, which prices them truly.
             best = space.placement(chosen.path, chosen.embedding)
-            if state.accuracy is not None and prices.per_loss:
+            if prices.per_loss and (state.accuracy is not None or state.arch.device_weights):
                 # What a surrogate tells of a whole may be more than of its parts: never worse than one device.
                 alone = itertools.islice(simple(space, state), 1)
                 best = min((best, *alone), key=lambda placement: cost_of(placement, state, prices))
@@ -111,6 +112,8 @@ def cost_of(placement: Placement, state: ClusterState, prices: Prices) -> float:
     if state.request is not None:
         prompt_s = cost.ttft_s(placement, prompt_tokens=round(state.request.prompt_tokens))
         spent += prices.per_second * prompt_s / state.request.output_tokens
+    if prices.per_loss:
+        spent += prices.per_loss * weights_loss(placement, state.arch)
     if state.accuracy is None:
         return spent
     route = compile_route(placement, state.arch, state.topology, codec=state.codec)

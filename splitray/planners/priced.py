@@ -8,16 +8,20 @@ from splitray.arch import ModelArch
 from splitray.channel import as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.cost import CostModel, Prediction
+from splitray.errors import InputError
 from splitray.fitted import fitted
 from splitray.placement import Placement
 from splitray.planners import make_planner
+from splitray.planners.best_weights import TriedWeights, best_weights
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.exact import Exact, ExactResult, solve
 from splitray.planners.optimum.deadline import Deadline
 from splitray.planners.protocol import ClusterState
 from splitray.quality.surrogate_accuracy import accuracy_of
+from splitray.quality.weight_loss import weights_loss
 from splitray.route import compile_route
 from splitray.topology import Topology
+from splitray.weight_formats import BEST_WEIGHTS
 
 BOUND_OVER = "every placement of heads, columns, rows and copies that the engine can execute"
 DEFAULT_LIMIT_S = 30.0
@@ -35,12 +39,14 @@ class PricedPlacement:
     predicted: Prediction
     exchanges_per_token: int
     accuracy_loss: float
-    """Rise of relative perplexity by codec and channel, as the shipped model's measurements tell."""
+    """Rise of relative perplexity by codec, channel and formats, as the shipped model's measurements tell."""
     optimum: ExactResult
     """Over the planner's own action space."""
     global_optimum: ExactResult
     """Over every placement that the engine can execute: heads, columns and rows by count, copies, any ends."""
     decision_s: float
+    tried: tuple[TriedWeights, ...] = ()
+    """With the weights `best`: what was chosen, and the alternatives."""
 
     def document(self) -> dict[str, Any]:
         """What `splitray plan --json` prints."""
@@ -50,6 +56,8 @@ class PricedPlacement:
             "grain": self.arch.grain,
             "planner": self.planner,
             "codec": self.codec,
+            "weights": {str(d): self.arch.on(d).weights for d in self.topology.ids},
+            "weights_tried": [t.document() for t in self.tried],
             "placement": self.placement.to_document(),
             "predicted": {
                 "ttft_s": predicted.ttft_s,
@@ -80,8 +88,12 @@ def priced(
     codec: str = "none",
     channel: str = "none",
     limit_s: float = DEFAULT_LIMIT_S,
+    weights: str | None = None,
+    sums: str = "fixed",
 ) -> PricedPlacement:
     """Plan without starting anything.
+
+    With the `weights` `best` the planner chooses the formats of devices that name none; `arch` is plain on these.
 
     After `limit_s` the optima that the placement is compared with are the best that were found until then.
 
@@ -97,6 +109,15 @@ def priced(
     way = as_channel(channel)
     state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
     started, searched = time.perf_counter(), None
+    tried: tuple[TriedWeights, ...] = ()
+    if weights == BEST_WEIGHTS:
+        if codec == AUTO:
+            raise InputError("weights best", expected="a named codec beside it", actual="--codec auto",
+                             remedy="let only one of the two be chosen")  # fmt: skip
+        coded = as_codec(codec)
+        found = best_weights(chosen, replace(state, codec=coded, accuracy=accuracy_of(coded, way)), sums=sums)
+        state, tried = found.state, found.tried
+        arch, topology = state.arch, state.topology
     if codec == AUTO:
         state, placement = best_codec(chosen, state, lambda each: accuracy_of(each, way))
     else:
@@ -124,8 +145,9 @@ def priced(
         placement=placement,
         predicted=cost.predict(placement, prompt_tokens=context_tokens, context_tokens=context_tokens),
         exchanges_per_token=route.exchanges_per_token,
-        accuracy_loss=0.0 if accuracy is None else accuracy.route_loss(route),
+        accuracy_loss=weights_loss(placement, arch) + (0.0 if accuracy is None else accuracy.route_loss(route)),
         optimum=own,
         global_optimum=overall,
         decision_s=decision_s,
+        tried=tried,
     )

@@ -23,6 +23,7 @@ from splitray.model.token_ids import check_tokenizer
 from splitray.model.tokenizer import TokenizerError, has_tokenizer, load_tokenizer
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
+from splitray.planners.best_weights import best_weights
 from splitray.planners.coded import AUTO, best_codec
 from splitray.planners.memory import check
 from splitray.planners.protocol import ClusterState, Planner
@@ -35,7 +36,7 @@ from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
 from splitray.runtime.model_arch import on_devices
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
-from splitray.weight_formats import AUTO_WEIGHTS
+from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def read_model(
     check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
     lean = lean_is_exact(config)
+    if weights == BEST_WEIGHTS:  # `settled` says which
+        weights = "float32"
     if topology is not None:
         arch = on_devices(arch, topology, weights, lambda: _as_stored(arch, folder).weights, sums=sums, lean=lean)
     elif weights == AUTO_WEIGHTS:
@@ -138,6 +141,34 @@ def read_topology(topology: str | Path | Topology | None, devices: int | None) -
     if count < 1:
         raise InputError("devices", expected="at least 1", actual=count, remedy="give a number of devices")
     return Topology.uniform(count)
+
+
+def settled(
+    arch: ModelArch,
+    topology: Topology,
+    weights: str,
+    *,
+    planner: str | Planner | None,
+    placement: str | Path | Placement | None,
+    seed: int = 0,
+    context_tokens: int = 0,
+    sums: str = "fixed",
+    lean: bool = True,
+) -> tuple[ModelArch, Topology]:
+    """Model and devices with the formats that a planner finds best, where that is asked for.
+
+    Raises:
+        InputError: the planner cannot choose them, or there is none.
+    """
+    if weights != BEST_WEIGHTS:
+        return arch, topology
+    if placement is not None:
+        raise InputError("weights best", expected="a planner, which chooses them", actual="a placement",
+                         remedy="name a format, or use --planner exact")  # fmt: skip
+    state = ClusterState(arch=arch, topology=topology, context_tokens=context_tokens)
+    found = best_weights(make_planner(planner, seed=seed), state, sums=sums, lean=lean)
+    logger.info("weights: %s", ", ".join(f"{d} {w}" for d, w in found.tried[0].weights.items()))
+    return found.state.arch, found.state.topology
 
 
 def decide(
@@ -232,8 +263,8 @@ def launch_engine(
         runtime: `local` (threads), `process` or `ray`.
         seed: seeds the planner.
         dtype: of weights and activations; token identity is promised in float32.
-        weights: the format in which devices hold them (weight_formats.py), or `auto`, as they are stored; rows and
-            sums stay float32.
+        weights: the format in which devices hold them (weight_formats.py), but for those that name their own; `auto`:
+            as they are stored; `best`: as the planner finds best. Rows and sums stay float32.
         sums: `fixed` makes the sums of quantised weights the same bits wherever the pieces are, `fast` does not.
         fleet: use this one and not the runtime's.
         spin_s: how long a receive polls before it sleeps (only where devices <= cores).
@@ -267,8 +298,11 @@ def launch_engine(
     if context is not None:
         arch = replace(arch, context_tokens=min(context, arch.context_tokens))
     progress("planning")
+    tokens = 0 if context is None else arch.context_tokens
+    arch, where = settled(arch, where, weights, planner=planner, placement=placement, seed=seed, context_tokens=tokens,
+                          sums=sums, lean=lean)  # fmt: skip
     chosen, coded = decide(arch, where, planner=planner, placement=placement, seed=seed, codec=codec, channel=way,
-                           context_tokens=0 if context is None else arch.context_tokens)  # fmt: skip
+                           context_tokens=tokens)  # fmt: skip
     progress("starting the devices and loading their slices")
     engine = Engine(
         fleet=fleet,

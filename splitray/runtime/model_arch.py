@@ -7,7 +7,7 @@ from splitray.arch import ModelArch, held_as, held_by
 from splitray.catalog import ARCHITECTURES, architecture
 from splitray.errors import InputError, ModelError, did_you_mean
 from splitray.topology import Topology
-from splitray.weight_formats import AUTO_WEIGHTS, as_format
+from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS, as_format
 
 PlanDtype = Literal["float32", "bfloat16"]
 
@@ -31,8 +31,11 @@ def read_model_arch(
     """
     if topology is not None and any(d.weights for d in topology.devices):
         plain = read_model_arch(model, dtype=dtype or "float32")
-        default = weights or ("bfloat16" if model in ARCHITECTURES and dtype is None else "float32")
+        default = None if weights == BEST_WEIGHTS else weights
+        default = default or ("bfloat16" if model in ARCHITECTURES and dtype is None else "float32")
         return on_devices(plain, topology, default, lambda: _stored(model), sums=sums)
+    if weights == BEST_WEIGHTS:  # whoever plans says which
+        return read_model_arch(model, dtype=dtype or "float32")
     if weights is not None:
         plain = read_model_arch(model, dtype=dtype or "float32")
         return held_as(plain, _stored(model) if weights == AUTO_WEIGHTS else weights, sums=sums)

@@ -28,6 +28,7 @@ from splitray.planners.memory import needed_bytes
 from splitray.planners.pay_back import keep_or_move, moving_s
 from splitray.planners.protocol import Planner
 from splitray.planners.whole import layers_on
+from splitray.quality.weight_loss import weights_loss
 from splitray.queues import QueueState, SlotOutcome, advance
 from splitray.route import compile_route
 from splitray.sim.crowd import Crowd, slowed
@@ -272,9 +273,10 @@ class _Arena:
                 line.migration_bytes += moved_bytes(moves, staged=scenario.staged)
                 self.simulator.pause(i, seconds)
         line.placement, line.share = new, edge_share(new, self.arch, self.topology)
+        line.loss = weights_loss(new, self.arch)
         if scenario.accuracy is not None:
             route = compile_route(new, scenario.arch, scenario.topology, codec=scenario.codec)
-            line.loss = scenario.accuracy.route_loss(route)
+            line.loss += scenario.accuracy.route_loss(route)
         self._now.put([i], load)
         self._held[i], self._held_per_token[i] = held, per_token
 

@@ -24,6 +24,7 @@ from splitray.sim.outcome import Outcome, together
 from splitray.sim.scenario import Scenario, background_load, edge_cloud_links
 from splitray.sim.service import default_rate_per_s, shared_rate_per_s
 from splitray.topology import DeviceId, Topology
+from splitray.weight_formats import BEST_WEIGHTS
 
 MOST_EDGES = 64  # a crowd of more takes hours
 
@@ -119,6 +120,10 @@ def scenarios_of(asked: Comparison) -> list[Scenario]:
     topology = Topology.load(asked.topology)
     topology.require_connected()
     edges = _edges(asked, topology)
+    if asked.weights == BEST_WEIGHTS:
+        remedy = "ask `splitray plan --weights best`, and write `weights:` to the devices of the topology"
+        raise InputError("weights best", expected="formats that all planners share", actual="a choice of each planner",
+                         remedy=remedy)  # fmt: skip
     arch = read_model_arch(asked.model, dtype=asked.dtype, weights=asked.weights, sums=asked.sums, topology=topology)
     pairs = edge_cloud_links(topology)
     if (asked.bandwidth_trace or asked.rtt_trace) and not pairs:

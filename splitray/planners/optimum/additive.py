@@ -154,6 +154,9 @@ class Additive:
             cost = cost + sum(
                 (c * (prices.per_byte * p.piece_bytes)).sum(2) for c, p in zip(counts, space.pieces(kind), strict=True)
             )
+        if prices.per_loss and space.arch.device_weights:
+            for c, p in zip(counts, space.pieces(kind), strict=True):
+                cost = cost + prices.per_loss * (c / c.sum(2, keepdims=True)) @ space.weights_loss(p.part)
         return _Stage(cost=cost, counts=tuple(counts), seconds=seconds)
 
     @cached_property
