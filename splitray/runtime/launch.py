@@ -29,11 +29,11 @@ from splitray.planners.memory import check
 from splitray.planners.protocol import ClusterState, Planner
 from splitray.quality.surrogate_accuracy import accuracy_of
 from splitray.runtime.checkpoint import Store
+from splitray.runtime.device_formats import on_devices
 from splitray.runtime.engine.controller import attend
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.fleet import Fleet, ProcessFleet, ThreadFleet
-from splitray.runtime.model_arch import on_devices
 from splitray.runtime.remembered import lean_is_exact
 from splitray.topology import Topology
 from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS

@@ -1,13 +1,13 @@
-"""The counts of a model by its name or folder, without its weights, and as devices hold it; a name needs no torch."""
+"""The counts of a model by its name or folder, without its weights; a name needs no torch."""
 
-from collections.abc import Callable
 from typing import Literal
 
-from splitray.arch import ModelArch, held_as, held_by
+from splitray.arch import ModelArch, held_as
 from splitray.catalog import ARCHITECTURES, architecture
-from splitray.errors import InputError, ModelError, did_you_mean
+from splitray.errors import ModelError, did_you_mean
+from splitray.runtime.device_formats import on_devices
 from splitray.topology import Topology
-from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS, as_format
+from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS
 
 PlanDtype = Literal["float32", "bfloat16"]
 
@@ -71,32 +71,3 @@ def _stored(model: str) -> str:
 
     folder = model_path(model)
     return Checkpoint(folder).stored_format() if has_weights(folder) else "float32"
-
-
-def on_devices(
-    plain: ModelArch,
-    topology: Topology,
-    weights: str,
-    stored: Callable[[], str],
-    *,
-    sums: str = "fixed",
-    lean: bool = True,
-) -> ModelArch:
-    """A model with plain weights as the devices of a topology hold it: each in its own format, or else in `weights`.
-
-    `auto` is the format in which they are stored. Kernels for few bits are the processor's: with `auto` other devices
-    hold float32.
-
-    Raises:
-        InputError: a device cannot hold it so; names it.
-    """
-    found: dict[str, str] = {}
-    for device in topology.devices:
-        name, elsewhere = device.weights or weights, device.torch_device != "cpu"
-        if name == AUTO_WEIGHTS:
-            name = "float32" if elsewhere else stored()
-        if elsewhere and as_format(name).is_held:
-            what, remedy = f"device {device.id}: weights {name}", "give it `weights: float32`, or torch_device: cpu"
-            raise InputError(what, expected="torch_device: cpu", actual=device.torch_device, remedy=remedy)
-        found[device.id] = name
-    return held_by(plain, found, sums=sums, lean=lean)

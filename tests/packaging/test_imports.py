@@ -51,7 +51,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("fleet",),
         ("kept_fleet",),
         ("engine",),
-        ("selftest", "timing"),
+        ("selftest", "timing", "device_formats"),
         ("remembered",),
         ("launch", "cache_handle"),
         ("refusals",),
@@ -76,7 +76,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("host_process",),
     ),
     "splitray.runtime.engine": (
-        ("backoff", "run_report", "session", "asking", "shard_spec"),
+        ("backoff", "run_report", "session", "asking", "shard_spec", "heirs"),
         ("epoch",),
         ("policy",),
         ("starts", "next_step"),
@@ -103,7 +103,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("myopic_search", "scored"),
         ("exact",),
         ("drift_plus_penalty",),
-        ("coded",),
+        ("coded", "best_weights"),
         ("make_planner",),  # of __init__.py, the table of names: no planner knows it
         ("priced",),
     ),

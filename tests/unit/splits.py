@@ -18,12 +18,12 @@ from splitray.placement import Placement
 from splitray.planners import make_planner
 from splitray.planners.protocol import ClusterState
 from splitray.runtime.device.decode import DecodeLoop
+from splitray.runtime.device_formats import on_devices
 from splitray.runtime.engine.engine import Engine
 from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
-from splitray.runtime.model_arch import on_devices
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import DeviceId, Link, Topology

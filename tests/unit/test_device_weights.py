@@ -17,9 +17,10 @@ from splitray.planners import make_planner
 from splitray.planners.memory import needed_bytes
 from splitray.planners.optimum.space import Space
 from splitray.planners.protocol import ClusterState
+from splitray.runtime.device_formats import on_devices
 from splitray.runtime.engine.heirs import inherited
 from splitray.runtime.engine.policy import Recovery, without
-from splitray.runtime.model_arch import on_devices, read_model_arch
+from splitray.runtime.model_arch import read_model_arch
 from splitray.runtime.sampling import Sampling
 from splitray.topology import DeviceId, Topology, parse_topology
 
