@@ -3,7 +3,7 @@
 The probes run the engine itself, because only that reads weights and wakes devices as the engine does. A wide and a
 narrow model, half of the layers on each of two devices, give a rate and a fixed cost for each sub-block. The wide one
 whole on every device at once gives what sharing a memory costs. A hop is timed between devices that read weights in
-turn: the receiver has slept, which makes it some three times the half of a ping between two that are awake.
+turn: the receiver waits as it does in a run (runtime/wire/waits.py), with caches that have seen other things.
 
 One device alone is no base for the others: it computes a tenth faster than two that take turns (16.0 against 17.4-17.9
 ms a token, whether they hand over 2 or 24 times), so it is predicted too slow by as much.
@@ -37,6 +37,7 @@ from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo, hops, speeds
 from splitray.scratch import scratch_folder
 from splitray.topology import DeviceId, Topology
+from splitray.weight_formats import AUTO_WEIGHTS
 
 PROMPT = tuple(5 + i % 90 for i in range(16))
 MOST_DEVICES = 16
@@ -78,10 +79,12 @@ def calibrate(
 class Model:
     """A checkpoint that was read, ready for engines of a fleet."""
 
-    def __init__(self, path: Path, topology: Topology, fleet: Fleet | None = None) -> None:
+    def __init__(
+        self, path: Path, topology: Topology, fleet: Fleet | None = None, *, weights: str = AUTO_WEIGHTS
+    ) -> None:
         """Read and test the folder of a model; without a fleet, `start` is given one each time."""
         self.path, self.fleet, self.topology = path, fleet, topology
-        self.arch, self.layout, self.lean = read_model(path)
+        self.arch, self.layout, self.lean = read_model(path, weights=weights)
 
     def start(self, placement: Placement, fleet: Fleet | None = None) -> Engine:
         """An engine of this placement."""

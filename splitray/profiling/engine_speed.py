@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from splitray.placement import Placement, weight_bytes
 from splitray.profiling.calibration import Model
+from splitray.profiling.exchange_cost import exchange_cost
 from splitray.profiling.machine import machine
 from splitray.profiling.named_placements import placements
 from splitray.profiling.random_llama import BENCH_110M, BENCH_190M, RandomLlama
@@ -43,6 +44,7 @@ def engine_speed(*, say: Callable[[str], None]) -> dict[str, Any]:
         for model in MODELS:
             say(f"{model.name}: writing random weights")
             _measure(model, model.write(folder), result, say)
+    result["exchange_us"] |= exchange_cost(say=say)
     return result
 
 

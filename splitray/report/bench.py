@@ -30,6 +30,9 @@ def engine_table(console: Console, result: dict[str, Any]) -> None:
         console.print(f"{name:24} {value:.3f}")
     exchange = result["exchange_us"]
     console.print(f"exchange                 {exchange['median']:.0f} us median, {exchange['p95']:.0f} us p95")
+    console.print(
+        f"  inside the engine      {exchange['split_half']:.0f} us in halves, {exchange['layer_cut']:.0f} us at one cut"
+    )
 
 
 def predicted_table(console: Console, result: dict[str, Any]) -> None:
