@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from splitray.errors import DeviceLost
 from splitray.runtime.wire.connection import Channel
-from splitray.runtime.wire.frames import Frame, Header, Key, Kind, Payload, frame_start
+from splitray.runtime.wire.frames import Frame, Header, Kind, Payload, frame_start
 from splitray.runtime.wire.free_cores import FreeCores
 from splitray.runtime.wire.waits import Waits
 
@@ -38,7 +38,7 @@ class Wire:
         self.epoch = 0
         self.attempt = 0
         self.waits = Waits(FreeCores())
-        self._early: dict[tuple[str, Key], Frame] = {}
+        self._early: dict[tuple[str, tuple[int, int, int]], Frame] = {}
         self._backlogged = False
 
     def begin(self, attempt: int) -> None:
@@ -46,7 +46,7 @@ class Wire:
         self.attempt = attempt
         self.waits.forget()
         self._backlogged = any(c.backlog for c in self.channels.values())
-        self._early = {k: v for k, v in self._early.items() if k[1].attempt >= attempt}
+        self._early = {k: v for k, v in self._early.items() if k[1][0] >= attempt}
 
     def send(self, peer: str, fields: Header, payload: Payload = b"") -> None:
         """Send a frame to a peer; counts it."""
@@ -67,8 +67,8 @@ class Wire:
         channel.send(fields)
         self._backlogged = self._backlogged or bool(channel.backlog)
 
-    def receive(self, peer: str, key: Key) -> Frame:
-        """Wait for the peer's frame of this key; stale and repeated frames are dropped, early ones kept.
+    def receive(self, peer: str, key: tuple[int, int, int]) -> Frame:
+        """Wait for the peer's frame of this `Key`; stale and repeated frames are dropped, early ones kept.
 
         Raises:
             StopRun: the peer passed on the end of this run.
@@ -80,12 +80,12 @@ class Wire:
                 return early
         channel = self.channels[peer]
         if not self._backlogged:
-            self.waits.begin(channel, key.boundary)
+            self.waits.begin(channel, key[2])
         frame = self._receive(channel, key)
         self.waits.end()
         return frame
 
-    def _receive(self, channel: Channel, key: Key) -> Frame:
+    def _receive(self, channel: Channel, key: tuple[int, int, int]) -> Frame:
         peer, give_up = channel.peer, 0.0
         while True:
             if self._backlogged and not channel.pending:
@@ -104,7 +104,7 @@ class Wire:
             else:
                 self._early[(peer, frame.key)] = frame
 
-    def receive_expected(self, peer: str, key: Key, start: bytes, payload_bytes: int) -> Payload:
+    def receive_expected(self, peer: str, key: tuple[int, int, int], start: bytes, payload_bytes: int) -> Payload:
         """The payload of the peer's frame of this key, quicker if it comes alone and starts as expected.
 
         It is valid until the next receive from this peer. Raises as `receive` does.
@@ -112,7 +112,7 @@ class Wire:
         if self._early or self._backlogged:
             return self.receive(peer, key).payload
         channel = self.channels[peer]
-        self.waits.begin(channel, key.boundary)
+        self.waits.begin(channel, key[2])
         payload: Payload | None = channel.read_expected(start, payload_bytes)
         if payload is None:
             payload = self._receive(channel, key).payload
