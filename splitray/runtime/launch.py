@@ -267,7 +267,8 @@ def launch_engine(
             as they are stored; `best`: as the planner finds best. Rows and sums stay float32.
         sums: `fixed` makes the sums of quantised weights the same bits wherever the pieces are, `fast` does not.
         fleet: use this one and not the runtime's.
-        spin_s: how long a receive polls before it sleeps (only where devices <= cores).
+        spin_s: how long every receive polls before it sleeps (only where devices <= cores); 0 leaves it to the devices,
+            which poll when a frame is due and a core is free.
         codec: how partials and states travel between devices; `none` is exact, `auto` as a planner with V finds best.
         channel: what happens to them on the way (channel.py), a text under the seed 0, or None for nothing.
         recovery: what may be done about lost devices; without one they end the run.

@@ -67,7 +67,8 @@ class Engine:
     ) -> None:
         """Start the fleet and load the shards.
 
-        `spin_s` is how long a receive polls before it sleeps, for devices on one machine with at least as many cores.
+        `spin_s` is how long every receive polls before it sleeps, for devices on one machine with at least as many
+        cores; 0 leaves it to the devices (runtime/wire/waits.py).
         `codec` is how partials and states travel (codecs.py): exactly unless it says otherwise; `channel` is what
         happens to them on the way (channel.py): nothing by default. With `recovery` a run survives the loss of
         devices; without, it ends with `DeviceLost`.
