@@ -61,6 +61,12 @@ def _families(say: Say, done: Unfinished, names: list[str] | None = None) -> Mea
     return sweep(names, say=say, done=done), families_table
 
 
+def _weights(say: Say, done: Unfinished, names: list[str] | None = None) -> Measured:
+    from splitray.profiling.weights_bench import weights
+
+    return weights(names, say=say, done=done), tables.weights_table
+
+
 SUITES: dict[str, Suite[Callable[[Say, Unfinished], Measured]]] = {
     "engine": Suite(
         "speed and CPU time of split generation beside transformers, and the time of an exchange",
@@ -80,6 +86,11 @@ SUITES: dict[str, Suite[Callable[[Say, Unfinished], Measured]]] = {
         "which families of transformers come out exact, split at random; --out FILE.md writes docs/families.md",
         "ten minutes",
         _families,
+    ),
+    "weights": Suite(
+        "formats of weights: time of a token and of a prompt, memory, on one device and split, beside what is aimed at",
+        "fifteen minutes",
+        _weights,
     ),
 }
 

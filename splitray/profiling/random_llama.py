@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,7 @@ class RandomLlama:
     vocab: int
     tied: bool
     head_dim: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def write(self, folder: Path) -> Path:
         """Save its checkpoint, the same one every time, under its name; returns where."""
@@ -32,7 +34,8 @@ class RandomLlama:
             tie_word_embeddings=self.tied, max_position_embeddings=2048,
             head_dim=self.head_dim or self.hidden // self.heads,
         )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder / self.name)
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, self.dtype))
+        model.save_pretrained(folder / self.name)
         return folder / self.name
 
 
@@ -42,3 +45,7 @@ BENCH_110M = RandomLlama(
 BENCH_190M = RandomLlama(
     name="llama-190m", layers=16, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, tied=False
 )
+BENCH_1B = RandomLlama(
+    name="llama-1b", layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=32000, tied=True, dtype="bfloat16"
+)
+"""1.04 billion weights, stored in two gigabytes."""

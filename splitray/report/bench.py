@@ -83,3 +83,27 @@ def simulator_table(console: Console, result: dict[str, Any]) -> None:
             f"{r['devices']} devices, {r['tokens']:,} tokens: {r['seconds']:.0f} s; {r['decisions']:,} decisions of "
             f"{r['decision_s'] * 1e3:.1f} ms, {r['decision_share_of_token']:.1%} of a token, {r['moves']:,} moves"
         )
+
+
+def weights_table(console: Console, result: dict[str, Any]) -> None:
+    """Each format of each model, then what is aimed at beside what came of it."""
+    heads = ("model", "weights", "one device ms", "split half ms", "one cut ms", "CPU ms", "prompt tokens/s", "split",
+             "resident MB", "over share")  # fmt: skip
+    table = Table(*heads, title="time of a token, of a prompt, and memory of one device, by format", box=None)
+    for model, rows in result["models"].items():
+        for kind, r in rows.items():
+            cells = [f"{r[f'{p}_tpot_ms']:.1f}" for p in ("one_device", "split_half", "layer_cut")]
+            cells += [f"{r['one_device_cpu_ms_per_token']:.1f}", f"{r['prefill_tokens_per_s']:.0f}"]
+            cells += [f"{r['split_half_prefill_tokens_per_s']:.0f}", f"{r['one_device_memory']['rss_bytes'] / 1e6:,.0f}"]
+            table.add_row(model, kind, *cells, f"{r['rss_over_share']:.2f}")
+    console.print(table)
+    aims = Table("model", "weights", "what", "measured", "aim", "", title="what is aimed at", box=None)
+    for a in result["aims"]:
+        aims.add_row(a["model"], a["format"], a["what"], f"{a['measured']:.4g}", f"{a['aim']:.4g}",
+                     "" if a["reached"] else "missed")  # fmt: skip
+    console.print(aims)
+    for model, r in result["small_devices"].items():
+        console.print(f"{model} on three devices of {r['memory_bytes'] / 1e6:.0f} MB:")
+        for kind in ("float32", "int4/128"):
+            told = r[kind].get("refused") or f"{r[kind]['tokens']} tokens"
+            console.print(f"  {kind}: {told}")

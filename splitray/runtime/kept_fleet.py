@@ -29,6 +29,10 @@ class KeptFleet:
         """Where the devices listen; their last engine has let go of them."""
         return {d.id: self._endpoints[d.id] for d in devices}
 
+    def pid(self, device: str) -> int:
+        """Process id of a device."""
+        return self._fleet.pid(device)
+
     def dead(self) -> dict[str, str]:
         """Processes that ended."""
         return self._fleet.dead()

@@ -42,10 +42,10 @@ class Busy:
         return time.monotonic(), total - idle, time.process_time()
 
 
-def rss_anon_bytes() -> int:
-    """Anonymous memory of this process; mapped checkpoint files do not count (0 where the system does not tell)."""
+def rss_anon_bytes(pid: int | None = None) -> int:
+    """Anonymous memory of a process, this one unless told: mapped files do not count (0 where nobody tells)."""
     try:
-        with open(f"/proc/{os.getpid()}/status") as file:
+        with open(f"/proc/{pid or os.getpid()}/status") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon")), 0)
     except OSError:
         return 0
