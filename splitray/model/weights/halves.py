@@ -94,18 +94,18 @@ class _Packed:
 
 def _packed(weight_OI: Tensor) -> _Packed | None:
     """None where too many numbers lie outside of what one lift brings into float16."""
-    wide = weight_OI.float()
-    most = float(wide.abs().max()) if wide.numel() else 0.0
+    most = max(abs(float(v)) for v in weight_OI.aminmax()) if weight_OI.numel() else 0.0
     if not math.isfinite(most):
         return None
     lift = 1.0
     if weight_OI.dtype != torch.float16 and most > 0:
         lift = 2.0 ** min(126, _LARGEST - math.frexp(most)[1])
-    lifted = wide * lift
-    rows, columns = torch.nonzero(lifted.half().float() != lifted, as_tuple=True)
+    lifted = weight_OI.float().mul_(lift)
+    tiles = lifted.split(max(1, _TILE // max(1, weight_OI.shape[1])))
+    rows, columns = torch.nonzero(torch.cat([t.half().float() != t for t in tiles]), as_tuple=True)
     if len(rows) > _MOST_APART:
         return None
-    values = wide[rows, columns].numpy().copy()
+    values = weight_OI[rows, columns].float().numpy()
     lifted[rows, columns] = 0
     packed = torch.ops.quantized.linear_prepack_fp16(lifted, None)
     return _Packed(packed, lift, (rows.numpy(), columns.numpy(), values))

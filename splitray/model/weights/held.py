@@ -17,6 +17,7 @@ from splitray.arrays import Floats32
 from splitray.model.weights.halves import HalfLinear, HalfMatrix
 from splitray.model.weights.quantised import Quantised
 from splitray.model.weights.sums import Floats64, on_grid
+from splitray.model.weights.unused_memory import give_back
 
 Matrix = Quantised | HalfMatrix
 
@@ -59,6 +60,7 @@ def hold(module: Any, linear: HeldLinear | HalfLinear) -> None:
     module.held = linear
     module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     module.bias = None
+    give_back()
 
     def forward(x: Tensor) -> Tensor:
         y = torch.from_numpy(linear(x.reshape(-1, linear.inputs).numpy()))

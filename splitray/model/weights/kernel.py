@@ -86,6 +86,7 @@ def _session(parts: Sequence[Quantised]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # each session's own would keep what its largest prompt took
     options.log_severity_level = 3
     # initializers from outside are read once while kernels pack them, and not kept as the model's own bytes are
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in external.values()]

@@ -142,7 +142,7 @@ def _rounded(x_OGK: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
         offset: Tensor | None = None
         q = (x_OGK / torch.where(scale == 0, 1, scale)).round_()
     else:
-        least, most = x_OGK.aminmax(dim=-1, keepdim=True)
+        least, most = x_OGK.amin(-1, keepdim=True), x_OGK.amax(-1, keepdim=True)  # aminmax is four times as slow
         scale = (most.clamp_(min=0) - least.clamp_(max=0)).div_(15)
         divisor = torch.where(scale == 0, 1, scale)
         offset = (-least / divisor).round_()
@@ -161,7 +161,8 @@ def _packed(numbers: NDArray[np.uint8], bits: int) -> Bytes:
         return np.ascontiguousarray(numbers)
     if numbers.shape[-1] % 2:
         numbers = np.concatenate([numbers, np.zeros_like(numbers[..., :1])], axis=-1)
-    packed: Bytes = numbers[..., ::2] | numbers[..., 1::2] << np.uint8(4)
+    pairs = np.ascontiguousarray(numbers).view("<u2")  # both of a byte at once
+    packed: Bytes = (pairs | pairs >> np.uint16(4)).astype(np.uint8)
     return packed
 
 
