@@ -101,23 +101,28 @@ def bench(
     families: Annotated[
         str | None, typer.Option(help="Only these model types, in the suite families.", metavar="A,B,...")
     ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(help="Only these of llama-110m, llama-190m, llama-1b, in the suite weights.", metavar="A,B,..."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure this machine; figures mean something only while nothing else runs on it."""
     chosen = suite_named(suite, SUITES)
     measure, page = chosen.run, out is not None and out.suffix == ".md"
-    if suite == "families" and families is not None:
-        measure = partial(_families, names=[n.strip() for n in families.split(",") if n.strip()])
-    elif suite != "families" and (families is not None or page):
-        what = "--families" if families is not None else "--out"
-        raise InputError(
-            what, expected="--suite families with it", actual=f"--suite {suite}", remedy="add or leave out"
-        )
+    asked = (("--families", families, "families"), ("--models", models, "weights"), ("--out", page or None, "families"))
+    for what, value, of in asked:
+        if value is not None and suite != of:
+            raise InputError(what, expected=f"--suite {of} with it", actual=f"--suite {suite}",
+                             remedy="add or leave out")  # fmt: skip
+    some = families or models
+    if some is not None:
+        measure = partial(_families if suite == "families" else _weights, names=_listed(some))
     with ExitStack() as stack:
         stack.enter_context(stdout_kept(as_json))
         if out is not None:
             stack.enter_context(result_file(out) if page else result_folder(out))
-        done = stack.enter_context(unfinished(None if out is None else _beside(out, suite, families)))
+        done = stack.enter_context(unfinished(None if out is None else _beside(out, suite, some)))
         import torch
 
         torch.set_num_threads(1)
@@ -133,9 +138,13 @@ def bench(
         console.print(f"load before the run      {document['machine']['load_before']:.2f}")
 
 
-def _beside(out: Path, suite: str, families: str | None) -> Path:
+def _listed(names: str) -> list[str]:
+    return [n.strip() for n in names.split(",") if n.strip()]
+
+
+def _beside(out: Path, suite: str, some: str | None) -> Path:
     """Where a run keeps what it has done so far."""
-    name = f"unfinished-{suite}" + (f"-{families}" if families else "") + ".pickle"
+    name = f"unfinished-{suite}" + (f"-{some}" if some else "") + ".pickle"
     return out.with_name(f".{out.name}.{name}") if out.suffix == ".md" else out / name
 
 

@@ -94,7 +94,10 @@ def weights_table(console: Console, result: dict[str, Any]) -> None:
         for kind, r in rows.items():
             cells = [f"{r[f'{p}_tpot_ms']:.1f}" for p in ("one_device", "split_half", "layer_cut")]
             cells += [f"{r['one_device_cpu_ms_per_token']:.1f}", f"{r['prefill_tokens_per_s']:.0f}"]
-            cells += [f"{r['split_half_prefill_tokens_per_s']:.0f}", f"{r['one_device_memory']['rss_bytes'] / 1e6:,.0f}"]
+            cells += [
+                f"{r['split_half_prefill_tokens_per_s']:.0f}",
+                f"{r['one_device_memory']['rss_bytes'] / 1e6:,.0f}",
+            ]
             table.add_row(model, kind, *cells, f"{r['rss_over_share']:.2f}")
     console.print(table)
     aims = Table("model", "weights", "what", "measured", "aim", "", title="what is aimed at", box=None)

@@ -465,7 +465,8 @@ def test_a_pipe_to_a_process_of_ours_that_breaks_is_an_error_to_be_told(
     assert "a process that was started has ended too early" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "suites"), [("bench", ["engine", "predicted", "simulator", "faults", "families"]),
+@pytest.mark.parametrize(("command", "suites"), [("bench", ["engine", "predicted", "simulator", "faults", "families",
+                                                            "weights"]),
                                                  ("evaluate", ["planners", "splitwise", "replacement",
                                                                "layer-splitting"])])  # fmt: skip
 def test_suites_are_named_in_the_help_and_in_the_error(command: str, suites: list[str]) -> None:

@@ -83,7 +83,7 @@ def test_an_unknown_family_is_refused():
         sweep(["lama"])
 
 
-@pytest.mark.parametrize("arguments", [["--families", "llama"], ["--out", "page.md"]])
+@pytest.mark.parametrize("arguments", [["--families", "llama"], ["--out", "page.md"], ["--models", "llama-1b"]])
 def test_options_of_the_families_are_refused_with_other_suites(arguments: list[str]):
     assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 2
 
