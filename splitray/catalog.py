@@ -114,6 +114,36 @@ DEVICES: dict[str, dict[str, Value]] = {
     },
 }
 
+_MEASURED = "docs/equations.md E6.3: MatMulNBits of onnxruntime on x86 cores, by the instructions that they have"
+_RATIO = "docs/equations.md E6.3: 0.6 of the rate of int4, as on x86 cores with and without VNNI"
+_ARM = "docs/equations.md E6.3: the 4-bit decode rate to which memory_efficiency is fitted, in weights"
+
+
+def _fitted(weights_per_s: float) -> dict[str, Value]:
+    """Rates of a device whose decode rate at 4 bits is public."""
+    return {
+        "int4": Value(weights_per_s, "FITTED", _ARM),
+        "int4/128": Value(weights_per_s, "DERIVED", f"at least that of int4; {_ARM}"),
+        "int8": Value(0.6 * weights_per_s, "DERIVED", _RATIO),
+    }
+
+
+FORMAT_RATES: dict[str, dict[str, Value]] = {
+    "galaxy-s23": _fitted(67.2e9 * 0.27 * 8 / 4.5),
+    "raspberry-pi-4": _fitted(12.8e9 * 0.25 * 8 / 4.5),
+    "raspberry-pi-5": _fitted(17.07e9 * 0.6 * 8 / 4.85),
+    "x86-core": {
+        "int4": Value(15e9, "INFERRED", _MEASURED),
+        "int4/128": Value(20e9, "INFERRED", _MEASURED),
+        "int8": Value(9e9, "INFERRED", _MEASURED),
+        "bfloat16": Value(6e9, "INFERRED", "FBGEMM's kernel for float16 weights reads 4 to 7 billion weights a second"),
+    },
+}
+"""Weights that a processor multiplies by in a second for one row, by format; run `splitray profile` for your own.
+
+A GPU has none: that these kernels would run on it is not known, and bytes over bandwidth stays the rule there.
+"""
+
 _OPENSIGNAL = "Opensignal, measured by users"
 _MECPERF = "MECPerf measurement set, median without cross traffic"
 _ETHERNET = f"per message, transfer times: {_DLLAMA}"
@@ -193,6 +223,11 @@ def architecture(name: str, *, dtype: str = "bfloat16") -> ModelArch:
 def device_values(name: str) -> dict[str, float]:
     """The numbers of a catalogue device by the keys of a topology file."""
     return {key: entry.value for key, entry in DEVICES[name].items()}
+
+
+def format_values(name: str) -> dict[str, dict[str, float]]:
+    """Speeds of a catalogue device by format, by the keys of a topology file."""
+    return {weights: {"weights_per_s": rate.value} for weights, rate in FORMAT_RATES.get(name, {}).items()}
 
 
 def link_values(name: str) -> dict[str, float]:

@@ -215,9 +215,10 @@ class Rates:
         }
 
     @staticmethod
-    def of(topology: Topology) -> Rates:
-        """The rates of a topology, its devices' efficiencies included (N = 1)."""
+    def of(topology: Topology, arch: ModelArch | None = None) -> Rates:
+        """The rates of a topology, its devices' efficiencies included (N = 1), with a model's weights or plain ones."""
         index = topology.index
+        devices = topology.devices if arch is None else holding(topology.devices, arch)
         rate, latency, exchange = (np.zeros((len(index), len(index))) for _ in range(3))
         medium = np.full(rate.shape, -1)
         names = sorted({x.medium for x in topology.links if x.medium is not None})
@@ -226,18 +227,22 @@ class Rates:
             rate[at], latency[at], exchange[at] = link.bandwidth_bytes_per_s, link.rtt_s / 2, link.exchange_s
             medium[at] = -1 if link.medium is None else names.index(link.medium)
         return Rates(
-            **Rates.alone(topology.devices),
+            **Rates.alone(devices),
             link_bytes_per_s=rate[None],
             latency_s=latency[None],
             exchange_s=exchange[None],
-            contention_s_per_byte=_contention(topology)[None],
+            contention_s_per_byte=_contention(devices)[None],
             medium=medium,
         )
 
 
-def _contention(topology: Topology) -> Floats:
+def holding(devices: Sequence[Device], arch: ModelArch) -> tuple[Device, ...]:
+    """Devices as fast as they are with the weights of a model in the format in which they hold it."""
+    return tuple(d.holding(arch.on(d.id).weights) for d in devices)
+
+
+def _contention(devices: Sequence[Device]) -> Floats:
     """With k readers a byte takes each of them 1 / own + (k - 1) (1 / shared - 1 / own), which is linear in k."""
-    devices = topology.devices
     more = np.zeros((len(devices), len(devices)))
     for i, a in enumerate(devices):
         if a.shared_bandwidth_bytes_per_s is None:
@@ -422,7 +427,7 @@ class CostModel:
     @cached_property
     def rates(self) -> Rates:
         """The topology's rates (N = 1)."""
-        return Rates.of(self.topology)
+        return Rates.of(self.topology, self.arch)
 
     def decode(self, placement: Placement, *, context_tokens: float, batch: int = 1) -> StepCost:
         """One decode step with `context_tokens` cached tokens, the new one included."""
@@ -446,7 +451,7 @@ class CostModel:
         """Load and rates of the origin and the holders alone: the tables of all pairs of many devices are large."""
         where = self.topology.among({self.topology.origin, *placement.devices})
         load = load_of(placement, self.arch, where, codec=self.codec)
-        return load, self.rates if where is self.topology else Rates.of(where)
+        return load, self.rates if where is self.topology else Rates.of(where, self.arch)
 
     def predict(self, placement: Placement, *, prompt_tokens: int, context_tokens: int) -> Prediction:
         """Everything at once; memory holds weights and the KV of `context_tokens` tokens."""

@@ -12,7 +12,7 @@ import yaml
 
 from splitray.catalog import DEVICES
 from splitray.results import write_whole
-from splitray.topology import Topology, parse_topology
+from splitray.topology import FormatSpeed, Topology, parse_topology
 
 CATALOG = "x86-core"
 _GROUP = "host"
@@ -23,6 +23,7 @@ MEASURED = {
     "for a rate and a fixed cost",
     "shared_bandwidth_bytes_per_s": "the same while another device decodes at the same time",
     "launch_s": "the fixed cost of a sub-block, from the same two runs",
+    "formats": "tokens of the same llamas with weights in each format, and a prompt of 256 tokens",
     "compute_flops": "a GEMM of 512 rows, float32",
     "bandwidth_bytes_per_s": "1 MiB frames through the wire code",
     "rtt_s": "frames of 3 KB through the wire code between devices that are awake",
@@ -71,11 +72,13 @@ class Profile:
     hop_bytes: int
     cores: Sequence[CoreSpeed]
     links: Mapping[tuple[int, int], LinkSpeed]
+    formats: Sequence[FormatSpeed] = ()
 
     def document(self) -> dict[str, Any]:
         """A topology file: `splitray generate` and `splitray plan` take it, and `profile:` says where it is from."""
         ids = Topology.uniform(len(self.cores)).ids
         shared: dict[str, Any] = {}
+        speeds = {f.name: {k: v for k, v in asdict(f).items() if k != "name" and v is not None} for f in self.formats}
         if self.shared_bytes_per_s is not None:
             shared = {"memory_group": _GROUP, "shared_bandwidth_bytes_per_s": self.shared_bytes_per_s}
         devices = [
@@ -83,7 +86,7 @@ class Profile:
                 "id": str(name), "tier": "cloud" if name.startswith("cloud") else "edge", "catalog": CATALOG,
                 "memory_bytes": self.memory_bytes, "compute_flops": core.gemm_flops_per_s, "compute_efficiency": 1.0,
                 "memory_bandwidth_bytes_per_s": self.read_bytes_per_s, "memory_efficiency": 1.0,
-                "launch_s": self.launch_s, **shared,
+                "launch_s": self.launch_s, **shared, **({"formats": speeds} if speeds else {}),
             }
             for name, core in zip(ids, self.cores, strict=True)
         ]  # fmt: skip

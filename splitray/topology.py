@@ -11,16 +11,17 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, NewType
 
-from splitray.catalog import DEVICES, LINKS, device_values, link_values
+from splitray.catalog import DEVICES, LINKS, device_values, format_values, link_values
 from splitray.errors import TopologyError, did_you_mean, listed
 from splitray.user_file import UserFile
-from splitray.weight_formats import WEIGHTS
+from splitray.weight_formats import FORMATS, WEIGHTS, as_format
 from splitray.yaml_document import COMMA, kind_of, number, read_yaml
 
 DeviceId = NewType("DeviceId", str)
 _RATES = ("memory_bytes", "compute_flops", "memory_bandwidth_bytes_per_s")
 _COSTS = ("idle_w", "active_w", "radio_w", "price_per_s", "launch_s")
 _CORRECT = "correct it, or run `splitray profile`"
+_ADD_SPEED = "add the missing key, or run `splitray profile`"
 _ADD = "add the missing keys or a `catalog:` name"
 _ID = re.compile(r"(?! )[^/\\,\[\]]{1,100}(?<! )")  # it is part of file names, lists and tables
 _TORCH_DEVICE = re.compile(r"[a-z]+(:\d{1,3})?")
@@ -47,11 +48,53 @@ _LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], object], str, str], ...] =
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSpeed:
+    """How fast a device multiplies by weights of a format (weight_formats.py), all that goes with it included.
+
+    Args:
+        name: of the format.
+        weights_per_s: of one row, as in decoding.
+        shared_weights_per_s: the same while another device of its memory does so too; None: as fast.
+        prompt_weights_per_s: of many rows, times their number; None: as its operations a second allow.
+        launch_s: the fixed cost of a sub-block; None: the device's.
+    """
+
+    name: str
+    weights_per_s: float
+    shared_weights_per_s: float | None = None
+    prompt_weights_per_s: float | None = None
+    launch_s: float | None = None
+
+    def __post_init__(self) -> None:
+        what = f"speed in {self.name}"
+        if self.name not in FORMATS:
+            raise _wrong(
+                what, f"one of {', '.join(FORMATS)}", self.name, f"correct it{did_you_mean(self.name, FORMATS)}"
+            )
+        shared, prompt = self.shared_weights_per_s, self.prompt_weights_per_s
+        if not all(v is None or 0 < v < inf for v in (self.weights_per_s, shared, prompt)):
+            found = f"{self.weights_per_s}, {shared}, {prompt}"
+            raise _wrong(f"{what}: weights_per_s", "numbers above 0", found, _CORRECT)
+        if shared is not None and shared > self.weights_per_s:
+            expected = f"at most what it multiplies alone ({self.weights_per_s:g})"
+            raise _wrong(f"{what}: shared_weights_per_s", expected, shared, _CORRECT)
+        if self.launch_s is not None and not 0 <= self.launch_s < inf:
+            raise _wrong(f"{what}: launch_s", "0 or more", self.launch_s, _CORRECT)
+
+    def times(self, share: float) -> FormatSpeed:
+        """That of a share of the device."""
+        rates = {n: getattr(self, n) for n in ("weights_per_s", "shared_weights_per_s", "prompt_weights_per_s")}
+        slower: dict[str, Any] = {n: None if v is None else v * share for n, v in rates.items()}
+        return replace(self, **slower)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """One node that can hold pieces of a model. Rates are SI; `torch_device` names where its tensors live.
 
     Devices of one `memory_group` read one memory: while another of them reads too, each reads only
-    `shared_bandwidth_bytes_per_s`, and so much longer again for every further one.
+    `shared_bandwidth_bytes_per_s`, and so much longer again for every further one. `formats` are speeds where weights
+    in some formats take another time than that of reading them: those of few bits are bound by arithmetic.
     """
 
     id: DeviceId
@@ -72,6 +115,7 @@ class Device:
     model_path: str | None = None
     weights: str | None = None
     """The format in which it holds weights (weight_formats.py), `auto` as they are stored; None: what the run says."""
+    formats: tuple[FormatSpeed, ...] = ()
 
     def __post_init__(self) -> None:
         for names, fits, expected, remedy in _LIMITS:
@@ -80,6 +124,39 @@ class Device:
                     what = f"device {self.id}: {name}"
                     raise _wrong(what, expected, value, remedy.format(name))
         self._check_sharing()
+
+    def slowed(self, share: float) -> Device:
+        """The device with a share of its computing and reading left."""
+        return replace(
+            self,
+            compute_flops=self.compute_flops * share,
+            memory_bandwidth_bytes_per_s=self.memory_bandwidth_bytes_per_s * share,
+            formats=tuple(f.times(share) for f in self.formats),
+        )
+
+    def holding(self, weights: str) -> Device:
+        """The device as one that reads plain weights as fast as this one multiplies by those of a format.
+
+        KV is then read at the same rate, too, which makes a long context dearer than it is.
+        """
+        speed = next((f for f in self.formats if f.name == weights), None)
+        if speed is None:
+            return self
+        each = as_format(weights).resident_bits / 8
+        shared = None
+        if self.memory_group is not None:
+            shared = each * (speed.shared_weights_per_s or speed.weights_per_s)
+        prompt = speed.prompt_weights_per_s
+        return replace(
+            self,
+            memory_bandwidth_bytes_per_s=each * speed.weights_per_s,
+            memory_efficiency=1.0,
+            shared_bandwidth_bytes_per_s=shared,
+            compute_flops=self.compute_flops if prompt is None else 2 * prompt,
+            compute_efficiency=self.compute_efficiency if prompt is None else 1.0,
+            launch_s=self.launch_s if speed.launch_s is None else speed.launch_s,
+            formats=(),
+        )
 
     def _check_sharing(self) -> None:
         shared, own = self.shared_bandwidth_bytes_per_s, self.memory_bandwidth_bytes_per_s * self.memory_efficiency
@@ -250,15 +327,17 @@ class Topology:
             return parse_topology(document.value)
 
 
+_SPEED_KEYS = tuple(f.name for f in fields(FormatSpeed) if f.name != "name")
 _DEVICE_KEYS = tuple(f.name for f in fields(Device))
 _TEXTS = ("id", "tier", "memory_group", "torch_device", "model_path", "weights")
-_OPTIONAL = ("catalog", "memory_group", "shared_bandwidth_bytes_per_s", "model_path", "weights")
+_OPTIONAL = ("catalog", "memory_group", "shared_bandwidth_bytes_per_s", "model_path", "weights", "formats")
 _TIMES = ("rtt_s", "exchange_s", "launch_s")
 _LEAST, _MOST, _MOST_S = 1e-9, 1e24, 1e5  # beyond these it is a slip, and what is computed of it may be no number
 _UNITS = {
     "bytes_per_s": "bytes per second: 100 Mbit/s are 1.25e7",
     "bytes": "bytes: 8 GB are 8e9, 8 GiB are 8589934592",
     "flops": "operations per second: 2 TFLOP/s are 2e12",
+    "weights_per_s": "weights per second: 10 billion are 1e10",
     "price_per_s": "any currency",
     "_s": "seconds: 10 ms are 0.01",
     "_w": "watts",
@@ -287,7 +366,9 @@ def _device(entry: Any, where: str) -> Device:
     _keys(entry, (*_DEVICE_KEYS, "catalog"), where)
     values = {k: v for k, v in entry.items() if v is not None or k not in _OPTIONAL}
     if "catalog" in values:
-        values = {**device_values(_known_name(values.pop("catalog"), DEVICES, where)), **values}
+        name = _known_name(values.pop("catalog"), DEVICES, where)
+        values = {**device_values(name), "formats": format_values(name), **values}
+    speeds = _speeds(values.pop("formats", {}), f"{where}.formats")
     missing = [k for k in ("id", "tier", *_RATES) if k not in values]
     if missing:
         raise _wrong(where, f"{missing}", f"only {sorted(values)}", _ADD)
@@ -295,7 +376,20 @@ def _device(entry: Any, where: str) -> Device:
         k: _text(v, f"{where}.{k}") if k in _TEXTS else _number(v, f"{where}.{k}") for k, v in values.items()
     }
     with _under(where):
-        return Device(**checked)
+        return Device(formats=speeds, **checked)
+
+
+def _speeds(entries: Any, where: str) -> tuple[FormatSpeed, ...]:
+    _keys(entries, FORMATS, where)
+    return tuple(_speed(name, entry, f"{where}.{name}") for name, entry in entries.items())
+
+
+def _speed(name: str, entry: Any, where: str) -> FormatSpeed:
+    _keys(entry, _SPEED_KEYS, where)
+    if "weights_per_s" not in entry:
+        raise _wrong(where, "weights_per_s", f"only {sorted(entry)}", _ADD_SPEED)
+    with _under(where):
+        return FormatSpeed(name=name, **{k: _number(v, f"{where}.{k}") for k, v in entry.items()})
 
 
 def _known_name(value: Any, known: Mapping[str, Any], where: str) -> str:

@@ -21,6 +21,7 @@ from splitray.report.stdout import print_json, stdout_kept
 from splitray.report.suite import Suite, suite_named, suites_help
 from splitray.results import result_file, result_folder, write_whole
 from splitray.unfinished import Unfinished, unfinished
+from splitray.weight_formats import as_format
 
 Say = Callable[[str], None]
 Measured = tuple[dict[str, Any], Callable[[Console, dict[str, Any]], None]]
@@ -33,11 +34,11 @@ def _engine(say: Say, _: Unfinished) -> Measured:
     return engine_speed(say=say), tables.engine_table
 
 
-def _predicted(say: Say, _: Unfinished) -> Measured:
-    from splitray.profiling.predicted import predicted
+def _predicted(say: Say, _: Unfinished, formats: list[str] | None = None) -> Measured:
+    from splitray.profiling.predicted import FORMATS, predicted
     from splitray.profiling.random_llama import BENCH_110M
 
-    return predicted(BENCH_110M, progress=say), tables.predicted_table
+    return predicted(BENCH_110M, formats=formats or FORMATS, progress=say), tables.predicted_table
 
 
 def _simulator(say: Say, _: Unfinished) -> Measured:
@@ -74,7 +75,9 @@ SUITES: dict[str, Suite[Callable[[Say, Unfinished], Measured]]] = {
         _engine,
     ),
     "predicted": Suite(
-        "what the cost model predicts for 25 placements beside what they take", "some minutes", _predicted
+        "what the cost model predicts for 25 placements in formats of weights beside what they take",
+        "a quarter of an hour",
+        _predicted,
     ),
     "simulator": Suite("how fast the virtual clock runs, and how long a planner decides", "three minutes", _simulator),
     "faults": Suite(
@@ -105,12 +108,18 @@ def bench(
         str | None,
         typer.Option(help="Only these of llama-110m, llama-190m, llama-1b, in the suite weights.", metavar="A,B,..."),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Only these formats of weights, in the suite predicted.", metavar="A,B,...")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure this machine; figures mean something only while nothing else runs on it."""
     chosen = suite_named(suite, SUITES)
     measure, page = chosen.run, out is not None and out.suffix == ".md"
-    asked = (("--families", families, "families"), ("--models", models, "weights"), ("--out", page or None, "families"))
+    asked = (
+        ("--families", families, "families"), ("--models", models, "weights"), ("--weights", weights, "predicted"),
+        ("--out", page or None, "families"),
+    )  # fmt: skip
     for what, value, of in asked:
         if value is not None and suite != of:
             raise InputError(what, expected=f"--suite {of} with it", actual=f"--suite {suite}",
@@ -118,6 +127,8 @@ def bench(
     some = families or models
     if some is not None:
         measure = partial(_families if suite == "families" else _weights, names=_listed(some))
+    if weights is not None:
+        measure = partial(_predicted, formats=[as_format(w).name for w in _listed(weights)])
     with ExitStack() as stack:
         stack.enter_context(stdout_kept(as_json))
         if out is not None:

@@ -47,9 +47,9 @@ def measure(*, devices: int = 2, out: Path | None = None, progress: Callable[[st
                          remedy="create the folder, or name a file in it")  # fmt: skip
     if out is not None:
         try_file(out, "out")
-    from splitray.profiling.calibration import calibrate
+    from splitray.profiling.calibration import FORMATS_PROFILED, calibrate
 
-    profile = calibrate(devices, progress=progress)
+    profile = calibrate(devices, formats=FORMATS_PROFILED, progress=progress)
     if out is not None:
         profile.save(out)
     return profile

@@ -10,7 +10,7 @@ import numpy as np
 
 from splitray.arrays import Floats
 from splitray.codecs import encoded_bytes
-from splitray.cost import Rates, load_of, work_s
+from splitray.cost import Rates, holding, load_of, work_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.pairs import LinkedPairs, PairSeconds
 from splitray.planners.protocol import ClusterState, equal_s_per_joule
@@ -79,8 +79,9 @@ def work_alone_s(state: ClusterState, where: Topology) -> Floats:
     layer = LayerPlacement(Shares.whole(arch.num_kv_heads, first), Shares.whole(arch.ffn_dim, first))
     load = load_of(Placement((layer,), (first,), Shares.whole(arch.vocab, first)), arch, alone)
     none = np.zeros((n, 1, 1))
+    rates = Rates.alone(holding(where.devices, arch))
     each = Rates(
-        **{name: rate.T for name, rate in Rates.alone(where.devices).items()}, link_bytes_per_s=none, latency_s=none,
-        exchange_s=none, contention_s_per_byte=none, medium=np.full((1, 1), -1),
+        **{name: rate.T for name, rate in rates.items()}, link_bytes_per_s=none, latency_s=none, exchange_s=none,
+        contention_s_per_byte=none, medium=np.full((1, 1), -1),
     )  # fmt: skip
     return work_s(load, each, context_tokens=max(1, state.context_tokens))[:, :, 0]

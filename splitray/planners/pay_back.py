@@ -44,7 +44,7 @@ def keep_or_move(fresh: Placement, state: ClusterState, end: ClusterState, *, st
         both = Load.stack([load_of(p, state.arch, where, codec=state.codec) for p in (state.current, fresh)])
     except TopologyError:  # a link is down that one of them needs: that is not for planners to wait for
         return fresh
-    before, after = step_cost(both, Rates.of(where), context_tokens=context).cycle_s
+    before, after = step_cost(both, Rates.of(where, state.arch), context_tokens=context).cycle_s
     saved_s = state.interval_tokens * float(before - after)
     if not saved_s > 0 or math.isinf(after):
         return state.current

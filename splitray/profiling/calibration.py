@@ -14,6 +14,7 @@ This is for machines whose devices are processes; all of them are taken to be al
 import itertools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -36,14 +37,16 @@ from splitray.runtime.launch import read_model
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.timing import echo, hops, speeds
 from splitray.scratch import scratch_folder
-from splitray.topology import DeviceId, Topology
-from splitray.weight_formats import AUTO_WEIGHTS
+from splitray.topology import DeviceId, FormatSpeed, Topology
+from splitray.weight_formats import AUTO_WEIGHTS, as_format
 
 PROMPT = tuple(5 + i % 90 for i in range(16))
 MOST_DEVICES = 16
 ROUNDS = 5
+FORMATS_PROFILED = ("bfloat16", "int8", "int4", "int4/128")
 _WIDE_LAYER_BYTES = 4 * 768 * (4 * 768 + 3 * 2048)
 _NEW_TOKENS, _FIRST = 24, 2  # the first tokens of a run find cold caches
+_RUNS, _LONG_PROMPT = 3, tuple(5 + i % 300 for i in range(256))
 _PING_BYTES, _PINGS, _LARGE, _HOPS = 4 * 768, 1000, 50, 150
 
 
@@ -52,9 +55,12 @@ def calibrate(
     *,
     rounds: int = ROUNDS,
     like: ModelArch | None = None,
+    formats: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Measure this machine as `num_devices` device processes; half a minute, on an otherwise idle machine.
+
+    Each of the `formats` of weights takes a quarter of a minute more.
 
     `like` is a llama-like model for which the profile is meant. The probes of the `rounds` then have its shape, so that
     weights which fit into a cache are read from there; without, they are so large that weights come from memory.
@@ -73,6 +79,9 @@ def calibrate(
         for i in range(rounds):
             progress(f"round {i + 1} of {rounds}")
             calibration.round()
+        for weights in formats:
+            progress(f"weights in {weights}")
+            calibration.round_in(weights)
         return calibration.profile()
 
 
@@ -133,6 +142,7 @@ class Calibration:
                              ffn=max(1, like.ffn_dim // 8), vocab=max(64, like.vocab // 8))  # fmt: skip
         self.wide, self.narrow = (Model(m.write(folder), topology, fleet) for m in (wide, narrow))
         self.rounds: list[dict[str, float]] = []
+        self.rounds_in: dict[str, list[dict[str, float]]] = defaultdict(list)
         self.cores: list[CoreSpeed] = []
         self.links: dict[tuple[int, int], LinkSpeed] = {}
 
@@ -152,6 +162,41 @@ class Calibration:
         times["wide"] = statistics.fmean(wide)  # before and after what it is subtracted from
         self.rounds.append(times)
 
+    def round_in(self, weights: str) -> None:
+        """Run the probes with weights in a format: both models in turn, copies, a prompt."""
+        ids, runs = self.topology.ids, range(_RUNS)
+        wide, narrow = (self._in(weights, m) for m in (self.wide, self.narrow))
+        times: dict[str, float] = {}
+        with narrow.start(in_turn(narrow.arch, ids[:2])) as engine:
+            times["narrow"] = statistics.median(token_s(engine) for _ in runs)
+        with wide.start(in_turn(wide.arch, ids[:2])) as engine:
+            times["wide"] = statistics.median(token_s(engine) for _ in runs)
+            list(engine.stream(list(_LONG_PROMPT), Sampling(max_new_tokens=1)))
+            assert engine.report is not None, "it ran"
+            times["prompt"] = engine.report.ttft_s
+        if len(ids) > 1:
+            with wide.start(everywhere(wide.arch, ids)) as engine:
+                times["copies"] = statistics.median(token_s(engine) for _ in runs)
+        self.rounds_in[weights].append(times)
+
+    def _in(self, weights: str, model: Model) -> Model:
+        return Model(model.path, self.topology, model.fleet, weights=weights)
+
+    def _speed(self, weights: str, hop_s: float) -> FormatSpeed:
+        rounds, others = self.rounds_in[weights], len(self.topology.ids) - 1
+        middle = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        wide, narrow = (self._in(weights, m) for m in (self.wide, self.narrow))
+        launch_s, s_per_byte = self._line(wide, narrow, *(middle[n] - 2 * hop_s for n in ("wide", "narrow")))
+        each = as_format(weights).resident_bits / 8
+        shared = None
+        if others:
+            more_s = max(0.0, middle["copies"] - (middle["wide"] - 2 * hop_s))
+            shared = 1 / (s_per_byte + more_s / others / self._work(wide)[1]) / each
+        load = load_of(in_turn(wide.arch, self.topology.ids[:2]), wide.arch, self.topology)
+        prompt = len(_LONG_PROMPT) * float(load.flops.sum()) / 2 / middle["prompt"]
+        return FormatSpeed(name=weights, weights_per_s=1 / s_per_byte / each, shared_weights_per_s=shared,
+                           prompt_weights_per_s=prompt, launch_s=launch_s)  # fmt: skip
+
     def _cores_and_links(self) -> None:
         ids = self.topology.ids
         with self.narrow.start(partitioned(self.narrow.arch, ids)) as engine:
@@ -169,7 +214,9 @@ class Calibration:
         if others:
             hop_s = middle["hop"]
             more_s = max(0.0, statistics.median(r["copies"] - r["wide"] for r in self.rounds) + 2 * hop_s)
-        launch_s, s_per_byte = self._line(*(middle[name] - 2 * hop_s for name in ("wide", "narrow")))
+        launch_s, s_per_byte = self._line(
+            self.wide, self.narrow, *(middle[name] - 2 * hop_s for name in ("wide", "narrow"))
+        )
         shared = 1 / (s_per_byte + more_s / others / self._work(self.wide)[1]) if others else None
         read = 1 / s_per_byte
         return Profile(
@@ -183,11 +230,12 @@ class Calibration:
             hop_bytes=_PING_BYTES,
             cores=self.cores,
             links=self.links,
+            formats=[self._speed(weights, hop_s) for weights in self.rounds_in],
         )
 
-    def _line(self, wide_s: float, narrow_s: float) -> tuple[float, float]:
+    def _line(self, wide: Model, narrow: Model, wide_s: float, narrow_s: float) -> tuple[float, float]:
         """Fixed cost of a sub-block and time of a byte, of which both runs consist."""
-        (wide_blocks, wide_bytes), (narrow_blocks, narrow_bytes) = self._work(self.wide), self._work(self.narrow)
+        (wide_blocks, wide_bytes), (narrow_blocks, narrow_bytes) = self._work(wide), self._work(narrow)
         matrix = np.array([[wide_blocks, wide_bytes], [narrow_blocks, narrow_bytes]])
         launch_s, s_per_byte = map(float, np.linalg.solve(matrix, [wide_s, narrow_s]))
         if launch_s < 0 or s_per_byte <= 0:  # noise only: then all of the wide run is reading

@@ -5,7 +5,8 @@ profile is made of the probes alone (profiling/calibration.py).
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from splitray.route import compile_route
 from splitray.runtime.kept_fleet import KeptFleet
 from splitray.scratch import scratch_folder
 from splitray.topology import Topology
+from splitray.weight_formats import as_format
 
 ROUNDS, RANDOM = 3, 20
+FORMATS = ("float32", "int8", "int4")
 _NEW_TOKENS = 18
 _PROBED_EVERY = 9  # placements: some ten seconds
 
@@ -35,20 +38,34 @@ def predicted(
     num_random: int = RANDOM,
     rounds: int = ROUNDS,
     seed: int = 0,
+    formats: Sequence[str] = FORMATS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run the bench's named placements and `num_random` random ones on two device processes, and predict each.
 
     Returns:
         `rows` with predicted and measured milliseconds a token and the error of the prediction, relative to what was
-        measured; `median_error`, `worst_error` of its size; the `profile` that predicted.
+        measured; `median_error`, `worst_error` of its size; the `profile` that predicted. These are of the first of the
+        `formats` of weights, the same keys of each under `formats`.
     """
+    before, found = machine(), dict[str, dict[str, Any]]()
+    for weights in formats:
+        found[weights] = _in_format(recipe, weights, num_random, rounds, seed, partial(_told, progress, weights))
+    return {"suite": "predicted", "model": recipe.name, "machine": before, **found[formats[0]], "formats": found}
+
+
+def _told(progress: Callable[[str], None], weights: str, text: str) -> None:
+    progress(f"{weights}: {text}")
+
+
+def _in_format(
+    recipe: RandomLlama, weights: str, num_random: int, rounds: int, seed: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
     topology = Topology.uniform(2)
     with scratch_folder() as folder, KeptFleet(topology.devices) as fleet:
         progress("writing random weights")
-        before = machine()
         calibration = Calibration(fleet, topology, folder)
-        model = Model(recipe.write(folder), topology, fleet)
+        model = Model(recipe.write(folder), topology, fleet, weights=weights)
         chosen = {**placements(model.arch, topology), **random_placements(model.arch, topology, num_random, seed)}
         times: dict[str, list[float]] = {name: [] for name in chosen}
         rng, names = np.random.default_rng(seed), list(chosen)
@@ -57,6 +74,8 @@ def predicted(
                 progress(f"round {i + 1} of {rounds}: placement {k + 1} of {len(names)}")
                 if k % _PROBED_EVERY == 0:
                     calibration.round()
+                    if as_format(weights).is_held:
+                        calibration.round_in(weights)
                 name = names[index]
                 times[name].append(model.token_s(chosen[name], new_tokens=_NEW_TOKENS))
         profile = calibration.profile()
@@ -68,9 +87,6 @@ def predicted(
     ]
     errors = [abs(r["error"]) for r in rows]
     return {
-        "suite": "predicted",
-        "model": recipe.name,
-        "machine": before,
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
         "rows": rows,

@@ -24,7 +24,7 @@ def slots_per_s(num_instances: int, *, seed: int = 0) -> float:
     state = ClusterState(arch=arch, topology=where, context_tokens=512)
     planner = make_planner("random", seed=seed)
     load = Load.stack([load_of(planner.propose(state), arch, where) for _ in range(num_instances)])
-    rates = Rates.stack([Rates.of(where)] * num_instances)
+    rates = Rates.stack([Rates.of(where, arch)] * num_instances)
     simulator = Simulator(where, [poisson(0.05, 1e4, rng=rng) for _ in range(num_instances)])
     simulator.step(load, rates)
     started = time.perf_counter()

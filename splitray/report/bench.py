@@ -37,15 +37,17 @@ def engine_table(console: Console, result: dict[str, Any]) -> None:
 
 def predicted_table(console: Console, result: dict[str, Any]) -> None:
     """Each placement as predicted and as measured, and the errors."""
-    table = Table("placement", title=f"{result['model']}, two processes: predicted and measured tpot", box=None)
-    for name in ("exchanges", "predicted ms", "measured ms", "error"):
-        table.add_column(name, justify="right")
-    for r in result["rows"]:
-        table.add_row(r["name"], f"{r['exchanges_per_token']}", f"{r['predicted_ms']:.2f}", f"{r['measured_ms']:.2f}",
-                      f"{r['error']:+.1%}")  # fmt: skip
-    console.print(table)
-    console.print(f"median error             {result['median_error']:.1%}")
-    console.print(f"worst error              {result['worst_error']:.1%}")
+    for weights, found in result["formats"].items():
+        title = f"{result['model']}, {weights} weights, two processes: predicted and measured tpot"
+        table = Table("placement", title=title, box=None)
+        for name in ("exchanges", "predicted ms", "measured ms", "error"):
+            table.add_column(name, justify="right")
+        for r in found["rows"]:
+            table.add_row(r["name"], f"{r['exchanges_per_token']}", f"{r['predicted_ms']:.2f}",
+                          f"{r['measured_ms']:.2f}", f"{r['error']:+.1%}")  # fmt: skip
+        console.print(table)
+        console.print(f"median error             {found['median_error']:.1%}")
+        console.print(f"worst error              {found['worst_error']:.1%}")
 
 
 def faults_table(console: Console, result: dict[str, Any]) -> None:

@@ -20,6 +20,11 @@ def profile_table(document: Mapping[str, Any]) -> RenderableType:
     ]
     if "shared_bandwidth_bytes_per_s" in device:
         facts.append(("while another reads", f"{bytes_text(device['shared_bandwidth_bytes_per_s'])}/s"))
+    for weights, speed in device.get("formats", {}).items():
+        told = (
+            f"{speed['weights_per_s'] / 1e9:.1f} billion a second, {speed['prompt_weights_per_s'] / 1e9:.1f} in prompts"
+        )
+        facts.append((f"weights in {weights}", told))
     facts.append(("a sub-block", f"{seconds_text(device['launch_s'])} besides"))
     if about["hop_s"]:
         facts.append(("a message", f"{seconds_text(about['hop_s'])} in the engine"))

@@ -151,7 +151,7 @@ class Splitwise:
                 raise PlacementError("devices", expected=f"{', '.join(ids)}", actual=f"no {missing[0]}", remedy=remedy)
             links = tuple(x for x in now.links if {x.source, x.target} == set(ids))
             now = replace(served.topology, devices=tuple(here[i] for i in ids), links=links)
-        rates = Rates.of(now)
+        rates = Rates.of(now, state.arch)
         return Moment(
             rates=rates, cloud_free=rates.bytes_per_s[:, CLOUD_DEVICE] / served.usual.bytes_per_s[:, CLOUD_DEVICE],
             backlog_tokens=np.array([state.queues.backlog_tokens]),
@@ -226,4 +226,4 @@ def _served(state: ClusterState, nominal: Topology, num_groups: int) -> Served:
         memory_bytes=np.array([d.memory_bytes for d in ordered.devices]),
         pinned_embedding=state.pinned_embedding is not None, pinned_head=state.pinned_head is not None,
     )  # fmt: skip
-    return Served(ordered, Rates.of(ordered), grid, known, static, History(1), relieves(static))
+    return Served(ordered, Rates.of(ordered, state.arch), grid, known, static, History(1), relieves(static))

@@ -324,13 +324,9 @@ def shared_with(topology: Topology, ids: tuple[DeviceId, ...], share: Floats) ->
         return topology
     left = dict(zip(ids, map(float, share), strict=True))
     devices = tuple(
-        replace(
-            d, compute_flops=d.compute_flops * left[d.id], launch_s=d.launch_s / left[d.id],
-            memory_bandwidth_bytes_per_s=d.memory_bandwidth_bytes_per_s * left[d.id],
-        )
-        if left[d.id] < 1 else d
+        replace(d.slowed(left[d.id]), launch_s=d.launch_s / left[d.id]) if left[d.id] < 1 else d
         for d in topology.devices
-    )  # fmt: skip
+    )
     return replace(topology, devices=devices)
 
 

@@ -122,7 +122,7 @@ class Scenario:
     def rates_among(self, devices: Collection[DeviceId]) -> Rates:
         """The rates of some devices, the origin one of them, in every slot (N = T)."""
         where = self.topology.among(devices)
-        base, index, at = Rates.of(where), where.index, [self.topology.index[d] for d in where.ids]
+        base, index, at = Rates.of(where, self.arch), where.index, [self.topology.index[d] for d in where.ids]
         many: dict[str, Any] = {
             f.name: np.repeat(getattr(base, f.name), self.num_slots, axis=0)
             for f in fields(Rates)
@@ -157,10 +157,7 @@ class Scenario:
             free = dict(zip(ids, self.free_share[slot], strict=True))
             devices = [
                 replace(
-                    d,
-                    memory_bytes=d.memory_bytes * (free[d.id] if self.background_memory else 1.0),
-                    compute_flops=d.compute_flops * free[d.id],
-                    memory_bandwidth_bytes_per_s=d.memory_bandwidth_bytes_per_s * free[d.id],
+                    d.slowed(free[d.id]), memory_bytes=d.memory_bytes * (free[d.id] if self.background_memory else 1.0)
                 )
                 for d in devices
             ]

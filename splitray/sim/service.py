@@ -42,7 +42,7 @@ def shared_rate_per_s(arch: ModelArch, topology: Topology) -> float:
     except PlacementError:
         placement = make_planner("exact").propose(state)
     where = topology.among({topology.origin, *placement.devices})
-    load, rates = load_of(placement, arch, where), Rates.of(where)
+    load, rates = load_of(placement, arch, where), Rates.of(where, arch)
     cloud = np.array([d.tier == "cloud" for d in where.devices])
     token = step_cost(load, rates, context_tokens=MEAN_PROMPT + MEAN_OUTPUT / 2).busy_s[0, cloud].max(initial=0.0)
     prompt = (

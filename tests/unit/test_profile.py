@@ -14,10 +14,11 @@ from splitray.cost import CostModel, Rates
 from splitray.errors import InputError, TopologyError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.profile import MEASURED, CoreSpeed, LinkSpeed, Profile
-from splitray.topology import Topology, parse_topology
+from splitray.topology import FormatSpeed, Topology, parse_topology
 
 CORE = CoreSpeed(gemv_bytes_per_s=24e9, gemm_flops_per_s=1e11, copy_bytes_per_s=12e9)
 LINK = LinkSpeed(ping_s=4e-5, mebibyte_s=2.2e-4)
+INT4 = FormatSpeed(name="int4", weights_per_s=1e10, shared_weights_per_s=8e9, prompt_weights_per_s=5e10, launch_s=2e-4)
 ARCH = ModelArch(
     name="small", num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, hidden_dim=32, ffn_dim=64, vocab=128,
     context_tokens=256,
@@ -29,7 +30,7 @@ def make_profile(num_devices: int = 2) -> Profile:
         measured_at="2026-11-24T12:00:00+00:00", machine={"cores": 2, "processor": "a processor"}, memory_bytes=8e9,
         read_bytes_per_s=20e9, shared_bytes_per_s=15e9 if num_devices > 1 else None, launch_s=6e-5, hop_s=9e-5,
         hop_bytes=3072, cores=[CORE] * num_devices,
-        links={(a, b): LINK for b in range(num_devices) for a in range(b)},
+        links={(a, b): LINK for b in range(num_devices) for a in range(b)}, formats=[INT4],
     )  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def test_a_profile_file_is_a_topology_file(tmp_path: Path, num_devices: int):
     assert device.memory_bandwidth_bytes_per_s * device.memory_efficiency == 20e9
     assert device.compute_flops * device.compute_efficiency == 1e11
     assert device.launch_s == 6e-5
+    assert device.formats == (INT4,)
 
 
 def test_every_number_of_a_profile_file_says_where_it_comes_from():

@@ -20,6 +20,7 @@ import numpy as np
 
 from splitray.arrays import Floats
 from splitray.codecs import encoded_bytes
+from splitray.cost import holding
 from splitray.planners.layer_times import layer_times, work_alone_s
 from splitray.planners.memory import ffn_unit_bytes, group_bytes, layer_bytes, table_bytes
 from splitray.planners.pairs import LinkedPairs
@@ -29,7 +30,7 @@ from splitray.route import TOKEN_BYTES
 
 def floor_s(state: ClusterState) -> float:
     """Seconds that a token takes at least, wherever heads, columns, rows, copies, embedding and head are."""
-    arch, devices = state.arch, state.topology.devices
+    arch, devices = state.arch, holding(state.topology.devices, state.arch)
     stages = work_alone_s(state, state.topology)
     layer = [stages[:, 1:-2].sum(1)] if arch.parallel_block else [stages[:, 1:-3].sum(1), stages[:, -3]]
     alone = np.array([*layer, stages[:, -2]])  # [K, D]

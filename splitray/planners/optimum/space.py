@@ -87,7 +87,7 @@ class Space:
         self.state, self.freedom, self.arch, self.topology = state, freedom, state.arch, state.topology
         self.coarse = blocks is not None
         self.shares_table = shares_table(state)
-        self.rates = Rates.of(state.topology)
+        self.rates = Rates.of(state.topology, state.arch)
         self.num_devices = len(state.topology.devices)
         self.rhythms: dict[tuple[int, int], tuple[Floats, Floats] | None] = {}
         self.launch_s = self.rates.launch_s[0]

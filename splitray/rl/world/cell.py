@@ -90,7 +90,7 @@ def references(arch: ModelArch, topology: Topology, request: RequestShape = USUA
 
 def _whole(arch: ModelArch, topology: Topology, device: DeviceId, request: RequestShape) -> Whole:
     placement = whole_on(device, ClusterState(arch=arch, topology=topology))
-    load, rates = load_of(placement, arch, topology), Rates.of(topology)
+    load, rates = load_of(placement, arch, topology), Rates.of(topology, arch)
     context = request.prompt_tokens + request.output_tokens / 2
     step = step_cost(load, rates, context_tokens=context)
     fill = step_cost(load, rates, context_tokens=request.prompt_tokens, new_tokens=request.prompt_tokens)

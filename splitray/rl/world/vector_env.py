@@ -122,7 +122,7 @@ class VectorEnv:
             [(r.prompt_tokens + r.output_tokens).max(initial=1) for r in self.weather.requests], float
         )
         self.memory_bytes: Floats = np.tile([d.memory_bytes for d in cell.topology.devices], (n, 1))
-        self._base = Rates.of(cell.topology)
+        self._base = Rates.of(cell.topology, cell.arch)
         state_pins = cell.topology.origin_holds
         self.static = Static(
             known=self.known, group_layers=self.grid.sizes, num_kv_heads=cell.arch.num_kv_heads,

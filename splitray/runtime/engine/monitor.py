@@ -102,12 +102,7 @@ class Estimates:
         if found is None or now_s - found.at_s > self.stale_s:
             return device
         memory = min(device.memory_bytes, found.free_bytes + self.held_bytes.get(device.id, 0.0))
-        return replace(
-            device,
-            memory_bytes=memory,
-            compute_flops=device.compute_flops * found.share,
-            memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s * found.share,
-        )
+        return replace(device.slowed(found.share), memory_bytes=memory)
 
     def met(self, loads: Mapping[str, MachineLoad], now_s: float) -> None:
         """Take in what devices say of their machines (runtime/device/busy.py), which several may share."""
