@@ -10,7 +10,7 @@ import numpy as np
 
 from splitray.arrays import Floats
 from splitray.codecs import encoded_bytes
-from splitray.cost import Rates, holding, load_of, work_s
+from splitray.cost import Load, Rates, holding, load_of, work_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.pairs import LinkedPairs, PairSeconds
 from splitray.planners.protocol import ClusterState, equal_s_per_joule
@@ -77,7 +77,10 @@ def work_alone_s(state: ClusterState, where: Topology) -> Floats:
     arch, first, n = replace(state.arch, num_layers=1), where.ids[0], len(where.ids)
     alone = replace(where, devices=where.devices[:1], links=(), origin=first)  # what a link costs is not asked here
     layer = LayerPlacement(Shares.whole(arch.num_kv_heads, first), Shares.whole(arch.ffn_dim, first))
-    load = load_of(Placement((layer,), (first,), Shares.whole(arch.vocab, first)), arch, alone)
+    placement = Placement((layer,), (first,), Shares.whole(arch.vocab, first))
+    formats = [arch.on(d).weights for d in where.ids]
+    loads = {w: load_of(placement, replace(arch, weights=w, device_weights=()), alone) for w in dict.fromkeys(formats)}
+    load = next(iter(loads.values())) if len(loads) == 1 else Load.stack([loads[w] for w in formats])
     none = np.zeros((n, 1, 1))
     rates = Rates.alone(holding(where.devices, arch))
     each = Rates(

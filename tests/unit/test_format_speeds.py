@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from splitray.arch import held_as
+from splitray.arch import held_as, held_by
 from splitray.catalog import DEVICES, FORMAT_RATES, Value, architecture
 from splitray.cost import CostModel, Rates
 from splitray.errors import TopologyError
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners import ClusterState, make_planner
+from splitray.planners.layer_times import work_alone_s
 from splitray.planners.optimum.floor import floor_s
 from splitray.topology import Device, FormatSpeed, Topology, parse_topology
 from splitray.weight_formats import FORMATS, as_format
@@ -103,6 +104,16 @@ def test_planners_choose_by_the_rates_of_the_format():
         counts = sum(layer.ffn.count("counts") for layer in placement.layers)
         assert counts > 0.8 * 2 * arch.ffn_dim, planner
         assert floor_s(state) <= CostModel(arch, topology).tpot_s(placement, context_tokens=16) * (1 + 1e-9)
+
+
+def test_devices_of_different_formats_are_each_priced_in_their_own():
+    arch, topology = held_by(MODEL, {"d0": "float32", "d1": "int4"}), where({"int4": INT4}, 2)
+    state = ClusterState(arch=arch, topology=topology, context_tokens=1)
+    stages = work_alone_s(state, topology)
+    for i, device in enumerate(topology.ids):
+        alone = CostModel(replace(arch.on(device), num_layers=1, device_weights=()), topology)
+        found = alone.tpot_s(whole(alone.arch, device), context_tokens=1)
+        assert stages[i].sum() == pytest.approx(found - (device != topology.origin) * 1e-9, rel=1e-3)
 
 
 @pytest.mark.parametrize(
