@@ -14,8 +14,7 @@ import numpy as np
 from splitray.arch import ModelArch
 from splitray.cost import CostModel
 from splitray.placement import Placement
-from splitray.planners.protocol import ClusterState
-from splitray.planners.random import RandomPlanner
+from splitray.planners import ClusterState, make_planner
 from splitray.profiling.calibration import PROMPT, Calibration, Model
 from splitray.profiling.machine import machine
 from splitray.profiling.named_placements import placements
@@ -108,6 +107,6 @@ def _row(name: str, predicted_s: float, times: list[float], route: Any) -> dict[
 
 def random_placements(arch: ModelArch, topology: Topology, count: int, seed: int) -> Mapping[str, Placement]:
     """What the planner `random` proposes, one after the other."""
-    planner = RandomPlanner(np.random.default_rng(seed))
+    planner = make_planner("random", seed=seed)  # which cuts where the format allows it
     state = ClusterState(arch=arch, topology=topology, context_tokens=len(PROMPT) + _NEW_TOKENS)
     return {f"random_{i}": planner.propose(state) for i in range(count)}

@@ -173,7 +173,7 @@ def test_predictions_of_a_real_profile_are_near_what_devices_take(tmp_path: Path
     recipe = RandomLlama(
         name="small", layers=6, hidden=512, heads=8, kv_heads=4, ffn=1408, vocab=1024, tied=True
     )  # fmt: skip
-    document = predicted(recipe, num_random=2, rounds=1)
+    document = predicted(recipe, num_random=2, rounds=1, formats=("float32", "int4"))
     rows = {r["name"]: r for r in document["rows"]}
     assert set(rows) == {
         "split_half", "replicated", "replicated_whole_head", "layer_cut", "one_device", "random_0", "random_1",
@@ -184,6 +184,11 @@ def test_predictions_of_a_real_profile_are_near_what_devices_take(tmp_path: Path
     errors = [abs(r["error"]) for r in rows.values()]
     assert document["worst_error"] == max(errors)
     assert document["median_error"] == pytest.approx(float(np.median(errors)))
+
+    assert set(document["formats"]) == {"float32", "int4"}
+    few = document["formats"]["int4"]
+    assert [r["name"] for r in few["rows"]] == list(rows)
+    assert few["profile"]["devices"][0]["formats"]["int4"]["weights_per_s"] > 1e8
 
     about = document["profile"]["profile"]
     age = datetime.now(UTC) - datetime.fromisoformat(about["measured_at"])
