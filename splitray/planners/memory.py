@@ -85,6 +85,21 @@ def shortfall(placement: Placement, state: ClusterState) -> list[str]:
     ]
 
 
+def require_one_format(state: ClusterState, planner: str) -> None:
+    """Refuse devices with formats of their own, for a planner that counts all pieces alike.
+
+    Raises:
+        PlacementError: there are such devices.
+    """
+    if formats := {f.name for f in state.arch.formats[1:]}:
+        raise PlacementError(
+            f"planner {planner}",
+            expected="one format of weights on all devices",
+            actual=", ".join([state.arch.formats[0].name, *sorted(formats)]),
+            remedy="use exact, drift_plus_penalty or myopic, or leave `weights:` out of the topology",
+        )
+
+
 def check(placement: Placement, state: ClusterState) -> None:
     """`validate`, and room for the KV cache of the state's context.
 

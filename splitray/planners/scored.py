@@ -22,7 +22,7 @@ from splitray.errors import PlacementError, listed
 from splitray.papers.kafetzis import AS_CODED, CORRECTED, KafetzisErrata, hosts, layer_blocks, transfer_s
 from splitray.placement import LayerPlacement, Placement, Shares
 from splitray.planners.layer_times import layer_times
-from splitray.planners.memory import model_bytes
+from splitray.planners.memory import model_bytes, require_one_format
 from splitray.planners.myopic import ends_of
 from splitray.planners.pay_back import keep_or_move
 from splitray.planners.protocol import MANY_DEVICES, ClusterState
@@ -58,6 +58,7 @@ class Scored:
         Memory is checked at the end of the interval (E4.8), and the current placement stays where moving does not
         pay; under FREE_MIGRATION there is only now. What NO_WEIGHTS believes to fit need not.
         """
+        require_one_format(state, "myopic with a released score")
         if KafetzisErrata.FREE_MIGRATION in self.errata:
             return _BlockSearch(self, state, state).placement()
         end = replace(state, context_tokens=state.context_tokens + state.interval_tokens)

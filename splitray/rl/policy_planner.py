@@ -16,6 +16,7 @@ from splitray.arrays import Floats32, Ints
 from splitray.cost import Rates
 from splitray.errors import PlacementError
 from splitray.placement import Placement
+from splitray.planners.memory import require_one_format
 from splitray.planners.protocol import ClusterState, RequestShape
 from splitray.rl.grid.choice import Choice
 from splitray.rl.grid.grid import Grid
@@ -200,6 +201,7 @@ def build(argument: str) -> Splitwise:
 
 
 def _served(state: ClusterState, nominal: Topology, num_groups: int) -> Served:
+    require_one_format(state, "splitwise")
     edges = [d for d in nominal.devices if d.tier == "edge"]
     clouds = [d for d in nominal.devices if d.tier == "cloud"]
     if not edges or not clouds:

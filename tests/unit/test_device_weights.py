@@ -152,6 +152,13 @@ def test_planners_count_each_device_in_its_format(planner: str) -> None:
             assert len(space.pieces(kind)) == len(counts)
 
 
+@pytest.mark.parametrize("planner", ["myopic:max", "myopic:as_coded", "splitwise"])
+def test_planners_that_count_all_pieces_alike_refuse_formats_of_devices(planner: str) -> None:
+    state = ClusterState(arch=arch_of("llama"), topology=topology())
+    with pytest.raises(PlacementError, match="one format of weights on all devices.*got int4, float32.*use exact"):
+        make_planner(planner).propose(state)
+
+
 def tokens_of(family: str, placement: Placement, weights: dict[str, str] = MIXED) -> list[int]:
     with split(family_model(family), topology=topology(weights), placement=placement) as engine:
         found = list(engine.stream(PROMPT, GREEDY))
