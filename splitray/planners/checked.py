@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitray.errors import InputError, PlacementError, PlannerError
 from splitray.fitted import fitted
 from splitray.placement import Placement
-from splitray.planners.memory import check
+from splitray.planners.memory import check, shortfall
 from splitray.planners.protocol import ClusterState, Freedom, Learner, Planner
+from splitray.weight_formats import NUM_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,10 @@ class CheckedPlanner:
                 remedy="use one that takes any number, such as layer_cut, layer_dp, myopic or drift_plus_penalty",
             )
         if not self.outside:
-            placement = fitted(self.planner.propose(state), state.arch)
+            proposed = self.planner.propose(state)
+            placement = fitted(proposed, state.arch)
+            if placement != proposed and shortfall(placement, state):  # cuts moved where a device was full
+                placement = fitted(self.planner.propose(_with_room(state)), state.arch)
             check(placement, state)
             return placement
         with self._named("propose"):
@@ -95,6 +99,13 @@ class CheckedPlanner:
 
     def _fault(self, expected: str, actual: str, remedy: str) -> PlannerError:
         return PlannerError(f"planner {self.spec}", expected=expected, actual=actual, remedy=remedy)
+
+
+def _with_room(state: ClusterState) -> ClusterState:
+    """As if each device had so much less memory as moving all cuts by half a block may take."""
+    where, left = state.topology, 1 - 0.5 / NUM_BLOCKS
+    devices = tuple(replace(d, memory_bytes=left * d.memory_bytes) for d in where.devices)
+    return replace(state, topology=replace(where, devices=devices))
 
 
 def raised_at(error: BaseException) -> str:

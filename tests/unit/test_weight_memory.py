@@ -9,8 +9,10 @@ from splits import split
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from splitray.arch import held_as
+from splitray.catalog import architecture
 from splitray.model.reading import read_arch
 from splitray.placement import LayerPlacement, Placement, Shares, weight_bytes
+from splitray.planners import make_planner
 from splitray.planners.memory import model_bytes, needed_bytes
 from splitray.planners.optimum.space import Space
 from splitray.planners.protocol import ClusterState
@@ -90,3 +92,16 @@ def test_all_planners_count_alike(weights, model):
 def test_tables_of_few_bits_have_eight(weights, beside, model):
     arch, other = (held_as(read_arch(model.config)[0], w) for w in (weights, beside))
     assert arch.table_bytes(1000) == other.weight_bytes(1000)
+
+
+@pytest.mark.parametrize("planner", ["drift_plus_penalty", "proportional"])
+def test_cuts_that_move_to_borders_keep_within_full_devices(planner):
+    arch = held_as(architecture("llama-13b", dtype="float32"), "int4")
+    where = Topology.uniform(2)
+    devices = tuple(
+        replace(d, memory_bytes=m, memory_bandwidth_bytes_per_s=s)
+        for d, m, s in zip(where.devices, (8e9, 16e9), (2e10, 1.6e10), strict=True)
+    )
+    state = ClusterState(arch=arch, topology=replace(where, devices=devices), context_tokens=512)
+    needed = needed_bytes(make_planner(planner).propose(state), state)
+    assert needed[DeviceId("edge0")] <= 8e9
