@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 from splitray.errors import InputError, ModelError
-from splitray.weight_formats import ROWS, WeightFormat, as_format
+from splitray.weight_formats import ROWS, StoredWeights, WeightFormat, as_format
 
 
 class Range(NamedTuple):
@@ -38,8 +38,8 @@ class ModelArch:
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
     `weights` names the format in which devices hold them (weight_formats.py), `device_weights` that of each device
-    where they differ: see `on`. With `fixed_sums` the sums of a model that any device holds quantised are made block by
-    block, so that they are the same bits wherever its pieces are.
+    where they differ: see `on`. `stored` is that of the checkpoint. With `fixed_sums` the sums of a model that any
+    device holds quantised are made block by block, so that they are the same bits wherever its pieces are.
     """
 
     name: str
@@ -71,6 +71,7 @@ class ModelArch:
     weight_bits: float | None = None
     weights: str = "float32"
     device_weights: tuple[tuple[str, str], ...] = ()
+    stored: StoredWeights | None = None
     fixed_sums: bool = True
 
     def __post_init__(self) -> None:
@@ -117,6 +118,11 @@ class ModelArch:
         return any(f.is_quantised for f in self.formats)
 
     @property
+    def as_stored(self) -> bool:
+        """Whether devices hold the whole numbers that the checkpoint has, where it has some."""
+        return self.stored is not None and self.stored.resident_bits is not None and self.weights == self.stored.format
+
+    @property
     def sums_in_blocks(self) -> bool:
         """Whether partial sums are made in fixed blocks, and cross as float64."""
         return self.is_quantised and self.fixed_sums
@@ -135,6 +141,8 @@ class ModelArch:
     @property
     def bits(self) -> float:
         """What a weight of a linear takes in memory."""
+        if self.as_stored and self.stored is not None and self.stored.resident_bits is not None:
+            return self.stored.resident_bits
         if self.format.is_held:
             return self.format.resident_bits
         return 8 * self.dtype_bytes if self.weight_bits is None else self.weight_bits

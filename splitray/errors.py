@@ -71,6 +71,10 @@ def unsplittable(what: str, expected: str, actual: object) -> ModelError:
     return ModelError(what, expected=expected, actual=actual, remedy=remedy)
 
 
+class TokenizerError(ModelError):
+    """A tokenizer that cannot be used; the model can, with ids."""
+
+
 class Unsampled(ArithmeticError):  # noqa: N818 - a noun: what became of one request
     """The model's logits are no numbers to choose a token by: the request ends, whatever runs it goes on."""
 

@@ -60,6 +60,23 @@ class WeightFormat:
         return tuple(sorted(borders | {columns}))
 
 
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """How a checkpoint stores most of its weights: the name of the format that they have, or that comes closest.
+
+    `resident_bits` is the mean size of a weight where devices hold whole numbers just as they are stored; None where
+    numbers are made of what is stored.
+    """
+
+    format: str
+    resident_bits: float | None = None
+
+
+def resident_bits(bits: int, group: int, *, minima: bool = False) -> float:
+    """Of a weight of so many bits in groups: a scale takes three float32 in the kernel, a minimum two (measured)."""
+    return bits + (160 if minima else 96) / group
+
+
 AUTO_WEIGHTS = "auto"
 """As the checkpoint stores them."""
 FORMATS = {

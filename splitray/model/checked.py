@@ -13,10 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from splitray.errors import ModelError, unsplittable
 from splitray.model.config import depth_of, text_part, whole_config
-from splitray.model.folder import INDEX, NOT_QUANTISED, ONE_FILE, check_folder, indexed
+from splitray.model.folder import INDEX, ONE_FILE, check_folder, indexed
+from splitray.model.opened import Opened, open_checkpoint
 from splitray.model.reading import NOT_UNDERSTOOD, read_config, understood
-from splitray.model.source import Checkpoint
 from splitray.model.surgery import meta_model
+from splitray.model.weights.stored.method import PLAIN
 
 logger = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -37,7 +38,7 @@ def check_weights(model: str | Path) -> None:
         ModelError: says which tensor in which file, what the config asks for and what is there.
     """
     check_folder(model)
-    checkpoint, whole = Checkpoint(model), whole_config(model)
+    checkpoint, whole = open_checkpoint(model), whole_config(model)
     _refuse_too_many_layers(checkpoint, text_part(whole))
     config = read_config(model)
     text = _built(model, config)
@@ -66,7 +67,7 @@ def check_weights(model: str | Path) -> None:
                        len(names.others))  # fmt: skip
 
 
-def _refuse_too_many_layers(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+def _refuse_too_many_layers(checkpoint: Opened, config: PretrainedConfig) -> None:
     """Before a model of that many layers is built, even without memory; some run the stored ones several times."""
     stored = _depth(checkpoint.shapes)
     with understood(config):
@@ -100,7 +101,7 @@ def _depth(names: Iterable[str]) -> int:
     return max((int(m.group(2)) + 1 for n in names if (m := _IN_LAYERS.match(n))), default=0)
 
 
-def _refuse_numbers(checkpoint: Checkpoint, text: PreTrainedModel, keys: Mapping[str, str]) -> None:
+def _refuse_numbers(checkpoint: Opened, text: PreTrainedModel, keys: Mapping[str, str]) -> None:
     """Refuse what a layer keeps of whole numbers: only weights are cut and sent."""
     for path, module in text.named_modules():
         for name, buffer in module.named_buffers(prefix=path, recurse=False):
@@ -111,13 +112,13 @@ def _refuse_numbers(checkpoint: Checkpoint, text: PreTrainedModel, keys: Mapping
                 )
 
 
-def _refuse_types(checkpoint: Checkpoint, keys: Sequence[str], unused: Sequence[str]) -> None:
+def _refuse_types(checkpoint: Opened, keys: Sequence[str], unused: Sequence[str]) -> None:
     packed = next((k for k in unused if _PACKED.search(k)), None)
     for key in keys if packed is None else [packed]:
         kind = checkpoint.type_of(key)
         if key == packed or kind not in _FLOATS:
             raise ModelError(f"{key} in {checkpoint.file_of(key)}", expected=f"plain floats ({', '.join(_FLOATS)})",
-                             actual=f"{kind}: quantised or packed weights", remedy=NOT_QUANTISED)  # fmt: skip
+                             actual=f"{kind}: quantised or packed weights", remedy=PLAIN)  # fmt: skip
 
 
 def _refuse_missing(folder: Path, text: PreTrainedModel, shapes: Mapping[str, object]) -> None:

@@ -8,7 +8,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers import __version__ as transformers_version
 
 from splitray.errors import ModelError, unsplittable
-from splitray.model.folder import config_values
+from splitray.model.folder import config_values, gguf_parts
+from splitray.model.gguf_config import config_of
+from splitray.model.gguf_file import GgufFile
 
 _MOST_LAYERS = 10_000  # transformers writes a list of as many
 _SAME_TEXT = {  # decoders inside wrappers that are, for text alone, one with a causal language model of its own
@@ -20,11 +22,13 @@ _SAME_TEXT = {  # decoders inside wrappers that are, for text alone, one with a 
 
 
 def whole_config(model: str | Path) -> PretrainedConfig:
-    """The config of a model's folder as it is stored.
+    """The config of a model's folder as it is stored, or what a GGUF file says in its place.
 
     Raises:
         ModelError: there is none that transformers reads without code of the model's own.
     """
+    if gguf_parts(model):
+        return config_of(GgufFile(model))
     values = config_values(model)
     kind, what = values.get("model_type"), f"model {model}: config.json"
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

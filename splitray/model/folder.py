@@ -1,40 +1,81 @@
 """A model's folder: which files transformers would take, and what is refused by name. Reads no tensors."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from splitray.errors import InputError, ModelError
 from splitray.model.recurrent import refuse_recurrent
+from splitray.model.weights.stored.method import method_of
 from splitray.user_file import UserFile
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # how the stand-in of a large file begins
 _SAVE = "save the model with save_pretrained (safetensors)"
-NOT_QUANTISED = "use the model's version that is not quantised (bfloat16 or float32)"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def model_folder(model: str | Path) -> Path:
-    """The folder of a path as a user gives it, `~` included.
+    """The folder (or the GGUF file) of a path as a user gives it, `~` included.
 
     Raises:
-        ModelError: it is no folder, or its name cannot go through messages to devices.
+        ModelError: it is neither, or its name cannot go through messages to devices.
     """
     folder = Path(model).expanduser()
     try:
         os.fspath(folder.absolute()).encode()
     except UnicodeEncodeError as error:
         raise _refused(ascii(os.fsencode(folder)), "a path in UTF-8", "other bytes", "rename the folder") from error
-    if os.path.isdir(folder):
+    if os.path.isdir(folder) or (_is_gguf(folder) and os.path.isfile(folder)):
         return folder
     if os.path.exists(folder):
-        raise _refused(folder, "a folder with config.json", "a file", "give the folder that it lies in")
+        raise _refused(folder, "a folder with config.json, or a .gguf file", "another file",
+                       "give the folder that it lies in")  # fmt: skip
+    if _is_gguf(folder):
+        raise _refused(folder, "a GGUF file", "no such file", "give the path of a file that ends with .gguf")
     remedy = "give the path of a saved model"
     if not folder.is_absolute() and len(folder.parts) == 2 and str(model)[0] not in ".~":
         remedy = f"models are folders here: if this is a name on a hub, run `hf download {model} --local-dir DIR` first"
         remedy += ", and give DIR"
     raise _refused(model, "a folder with config.json", "no such folder", remedy)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def gguf_parts(model: str | Path) -> list[Path]:
+    """The GGUF file that a model is, or all the parts of a split one; none: it is a folder with a config.
+
+    A path names the file or any part of it; a folder without safetensors may have but one model.
+
+    Raises:
+        ModelError: there are several models in the folder, or parts are missing.
+    """
+    path = Path(model).expanduser()
+    if not _is_gguf(path):
+        if not os.path.isdir(path) or _has_safetensors(path):
+            return []
+        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
+        if not found:
+            return []
+        if len({_PART.sub(r"\1", p.name) for p in found}) > 1:
+            raise _refused(path, "one GGUF file, or the parts of one", [p.name for p in found],
+                           "give the path of one file")  # fmt: skip
+        path = found[0]
+    path = model_folder(path)
+    if (named := _PART.match(path.name)) is None:
+        return [path]
+    parts = [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[3]}.gguf") for i in range(int(named[3]))]
+    missing = [p.name for p in parts if not p.is_file()]
+    if missing:
+        actual = f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise _refused(
+            path, f"its {len(parts)} parts in one folder", actual, "copy the missing parts beside the others"
+        )
+    return parts
 
 
 def config_values(model: str | Path) -> dict[str, Any]:
@@ -76,26 +117,33 @@ def check_folder(model: str | Path) -> None:
     """Refuse, at once and without torch, what names, config.json and the first bytes of files tell.
 
     Raises:
-        ModelError: no folder, no config, quantised weights, recurrent layers, or files that are missing, pickled or
-            pointers.
+        ModelError: no folder, no config, recurrent layers, weights quantised by a method that is not read here, or
+            files that are missing, pickled or pointers.
     """
+    if parts := gguf_parts(model):
+        for part in parts:
+            refuse_pointer(part)
+        return
     values = config_values(model)
     refuse_recurrent(values)
-    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
-            raise ModelError(f"model {model}: quantization_config", expected="weights that are plain floats",
-                             actual=f"weights quantised by {method or 'an unnamed method'}",
-                             remedy=NOT_QUANTISED)  # fmt: skip
+    method_of(values)
     folder = model_folder(model)
     if has_weights(folder) or any(True for kind in _PICKLED for _ in folder.glob(kind)):
         weight_files(folder, values.get("transformers_weights"))
 
 
+def is_here(model: str | Path) -> bool:
+    """Whether a path leads to a model's config."""
+    path = Path(model).expanduser()
+    return (path / "config.json").is_file() or bool(gguf_parts(path))
+
+
 def has_weights(model: str | Path) -> bool:
-    """Whether a model's folder has safetensors weights, in one file or several."""
-    folder = Path(model).expanduser()
+    """Whether a model's weights are here: safetensors in its folder, in one file or several, or a GGUF file."""
+    return _has_safetensors(Path(model).expanduser()) or bool(gguf_parts(model))
+
+
+def _has_safetensors(folder: Path) -> bool:
     return (folder / ONE_FILE).is_file() or (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 

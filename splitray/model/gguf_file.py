@@ -6,7 +6,6 @@ Reads headers; of tensors the bytes that are asked for.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import numpy as np
 from transformers.integrations.gguf import reader as gguf_reader
 
 from splitray.errors import ModelError
+from splitray.model.folder import gguf_parts
 from splitray.model.weights.gguf_types import Kind, block_of, type_named
 from splitray.model.weights.quantised import Bytes
 
-_PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 _DAMAGED = (struct.error, ValueError, IndexError, OverflowError, MemoryError, KeyError, TypeError)
 _VERSIONS = (2, 3)
 _MOST_AXES = 4
@@ -46,7 +45,7 @@ class GgufFile:
         Raises:
             ModelError: no such file, a part is missing, it is no GGUF, ends early, or has types that are not read here.
         """
-        self.files = parts_of(Path(path).expanduser())
+        self.files = gguf_parts(path)
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
         for number, file in enumerate(self.files):
@@ -77,35 +76,6 @@ class GgufFile:
         """Lists of strings of the metadata, such as a vocabulary, read now; those that there are."""
         metadata = _header(self.files[0], _mapped(self.files[0]), keys)[0]
         return {key: metadata[key] for key in keys if isinstance(metadata.get(key), list)}
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The parts of a split file by any one of them or by a folder that has but one model; a whole file is its only one.
-
-    Raises:
-        ModelError: no such file, several models in the folder, or parts are missing.
-    """
-    if path.is_dir():
-        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-        models = {_PART.sub(r"\1", p.name) for p in found}
-        if len(models) != 1:
-            raise ModelError(f"model {path}", expected="one GGUF file, or the parts of one",
-                             actual=sorted(p.name for p in found) or "none",
-                             remedy="give the path of one file")  # fmt: skip
-        path = found[0]
-    if not path.is_file():
-        raise ModelError(f"model {path}", expected="a GGUF file", actual="no such file",
-                         remedy="give the path of a file that ends with .gguf")  # fmt: skip
-    named = _PART.match(path.name)
-    if named is None:
-        return [path]
-    parts = [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[3]}.gguf") for i in range(int(named[3]))]
-    missing = [p.name for p in parts if not p.is_file()]
-    if missing:
-        actual = f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(f"model {path}", expected=f"its {len(parts)} parts in one folder", actual=actual,
-                         remedy="copy the missing parts beside the others")  # fmt: skip
-    return parts
 
 
 def _mapped(file: Path) -> Bytes:

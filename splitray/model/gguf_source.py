@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,21 @@ import torch
 from torch import Tensor
 
 from splitray.arch import Range
-from splitray.arrays import Floats32
 from splitray.errors import ModelError
+from splitray.model.gguf_config import config_of
 from splitray.model.gguf_file import GgufFile, StoredTensor
 from splitray.model.gguf_names import Names
-from splitray.model.weights.gguf_types import PLAIN, Kind, block_of, floats, quantised
+from splitray.model.stored_names import StoredNames
+from splitray.model.surgery import meta_model
+from splitray.model.weights.gguf_types import PLAIN, QUANTISED, Kind, block_of, floats, quantised
 from splitray.model.weights.quantised import Bytes, Quantised, beside
+from splitray.weight_formats import StoredWeights, resident_bits
 
 _SAMPLE_BYTES = 64  # of every tensor, for the fingerprint
 _FOUR_BITS = (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q2_K, Kind.Q3_K)
+_GROUPS_OF_16 = (Kind.Q2_K, Kind.Q3_K, Kind.Q6_K)
+_WITH_MINIMA = (Kind.Q4_1, Kind.Q5_1, Kind.Q2_K, Kind.Q4_K, Kind.Q5_K)
+_IN_CONFIG = re.compile(r"rope_freqs\.weight$|rope_factors_(long|short)\.weight$")  # gguf_config.py reads them
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -38,24 +46,24 @@ class GgufSource:
         self.bytes_read = 0
         architecture = self.file.architecture
         heads, kv_heads = (self._count(f"attention.head_count{end}") for end in ("", "_kv"))
-        self.names = Names(architecture, self._count("block_count"), heads, kv_heads or heads)
-        self.names.stored(_TABLE)  # refuses other families
+        self._names = Names(architecture, self._count("block_count"), heads, kv_heads or heads)
+        self._names.stored(_TABLE)  # refuses other families
 
     def key(self, name: str) -> str | None:
         """The file's name of a parameter, the first one of several; None if the file does not have it.
 
         A head that is not stored is the embedding.
         """
-        if (several := self.names.experts(name)) is not None:
+        if (several := self._names.experts(name)) is not None:
             return several[0] if all(n in self.file.tensors for n in several) else None
-        found = self.names.stored(name)
+        found = self._names.stored(name)
         if name == _HEAD and found not in self.file.tensors:
-            found = self.names.stored(_TABLE)
+            found = self._names.stored(_TABLE)
         return found if found in self.file.tensors else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter, as transformers has it."""
-        if (several := self.names.experts(name)) is None:
+        if (several := self._names.experts(name)) is None:
             return self._stored(name).shape
         self._stored(name)
         experts, *rest = self.file.tensors[several[0]].shape
@@ -72,7 +80,7 @@ class GgufSource:
         Raises:
             ModelError: the file has no such parameter.
         """
-        if (several := self.names.experts(name)) is not None:
+        if (several := self._names.experts(name)) is not None:
             return self._stacked(name, several, axis, ranges)
         stored = self._stored(name)
         if ranges is None:
@@ -84,52 +92,100 @@ class GgufSource:
             found = self._floats(stored, stored.data[np.concatenate([self._places(name, r) for r in ranges])])
         else:
             found = torch.cat([self._columns(name, stored, r) for r in ranges], dim=1)
-        if self.names.is_lifted(name):
+        if self._names.is_lifted(name):
             found = found.float() - 1
         return found
 
     def read_quantised(
-        self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None
-    ) -> tuple[Quantised, Floats32 | None] | None:
-        """As `read`, a matrix in whole numbers: (matrix, minima [O, G] of its groups or None for none).
+        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Quantised | None:
+        """Exactly what is stored of a matrix, or of ranges of its outputs or of its inputs.
 
         Returns:
-            None for plain floats, and where a range of columns ends within a group.
+            None for plain floats, and where a range of inputs ends within a group.
         """
         stored = self._stored(name)
         if stored.kind in PLAIN or len(stored.shape) != 2:
             return None
-        ranges = [Range(0, stored.shape[axis])] if ranges is None else ranges
-        if axis == 0:
-            rows = stored.data[np.concatenate([self._places(name, r) for r in ranges])]
-            self.bytes_read += rows.nbytes
-            return quantised(rows, stored.kind)
-        order = self._places(name, Range(0, stored.shape[0]))
+        rows = [Range(0, stored.shape[0])] if outputs is None else outputs
+        order = np.concatenate([self._places(name, r) for r in rows])
+        if inputs is None:
+            raw = stored.data[order]
+            self.bytes_read += raw.nbytes
+            return quantised(raw, stored.kind)
         parts = []
-        for r in ranges:
+        for r in inputs:
             raw, start = self._blocks(stored, r)
             made = quantised(raw[order], stored.kind)
             assert made is not None, "blocks"
-            cut = _groups(*made, Range(r.start - start, r.stop - start))
+            cut = made.columns(Range(r.start - start, r.stop - start))
             if cut is None:
                 return None
             parts.append(cut)
-        matrices = [m for m, _ in parts]
-        minima = [m for _, m in parts if m is not None]
-        return beside(matrices), np.concatenate(minima, axis=1) if minima else None
+        return beside(parts)
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused (gate_up [E, 2f, d], down [E, d, f]) of some experts."""
         ranges = [Range(e, e + 1) for e in experts]
         return self.read(f"{module}.gate_up_proj", ranges=ranges), self.read(f"{module}.down_proj", ranges=ranges)
 
-    def stored_format(self) -> str:
-        """The format (weight_formats.py) that is nearest to most of the stored numbers."""
-        counts = Counter[Kind]()
-        for tensor in self.file.tensors.values():
-            counts[tensor.kind] += math.prod(tensor.shape)
-        (most, _), *_ = counts.most_common(1) or [(Kind.F32, 0)]
-        return PLAIN.get(most) or ("int4" if most in _FOUR_BITS else "int8")
+    @cached_property
+    def names(self) -> StoredNames:
+        """Which tensor is which parameter of transformers' model."""
+        model = meta_model(config_of(self.file), torch.float32)
+        found = StoredNames()
+        for name in model.state_dict():
+            if (key := self.key(name)) is not None:
+                found.keys[name], found.shapes[name] = key, self.shape(name)
+        used = {*found.keys.values(), *(k for n in found.keys for k in self._names.experts(n) or ())}
+        found.unused = [k for k in self.file.tensors if k not in used and not _IN_CONFIG.match(k)]
+        return found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter that the file has."""
+        return self.names.shapes
+
+    @property
+    def folder(self) -> Path:
+        """The file, or the first part of a split one."""
+        return self.file.files[0]
+
+    def file_of(self, key: str) -> str:
+        """The file that a tensor is in."""
+        return self.file.tensors[key].file.name
+
+    def type_of(self, key: str) -> str:
+        """F32 for what is read from blocks."""
+        kind = self.file.tensors[key].kind
+        return kind.name if kind in PLAIN or kind not in QUANTISED else "F32"
+
+    def equal(self, key: str, other: str) -> bool:
+        """Whether two tensors have the same bytes."""
+        a, b = self.file.tensors[key], self.file.tensors[other]
+        return a.kind == b.kind and a.shape == b.shape and np.array_equal(a.data, b.data)
+
+    def config_text(self) -> str:
+        """The model's config, as JSON."""
+        return config_of(self.file).to_json_string()
+
+    def stored(self) -> StoredWeights:
+        """The format that is nearest to most of the stored numbers."""
+        counts, sizes = Counter[str](), Counter[Kind]()
+        for name, tensor in self.file.tensors.items():
+            if len(tensor.shape) > 1 and not name.startswith(("token_embd", "output")):
+                four = "int4" if tensor.kind in _FOUR_BITS else "int8"
+                counts[PLAIN.get(tensor.kind) or four] += math.prod(tensor.shape)
+                sizes[tensor.kind] += math.prod(tensor.shape)
+        (most, _), *_ = counts.most_common(1) or [("float32", 0)]
+        if most in PLAIN.values():
+            return StoredWeights(most)
+        bits = sum(n * _resident_bits(k) for k, n in sizes.items()) / sizes.total()
+        return StoredWeights(most, bits)
+
+    def inexact(self) -> list[str]:
+        """Names of quantised weights that `read_quantised` does not give."""
+        return []
 
     def fingerprint(self) -> str:
         """Hash of metadata, names, shapes, types and a sample of every tensor: equal on all copies of a model."""
@@ -145,7 +201,7 @@ class GgufSource:
     @property
     def _is_transposed(self) -> bool:
         """Whether the family multiplies by experts from the right, gate and up in turn."""
-        return self.names.architecture == "gpt-oss"
+        return self._names.architecture == "gpt-oss"
 
     def _stacked(self, name: str, several: Sequence[str], axis: int, ranges: Sequence[Range] | None) -> Tensor:
         self._stored(name)
@@ -181,7 +237,7 @@ class GgufSource:
 
     def _places(self, name: str, r: Range) -> np.ndarray:
         stored = self._stored(name)
-        order = self.names.order(name, stored.shape[0]) if stored.shape else None
+        order = self._names.order(name, stored.shape[0]) if stored.shape else None
         return np.arange(r.start, r.stop) if order is None else order[r.start : r.stop]
 
     def _floats(self, stored: StoredTensor, raw: Bytes, *, counted: bool = False) -> Tensor:
@@ -210,12 +266,9 @@ class GgufSource:
         return value
 
 
-def _groups(matrix: Quantised, minima: Floats32 | None, r: Range) -> tuple[Quantised, Floats32 | None] | None:
-    """Columns of a matrix; None where they end within a group."""
-    if r.start % matrix.group or r.stop % matrix.group:
-        return None
-    a, b = r.start // matrix.group, r.stop // matrix.group
-    zeros = None if matrix.zeros is None else np.zeros((matrix.outputs, -(-(b - a) // 2)), np.uint8)
-    cut = Quantised(bits=matrix.bits, group=matrix.group, numbers=np.ascontiguousarray(matrix.numbers[:, a:b]),
-                    scales=np.ascontiguousarray(matrix.scales[:, a:b]), zeros=zeros, inputs=r.count)  # fmt: skip
-    return cut, None if minima is None else minima[:, a:b]
+def _resident_bits(kind: Kind) -> float:
+    """Of a weight of this type in memory."""
+    if kind in PLAIN:
+        return resident_bits(8, 32)
+    bits = 4 if kind in _FOUR_BITS else 8
+    return resident_bits(bits, 16 if kind in _GROUPS_OF_16 else 32, minima=kind in _WITH_MINIMA)

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
+from splitray.errors import TokenizerError
 from splitray.model.gguf_file import GgufFile
-from splitray.model.tokenizer import TokenizerError
 
 
 def tokenizer_of(file: GgufFile) -> Any:

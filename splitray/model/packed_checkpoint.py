@@ -5,10 +5,14 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +21,13 @@ from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import ModelError
-from splitray.model.folder import config_values
 from splitray.model.source import Checkpoint
-from splitray.model.weights.quantised import Quantised
+from splitray.model.weights.quantised import Quantised, joined
 from splitray.model.weights.stored.floats8 import Floats8, Mxfp4, fp8, mxfp4
 from splitray.model.weights.stored.integers import Integers, awq, compressed, gptq
-from splitray.model.weights.stored.method import stored_method
+from splitray.model.weights.stored.method import StoredMethod
 from splitray.model.weights.stored.slab import Slab, side_by_side
+from splitray.weight_formats import StoredWeights, as_format
 
 Stored = Integers | Floats8 | Mxfp4
 _ENDS = {
@@ -33,30 +37,27 @@ _ENDS = {
     "fp8": (".weight_scale_inv", ".weight_scale"),
     "mxfp4": ("_blocks",),
 }
+_FFN = (  # the weight whose inputs are columns of an FFN, and those whose outputs are
+    ("down_proj", "gate_proj", "up_proj", "gate_up_proj"),
+    ("fc2", "fc1"),
+    ("w2", "w1", "w3"),
+    ("c_proj", "c_fc"),
+    ("dense_4h_to_h", "dense_h_to_4h"),
+)
 _OF_ACTIVATIONS = (".input_scale", ".activation_scale", ".input_zero_point", ".k_scale", ".v_scale", ".output_scale")
-
-
-def quantization_config(model: str | Path) -> Mapping[str, Any] | None:
-    """What a model's config.json, or that of its text part, says of quantised weights; None: they are plain."""
-    values = config_values(model)
-    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if isinstance(found, dict):
-            return found
-    return None
 
 
 class PackedCheckpoint(Checkpoint):
     """Names and shapes are those of the plain weights; `bytes_read` counts what is read in its stored form."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open the headers and find the quantised matrices in them.
+    def __init__(self, folder: str | Path, method: StoredMethod) -> None:
+        """Open the headers and find the matrices in them that were quantised by a method.
 
         Raises:
-            ModelError: as for plain weights; or a method that is not read here, or tensors that do not fit together.
+            ModelError: as for plain weights; or tensors that do not fit together.
         """
         super().__init__(folder)
-        self.method = stored_method(quantization_config(folder) or {})
+        self.method = method
         stored, types = super().shapes, {k: super(PackedCheckpoint, self).type_of(k) for k in self._file_of}
         self.matrices: dict[str, Stored] = {}
         """By the name of the plain weight."""
@@ -114,13 +115,51 @@ class PackedCheckpoint(Checkpoint):
         """F32 for what is read from quantised weights."""
         return "F32" if key in self.matrices else super().type_of(key)
 
+    @cached_property
+    def _orders(self) -> dict[str, NDArray[np.int64]]:
+        """Of act-order FFNs: the order in which their columns are given, by the name of each weight that has them.
+
+        The inputs of `down` are sorted by their groups, and with them the outputs of what makes them: the model is the
+        same, and a run of its columns has whole groups.
+        """
+        orders: dict[str, NDArray[np.int64]] = {}
+        for down, *before in _FFN:
+            for name in [n for n in self.matrices if n.endswith(f".{down}.weight")]:
+                matrix = self.matrices[name]
+                order = matrix.order(self._stored) if isinstance(matrix, Integers) else None
+                if order is None:
+                    continue
+                orders[name], layer = order, name.removesuffix(f"{down}.weight")
+                for other, end in product(before, ("weight", "bias")):
+                    shape = self.shapes.get(f"{layer}{other}.{end}", (0,))
+                    if shape[0] and shape[0] % len(order) == 0:
+                        times = range(shape[0] // len(order))
+                        orders[f"{layer}{other}.{end}"] = np.concatenate([order + i * len(order) for i in times])
+        return orders
+
+    def _order_along(self, key: str, axis: int) -> NDArray[np.int64] | None:
+        """In which order rows (axis 0) or columns are given; None: as they are stored."""
+        is_down = any(key.endswith(f".{down}.weight") for down, *_ in _FFN)
+        return self._orders.get(key) if axis == int(is_down) else None
+
     def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
         """As a plain checkpoint's; quantised weights in float32, and only the words of those ranges are read."""
         if name not in self.matrices and self._is_made(name):
             return self._made(name, axis, ranges)
-        matrix = self.matrices.get(self._required(name))
+        key = self._required(name)
+        other = self._order_along(key, 1 - axis)
+        order = self._order_along(key, axis)
+        if order is None:
+            found = self._read(key, axis, ranges)
+        else:
+            places = order if ranges is None else np.concatenate([order[r.start : r.stop] for r in ranges])
+            found = self._read(key, axis, None).index_select(axis, torch.from_numpy(places))
+        return found if other is None or found.ndim < 2 else found.index_select(1 - axis, torch.from_numpy(other))
+
+    def _read(self, key: str, axis: int, ranges: Sequence[Range] | None) -> Tensor:
+        matrix = self.matrices.get(key)
         if matrix is None:
-            return super().read(name, axis=axis, ranges=ranges)
+            return super().read(key, axis=axis, ranges=ranges)
         if isinstance(matrix, Mxfp4):
             return self._experts(matrix, axis, ranges)
         whole = (Range(0, matrix.shape[0]), Range(0, matrix.shape[1]))
@@ -134,58 +173,60 @@ class PackedCheckpoint(Checkpoint):
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
         return torch.from_numpy(np.ascontiguousarray(joined))
 
-    def exact_bits(self, name: str) -> int | None:
-        """Of the whole numbers that a weight is stored in, 4 or 8; None: it is plain, or in 8-bit floats."""
-        matrix = self.matrices.get(self.key(name) or "")
-        if matrix is None or isinstance(matrix, Floats8):
-            return None
-        return 8 if isinstance(matrix, Mxfp4) else matrix.bits
+    def stored(self) -> StoredWeights:
+        """The format that is nearest to most of the quantised numbers."""
+        counts, sizes = Counter[str](), Counter[str]()
+        for matrix in self.matrices.values():
+            exact, group = isinstance(matrix, Integers), matrix.group if isinstance(matrix, Integers) else 32
+            four = exact and isinstance(matrix, Integers) and matrix.bits == 4
+            name = "int8" if not four else "int4" if group < 128 else "int4/128"
+            counts[name] += math.prod(matrix.shape)
+            if exact:
+                sizes[name] += math.prod(matrix.shape)
+        (most, _), *_ = counts.most_common(1) or [("float32", 0)]
+        if not sizes:
+            return StoredWeights(most)
+        bits = sum(n * as_format(f).resident_bits for f, n in sizes.items()) / sizes.total()
+        return StoredWeights(most, bits)
 
-    def order(self, name: str) -> NDArray[np.int64] | None:
-        """The inputs of a weight in the order in which `read_quantised` gives them; None: as they are.
+    def inexact(self) -> list[str]:
+        """Names of quantised weights that `read_quantised` does not give, or not to devices that share them."""
+        turned = [n for n, m in self.matrices.items() if isinstance(m, Integers) and self._sums_in_order(n, m)]
+        return [n for n, m in self.matrices.items() if not isinstance(m, Integers)] + turned
 
-        With act-order the inputs of a group lie anywhere: `weight[:, order]` has its groups one after the other.
-        """
-        matrix = self.matrices[self._required(name)]
-        return matrix.order(self._stored) if isinstance(matrix, Integers) else None
+    def _sums_in_order(self, name: str, matrix: Integers) -> bool:
+        """Whether heads share a matrix whose inputs are not stored in their order."""
+        is_out = re.search(r"\.(?:o_proj|out_proj|wo)\.weight$", name) is not None
+        return is_out and matrix.order(self._stored) is not None
 
     def read_quantised(
-        self,
-        name: str,
-        *,
-        outputs: Sequence[Range] | None = None,
-        inputs: Sequence[Range] | None = None,
-        expert: int = 0,
-        group: int = 128,
-    ) -> Quantised:
-        """Exactly what is stored of a weight, in groups of at most `group` inputs; inputs count in `order`.
+        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Quantised | None:
+        """Exactly what is stored of a matrix, or of ranges of its outputs or of its inputs.
 
-        `expert` is the one of stacked experts, whose rows are outputs here.
-
-        Raises:
-            ModelError: groups are such as no kernel reads, or are cut by the ranges.
+        Returns:
+            None for plain weights and 8-bit floats, and where the groups of those inputs are such as no kernel reads.
         """
-        matrix = self.matrices[self._required(name)]
-        assert not isinstance(matrix, Floats8), "fp8 has no exact form in whole numbers"
-        shape = matrix.shape[-2:]
-        of_outputs = [Range(0, shape[0])] if outputs is None else outputs
-        of_inputs = [Range(0, shape[1])] if inputs is None else inputs
-        rows = [self._row_of_slabs(matrix, expert, r, of_inputs) for r in of_outputs]
-        if len(rows) == 1:
-            return rows[0].quantised(group)
-        first = rows[0]
-        zeros = [s.zeros for s in rows if s.zeros is not None]
-        return Slab(
-            bits=first.bits,
-            numbers=np.concatenate([s.numbers for s in rows]),
-            scales=np.concatenate([s.scales for s in rows]),
-            zeros=np.concatenate(zeros) if zeros else None,
-            group_of=first.group_of,
-        ).quantised(group)
+        key = self._required(name)
+        matrix = self.matrices.get(key)
+        if not isinstance(matrix, Integers):
+            return None
+        order, given = matrix.order(self._stored), self._order_along(key, 1) is not None
+        if inputs is not None and order is not None and not given:
+            return None
+        of_inputs = [Range(0, matrix.shape[1])] if inputs is None else inputs
+        turned = self._order_along(key, 0)
+        rows = [Range(0, matrix.shape[0])] if outputs is None or turned is not None else outputs
+        try:
+            found = joined([self._row_of_slabs(matrix, r, of_inputs).quantised() for r in rows])
+        except ModelError:
+            return None
+        if turned is not None:
+            wanted = [Range(0, len(turned))] if outputs is None else outputs
+            found = found.picked(np.concatenate([turned[r.start : r.stop] for r in wanted]))
+        return found if order is None or given else replace(found, order=order)
 
-    def _row_of_slabs(self, matrix: Integers | Mxfp4, expert: int, outputs: Range, inputs: Sequence[Range]) -> Slab:
-        if isinstance(matrix, Mxfp4):
-            return side_by_side([matrix.slab(self._stored, expert, outputs, r) for r in inputs])
+    def _row_of_slabs(self, matrix: Integers, outputs: Range, inputs: Sequence[Range]) -> Slab:
         order = matrix.order(self._stored)
         if order is None:
             return side_by_side([matrix.slab(self._stored, outputs, r) for r in inputs])

@@ -21,9 +21,9 @@ from splitray.model.counts import Dtype, count, sized
 from splitray.model.folder import has_weights
 from splitray.model.grain import tried
 from splitray.model.layout import Layouts, is_norm
+from splitray.model.opened import open_checkpoint
 from splitray.model.probe import make_probe, observe, reads_tokens, true_scales
 from splitray.model.recurrent import RECURRENT
-from splitray.model.source import Checkpoint
 from splitray.model.surgery import layers_of, meta_model
 from splitray.model.token_ids import check_token_ids
 
@@ -47,7 +47,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 def _has_own_head(folder: str | Path, config: PretrainedConfig) -> bool:
     """Whether a head is stored beside the embedding with other values: then transformers does not tie them."""
     with contextlib.suppress(ModelError), understood(config):  # what is wrong is told where it is read
-        checkpoint = Checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
         tables = [k for k, shape in checkpoint.shapes.items() if shape[:1] == (config.vocab_size,) and len(shape) == 2]
         if len(tables) < 2:
             return False

@@ -17,9 +17,12 @@ from splitray.model.layout import is_norm
 from splitray.model.slicing import Cut, features
 from splitray.model.weights.halves import HalfMatrix
 from splitray.model.weights.held import Matrix, hold, hold_table, linear_of
-from splitray.model.weights.quantised import Quantised, beside, joined, quantise
-from splitray.weight_formats import WeightFormat
+from splitray.model.weights.quantised import Quantised, joined, quantise
+from splitray.weight_formats import FORMATS, WeightFormat
 
+ROUNDED_AGAIN = "int8"
+"""What a matrix becomes beside others that are held as stored, and which is stored in a form that no kernel reads."""
+_ROWS_TRIED = 16
 _ROWS_AT_ONCE = 4096  # of a table, on the way to few bits
 _LOCAL_COUNTS = ("num_heads", "num_attention_heads")
 
@@ -34,6 +37,11 @@ class Source(Protocol):
 
     def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
         """A tensor or joined ranges of it."""
+
+    def read_quantised(
+        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Quantised | None:
+        """Exactly what is stored of a matrix in whole numbers, or of some outputs or inputs of it; None: it is not."""
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused gate_up and down weights of some experts."""
@@ -133,7 +141,6 @@ class SliceReader:
         count = sum(r.count for r in ranges)
         transposed = isinstance(module, Conv1D)
         axis = (0 if cut.side == "out" else 1) ^ int(transposed)
-        weight = self.source.read(f"{name}.weight", axis=axis, ranges=ranges)
         if getattr(module, "bias", None) is not None:
             if cut.side == "out":
                 module.bias = self.parameter(self.source.read(f"{name}.bias", ranges=ranges))
@@ -141,11 +148,15 @@ class SliceReader:
                 module.bias = self.parameter(self.source.read(f"{name}.bias"))
             else:
                 module.bias = self.parameter(torch.zeros(module.bias.shape)) if transposed else None
-        if self._holding:
-            blocks = [Range(0, count)] if cut.side == "out" else cut.blocks(ranges, total, self.arch.ffn_cuts)
-            self._keep(module, weight.t() if transposed else weight, blocks, sums=cut.side == "in")
+        if not self._holding:
+            module.weight = self.parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
+        elif cut.side == "out":
+            self._keep(module, [self._matrix(module, outputs=ranges)], sums=False)
+        elif self.arch.sums_in_blocks:
+            blocks = cut.blocks(ranges, total, self.arch.ffn_cuts)
+            self._keep(module, [self._matrix(module, inputs=[b]) for b in blocks], sums=True)
         else:
-            module.weight = self.parameter(weight)
+            self._keep(module, [self._matrix(module, inputs=ranges)], sums=False)
         if transposed:
             setattr(module, "nf" if cut.side == "out" else "nx", count)
         else:
@@ -176,9 +187,16 @@ class SliceReader:
         return rows
 
     def read_rows(self, name: str, ranges: Sequence[Range]) -> Matrix:
-        """Rows of a table in the format; quantised some thousand at a time."""
+        """Rows of a table in the format, or as they are stored; quantised some thousand at a time."""
         if not self.arch.format.is_quantised:
             return self._half(self.source.read(name, ranges=ranges))
+        if self.arch.as_stored:
+            found = self.source.read_quantised(name, outputs=ranges)
+            if found is not None:
+                return found
+            one = self.source.read(name, ranges=[Range(ranges[0].start, ranges[0].start + 1)])
+            if one.dtype in (torch.bfloat16, torch.float16):
+                return HalfMatrix(self.source.read(name, ranges=ranges))
         taken = [
             Range(a, min(a + _ROWS_AT_ONCE, r.stop)) for r in ranges for a in range(r.start, r.stop, _ROWS_AT_ONCE)
         ]
@@ -194,19 +212,24 @@ class SliceReader:
         name = self.names[module]
         if module.bias is not None:
             module.bias = self.parameter(self.source.read(f"{name}.bias"))
-        weight = self.source.read(f"{name}.weight")
-        weight = weight.t() if isinstance(module, Conv1D) else weight
-        self._keep(module, weight, [Range(0, weight.shape[1])], sums=False)
+        self._keep(module, [self._matrix(module)], sums=False)
 
-    def _keep(self, module: Any, weight_OI: Tensor, blocks: Sequence[Range], *, sums: bool) -> None:
-        if not self.arch.format.is_quantised:
-            hold(module, linear_of([self._half(weight_OI)], module.bias, sums=False))
-            return
-        kind = self.arch.format
-        taken = [weight_OI[:, b.start : b.stop] for b in blocks] if sums else [weight_OI]
-        parts = [_rounded(part, kind) for part in taken]
-        if sums and not self.arch.fixed_sums:
-            parts, sums = [beside(parts)], False
+    def _matrix(
+        self, module: Any, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Matrix:
+        """Some outputs or some inputs of a linear in the format, as they are stored where that is the format."""
+        name, kind, turned = f"{self.names[module]}.weight", self.arch.format, isinstance(module, Conv1D)
+        if self.arch.as_stored and not turned:
+            found = self.source.read_quantised(name, outputs=outputs, inputs=inputs)
+            if found is not None:
+                return found
+            kind = FORMATS[ROUNDED_AGAIN]
+        axis = (0 if inputs is None else 1) ^ int(turned)
+        weight = self.source.read(name, axis=axis, ranges=outputs if inputs is None else inputs)
+        weight_OI = weight.t() if turned else weight
+        return _rounded(weight_OI, kind) if kind.is_quantised else self._half(weight_OI)
+
+    def _keep(self, module: Any, parts: Sequence[Matrix], *, sums: bool) -> None:
         hold(module, linear_of(parts, module.bias, sums=sums))
 
     def _half(self, weight_OI: Tensor) -> HalfMatrix:
@@ -224,6 +247,13 @@ class SliceReader:
     def parameter(self, tensor: Tensor) -> nn.Parameter:
         """A parameter of the shard's dtype that nobody trains."""
         return nn.Parameter(tensor.to(self.dtype), requires_grad=False)
+
+
+def rounding_error(source: Source, name: str) -> float:
+    """How far a stored matrix that must be rounded again comes out from itself, as a part of it: of some rows."""
+    weight_OI = source.read(name, ranges=[Range(0, _ROWS_TRIED)]).float()
+    found = torch.from_numpy(_rounded(weight_OI, FORMATS[ROUNDED_AGAIN]).values())
+    return float((found - weight_OI).norm() / max(float(weight_OI.norm()), torch.finfo(torch.float32).tiny))
 
 
 def _rounded(weight_OI: Tensor, kind: WeightFormat) -> Quantised:

@@ -6,6 +6,7 @@ the plan does not say is added here: packed layouts, Conv1D's transposed weights
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -55,19 +56,14 @@ class Cut:
         return taken
 
     def blocks(self, ranges: Sequence[Range], total: int, columns: Sequence[int]) -> list[Range]:
-        """The blocks in which sums are made, as ranges of the features that a device holds, which come from `ranges`.
+        """The blocks in which sums are made, as ranges of all input features; those of a device are in `ranges`.
 
         One for each head group or expert; of FFN columns those between the borders `columns`.
         """
         (inputs,) = self.sections
         borders = list(columns) if self.by == "columns" and columns else [i * inputs // total for i in range(total + 1)]
-        blocks, at = [], 0
-        for r in ranges:
-            inside = [b for b in borders if r.start <= b <= r.stop]
-            for a, b in zip(inside, inside[1:], strict=False):
-                blocks.append(Range(at, at + b - a))
-                at += b - a
-        return blocks
+        inside = ([b for b in borders if r.start <= b <= r.stop] for r in ranges)
+        return [Range(a, b) for some in inside for a, b in pairwise(some)]
 
 
 def read_cuts(layer: nn.Module, layout: LayerLayout, config: PretrainedConfig, arch: ModelArch) -> dict[str, Cut]:

@@ -23,6 +23,8 @@ from splitray.model.config import text_part, whole_config
 from splitray.model.folder import config_values, model_folder, weight_files
 from splitray.model.stored_names import Made, StoredNames, stored_names
 from splitray.model.surgery import meta_model
+from splitray.model.weights.quantised import Quantised
+from splitray.weight_formats import StoredWeights
 
 _SAMPLE_BYTES = 64  # of every tensor, for the fingerprint: a changed fine-tune shows, a big file is not read
 _EXPERTS = (  # (container, gate, up, down) of one expert in checkpoints that do not fuse them
@@ -82,13 +84,21 @@ class Checkpoint:
         """The type of a stored tensor, as safetensors calls it: F32, BF16."""
         return str(self._slice(key).get_dtype())
 
-    def stored_format(self) -> str:
-        """The format (weight_formats.py) of most of the stored numbers; float32 where it has no name there."""
+    def stored(self) -> StoredWeights:
+        """The format of most of the stored numbers; float32 where it has no name."""
         counts = Counter[str]()
         for key in self._file_of:
             counts[self.type_of(key)] += math.prod(self._slice(key).get_shape())
         (most, _), *_ = counts.most_common(1) or [("F32", 0)]
-        return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
+        return StoredWeights({"BF16": "bfloat16", "F16": "float16"}.get(most, "float32"))
+
+    def inexact(self) -> list[str]:
+        """Names of quantised weights that `read_quantised` does not give."""
+        return []
+
+    def config_text(self) -> str:
+        """The model's config, as JSON."""
+        return (self.folder / "config.json").read_text(encoding="utf-8")
 
     def key(self, name: str) -> str | None:
         """The checkpoint's key for a parameter of the model, or None."""
@@ -118,6 +128,12 @@ class Checkpoint:
             return torch.cat(parts, dim=axis)
         # a slice may be a view of the mapped file, strided along axis 1: own it, or every token pays for that
         return parts[0].clone(memory_format=torch.contiguous_format)
+
+    def read_quantised(
+        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Quantised | None:
+        """The whole numbers that are stored of a matrix: here none."""
+        return None
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused (gate_up [E, 2f, d], down [E, d, f]) of some experts, from a fused or an unfused checkpoint."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from splitray.arch import Range
+from splitray.model.weights.quantised import Quantised
 
 
 class StateDictSource:
@@ -28,6 +29,12 @@ class StateDictSource:
         if ranges is None:
             return tensor.clone()
         return torch.cat([tensor.narrow(axis, r.start, r.count) for r in ranges], dim=axis)
+
+    def read_quantised(
+        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Quantised | None:
+        """Nothing: all are floats."""
+        return None
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Copies of some experts' fused weights."""

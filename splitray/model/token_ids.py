@@ -8,7 +8,8 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 from splitray.errors import ModelError
-from splitray.model.folder import json_values, model_folder
+from splitray.model.config import whole_config
+from splitray.model.folder import gguf_parts, json_values, model_folder
 from splitray.model.layer_kinds import FAILURES
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ def check_token_ids(model: str | Path, config: PretrainedConfig) -> None:
     configs of small models keep it, and transformers runs them.
 
     Args:
-        model: its folder.
+        model: its folder, or its GGUF file.
         config: of its text decoder.
 
     Raises:
@@ -32,6 +33,7 @@ def check_token_ids(model: str | Path, config: PretrainedConfig) -> None:
     """
     folder = model_folder(model)
     files = {n: json_values(folder, n) for n in ("config.json", _GENERATION) if (folder / n).is_file()}
+    files = files or {folder.name: {n: getattr(config, n, None) for n in _NAMED}}
     for file, values in files.items():
         for part in (values, _inner(values)):
             for name in _NAMED:
@@ -53,12 +55,13 @@ def end_ids(model: str | Path, tokenizer: Any) -> list[int]:
     before.
     """
     ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name in (_GENERATION, "config.json"):
-        if (Path(model) / name).is_file():
-            values = json_values(Path(model), name)
-            named = values.get("eos_token_id", _inner(values).get("eos_token_id"))
-            return [*ids, *(named if isinstance(named, list) else [] if named is None else [named])]
-    return ids
+    named: Any = None
+    if gguf_parts(model):
+        named = whole_config(model).eos_token_id
+    elif file := next((n for n in (_GENERATION, "config.json") if (Path(model) / n).is_file()), None):
+        values = json_values(Path(model), file)
+        named = values.get("eos_token_id", _inner(values).get("eos_token_id"))
+    return [*ids, *(named if isinstance(named, list) else [] if named is None else [named])]
 
 
 def _inner(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from splitray.errors import InputError, ModelError
-from splitray.model.folder import refuse_pointer
+from splitray.errors import InputError, TokenizerError
+from splitray.model.folder import gguf_parts, refuse_pointer
+from splitray.model.gguf_file import GgufFile
+from splitray.model.gguf_tokenizer import tokenizer_of
 from splitray.text.ids import fault_of_tokenizers
 from splitray.user_file import UserFile
 
@@ -27,13 +29,9 @@ _AGAIN = "copy it again from where the model came from, or use --prompt-ids with
 _CONVERT = "where that works, run AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), which writes tokenizer.json"
 
 
-class TokenizerError(ModelError):
-    """A tokenizer that cannot be used; the model can, with ids."""
-
-
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a file of a tokenizer: without one transformers makes an empty one for some families."""
-    return any(_FILE.search(path.name) for path in folder.glob("*"))
+    """Whether there is a file of a tokenizer, or a GGUF file with one: without it transformers makes an empty one."""
+    return bool(gguf_parts(folder)) or any(_FILE.search(path.name) for path in folder.glob("*"))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -42,6 +40,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         ModelError: they cannot be used; says which one and why.
     """
+    if gguf_parts(folder):
+        return tokenizer_of(GgufFile(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         tokenizer.decode(tokenizer("")["input_ids"])  # some faults show only in use

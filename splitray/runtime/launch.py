@@ -11,16 +11,17 @@ from transformers import AutoModelForCausalLM
 from splitray.arch import ModelArch, held_as
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
-from splitray.errors import InputError, ModelError
+from splitray.errors import InputError, ModelError, TokenizerError
 from splitray.model.checked import check_weights
 from splitray.model.config import text_part, whole_config
 from splitray.model.folder import check_folder, has_weights
 from splitray.model.layout import Layouts
 from splitray.model.lengths import check_generation
+from splitray.model.opened import open_checkpoint
 from splitray.model.reading import read_arch, read_config
-from splitray.model.source import Checkpoint
+from splitray.model.slice_reader import rounding_error
 from splitray.model.token_ids import check_tokenizer
-from splitray.model.tokenizer import TokenizerError, has_tokenizer, load_tokenizer
+from splitray.model.tokenizer import has_tokenizer, load_tokenizer
 from splitray.placement import Placement, validate
 from splitray.planners import make_planner
 from splitray.planners.best_weights import best_weights
@@ -76,6 +77,8 @@ def read_model(
     check_generation(AutoModelForCausalLM._model_mapping[type(config)], config)  # before a probe is made
     arch, layout = read_arch(config, dtype=dtype)
     lean = lean_is_exact(config)
+    if has_weights(folder):
+        arch = replace(arch, stored=open_checkpoint(folder).stored())
     if weights == BEST_WEIGHTS:  # `settled` says which
         weights = "float32"
     if topology is not None:
@@ -89,14 +92,19 @@ def read_model(
 
 def _as_stored(arch: ModelArch, folder: Path) -> ModelArch:
     """The weights as the checkpoint has them, where they can be held so; else float32."""
-    if arch.dtype != "float32" or not has_weights(folder):
+    if arch.dtype != "float32" or arch.stored is None:
         return arch
-    stored = Checkpoint(folder).stored_format()
+    stored = arch.stored.format
     try:
-        return held_as(arch, stored)
+        held = held_as(arch, stored)
     except ModelError as error:
         logger.warning("stored in %s, held in float32: %s", stored, error)
         return arch
+    source = open_checkpoint(folder)
+    if held.is_quantised and (changed := source.inexact()):
+        said = "%d matrices that no kernel reads as they are stored are rounded to 8 bits: by %.2f %% in %s"
+        logger.warning(said, len(changed), 100 * rounding_error(source, changed[0]), changed[0])
+    return held
 
 
 def read_tokenizer(model: str | Path) -> Any:

@@ -22,6 +22,7 @@ from splitray.model.gguf_config import config_of
 from splitray.model.gguf_source import GgufSource
 from splitray.model.gguf_tokenizer import tokenizer_of
 from splitray.model.weights.gguf_types import PLAIN, QUANTISED, block_of, floats, inputs_of, quantised, type_named
+from splitray.weight_formats import StoredWeights
 
 Kind = GGMLQuantizationType
 
@@ -39,12 +40,8 @@ def same(found: np.ndarray, wanted: np.ndarray) -> bool:
 def values_of(raw: np.ndarray, kind: Kind) -> np.ndarray:
     made = quantised(raw, kind)
     assert made is not None
-    matrix, minima = made
     with np.errstate(all="ignore"):
-        values = matrix.values()
-        if minima is not None:
-            values = values - np.repeat(minima, matrix.group, axis=1)
-    return values
+        return made.values()
 
 
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda k: k.name)
@@ -112,16 +109,16 @@ def test_blocks_are_read_by_rows_and_columns(tmp_path, family):
     model = small_model(family)
     write_gguf(model, tmp_path / "m.gguf", kind=Kind.Q8_0)
     source = GgufSource(tmp_path)
-    assert source.stored_format() == "int8"
+    assert source.stored() == StoredWeights("int8", 11.0)
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
         whole = source.read(name)
         torch.testing.assert_close(whole, model.state_dict()[name], atol=2e-3, rtol=0)
         assert torch.equal(source.read(name, axis=1, ranges=[Range(5, 40)]), whole[:, 5:40])
         for axis, ranges in ((0, [Range(8, 24), Range(0, 8)]), (1, [Range(32, 64)])):
-            made = source.read_quantised(name, axis=axis, ranges=ranges)
-            assert made is not None and made[1] is None
-            assert np.array_equal(made[0].values(), source.read(name, axis=axis, ranges=ranges).numpy())
-        assert source.read_quantised(name, axis=1, ranges=[Range(5, 40)]) is None
+            made = source.read_quantised(name, **{("outputs", "inputs")[axis]: ranges})
+            assert made is not None and made.minima is None
+            assert np.array_equal(made.values(), source.read(name, axis=axis, ranges=ranges).numpy())
+        assert source.read_quantised(name, inputs=[Range(5, 40)]) is None
 
 
 def test_bytes_read_are_those_of_the_slices(tmp_path):

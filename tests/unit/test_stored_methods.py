@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from splitray.arch import Range
 from splitray.errors import ModelError
+from splitray.model.opened import open_checkpoint
 from splitray.model.packed_checkpoint import PackedCheckpoint
 from splitray.model.weights.stored.method import stored_method
 
@@ -43,9 +44,10 @@ def checkpoint(folder, config, tensors):
     tensors["plain.weight"] = torch.arange(12.0).reshape(3, 4).half()
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
-    found = PackedCheckpoint(folder)
+    found = open_checkpoint(folder)
+    assert isinstance(found, PackedCheckpoint)
     assert torch.equal(found.read("plain.weight"), tensors["plain.weight"])
-    assert found.exact_bits("plain.weight") is None
+    assert found.read_quantised("plain.weight") is None
     return found
 
 
@@ -58,19 +60,20 @@ def check(found, expected, *, bits=None, group=None):
     some = [Range(3, 9), Range(17, 40)]
     assert torch.equal(found.read(name, ranges=some), torch.cat([expected[3:9], expected[17:40]]))
     assert torch.equal(found.read(name, axis=1, ranges=some), torch.cat([expected[:, 3:9], expected[:, 17:40]], dim=1))
-    assert found.exact_bits(name) == bits
+    exact = found.read_quantised(name)
+    assert (found.inexact() == [name]) == (exact is None) == (bits is None)
     if bits is None:
         return
-    order = found.order(name)
-    sorted_ = expected if order is None else expected[:, order]
-    exact = found.read_quantised(name)
     assert (exact.bits, exact.group) == (bits, group)
-    assert np.array_equal(exact.values(), sorted_.numpy())
+    assert np.array_equal(exact.values(), expected.numpy())
+    rows = found.read_quantised(name, outputs=[Range(8, 16), Range(24, 40)])
+    assert np.array_equal(rows.values(), torch.cat([expected[8:16], expected[24:40]]).numpy())
     cut = found.read_quantised(name, outputs=[Range(8, 16), Range(24, 40)], inputs=[Range(64, 128), Range(192, 256)])
-    rows = torch.cat([sorted_[8:16], sorted_[24:40]])
+    if exact.order is not None:  # its groups are cut
+        assert cut is None
+        return
+    rows = torch.cat([expected[8:16], expected[24:40]])
     assert np.array_equal(cut.values(), torch.cat([rows[:, 64:128], rows[:, 192:256]], dim=1).numpy())
-    small = found.read_quantised(name, group=32)
-    assert small.group == 32 and np.array_equal(small.values(), sorted_.numpy())
 
 
 @pytest.mark.parametrize("size", [64, 128, -1])
@@ -107,7 +110,7 @@ def test_gptq(tmp_path, version, bits, size, order):
                "m.g_idx": torch.from_numpy(of).int()}  # fmt: skip
     config = {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": version}
     found = checkpoint(tmp_path, config, tensors)
-    assert (found.order("m.weight") is not None) == (order is not None and groups > 1)
+    assert (found.read_quantised("m.weight").order is not None) == (order is not None and groups > 1)
     check(found, dequantised(numbers, zeros, scales, of), bits=bits, group=64 if size == 64 else 128)
 
 
@@ -201,10 +204,10 @@ def test_mxfp4_as_transformers_has_it(tmp_path):
     found = checkpoint(tmp_path, {"quant_method": "mxfp4"}, tensors)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     name = "m.gate_up_proj"
-    assert found.shapes[name] == tuple(expected.shape) and found.exact_bits(name) == 8
+    assert found.shapes[name] == tuple(expected.shape) and found.inexact() == [name]
     assert torch.equal(found.read(name), expected)
     assert torch.equal(found.read(name, ranges=[Range(2, 3), Range(0, 1)]), expected[[2, 0]])
-    exact = found.read_quantised(name, expert=1, outputs=[Range(8, 24)], inputs=[Range(32, 96)])
+    exact = found.matrices[name].slab(found._stored, 1, Range(8, 24), Range(32, 96)).quantised()
     assert (exact.bits, exact.group) == (8, 32)
     assert np.array_equal(exact.values(), expected[1].T[8:24, 32:96].numpy())
 
@@ -268,7 +271,7 @@ def test_compressed_tensors_in_act_order(tmp_path):
     tensors = {"m.weight_packed": words(numbers, 4), "m.weight_scale": scales, "m.weight_shape": torch.tensor([O, I]),
                "m.weight_g_idx": torch.from_numpy(of).int()}  # fmt: skip
     found = checkpoint(tmp_path, compressed_config(num_bits=4, actorder="group"), tensors)
-    assert found.order("m.weight") is not None
+    assert found.read_quantised("m.weight").order is not None
     check(found, dequantised(numbers, zeros, scales, of), bits=4, group=64)
 
 
@@ -292,7 +295,7 @@ def test_a_model_reads_its_parameters_by_their_names(tmp_path):
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors")
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": said}))
-    found = PackedCheckpoint(tmp_path)
+    found = open_checkpoint(tmp_path)
     assert set(found.names.keys) == set(expected) and not found.names.unused
     assert found.names.shapes == {n: tuple(t.shape) for n, t in expected.items()}
     for name, tensor in expected.items():

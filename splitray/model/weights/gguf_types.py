@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from splitray.arrays import Floats32
 from splitray.errors import InputError
-from splitray.model.weights.quantised import Bytes, Quantised
+from splitray.model.weights.quantised import Bytes, Quantised, joined
 
 Kind = GGMLQuantizationType
 PLAIN = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
@@ -71,10 +71,8 @@ def floats(raw: Bytes, kind: Kind) -> Floats32:
         return np.asarray(gguf_quants.dequantize(np.ascontiguousarray(raw), kind), np.float32)
 
 
-def quantised(raw: Bytes, kind: Kind) -> tuple[Quantised, Floats32 | None] | None:
-    """Rows of blocks [O, bytes] as whole numbers in MatMulNBits' layout, and the minima [O, G] of their groups.
-
-    value = (number - zero) * scale - minimum, to the bit what `floats` gives; no minima: they are all 0.
+def quantised(raw: Bytes, kind: Kind) -> Quantised | None:
+    """Rows of blocks [O, bytes] as whole numbers in MatMulNBits' layout: to the bit what `floats` gives.
 
     Returns:
         None for plain floats.
@@ -83,21 +81,10 @@ def quantised(raw: Bytes, kind: Kind) -> tuple[Quantised, Floats32 | None] | Non
         return None
     inputs = inputs_of(kind, raw.shape[1])
     step = max(1, _AT_ONCE // max(1, inputs))
-    parts = [_matrix(raw[at : at + step], kind, inputs) for at in range(0, max(1, len(raw)), step)]
-    minima = [m for _, m in parts if m is not None]
-    first = parts[0][0]
-    whole = Quantised(
-        bits=first.bits,
-        group=first.group,
-        numbers=np.concatenate([p.numbers for p, _ in parts]),
-        scales=np.concatenate([p.scales for p, _ in parts]),
-        zeros=None if first.zeros is None else np.concatenate([p.zeros for p, _ in parts if p.zeros is not None]),
-        inputs=inputs,
-    )
-    return whole, np.concatenate(minima) if minima else None
+    return joined([_matrix(raw[at : at + step], kind, inputs) for at in range(0, max(1, len(raw)), step)])
 
 
-def _matrix(raw: Bytes, kind: Kind, inputs: int) -> tuple[Quantised, Floats32 | None]:
+def _matrix(raw: Bytes, kind: Kind, inputs: int) -> Quantised:
     outputs, size = len(raw), GGML_QUANT_SIZES[kind][1]
     with np.errstate(over="ignore", invalid="ignore"):
         found = _TAKEN_APART[kind](np.ascontiguousarray(raw).reshape(-1, size))
@@ -109,8 +96,9 @@ def _matrix(raw: Bytes, kind: Kind, inputs: int) -> tuple[Quantised, Floats32 | 
     if found.zero is not None:
         assert found.zero == 0 and found.bits == 4, "packed zeros of other numbers"
         zeros = np.zeros((outputs, -(-groups // 2)), np.uint8)
-    matrix = Quantised(bits=found.bits, group=group, numbers=numbers, scales=scales, zeros=zeros, inputs=inputs)
-    return matrix, None if found.minima is None else np.ascontiguousarray(found.minima).reshape(outputs, -1)
+    minima = None if found.minima is None else np.ascontiguousarray(found.minima).reshape(outputs, -1)
+    return Quantised(bits=found.bits, group=group, numbers=numbers, scales=scales, zeros=zeros, inputs=inputs,
+                     minima=minima)  # fmt: skip
 
 
 def _split(blocks: Bytes, *sizes: int) -> list[Any]:

@@ -30,6 +30,8 @@ class HeldLinear:
         from splitray.model.weights.kernel import Kernel  # half a second that plain weights need not wait for
 
         assert sums or len(blocks) == 1, "blocks are for sums"
+        self._order = blocks[0].order
+        assert self._order is None or len(blocks) == 1, "an order is that of all inputs"
         self._kernel, self._sums, self._blocks = Kernel(blocks), sums, len(blocks)
         self.num_bytes, self.inputs = self._kernel.num_bytes, self._kernel.inputs
         given: Any = None if bias is None else bias.detach().float().numpy()
@@ -37,7 +39,7 @@ class HeldLinear:
 
     def __call__(self, x_NI: Floats32) -> Floats32 | Floats64:
         """[N, O]: each row as it would be alone."""
-        y: Any = self._kernel(np.ascontiguousarray(x_NI))
+        y: Any = self._kernel(np.ascontiguousarray(x_NI if self._order is None else x_NI[:, self._order]))
         if self._sums:
             y = on_grid(y)
             if self._blocks > 1:

@@ -51,6 +51,7 @@ def rows_alike(bits: int, group: int) -> bool:
 
 def _session(parts: Sequence[Quantised]) -> onnxruntime.InferenceSession:
     nodes: list[Any] = []
+    constants: list[TensorProto] = []
     external: dict[str, np.ndarray] = {}
     start = 0
     outs = [f"y{i}" for i in range(len(parts))]
@@ -63,18 +64,24 @@ def _session(parts: Sequence[Quantised]) -> onnxruntime.InferenceSession:
         x = "x" if len(parts) == 1 else f"x{i}"
         nodes.append(helper.make_node("MatMulNBits", [x, *(f"{n}{i}" for n in given)], outs[i:i + 1],
                                       domain="com.microsoft", accuracy_level=_INTEGERS, **attributes))  # fmt: skip
+        if part.minima is not None:
+            assert part.inputs % part.group == 0, "minima of whole groups"
+            external[f"m{i}"] = part.minima.T
+            constants.append(helper.make_tensor(f"groups{i}", TensorProto.INT64, [3], [0, -1, part.group]))
+            nodes += _minus_minima(nodes[-1], x, i)
         start += part.inputs
-    constants = []
+    if any(p.minima is not None for p in parts):
+        constants.append(helper.make_tensor("last", TensorProto.INT64, [1], [-1]))
     if len(parts) > 1:
         sizes = helper.make_tensor("sizes", TensorProto.INT64, [len(parts)], [p.inputs for p in parts])
         axis = helper.make_tensor("axis", TensorProto.INT64, [1], [0])
-        constants = [sizes, axis]
+        constants += [sizes, axis]
         nodes.insert(0, helper.make_node("Split", ["x", "sizes"], [f"x{i}" for i in range(len(parts))], axis=1))
         lifted = [f"u{i}" for i in range(len(parts))]
         nodes += [helper.make_node("Unsqueeze", [y, "axis"], [u]) for y, u in zip(outs, lifted, strict=True)]
         nodes.append(helper.make_node("Concat", lifted, ["y"], axis=0))
     else:
-        nodes[0].output[0] = "y"
+        nodes[-1].output[0] = "y"
     shape: list[str | int | None] = ["N", parts[0].outputs]
     if len(parts) > 1:
         shape.insert(0, len(parts))
@@ -92,6 +99,17 @@ def _session(parts: Sequence[Quantised]) -> onnxruntime.InferenceSession:
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in external.values()]
     options.add_external_initializers(list(external), values)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _minus_minima(product: Any, x: str, i: int) -> list[Any]:
+    """What is left of a product: minima times the sum of the inputs of each group."""
+    whole, product.output[0] = product.output[0], f"p{i}"
+    return [
+        helper.make_node("Reshape", [x, f"groups{i}"], [f"g{i}"]),
+        helper.make_node("ReduceSum", [f"g{i}", "last"], [f"t{i}"], keepdims=0),
+        helper.make_node("MatMul", [f"t{i}", f"m{i}"], [f"n{i}"]),
+        helper.make_node("Sub", [f"p{i}", f"n{i}"], [whole]),
+    ]
 
 
 def _elsewhere(name: str, value: np.ndarray) -> TensorProto:

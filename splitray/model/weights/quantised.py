@@ -7,8 +7,9 @@ Shapes: O outputs, I inputs, G groups of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from splitray.arch import Range
-from splitray.arrays import Floats32
+from splitray.arrays import Floats32, Ints
 
 Bytes = NDArray[np.uint8]
 _AT_ONCE = 1 << 20  # weights that are rounded together
@@ -24,7 +25,7 @@ _AT_ONCE = 1 << 20  # weights that are rounded together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantised:
-    """value = (number - zero) * scale.
+    """value = (number - zero) * scale - minimum.
 
     Args:
         bits: of a number, 4 or 8.
@@ -33,6 +34,8 @@ class Quantised:
         scales: float32.
         zeros: packed like the numbers, row by row; None: every zero is the middle, 8 or 128.
         inputs: of a row, where the last group is not full.
+        minima: float32 of each group, or None for none.
+        order: which input of the matrix each of these is, where groups do not lie side by side in it (act-order).
     """
 
     bits: int
@@ -41,6 +44,8 @@ class Quantised:
     scales: Floats32
     zeros: Bytes | None
     inputs: int
+    minima: Floats32 | None = None
+    order: Ints | None = None
 
     @property
     def outputs(self) -> int:
@@ -49,8 +54,13 @@ class Quantised:
 
     @property
     def num_bytes(self) -> int:
-        """Of numbers, scales and zeros."""
-        return self.numbers.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+        """Of numbers, scales, zeros and minima."""
+        return sum(a.nbytes for a in self.arrays().values())
+
+    def arrays(self) -> dict[str, Any]:
+        """All that it consists of, by name."""
+        names = ("numbers", "scales", "zeros", "minima", "order")
+        return {n: a for n in names if (a := getattr(self, n)) is not None}
 
     def values(self) -> Floats32:
         """The matrix [O, I] in float32."""
@@ -58,9 +68,28 @@ class Quantised:
 
     def taken(self, ranges: Sequence[Range]) -> Quantised:
         """Some of the rows."""
-        which = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
-        zeros = None if self.zeros is None else self.zeros[which]
-        return replace(self, numbers=self.numbers[which], scales=self.scales[which], zeros=zeros)
+        return self.picked(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
+
+    def picked(self, which: Ints) -> Quantised:
+        """Rows in this order."""
+        return self._each(lambda a: a[which])
+
+    def columns(self, r: Range) -> Quantised | None:
+        """Some of the inputs; None where they begin or end within a group."""
+        if r.start % self.group or (r.stop % self.group and r.stop != self.inputs):
+            return None
+        a, b = r.start // self.group, -(-r.stop // self.group)
+        zeros = self.zeros
+        if zeros is not None:
+            zeros = _packed(_unpacked(zeros, self.bits)[:, a:b], self.bits)
+        return replace(
+            self,
+            numbers=np.ascontiguousarray(self.numbers[:, a:b]),
+            scales=np.ascontiguousarray(self.scales[:, a:b]),
+            zeros=zeros,
+            inputs=r.count,
+            minima=None if self.minima is None else np.ascontiguousarray(self.minima[:, a:b]),
+        )
 
     def rows(self, which: slice | Sequence[int]) -> Floats32:
         """Some rows in float32."""
@@ -70,21 +99,25 @@ class Quantised:
         if self.zeros is not None:
             zeros = _unpacked(self.zeros[which], self.bits)[:, :groups, None]
         values = np.subtract(numbers, zeros, dtype=np.float32) * self.scales[which][..., None]
-        return values.reshape(rows, -1)[:, : self.inputs]  # type: ignore[no-any-return]
+        if self.minima is not None:
+            values -= self.minima[which][..., None]
+        values = values.reshape(rows, -1)[:, : self.inputs]
+        if self.order is not None:
+            turned = np.empty_like(values)
+            turned[:, self.order] = values
+            values = turned
+        return values  # type: ignore[no-any-return]
+
+    def _each(self, change: Callable[[Any], Any], *others: Quantised) -> Quantised:
+        """All that has a row for each output, changed."""
+        names = [n for n in self.arrays() if n != "order"]
+        return replace(self, **{n: change(*(getattr(q, n) for q in (self, *others))) for n in names})
 
 
 def joined(parts: Sequence[Quantised]) -> Quantised:
     """Rows of matrices of one form, one below the other."""
     first = parts[0]
-    if len(parts) == 1:
-        return first
-    zeros = [p.zeros for p in parts if p.zeros is not None]
-    return replace(
-        first,
-        numbers=np.concatenate([p.numbers for p in parts]),
-        scales=np.concatenate([p.scales for p in parts]),
-        zeros=np.concatenate(zeros) if zeros else None,
-    )
+    return first if len(parts) == 1 else first._each(lambda *rows: np.concatenate(rows), *parts[1:])
 
 
 def beside(parts: Sequence[Quantised]) -> Quantised:
@@ -97,6 +130,7 @@ def beside(parts: Sequence[Quantised]) -> Quantised:
     if first.zeros is not None:
         apart = [_unpacked(p.zeros, bits)[:, : p.scales.shape[1]] for p in parts if p.zeros is not None]
         zeros = _packed(np.concatenate(apart, axis=1), bits)
+    minima = [p.minima for p in parts if p.minima is not None]
     return Quantised(
         bits=bits,
         group=first.group,
@@ -104,6 +138,7 @@ def beside(parts: Sequence[Quantised]) -> Quantised:
         scales=np.concatenate([p.scales for p in parts], axis=1),
         zeros=zeros,
         inputs=sum(p.inputs for p in parts),
+        minima=np.concatenate(minima, axis=1) if minima else None,
     )
 
 

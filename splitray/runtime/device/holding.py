@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import DeviceLost, InputError
+from splitray.model.folder import is_here
 from splitray.model.kv_cache import KvCache, KvPiece, sliding_windows
 from splitray.model.lengths import LengthRule
 from splitray.model.reading import read_config
@@ -131,7 +131,7 @@ def build(
     Raises:
         InputError: the model or the torch device cannot be used.
     """
-    from splitray.model.source import Checkpoint
+    from splitray.model.opened import open_checkpoint
 
     if old is not None and old.assignment.model_path != assignment.model_path:
         old = None
@@ -140,8 +140,8 @@ def build(
         source = old.source
         if isinstance(source, Lent):
             source.renew(lenders)
-    elif memory is not None or (Path(assignment.model_path).expanduser() / "config.json").is_file() or not lenders:
-        source = memory or Checkpoint(assignment.model_path)
+    elif memory is not None or is_here(assignment.model_path) or not lenders:
+        source = memory or open_checkpoint(assignment.model_path)
     else:
         source = Lent(lenders, token=token, model_path=assignment.model_path)
     crossing = crossing_of(device, assignment.route, assignment.arch, wire)

@@ -8,14 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from splitray.arch import Range
 from splitray.errors import DeviceLost, ModelError
+from splitray.model.opened import Opened, open_checkpoint
 from splitray.model.reading import read_config
-from splitray.model.source import Checkpoint
+from splitray.model.weights.quantised import Quantised
 from splitray.runtime.wire import Channel
-from splitray.runtime.wire.answers import Answer, CheckpointKey, ConfigText, Done, Fingerprint
+from splitray.runtime.wire.answers import Answer, CheckpointKey, ConfigText, Done, Fingerprint, Numbers
 from splitray.runtime.wire.calls import ask
 from splitray.runtime.wire.listener import dial
 from splitray.runtime.wire.messages import (
@@ -24,6 +27,7 @@ from splitray.runtime.wire.messages import (
     FingerprintOrder,
     KeyOrder,
     Lender,
+    NumbersOrder,
     Order,
     SliceOrder,
 )
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 A = TypeVar("A")
-LendOrder = ConfigOrder | KeyOrder | SliceOrder | ExpertsOrder | FingerprintOrder
+LendOrder = ConfigOrder | KeyOrder | SliceOrder | NumbersOrder | ExpertsOrder | FingerprintOrder
 _SILENT_S = 20.0  # after which a lender counts as gone
 
 
@@ -71,6 +75,17 @@ class Lent:
     def read(self, name: str, *, axis: int = 0, ranges: Sequence[Range] | None = None) -> Tensor:
         """A tensor or joined ranges of it."""
         return self._ask(SliceOrder, name=name, axis=axis, ranges=None if ranges is None else tuple(ranges))[1][0]
+
+    def read_quantised(
+        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
+    ) -> Quantised | None:
+        """What is stored of a matrix in whole numbers, or None."""
+        some = (None if r is None else tuple(r) for r in (outputs, inputs))
+        told, tensors = self._ask(NumbersOrder, name=name, **dict(zip(("outputs", "inputs"), some, strict=True)))
+        if not told.parts:
+            return None
+        arrays: dict[str, Any] = {p: t.numpy() for p, t in zip(told.parts, tensors, strict=True)}
+        return Quantised(bits=told.bits, group=told.group, inputs=told.inputs, **{"zeros": None, **arrays})
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused gate_up and down weights of some experts."""
@@ -122,22 +137,29 @@ class Lent:
         self._channel = None
 
 
-def lend(order: LendOrder, opened: dict[str, Checkpoint]) -> tuple[Answer, list[Tensor]]:
+def lend(order: LendOrder, opened: dict[str, Opened]) -> tuple[Answer, list[Tensor]]:
     """What a lender answers, and tensors that go before it. `opened` keeps checkpoints for the next order.
 
     Raises:
         ModelError: it has no model there, or no such tensor.
     """
     if order.path not in opened:
-        opened[order.path] = Checkpoint(order.path)
+        opened[order.path] = open_checkpoint(order.path)
     source = opened[order.path]
     match order:
         case ConfigOrder():
-            return ConfigText(text=(source.folder / "config.json").read_text(encoding="utf-8")), []
+            return ConfigText(text=source.config_text()), []
         case KeyOrder():
             return CheckpointKey(key=source.key(order.name)), []
         case SliceOrder():
             return Done(), [source.read(order.name, axis=order.axis, ranges=order.ranges)]
+        case NumbersOrder():
+            found = source.read_quantised(order.name, outputs=order.outputs, inputs=order.inputs)
+            if found is None:
+                return Numbers(), []
+            arrays = found.arrays()
+            told = Numbers(bits=found.bits, group=found.group, inputs=found.inputs, parts=tuple(arrays))
+            return told, [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values()]
         case ExpertsOrder():
             return Done(), list(source.read_experts(order.name, order.experts))
         case FingerprintOrder():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar, get_args
 
 from splitray.errors import DeviceLost
-from splitray.model.source import Checkpoint
+from splitray.model.opened import Opened
 from splitray.runtime.checkpoint import Store
 from splitray.runtime.device import kv_copy, probes
 from splitray.runtime.device.busy import Busy
@@ -38,7 +38,7 @@ class Side:
         """
         self._channel, self._epochs = channel, epochs
         self._token, self._pace, self._busy, self._abort_run = token, pace, busy, abort
-        self._opened: dict[str, Checkpoint] = {}
+        self._opened: dict[str, Opened] = {}
         # Copies share links with the run: what waits in a socket's buffer delays every token behind it.
         channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _IN_FLIGHT_BYTES)
         self._thread = threading.Thread(target=self._serve, name=f"splitray-side-{epochs.device}", daemon=True)

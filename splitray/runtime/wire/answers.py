@@ -195,6 +195,15 @@ class CheckpointKey(Answer):
     key: str | None
 
 
+class Numbers(Answer):
+    """How a matrix is quantised, and what the tensors are that go before, by their names in `Quantised`: none are."""
+
+    bits: int = 0
+    group: int = 0
+    inputs: int = 0
+    parts: tuple[str, ...] = ()
+
+
 class Fingerprint(Answer):
     """Tells one checkpoint from another."""
 

@@ -277,6 +277,15 @@ class ExpertsOrder(Order[answers.Done]):
     experts: tuple[int, ...]
 
 
+class NumbersOrder(Order[answers.Numbers]):
+    """Send some outputs or inputs of a matrix in the whole numbers in which it is stored; None: all of them."""
+
+    path: str
+    name: str
+    outputs: tuple[Range, ...] | None
+    inputs: tuple[Range, ...] | None
+
+
 class FingerprintOrder(Order[answers.Fingerprint]):
     """Tell which checkpoint it is."""
 

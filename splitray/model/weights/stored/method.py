@@ -36,13 +36,26 @@ class StoredMethod:
     block: tuple[int, int] | None = None
 
 
+def method_of(values: Mapping[str, Any]) -> StoredMethod | None:
+    """What a config.json, or its text part, says of quantised weights; None: they are plain.
+
+    Raises:
+        ModelError: a method or variant that is not read here.
+    """
+    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            return stored_method(found if isinstance(found, dict) else {"quant_method": found})
+    return None
+
+
 def stored_method(given: Mapping[str, Any]) -> StoredMethod:
     """The method of a `quantization_config` (or a `compression_config`).
 
     Raises:
         ModelError: there is no name, or a method or variant that is not read here.
     """
-    name = given.get("quant_method") or ("compressed-tensors" if "config_groups" in given else None)
+    name = given.get("quant_method") or ("compressed-tensors" if {"config_groups", "format"} & given.keys() else None)
     if name not in KNOWN:
         raise _refused("quant_method", " or ".join(KNOWN), name or "no name")
     return {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "fp8": _fp8, "mxfp4": _mxfp4}[name](given)
