@@ -11,6 +11,11 @@ from splitray.errors import TokenizerError
 from splitray.model.gguf_file import GgufFile
 
 
+def has_tokens(file: GgufFile) -> bool:
+    """Whether a file has a tokenizer."""
+    return "tokenizer.ggml.model" in file.metadata
+
+
 def tokenizer_of(file: GgufFile) -> Any:
     """A tokenizer of transformers, with the file's chat template if it has one.
 
@@ -18,7 +23,7 @@ def tokenizer_of(file: GgufFile) -> Any:
         TokenizerError: the file has none, or one that transformers does not read; the model runs with ids.
     """
     path = file.files[0]
-    if "tokenizer.ggml.model" not in file.metadata:
+    if not has_tokens(file):
         raise TokenizerError(f"GGUF file {path}", expected="a tokenizer in its metadata", actual="none",
                              remedy="use --prompt-ids with `splitray generate`")  # fmt: skip
     try:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from splitray.errors import InputError, TokenizerError
 from splitray.model.folder import gguf_parts, refuse_pointer
 from splitray.model.gguf_file import GgufFile
-from splitray.model.gguf_tokenizer import tokenizer_of
+from splitray.model.gguf_tokenizer import has_tokens, tokenizer_of
 from splitray.text.ids import fault_of_tokenizers
 from splitray.user_file import UserFile
 
@@ -31,7 +31,9 @@ _CONVERT = "where that works, run AutoTokenizer.from_pretrained(DIR).save_pretra
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is a file of a tokenizer, or a GGUF file with one: without it transformers makes an empty one."""
-    return bool(gguf_parts(folder)) or any(_FILE.search(path.name) for path in folder.glob("*"))
+    if gguf_parts(folder):
+        return has_tokens(GgufFile(folder))
+    return any(_FILE.search(path.name) for path in folder.glob("*"))
 
 
 def load_tokenizer(folder: Path) -> Any:

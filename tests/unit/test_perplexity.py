@@ -87,6 +87,7 @@ def test_the_document_says_what_ran(folder):
     assert whole.pop("mask_perplexities") == [whole["perplexity"]]
     assert {k: v for k, v in whole.items() if k != "perplexity"} == {
         "tokens": tokens, "channel": "none", "codec": "none", "cut": None, "placement": None, "seed": 7,
+        "weights": "float32",
     }  # fmt: skip
     cut = run(request(folder, cut=2))
     assert cut["cut"] == 2
