@@ -36,10 +36,25 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def small_model(family: str) -> PreTrainedModel:
+HALVES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,),
+          Kind.IQ4_NL: (0,)}  # fmt: skip
+"""Where in a block its float16 factors lie, of types that gguf only reads."""
+
+
+def blocks(tensor: np.ndarray, kind: Kind) -> np.ndarray:
+    """Random blocks [outputs, bytes] in the place of a matrix."""
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(tensor.size).integers(0, 256, (tensor.size // weights, size), dtype=np.uint8)
+    for at, factor in zip(HALVES[kind], (2e-4, 1e-3), strict=False):
+        raw[:, at : at + 2] = np.full(len(raw), factor, np.float16).view(np.uint8).reshape(-1, 2)
+    return raw.reshape(*tensor.shape[:-1], -1)
+
+
+def small_model(family: str, **sizes: object) -> PreTrainedModel:
     """A random model, its norms and biases random too; its numbers are multiples of 1/64, which every format has."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**MODELS[family][1]), dtype=torch.float32)
+    config = CONFIG_MAPPING[family](**{**MODELS[family][1], **sizes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = torch.randint(-8, 8, parameter.shape).float() / 64
     return model.eval()
@@ -76,7 +91,7 @@ def write_gguf(
             writer.add_uint32(key, value)
     for stored, tensor in (converted(model) | (tensors or {})).items():
         matrix = tensor.ndim > 1 and "gate_inp" not in stored
-        data = gguf.quants.quantize(tensor, kind) if matrix else tensor
+        data = (blocks if kind in HALVES else gguf.quants.quantize)(tensor, kind) if matrix else tensor
         writer.add_tensor(stored, data, raw_dtype=kind if matrix else Kind.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored_words import AWQ_ORDER, words
 
 from splitray.arch import Range
 from splitray.errors import ModelError
@@ -14,18 +15,6 @@ from splitray.model.packed_checkpoint import PackedCheckpoint
 from splitray.model.weights.stored.method import stored_method
 
 O, I = 48, 256  # noqa: E741
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def words(numbers, bits, order=None):
-    """Along the last axis, as the libraries' packing loops do it."""
-    per = 32 // bits
-    padded = np.pad(numbers, [(0, 0), (0, -numbers.shape[1] % per)]).astype(np.uint32)
-    packed = np.zeros((len(padded), padded.shape[1] // per), np.uint32)
-    for column in range(packed.shape[1]):
-        for i, at in enumerate(order or range(per)):
-            packed[:, column] |= padded[:, column * per + at] << np.uint32(bits * i)
-    return torch.from_numpy(packed.view(np.int32))
 
 
 def numbers_of(bits, groups, seed=0, least=0):

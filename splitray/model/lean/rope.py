@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from splitray.model.lean.not_lean import NotLean
@@ -102,17 +103,17 @@ class Rope:
 
     @torch.inference_mode()
     def matters(self, layer: SplitLayer, hidden: int) -> bool:
-        """Whether a layer's attention is another without it."""
+        """Whether a layer's attention computes with the angles.
+
+        Outputs with two kinds of angles would not tell: where one position takes all of the softmax, they are alike.
+        """
         attention: Any = layer.attention_module
         x = torch.randn(1, 2, hidden, generator=torch.Generator().manual_seed(0))
-        cos, sin = self._angles(2)
-        outs = []
-        for angles in ((cos, sin), (torch.ones_like(cos), torch.zeros_like(sin))):
-            names = layer.layout.attention_arguments
-            with alone(attention):
-                out = attention(x, **{n: angles if source == "position_embeddings" else None for n, source in names})
-            outs.append(out[0] if isinstance(out, tuple) else out)
-        return not torch.equal(*outs)
+        angles = self._angles(2)
+        names = layer.layout.attention_arguments
+        with alone(attention), _Uses(angles) as uses:
+            attention(x, **{n: angles if source == "position_embeddings" else None for n, source in names})
+        return uses.any
 
     def grow(self, positions: int) -> None:
         """Make tables for so many positions."""
@@ -154,3 +155,16 @@ class Rope:
         turned, rest = q[..., : self._turned], q[..., self._turned :]
         out, _ = self._apply(turned, turned, *self._angles(positions))
         return torch.cat([out, rest], dim=-1)
+
+
+class _Uses(TorchFunctionMode):
+    """Sees whether torch computes with some tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._tensors, self.any = tensors, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        self.any = self.any or any(a is t for a in given for t in self._tensors)
+        return func(*args, **(kwargs or {}))
