@@ -22,7 +22,7 @@ from splitray.model.gguf_names import Names
 from splitray.model.stored_names import StoredNames
 from splitray.model.surgery import meta_model
 from splitray.model.weights.gguf_types import PLAIN, QUANTISED, Kind, block_of, floats, quantised
-from splitray.model.weights.quantised import Bytes, Quantised, beside
+from splitray.model.weights.quantised import Bytes, Quantised
 from splitray.weight_formats import StoredWeights, resident_bits
 
 _SAMPLE_BYTES = 64  # of every tensor, for the fingerprint
@@ -97,32 +97,32 @@ class GgufSource:
         return found
 
     def read_quantised(
-        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Quantised | None:
-        """Exactly what is stored of a matrix, or of ranges of its outputs or of its inputs.
+        self, name: str, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Quantised] | None:
+        """Exactly what is stored of a matrix, of ranges of its outputs, or block by block of its inputs.
 
         Returns:
-            None for plain floats, and where a range of inputs ends within a group.
+            None for plain floats, and where a block ends within a group.
         """
         stored = self._stored(name)
         if stored.kind in PLAIN or len(stored.shape) != 2:
             return None
         rows = [Range(0, stored.shape[0])] if outputs is None else outputs
         order = np.concatenate([self._places(name, r) for r in rows])
-        if inputs is None:
-            raw = stored.data[order]
-            self.bytes_read += raw.nbytes
-            return quantised(raw, stored.kind)
-        parts = []
-        for r in inputs:
-            raw, start = self._blocks(stored, r)
-            made = quantised(raw[order], stored.kind)
+        parts: list[Quantised | None] = []
+        for run in _runs([Range(0, stored.shape[1])] if blocks is None else blocks):
+            first, last = run[0].start, run[-1].stop
+            if blocks is None:
+                raw, start = stored.data[order], 0
+                self.bytes_read += raw.nbytes
+            else:
+                raw, start = self._blocks(stored, Range(first, last))
+                raw = raw[order]
+            made = quantised(raw, stored.kind)
             assert made is not None, "blocks"
-            cut = made.columns(Range(r.start - start, r.stop - start))
-            if cut is None:
-                return None
-            parts.append(cut)
-        return beside(parts)
+            parts += [made.columns(Range(b.start - start, b.stop - start)) for b in run]
+        found = [p for p in parts if p is not None]
+        return found if len(found) == len(parts) else None
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused (gate_up [E, 2f, d], down [E, d, f]) of some experts."""
@@ -272,3 +272,14 @@ def _resident_bits(kind: Kind) -> float:
         return resident_bits(8, 32)
     bits = 4 if kind in _FOUR_BITS else 8
     return resident_bits(bits, 16 if kind in _GROUPS_OF_16 else 32, minima=kind in _WITH_MINIMA)
+
+
+def _runs(blocks: Sequence[Range]) -> list[list[Range]]:
+    """Blocks that lie side by side, together."""
+    runs: list[list[Range]] = []
+    for block in blocks:
+        if runs and runs[-1][-1].stop == block.start:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs

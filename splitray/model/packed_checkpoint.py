@@ -26,7 +26,7 @@ from splitray.model.weights.quantised import Quantised, joined
 from splitray.model.weights.stored.floats8 import Floats8, Mxfp4, fp8, mxfp4
 from splitray.model.weights.stored.integers import Integers, awq, compressed, gptq
 from splitray.model.weights.stored.method import StoredMethod
-from splitray.model.weights.stored.slab import Slab, side_by_side
+from splitray.model.weights.stored.slab import Slab
 from splitray.weight_formats import StoredWeights, as_format
 
 Stored = Integers | Floats8 | Mxfp4
@@ -200,9 +200,9 @@ class PackedCheckpoint(Checkpoint):
         return is_out and matrix.order(self._stored) is not None
 
     def read_quantised(
-        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Quantised | None:
-        """Exactly what is stored of a matrix, or of ranges of its outputs or of its inputs.
+        self, name: str, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Quantised] | None:
+        """Exactly what is stored of a matrix, of ranges of its outputs, or block by block of its inputs.
 
         Returns:
             None for plain weights and 8-bit floats, and where the groups of those inputs are such as no kernel reads.
@@ -212,26 +212,28 @@ class PackedCheckpoint(Checkpoint):
         if not isinstance(matrix, Integers):
             return None
         order, given = matrix.order(self._stored), self._order_along(key, 1) is not None
-        if inputs is not None and order is not None and not given:
+        if blocks is not None and order is not None and not given:
             return None
-        of_inputs = [Range(0, matrix.shape[1])] if inputs is None else inputs
         turned = self._order_along(key, 0)
         rows = [Range(0, matrix.shape[0])] if outputs is None or turned is not None else outputs
-        try:
-            found = joined([self._row_of_slabs(matrix, r, of_inputs).quantised() for r in rows])
-        except ModelError:
-            return None
-        if turned is not None:
-            wanted = [Range(0, len(turned))] if outputs is None else outputs
-            found = found.picked(np.concatenate([turned[r.start : r.stop] for r in wanted]))
-        return found if order is None or given else replace(found, order=order)
+        found = []
+        for block in [Range(0, matrix.shape[1])] if blocks is None else blocks:
+            try:
+                made = joined([self._slab(matrix, r, block).quantised() for r in rows])
+            except ModelError:
+                return None
+            if turned is not None:
+                wanted = [Range(0, len(turned))] if outputs is None else outputs
+                made = made.picked(np.concatenate([turned[r.start : r.stop] for r in wanted]))
+            found.append(made if order is None or given else replace(made, order=order))
+        return found
 
-    def _row_of_slabs(self, matrix: Integers, outputs: Range, inputs: Sequence[Range]) -> Slab:
+    def _slab(self, matrix: Integers, outputs: Range, inputs: Range) -> Slab:
+        """Inputs count in the matrix's own order, if it has one."""
         order = matrix.order(self._stored)
         if order is None:
-            return side_by_side([matrix.slab(self._stored, outputs, r) for r in inputs])
-        whole = matrix.slab(self._stored, outputs, Range(0, matrix.shape[1]))
-        return whole.taken(np.concatenate([order[r.start : r.stop] for r in inputs]))
+            return matrix.slab(self._stored, outputs, inputs)
+        return matrix.slab(self._stored, outputs, Range(0, matrix.shape[1])).taken(order[inputs.start : inputs.stop])
 
     def _experts(self, matrix: Mxfp4, axis: int, ranges: Sequence[Range] | None) -> Tensor:
         """Stacked experts [E, I, O], as the model's own parameter is."""

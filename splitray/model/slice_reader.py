@@ -39,9 +39,12 @@ class Source(Protocol):
         """A tensor or joined ranges of it."""
 
     def read_quantised(
-        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Quantised | None:
-        """Exactly what is stored of a matrix in whole numbers, or of some outputs or inputs of it; None: it is not."""
+        self, name: str, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Quantised] | None:
+        """Exactly what is stored of a matrix in whole numbers, of some outputs of it, or block by block of its inputs.
+
+        None: it is not stored so. What a block is made of does not depend on the others that are read with it.
+        """
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused gate_up and down weights of some experts."""
@@ -151,12 +154,11 @@ class SliceReader:
         if not self._holding:
             module.weight = self.parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
         elif cut.side == "out":
-            self._keep(module, [self._matrix(module, outputs=ranges)], sums=False)
-        elif self.arch.sums_in_blocks:
-            blocks = cut.blocks(ranges, total, self.arch.ffn_cuts)
-            self._keep(module, [self._matrix(module, inputs=[b]) for b in blocks], sums=True)
+            self._keep(module, self._matrices(module, outputs=ranges))
         else:
-            self._keep(module, [self._matrix(module, inputs=ranges)], sums=False)
+            fixed = self.arch.sums_in_blocks
+            blocks = cut.blocks(ranges, total, self.arch.ffn_cuts) if fixed else ranges
+            self._keep(module, self._matrices(module, blocks=blocks), sums=fixed)
         if transposed:
             setattr(module, "nf" if cut.side == "out" else "nx", count)
         else:
@@ -193,7 +195,7 @@ class SliceReader:
         if self.arch.as_stored:
             found = self.source.read_quantised(name, outputs=ranges)
             if found is not None:
-                return found
+                return found[0]
             one = self.source.read(name, ranges=[Range(ranges[0].start, ranges[0].start + 1)])
             if one.dtype in (torch.bfloat16, torch.float16):
                 return HalfMatrix(self.source.read(name, ranges=ranges))
@@ -212,24 +214,27 @@ class SliceReader:
         name = self.names[module]
         if module.bias is not None:
             module.bias = self.parameter(self.source.read(f"{name}.bias"))
-        self._keep(module, [self._matrix(module)], sums=False)
+        self._keep(module, self._matrices(module))
 
-    def _matrix(
-        self, module: Any, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Matrix:
-        """Some outputs or some inputs of a linear in the format, as they are stored where that is the format."""
+    def _matrices(
+        self, module: Any, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Matrix]:
+        """A linear in the format, some outputs of it, or blocks of its inputs: as stored where that is the format."""
         name, kind, turned = f"{self.names[module]}.weight", self.arch.format, isinstance(module, Conv1D)
         if self.arch.as_stored and not turned:
-            found = self.source.read_quantised(name, outputs=outputs, inputs=inputs)
+            found = self.source.read_quantised(name, outputs=outputs, blocks=blocks)
             if found is not None:
-                return found
+                return [*found]
             kind = FORMATS[ROUNDED_AGAIN]
-        axis = (0 if inputs is None else 1) ^ int(turned)
-        weight = self.source.read(name, axis=axis, ranges=outputs if inputs is None else inputs)
+        axis = (0 if blocks is None else 1) ^ int(turned)
+        weight = self.source.read(name, axis=axis, ranges=outputs if blocks is None else blocks)
         weight_OI = weight.t() if turned else weight
-        return _rounded(weight_OI, kind) if kind.is_quantised else self._half(weight_OI)
+        if not kind.is_quantised:
+            return [self._half(weight_OI)]
+        sizes = [weight_OI.shape[1]] if blocks is None else [b.count for b in blocks]
+        return [_rounded(part, kind) for part in weight_OI.split(sizes, dim=1)]
 
-    def _keep(self, module: Any, parts: Sequence[Matrix], *, sums: bool) -> None:
+    def _keep(self, module: Any, parts: Sequence[Matrix], *, sums: bool = False) -> None:
         hold(module, linear_of(parts, module.bias, sums=sums))
 
     def _half(self, weight_OI: Tensor) -> HalfMatrix:

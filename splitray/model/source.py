@@ -130,8 +130,8 @@ class Checkpoint:
         return parts[0].clone(memory_format=torch.contiguous_format)
 
     def read_quantised(
-        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Quantised | None:
+        self, name: str, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Quantised] | None:
         """The whole numbers that are stored of a matrix: here none."""
         return None
 

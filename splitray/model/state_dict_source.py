@@ -31,8 +31,8 @@ class StateDictSource:
         return torch.cat([tensor.narrow(axis, r.start, r.count) for r in ranges], dim=axis)
 
     def read_quantised(
-        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Quantised | None:
+        self, name: str, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Quantised] | None:
         """Nothing: all are floats."""
         return None
 

@@ -1,5 +1,6 @@
 """The counts of a model by its name or folder, without its weights; a name needs no torch."""
 
+from dataclasses import replace
 from typing import Literal
 
 from splitray.arch import ModelArch, held_as
@@ -7,7 +8,7 @@ from splitray.catalog import ARCHITECTURES, architecture
 from splitray.errors import ModelError, did_you_mean
 from splitray.runtime.device_formats import on_devices
 from splitray.topology import Topology
-from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS
+from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS, StoredWeights
 
 PlanDtype = Literal["float32", "bfloat16"]
 
@@ -33,12 +34,12 @@ def read_model_arch(
         plain = read_model_arch(model, dtype=dtype or "float32")
         default = None if weights == BEST_WEIGHTS else weights
         default = default or ("bfloat16" if model in ARCHITECTURES and dtype is None else "float32")
-        return on_devices(plain, topology, default, lambda: _stored(model), sums=sums)
+        return on_devices(plain, topology, default, lambda: _format(model), sums=sums)
     if weights == BEST_WEIGHTS:  # whoever plans says which
         return read_model_arch(model, dtype=dtype or "float32")
     if weights is not None:
         plain = read_model_arch(model, dtype=dtype or "float32")
-        return held_as(plain, _stored(model) if weights == AUTO_WEIGHTS else weights, sums=sums)
+        return held_as(plain, _format(model) if weights == AUTO_WEIGHTS else weights, sums=sums)
     if model in ARCHITECTURES:
         return architecture(model, dtype=dtype or "bfloat16")
     from splitray.model.reading import read_arch, read_config
@@ -58,16 +59,21 @@ def read_model_arch(
             remedy=f"use a known name{did_you_mean(model, known)}, or give the path of a saved model",
         ) from error
     arch, _ = read_arch(config, dtype=dtype or "float32")
-    return arch
+    return replace(arch, stored=_stored(model))
 
 
-def _stored(model: str) -> str:
-    """The format in which a model is stored; that in which it was published, for a name."""
+def _stored(model: str) -> StoredWeights | None:
+    """How a model's weights are stored; as published, for a name; None: they are not here."""
     if model in ARCHITECTURES:
-        return "bfloat16"
+        return StoredWeights("bfloat16")
     from splitray.model.folder import has_weights
-    from splitray.model.source import Checkpoint
+    from splitray.model.opened import open_checkpoint
     from splitray.runtime.launch import model_path
 
     folder = model_path(model)
-    return Checkpoint(folder).stored_format() if has_weights(folder) else "float32"
+    return open_checkpoint(folder).stored() if has_weights(folder) else None
+
+
+def _format(model: str) -> str:
+    stored = _stored(model)
+    return "float32" if stored is None else stored.format

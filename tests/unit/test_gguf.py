@@ -121,10 +121,12 @@ def test_blocks_are_read_by_rows_and_columns(tmp_path, family):
         torch.testing.assert_close(whole, model.state_dict()[name], atol=2e-3, rtol=0)
         assert torch.equal(source.read(name, axis=1, ranges=[Range(5, 40)]), whole[:, 5:40])
         for axis, ranges in ((0, [Range(8, 24), Range(0, 8)]), (1, [Range(32, 64)])):
-            made = source.read_quantised(name, **{("outputs", "inputs")[axis]: ranges})
-            assert made is not None and made.minima is None
+            found = source.read_quantised(name, **{("outputs", "blocks")[axis]: ranges})
+            assert found is not None
+            (made,) = found
+            assert made.minima is None
             assert np.array_equal(made.values(), source.read(name, axis=axis, ranges=ranges).numpy())
-        assert source.read_quantised(name, inputs=[Range(5, 40)]) is None
+        assert source.read_quantised(name, blocks=[Range(5, 40)]) is None
 
 
 def test_bytes_read_are_those_of_the_slices(tmp_path):

@@ -86,7 +86,7 @@ def _orders() -> list[wanted.Order]:
         wanted.ConfigOrder(path="/m"),
         wanted.KeyOrder(path="/m", name="lm_head.weight"),
         wanted.SliceOrder(path="/m", name="x", axis=1, ranges=(Range(0, 2),)),
-        wanted.NumbersOrder(path="/m", name="x", outputs=None, inputs=(Range(0, 2),)),
+        wanted.NumbersOrder(path="/m", name="x", outputs=None, block=Range(0, 2)),
         wanted.ExpertsOrder(path="/m", name="x", experts=(0, 3)),
         wanted.FingerprintOrder(path="/m"),
     ]  # fmt: skip

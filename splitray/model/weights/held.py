@@ -26,10 +26,9 @@ class HeldLinear:
     """x W^T + bias for rows; with blocks of the inputs, a sum on the grid of sums.py that others' sums add up with."""
 
     def __init__(self, blocks: Sequence[Quantised], bias: Tensor | None, *, sums: bool) -> None:
-        """`sums`: the outputs are partial sums in fixed blocks, as float64; else there is one block."""
+        """`sums`: the outputs are partial sums in fixed blocks, as float64."""
         from splitray.model.weights.kernel import Kernel  # half a second that plain weights need not wait for
 
-        assert sums or len(blocks) == 1, "blocks are for sums"
         self._order = blocks[0].order
         assert self._order is None or len(blocks) == 1, "an order is that of all inputs"
         self._kernel, self._sums, self._blocks = Kernel(blocks), sums, len(blocks)
@@ -42,8 +41,8 @@ class HeldLinear:
         y: Any = self._kernel(np.ascontiguousarray(x_NI if self._order is None else x_NI[:, self._order]))
         if self._sums:
             y = on_grid(y)
-            if self._blocks > 1:
-                y = y.sum(0)
+        if self._blocks > 1:
+            y = y.sum(0)
         if self._bias is not None:
             y += self._bias
         return y  # type: ignore[no-any-return]

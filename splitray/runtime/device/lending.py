@@ -77,15 +77,17 @@ class Lent:
         return self._ask(SliceOrder, name=name, axis=axis, ranges=None if ranges is None else tuple(ranges))[1][0]
 
     def read_quantised(
-        self, name: str, *, outputs: Sequence[Range] | None = None, inputs: Sequence[Range] | None = None
-    ) -> Quantised | None:
+        self, name: str, *, outputs: Sequence[Range] | None = None, blocks: Sequence[Range] | None = None
+    ) -> list[Quantised] | None:
         """What is stored of a matrix in whole numbers, or None."""
-        some = (None if r is None else tuple(r) for r in (outputs, inputs))
-        told, tensors = self._ask(NumbersOrder, name=name, **dict(zip(("outputs", "inputs"), some, strict=True)))
-        if not told.parts:
-            return None
-        arrays: dict[str, Any] = {p: t.numpy() for p, t in zip(told.parts, tensors, strict=True)}
-        return Quantised(bits=told.bits, group=told.group, inputs=told.inputs, **{"zeros": None, **arrays})
+        found, rows = list[Quantised](), None if outputs is None else tuple(outputs)
+        for block in [None] if blocks is None else blocks:
+            told, tensors = self._ask(NumbersOrder, name=name, outputs=rows, block=block)
+            if not told.parts:
+                return None
+            arrays: dict[str, Any] = {p: t.numpy() for p, t in zip(told.parts, tensors, strict=True)}
+            found.append(Quantised(bits=told.bits, group=told.group, inputs=told.inputs, **{"zeros": None, **arrays}))
+        return found
 
     def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fused gate_up and down weights of some experts."""
@@ -154,11 +156,13 @@ def lend(order: LendOrder, opened: dict[str, Opened]) -> tuple[Answer, list[Tens
         case SliceOrder():
             return Done(), [source.read(order.name, axis=order.axis, ranges=order.ranges)]
         case NumbersOrder():
-            found = source.read_quantised(order.name, outputs=order.outputs, inputs=order.inputs)
+            blocks = None if order.block is None else [order.block]
+            found = source.read_quantised(order.name, outputs=order.outputs, blocks=blocks)
             if found is None:
                 return Numbers(), []
-            arrays = found.arrays()
-            told = Numbers(bits=found.bits, group=found.group, inputs=found.inputs, parts=tuple(arrays))
+            (matrix,) = found
+            arrays = matrix.arrays()
+            told = Numbers(bits=matrix.bits, group=matrix.group, inputs=matrix.inputs, parts=tuple(arrays))
             return told, [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values()]
         case ExpertsOrder():
             return Done(), list(source.read_experts(order.name, order.experts))

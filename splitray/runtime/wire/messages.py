@@ -278,12 +278,12 @@ class ExpertsOrder(Order[answers.Done]):
 
 
 class NumbersOrder(Order[answers.Numbers]):
-    """Send some outputs or inputs of a matrix in the whole numbers in which it is stored; None: all of them."""
+    """Send some outputs of a matrix, or a block of its inputs, in the whole numbers in which it is stored."""
 
     path: str
     name: str
     outputs: tuple[Range, ...] | None
-    inputs: tuple[Range, ...] | None
+    block: Range | None
 
 
 class FingerprintOrder(Order[answers.Fingerprint]):
