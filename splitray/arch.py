@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 from splitray.errors import InputError, ModelError
 from splitray.weight_formats import ROWS, StoredWeights, WeightFormat, as_format
 
+_SMALL = 1 << 20  # weights of a matrix
+
 
 class Range(NamedTuple):
     """Half-open range [start, stop) of KV groups, FFN columns (or experts) or vocabulary rows."""
@@ -116,6 +118,18 @@ class ModelArch:
     def is_quantised(self) -> bool:
         """Whether any device holds weights that share scales."""
         return any(f.is_quantised for f in self.formats)
+
+    @property
+    def auto_weights(self) -> str:
+        """The format of the checkpoint; float32 in the place of 16 bits where matrices are so small that it is faster.
+
+        A call of the kernel for 16 bits costs what multiplying by half a million weights costs.
+        """
+        if self.stored is None:
+            return "float32"
+        is_plain = not as_format(self.stored.format).is_quantised
+        is_small = not self.num_experts and self.hidden_dim * self.ffn_dim < _SMALL
+        return "float32" if is_plain and is_small else self.stored.format
 
     @property
     def as_stored(self) -> bool:

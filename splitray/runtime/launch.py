@@ -92,9 +92,9 @@ def read_model(
 
 def _as_stored(arch: ModelArch, folder: Path) -> ModelArch:
     """The weights as the checkpoint has them, where they can be held so; else float32."""
-    if arch.dtype != "float32" or arch.stored is None:
+    stored = arch.auto_weights
+    if arch.dtype != "float32":
         return arch
-    stored = arch.stored.format
     try:
         held = held_as(arch, stored)
     except ModelError as error:

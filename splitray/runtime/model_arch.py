@@ -34,12 +34,12 @@ def read_model_arch(
         plain = read_model_arch(model, dtype=dtype or "float32")
         default = None if weights == BEST_WEIGHTS else weights
         default = default or ("bfloat16" if model in ARCHITECTURES and dtype is None else "float32")
-        return on_devices(plain, topology, default, lambda: _format(model), sums=sums)
+        return on_devices(plain, topology, default, lambda: plain.auto_weights, sums=sums)
     if weights == BEST_WEIGHTS:  # whoever plans says which
         return read_model_arch(model, dtype=dtype or "float32")
     if weights is not None:
         plain = read_model_arch(model, dtype=dtype or "float32")
-        return held_as(plain, _format(model) if weights == AUTO_WEIGHTS else weights, sums=sums)
+        return held_as(plain, plain.auto_weights if weights == AUTO_WEIGHTS else weights, sums=sums)
     if model in ARCHITECTURES:
         return architecture(model, dtype=dtype or "bfloat16")
     from splitray.model.reading import read_arch, read_config
@@ -72,8 +72,3 @@ def _stored(model: str) -> StoredWeights | None:
 
     folder = model_path(model)
     return open_checkpoint(folder).stored() if has_weights(folder) else None
-
-
-def _format(model: str) -> str:
-    stored = _stored(model)
-    return "float32" if stored is None else stored.format

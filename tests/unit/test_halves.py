@@ -92,8 +92,10 @@ def bytes_and_tokens(folder: Path, **options: Any) -> tuple[str, int, list[int]]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_are_held_as_they_are_stored(dtype, tmp_path):
+def test_weights_are_held_as_they_are_stored_but_for_small_ones(dtype, tmp_path, monkeypatch):
     copy.deepcopy(family_model("llama")).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    assert bytes_and_tokens(tmp_path)[0] == "float32"
+    monkeypatch.setattr("splitray.arch._SMALL", 0)
     held, few, tokens = bytes_and_tokens(tmp_path)
     plain, many, expected = bytes_and_tokens(tmp_path, weights="float32")
     assert (held, plain) == (dtype, "float32") and tokens == expected
