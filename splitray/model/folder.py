@@ -43,7 +43,7 @@ def model_folder(model: str | Path) -> Path:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
+    return path.suffix.lower() == ".gguf" and not os.path.isdir(path)
 
 
 def gguf_parts(model: str | Path) -> list[Path]:

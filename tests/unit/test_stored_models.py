@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from stored_words import AWQ_ORDER, words
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from splitray.errors import ModelError
+from splitray.errors import InputError, ModelError
+from splitray.model.checked import check_weights
 from splitray.model.opened import open_checkpoint
 from splitray.model.reading import read_config
 from splitray.runtime.fleet import ThreadFleet
@@ -209,3 +210,30 @@ def test_a_gguf_file_of_another_model_than_it_says_is_refused(tmp_path):
     write_gguf(small_model("llama"), path, more={"llama.feed_forward_length": 64})
     with pytest.raises(ModelError, match=r"shape \[64, 64\] by config.json.*\[96, 64\]"):
         read_model(path)
+
+
+def test_a_damaged_header_of_a_gguf_file_is_refused_or_read(tmp_path):
+    """Bytes changed anywhere in metadata and table: nothing but a refusal may come of it."""
+    path, random = tmp_path / "m.gguf", np.random.default_rng(0)
+    write_gguf(small_model("llama"), path, kind=Kind.Q4_0)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for at in random.integers(4, 3000, 4):
+            damaged[at] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            check_weights(path)
+        except InputError:
+            refused += 1
+    assert refused > 20
+
+
+def test_a_folder_may_be_named_like_a_file(tmp_path):
+    folder = tmp_path / "model.gguf"
+    folder.mkdir()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_model(folder)
+    write_gguf(small_model("llama"), folder / "m.gguf", kind=Kind.Q4_0)
+    assert read_model(folder)[0].weights == "int4"
