@@ -30,6 +30,8 @@ _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_i
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers: there queries are scaled by the width of all heads together
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LIKE = 1e-4
+_TOKEN_LIST = "tokenizer.ggml.tokens"
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|eot|>")
 
 
 def config_of(file: GgufFile) -> PretrainedConfig:
@@ -54,6 +56,7 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     values["tie_word_embeddings"] = "output.weight" not in file.tensors
     for theirs, ours in _TOKENS.items():
         values[ours] = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    values["eos_token_id"] = _ends(file, values["eos_token_id"])
     if architecture not in ("phi3", "qwen2", "smollm3"):
         values["head_dim"] = said("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
     values["rope_parameters"] = _rotation(file, said, values)
@@ -82,6 +85,18 @@ class _Said:
     def refused(self, what: str, expected: str, actual: object) -> ModelError:
         return ModelError(f"GGUF file {self._file.files[0]}: {what}", expected=expected, actual=actual,
                           remedy="copy the file again, or use another conversion of this model")  # fmt: skip
+
+
+def _ends(file: GgufFile, end: Any) -> Any:
+    """The tokens that end an answer: a chat's turn may end with another one than a text.
+
+    Files from before the metadata said so have it among their tokens, by one of few names, as llama.cpp finds it.
+    """
+    turn = file.metadata.get("tokenizer.ggml.eot_token_id")
+    if turn is None:
+        tokens = file.strings(_TOKEN_LIST).get(_TOKEN_LIST, [])
+        turn = next((tokens.index(name) for name in _ENDS_OF_TURN if name in tokens), None)
+    return end if turn is None or turn == end else turn if end is None else [end, turn]
 
 
 def _vocabulary(file: GgufFile) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
@@ -31,9 +33,19 @@ def tokenizer_of(file: GgufFile) -> Any:
         backend, _ = convert_gguf_tokenizer(architecture, values)
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
         given = {n: config[n] for n in names if config.get(n) is not None}
+        backend = _without_more(backend, len(values["tokens"]))
         return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
     except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
         said = " ".join(str(error).split())[:300]
         raise TokenizerError(f"GGUF file {path}: tokenizer", expected="one that transformers reads",
                              actual=f"{type(error).__name__}: {said}",
                              remedy="use --prompt-ids with `splitray generate`") from error  # fmt: skip
+
+
+def _without_more(made: Tokenizer, tokens: int) -> Tokenizer:
+    """Without what transformers adds to some tokenizers behind the tokens of the file: the model has no rows for it."""
+    if made.get_vocab_size(with_added_tokens=True) <= tokens:
+        return made
+    values = json.loads(made.to_str())
+    values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] < tokens]
+    return Tokenizer.from_str(json.dumps(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -99,6 +100,23 @@ def write_gguf(
     writer.close()
 
 
+def tokenizer_metadata(folder: Path) -> dict[str, object]:
+    """What a byte-level tokenizer of a folder is in a file's metadata."""
+    said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    by_id = {i: t for t, i in said["model"]["vocab"].items()} | {t["id"]: t["content"] for t in said["added_tokens"]}
+    special = {t["id"] for t in said["added_tokens"]}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in said["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [by_id[i] for i in sorted(by_id)],
+        "tokenizer.ggml.token_type": [3 if i in special else 1 for i in sorted(by_id)],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8"),
+    }
+
+
 def _metadata(writer: gguf.GGUFWriter, name: str, config: object) -> None:
     values = dict(vars(config))
     writer.add_context_length(values["max_position_embeddings"])
@@ -128,9 +146,10 @@ def _metadata(writer: gguf.GGUFWriter, name: str, config: object) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(values["bos_token_id"])
+    writer.add_eos_token_id(values["eos_token_id"])
+    if values.get("pad_token_id") is not None:
+        writer.add_pad_token_id(values["pad_token_id"])
 
 
 def converted(model: PreTrainedModel) -> dict[str, np.ndarray]:

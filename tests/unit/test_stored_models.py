@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import HALVES, MODELS, small_model, write_gguf
+from gguf_files import HALVES, MODELS, small_model, tokenizer_metadata, write_gguf
 from safetensors.torch import save_file
 from stored_words import AWQ_ORDER, words
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -20,9 +21,10 @@ from splitray.errors import InputError, ModelError
 from splitray.model.checked import check_weights
 from splitray.model.opened import open_checkpoint
 from splitray.model.reading import read_config
+from splitray.model.token_ids import end_ids
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.hf import SplitModel
-from splitray.runtime.launch import launch_engine, read_model
+from splitray.runtime.launch import SHIPPED, launch_engine, needed_tokenizer, read_model
 from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 
@@ -237,3 +239,30 @@ def test_a_folder_may_be_named_like_a_file(tmp_path):
         read_model(folder)
     write_gguf(small_model("llama"), folder / "m.gguf", kind=Kind.Q4_0)
     assert read_model(folder)[0].weights == "int4"
+
+
+def test_the_shipped_model_as_a_gguf_file_is_the_shipped_model(tmp_path):
+    """Tokenizer, template, ends and tokens."""
+    path = tmp_path / "tiny.gguf"
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    write_gguf(model, path, kind=Kind.F32, more=tokenizer_metadata(SHIPPED))
+    ours, theirs = needed_tokenizer(path), needed_tokenizer(SHIPPED)
+    text = "The module os <|eos|> <|endoftext|>\n  caf\u00e9"
+    ids = ours(text)["input_ids"]
+    assert ids == theirs(text)["input_ids"] and len(ours) == len(theirs)
+    chat = [{"role": "user", "content": "hello"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    assert sorted(set(end_ids(path, ours))) == sorted(set(end_ids(SHIPPED, theirs)))
+    tokens = []
+    for where in (path, SHIPPED):
+        with launch_engine(model=where, devices=2, planner="even", fleet=ThreadFleet()) as engine:
+            tokens.append(list(engine.stream(ids, GREEDY)))
+    assert tokens[0] == tokens[1]
+
+
+def test_a_turn_ends_with_its_own_token(tmp_path):
+    more: dict[str, object] = {"tokenizer.ggml.tokens": [*(f"t{i}" for i in range(95)), "<|im_end|>"]}
+    write_gguf(small_model("llama"), tmp_path / "m.gguf", more=more)
+    assert read_config(tmp_path).eos_token_id == [2, 95]
+    write_gguf(small_model("llama"), tmp_path / "m.gguf", more={"tokenizer.ggml.eot_token_id": 7})
+    assert end_ids(tmp_path, SimpleNamespace(eos_token_id=2)) == [2, 2, 7]
