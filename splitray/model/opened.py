@@ -11,6 +11,11 @@ from splitray.model.weights.stored.method import method_of
 Opened = Checkpoint | GgufSource
 
 
+def is_plain(model: str | Path) -> bool:
+    """Whether a model is such as transformers reads by itself: safetensors of plain floats."""
+    return not gguf_parts(model) and method_of(config_values(model)) is None
+
+
 def open_checkpoint(model: str | Path) -> Opened:
     """The source of a model's slices; headers are read.
 

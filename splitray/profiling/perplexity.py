@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from splitray.channel import NoisyChannel, as_channel
 from splitray.codecs import Codec, as_codec
 from splitray.errors import InputError, ModelError
+from splitray.model.opened import is_plain
 from splitray.model.reading import read_config
 from splitray.placement import Placement
 from splitray.runtime.engine.session import check_ids
@@ -29,6 +30,7 @@ from splitray.runtime.launch import model_path, needed_tokenizer
 from splitray.text.ids import text_ids
 from splitray.topology import Link, Topology
 from splitray.user_file import UserFile
+from splitray.weight_formats import AUTO_WEIGHTS
 
 WINDOW_TOKENS, STRIDE_TOKENS = 2048, 512
 MASKS = 5
@@ -60,7 +62,8 @@ class Scoring:
 class PerplexityRequest(Scoring):
     """One measurement, as the command line asks for it. At most one of `cut` and `placement`; neither is one device.
 
-    `weights` is the format in which devices hold them; None: float32, and one device is then transformers itself.
+    `weights` is the format in which devices hold them; None: float32, and one device is then transformers itself, or
+    as they are stored, where that is in few bits.
     """
 
     cut: int | None = None
@@ -106,6 +109,8 @@ def run(request: PerplexityRequest, *, progress: Progress = lambda _: None) -> d
         cut = num_layers // 2
     if cut is not None:
         within_layers(cut, num_layers, request.model)
+    if request.weights is None and not is_plain(model_path(request.model)):
+        request = replace(request, weights=AUTO_WEIGHTS)
     window, stride = window_and_stride(config, request.window, request.stride)
     ids_T = read_ids(request.model, read_text(request.text), window=window, most=request.tokens)
     with ExitStack() as stack:
