@@ -68,6 +68,10 @@ class PackedCheckpoint(Checkpoint):
                 name = module if self.method.name == "mxfp4" else f"{module}.weight"
                 if name not in self.matrices:
                     self.matrices[name] = self._matrix(module, stored, types)
+        if not self.matrices and method.version != "dense":
+            remedy = "take quantization_config out of config.json if these are plain weights, or copy the model again"
+            raise ModelError(f"weights in {self.folder}", expected=f"tensors quantised by {method.name}",
+                             actual=f"{len(stored)} plain ones", remedy=remedy)  # fmt: skip
         self._hidden = {k for m in self.matrices.values() for k in m.keys}
         self._hidden |= {k for k in stored if k.endswith(_OF_ACTIVATIONS)}
 
