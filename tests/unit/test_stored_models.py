@@ -64,6 +64,7 @@ def check(path: Path, weights: str, *, apart: float = 0.1) -> None:
         assert torch.equal(split_logits(path, "random", seed), whole), seed
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", [*HALVES, Kind.Q4_0, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
 def test_a_gguf_file_runs_as_it_is_stored(tmp_path, kind):
     path = tmp_path / "m.gguf"
@@ -72,6 +73,7 @@ def test_a_gguf_file_runs_as_it_is_stored(tmp_path, kind):
     check(path, "int4" if four else "int8")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("family", [f for f in MODELS if f != "gpt_oss"])
 def test_families_of_gguf_run_as_they_are_stored(tmp_path, family):
     write_gguf(small_model(family), tmp_path / "m.gguf", kind=Kind.Q4_1)
