@@ -131,9 +131,10 @@ class PackedCheckpoint(Checkpoint):
             for name in [n for n in self.matrices if n.endswith(f".{down}.weight")]:
                 matrix = self.matrices[name]
                 order = matrix.order(self._stored) if isinstance(matrix, Integers) else None
-                if order is None:
-                    continue
-                orders[name], layer = order, name.removesuffix(f"{down}.weight")
+                layer = name.removesuffix(f"{down}.weight")
+                if order is None or not any(f"{layer}{other}.weight" in self.shapes for other in before):
+                    continue  # an attention's output may have the same name: its inputs are heads
+                orders[name] = order
                 for other, end in product(before, ("weight", "bias")):
                     shape = self.shapes.get(f"{layer}{other}.{end}", (0,))
                     if shape[0] and shape[0] % len(order) == 0:
