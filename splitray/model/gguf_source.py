@@ -19,7 +19,7 @@ from splitray.errors import ModelError
 from splitray.model.gguf_config import config_of
 from splitray.model.gguf_file import GgufFile, StoredTensor
 from splitray.model.gguf_names import Names
-from splitray.model.stored_names import StoredNames
+from splitray.model.stored_names import StoredNames, plain_in_layers
 from splitray.model.surgery import meta_model
 from splitray.model.weights.gguf_types import PLAIN, QUANTISED, Kind, block_of, floats, quantised
 from splitray.model.weights.quantised import Bytes, Quantised
@@ -184,8 +184,9 @@ class GgufSource:
         return StoredWeights(most, bits)
 
     def inexact(self) -> list[str]:
-        """Names of quantised weights that `read_quantised` does not give."""
-        return []
+        """Names of layers' matrices that `read_quantised` does not give."""
+        keys = self.names.keys
+        return plain_in_layers(self.shapes, {n for n, k in keys.items() if self.file.tensors[k].kind not in PLAIN})
 
     def fingerprint(self) -> str:
         """Hash of metadata, names, shapes, types and a sample of every tensor: equal on all copies of a model."""

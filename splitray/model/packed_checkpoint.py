@@ -22,6 +22,7 @@ from torch import Tensor
 from splitray.arch import Range
 from splitray.errors import ModelError
 from splitray.model.source import Checkpoint
+from splitray.model.stored_names import plain_in_layers
 from splitray.model.weights.quantised import Quantised, joined
 from splitray.model.weights.stored.floats8 import Floats8, Mxfp4, fp8, mxfp4
 from splitray.model.weights.stored.integers import Integers, awq, compressed, gptq
@@ -195,9 +196,10 @@ class PackedCheckpoint(Checkpoint):
         return StoredWeights(most, bits)
 
     def inexact(self) -> list[str]:
-        """Names of quantised weights that `read_quantised` does not give, or not to devices that share them."""
+        """Names of layers' matrices that `read_quantised` does not give, or not to devices that share them."""
         turned = [n for n, m in self.matrices.items() if isinstance(m, Integers) and self._sums_in_order(n, m)]
-        return [n for n, m in self.matrices.items() if not isinstance(m, Integers)] + turned
+        others = [n for n, m in self.matrices.items() if not isinstance(m, Integers)]
+        return others + turned + plain_in_layers(self.shapes, self.matrices)
 
     def _sums_in_order(self, name: str, matrix: Integers) -> bool:
         """Whether heads share a matrix whose inputs are not stored in their order."""

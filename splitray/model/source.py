@@ -93,7 +93,7 @@ class Checkpoint:
         return StoredWeights({"BF16": "bfloat16", "F16": "float16"}.get(most, "float32"))
 
     def inexact(self) -> list[str]:
-        """Names of quantised weights that `read_quantised` does not give."""
+        """Names of layers' matrices that `read_quantised` does not give, where it gives some."""
         return []
 
     def config_text(self) -> str:

@@ -7,7 +7,8 @@ of the wrapper's decoder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers.core_model_loading import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from splitray.errors import ModelError
+
+_IN_LAYER = re.compile(r"\.\d+\.")
+_ROUTER = re.compile(r"\.(gate|router)\.weight$")  # it decides, so it stays as it is
 
 
 @dataclass(slots=True)
@@ -168,3 +172,9 @@ def _start_as(ours: Mapping[str, str], name: str, plain: str) -> str:
     shared = next(n for n in range(len(mine) + 1) if name.endswith(mine[n:]))
     start, new = name[: len(name) - len(mine) + shared], mine[:shared]
     return new + plain[len(start) :] if plain.startswith(start) else plain
+
+
+def plain_in_layers(shapes: Mapping[str, tuple[int, ...]], quantised: Container[str]) -> list[str]:
+    """Names of the layers' matrices that are not among those `quantised`."""
+    names = [n for n, shape in shapes.items() if len(shape) == 2 and n not in quantised]
+    return [n for n in names if _IN_LAYER.search(n) and not _ROUTER.search(n)]

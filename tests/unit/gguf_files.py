@@ -69,8 +69,9 @@ def write_gguf(
     split: int = 0,
     tensors: dict[str, np.ndarray] | None = None,
     more: dict[str, object] | None = None,
+    left_plain: str = "none",
 ) -> None:
-    """Write a model whose matrices are stored in a type, with `more` metadata and `tensors` beside its own."""
+    """Write a model whose matrices, but for one, are stored in a type; `more` metadata, `tensors` beside its own."""
     config = model.config
     family = config.model_type
     name = MODELS[family][0]
@@ -91,7 +92,7 @@ def write_gguf(
             assert isinstance(value, int)
             writer.add_uint32(key, value)
     for stored, tensor in (converted(model) | (tensors or {})).items():
-        matrix = tensor.ndim > 1 and "gate_inp" not in stored
+        matrix = tensor.ndim > 1 and "gate_inp" not in stored and stored != left_plain
         data = (blocks if kind in HALVES else gguf.quants.quantize)(tensor, kind) if matrix else tensor
         writer.add_tensor(stored, data, raw_dtype=kind if matrix else Kind.F32)
     writer.write_header_to_file()

@@ -116,13 +116,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def save_quantised(folder: Path, method: str) -> None:
-    """A llama whose linears are stored by a method, the rest in bfloat16."""
+def save_quantised(folder: Path, method: str, left_plain: str = "none") -> None:
+    """A llama whose linears are stored by a method, but for one, the rest in bfloat16."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     said, tensors = METHODS[method], dict[str, torch.Tensor]()
     for name, tensor in LlamaForCausalLM(CONFIG).state_dict().items():
-        if not name.endswith("proj.weight"):
+        if not name.endswith("proj.weight") or left_plain in name:
             tensors[name] = tensor.bfloat16()
             continue
         module, (outputs, inputs) = name.removesuffix(".weight"), tensor.shape
@@ -158,6 +158,20 @@ def test_a_quantised_checkpoint_runs_as_it_is_stored(tmp_path, caplog, method, w
     inexact = [n for n in open_checkpoint(tmp_path).inexact() if "o_proj" in n]
     assert len(inexact) == (2 if method == "act-order" else 0)
     assert ("rounded to 8 bits" in caplog.text) == (method == "act-order")
+
+
+@pytest.mark.parametrize("stored", ["gptq", "gguf"])
+def test_a_matrix_that_was_left_plain_is_said_to_be_rounded(tmp_path, caplog, stored):
+    plain, path = "model.layers.1.mlp.down_proj", tmp_path
+    if stored == "gptq":
+        save_quantised(tmp_path, stored, left_plain=plain)
+    else:
+        path = tmp_path / "m.gguf"
+        write_gguf(small_model("llama", **WIDE), path, kind=Kind.Q4_K, left_plain="blk.1.ffn_down.weight")
+    arch, _, _ = read_model(path)
+    assert arch.weights == "int4" and arch.as_stored
+    assert open_checkpoint(path).inexact() == [f"{plain}.weight"]
+    assert "1 matrices" in caplog.text and "rounded to 8 bits" in caplog.text and plain in caplog.text
 
 
 def test_8_bit_floats_are_rounded_to_whole_numbers_and_it_is_said_by_how_much(tmp_path, caplog):
