@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,13 +99,22 @@ def _as_stored(arch: ModelArch, folder: Path) -> ModelArch:
     try:
         held = held_as(arch, stored)
     except ModelError as error:
-        logger.warning("stored in %s, held in float32: %s", stored, error)
+        _tell(f"{folder}: stored in {stored}, held in float32: {error}")
         return arch
     source = open_checkpoint(folder)
     if held.is_quantised and (changed := source.inexact()):
-        said = "%d matrices that no kernel reads as they are stored are rounded to 8 bits: by %.2f %% in %s"
-        logger.warning(said, len(changed), 100 * rounding_error(source, changed[0]), changed[0])
+        count, error_of_one = len(changed), rounding_error(source, changed[0])
+        _tell(
+            f"{folder}: {count} {'matrix' if count == 1 else 'matrices'} that no kernel reads as stored "
+            f"will be rounded to 8 bits: by {error_of_one:.2%} in {changed[0]}"
+        )
     return held
+
+
+@cache
+def _tell(said: str) -> None:
+    """Warn once: a command may open its model several times."""
+    logger.warning(said)
 
 
 def read_tokenizer(model: str | Path) -> Any:

@@ -171,7 +171,7 @@ def test_a_matrix_that_was_left_plain_is_said_to_be_rounded(tmp_path, caplog, st
     arch, _, _ = read_model(path)
     assert arch.weights == "int4" and arch.as_stored
     assert open_checkpoint(path).inexact() == [f"{plain}.weight"]
-    assert "1 matrices" in caplog.text and "rounded to 8 bits" in caplog.text and plain in caplog.text
+    assert "1 matrix" in caplog.text and "rounded to 8 bits" in caplog.text and plain in caplog.text
 
 
 def test_8_bit_floats_are_rounded_to_whole_numbers_and_it_is_said_by_how_much(tmp_path, caplog):
