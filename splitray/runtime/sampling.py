@@ -137,3 +137,36 @@ def check_maximum(value_B: Tensor, finished_B: Tensor) -> None:
                 f"no token can be chosen: the model's largest logit is {value}; its weights or this dtype give no "
                 "finite numbers for this prompt (try --dtype float32, or check the weights)"
             )
+
+
+def deciding(logits_BR: Tensor, sampling: Sampling, seen: int) -> Tensor:
+    """What the sampler needs of one holder's logits to choose as if it had all.
+
+    That is the best `top_k`, or the best one, and those that equal the least of them once they are divided by the
+    temperature. Of `seen` tokens that a penalty may push down, each makes room for another one. All are needed where a
+    penalty may lift, or for a sum over all probabilities: top_p alone.
+
+    Returns:
+        [2, batch, rows]: the logits' bits and which rows they are, int32; or the logits.
+    """
+    batch, rows = logits_BR.shape
+    draws, penalty = sampling.temperature > 0, sampling.repetition_penalty
+    count = (sampling.top_k if draws else 1) + (seen if penalty > 1 else 0)
+    if penalty < 1 or (draws and not sampling.top_k) or 2 * count >= rows:
+        return logits_BR
+    scores_BR = logits_BR / sampling.temperature if draws else logits_BR
+    least_B1 = scores_BR.topk(count, dim=-1).values[:, -1:]
+    chosen_BR = ~(scores_BR < least_B1)  # what is no number, too
+    most = int(chosen_BR.sum(-1).max())
+    if 2 * most >= rows:
+        return logits_BR
+    at_BK = scores_BR.masked_fill(~chosen_BR, -math.inf).topk(most, dim=-1).indices
+    return torch.stack([logits_BR.gather(-1, at_BK).view(torch.int32), at_BK.to(torch.int32)])
+
+
+def fill_in(whole_BV: Tensor, rows_R: Tensor, part: Tensor) -> None:
+    """Write what `deciding` gave of the vocabulary's rows `rows_R`."""
+    if part.dtype == torch.int32:
+        whole_BV.scatter_(-1, rows_R[part[1].to(torch.int64)], part[0].view(torch.float32))
+    else:
+        whole_BV[:, rows_R] = part

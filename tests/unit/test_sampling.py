@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from splitray.errors import InputError, Unsampled
 from splitray.runtime.engine.policy import Recovery
-from splitray.runtime.sampling import Chooser, Sampling
+from splitray.runtime.sampling import Chooser, Sampling, deciding, fill_in
 
 PROMPT = [5, 6, 7, 8]
 BAD_ID = 9
@@ -85,3 +85,61 @@ def test_parameters_that_leave_no_finite_score_end_one_request_and_not_the_engin
             right = Sampling(max_new_tokens=NEW_TOKENS)
             assert list(engine.stream(PROMPT, right)) == greedy(model, PROMPT, NEW_TOKENS)
         assert engine.lost is None
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.0, "top_k": 1, "top_p": 0.3},
+    {"temperature": 3e7, "top_k": 7, "repetition_penalty": 1.1},
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.8, "repetition_penalty": 2.0},
+    {"temperature": 0.9, "top_k": 5, "repetition_penalty": 0.5},
+    {"temperature": 0.9, "top_p": 0.8},
+    {"temperature": 0.9},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("kind", ["apart", "many that are alike", "one that is no number"])
+def test_the_best_rows_of_each_holder_choose_as_all_rows_do(settings, kind):
+    vocab, batch = 600, 3
+    drawn = torch.Generator().manual_seed(5)
+    for seed in range(20):
+        logits_BV = torch.randn(batch, vocab, generator=drawn) * 4
+        if kind == "many that are alike":
+            logits_BV = logits_BV.round()
+        if kind == "one that is no number":
+            logits_BV[1, 17 * seed] = math.nan
+        seen_BT = torch.randint(vocab, (batch, 30), generator=drawn)
+        seen_BT[:, :9] = logits_BV.nan_to_num(50).topk(9).indices  # a penalty pushes the best ones down
+        parts = torch.randperm(vocab, generator=drawn).sort().values.split([250, 50, 300])
+        whole_BV = torch.full_like(logits_BV, -math.inf)
+        sampling = Sampling(max_new_tokens=1, seed=seed, **settings)
+        for i, rows_R in enumerate(parts):
+            part = logits_BV[:, rows_R]
+            fill_in(whole_BV, rows_R, part if i == 0 else deciding(part, sampling, seen_BT.shape[1]))
+        chosen: list[Any] = []
+        for given in (logits_BV, whole_BV):
+            try:
+                chosen.append(Chooser(sampling, seen_BT).from_logits(given).tolist())
+            except Unsampled as error:
+                chosen.append(str(error))
+        assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize(("settings", "few"), [({"temperature": 0.0, "repetition_penalty": 1.2}, True),
+                                               ({"temperature": 0.8, "top_k": 10}, True),
+                                               ({"temperature": 0.8}, False)])  # fmt: skip
+def test_holders_of_a_head_send_few_rows_and_the_tokens_stay(settings, few):
+    model = copy.deepcopy(family_model("llama"))
+    model.resize_token_embeddings(4000)
+    settings = Sampling(max_new_tokens=NEW_TOKENS, seed=3, **settings)
+    found, sent = [], []
+    for devices in (1, 3):
+        with split(model, devices=devices, planner="even", lean=True) as engine:
+            found.append(list(engine.stream(PROMPT, settings)))
+            assert engine.report is not None
+            sent.append(engine.report.bytes_per_token)
+    assert found[0] == found[1]
+    rows = 4000 * 2 / 3 * 4  # bytes of the logits that lie with others
+    assert (sent[1] < rows) == few

@@ -5,6 +5,7 @@ The driver is not in it: the head's first holder chooses, the token goes to whoe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -16,7 +17,7 @@ from splitray.model.kv_cache import KvCache
 from splitray.model.lengths import LengthRule
 from splitray.model.surgery import Shard
 from splitray.runtime.device.crossing import Crossing, Step
-from splitray.runtime.sampling import Chooser, check_maximum
+from splitray.runtime.sampling import Chooser, check_maximum, deciding, fill_in
 from splitray.runtime.wire import Channel, Kind, StopRun, header
 from splitray.runtime.wire.answers import Counts, NotSampled, Refused
 from splitray.runtime.wire.messages import DecodeOrder
@@ -218,16 +219,16 @@ class DecodeLoop:
             return self.chooser.accept(ids_B)
         logits_BR = local_BR.float().cpu()
         if not self.is_sampler:
-            crossing.send_end(self.head.lead, index, logits_BR)
+            crossing.send_end(self.head.lead, index, deciding(logits_BR, self.sampling, crossing.step.position))
             crossing.wire.flush()
             return None
         assert self.chooser is not None and self.shard is not None, "the sampler holds rows of the head"
         if len(self.head.devices) > 1:
-            whole_BV = logits_BR.new_empty((logits_BR.shape[0], self.shard.arch.vocab))
+            whole_BV = logits_BR.new_full((logits_BR.shape[0], self.shard.arch.vocab), -math.inf)
             whole_BV[:, mine] = logits_BR
             for peer in self.head.devices[1:]:
                 part, _ = crossing.receive_end(peer, index)
-                whole_BV[:, self.head_rows[peer]] = part
+                fill_in(whole_BV, self.head_rows[peer], part)
             logits_BR = whole_BV
         return self.chooser.from_logits(logits_BR)
 
