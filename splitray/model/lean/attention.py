@@ -1,6 +1,6 @@
 """Attention of one token over the KV of the held heads: full or within a window, with sinks or capped logits.
 
-Shapes: D hidden, H heads here, G KV groups here, R = H / G, d head_dim, S positions attended to.
+Shapes: N rows, D hidden, H heads here, G KV groups here, R = H / G, d head_dim, S positions attended to.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Attention:
         self.window = window_of(config, index)
         self.rope = ropes.of(layer, index, self.d)
         self._soften = _softening(module)
-        self._turned = np.zeros((self.heads + self.groups, self.d), np.float32)
+        self._turned = np.zeros((1, self.heads + self.groups, self.d), np.float32)
 
     def take_over(self) -> None:
         """Transpose the weights in place of HF's own layout."""
@@ -80,35 +80,48 @@ class Attention:
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum; writes its keys and values."""
-        return self._sum(self._attend(self._project(self.norm(x_D)), cache, cache.position))
+        q_NGRd = self._turn(self._project(self.norm(x_D))[None], cache)
+        return self._sum(self._take(q_NGRd[0], cache, cache.position))
 
     def partials(self, x_ND: Array, cache: KvCache) -> Array:
         """As `partial` for the rows of one step, each of which is what it would be alone."""
-        rows = self._project(normed(self.norm, x_ND))
-        return self._sum(np.stack([self._attend(row, cache, cache.position + i) for i, row in enumerate(rows)]))
+        q_NGRd = self._turn(self._project(normed(self.norm, x_ND)), cache)
+        return self._sum(np.stack([self._take(q, cache, cache.position + i) for i, q in enumerate(q_NGRd)]))
 
-    def _attend(self, qkv: Array, cache: KvCache, at: int) -> Array:
-        """What the heads take from the values up to the position `at`, side by side."""
-        heads, groups, d, turned = self.heads, self.groups, self.d, self._turned
+    def _turn(self, qkv_NF: Array, cache: KvCache) -> Array:
+        """The queries [N, G, R, d] of rows that follow each other, turned by their positions; writes keys and values.
+
+        What is done to many rows at once here is done to each number by itself, so that a row has the same bits alone.
+        """
+        count, heads, groups, d = len(qkv_NF), self.heads, self.groups, self.d
         if self._by_head:
-            qkv = qkv.reshape(heads, 3, d).transpose(1, 0, 2)
-        qkv = qkv.reshape(heads + 2 * groups, d)
-        qk = qkv[: heads + groups]
+            qkv_NF = qkv_NF.reshape(count, heads, 3, d).transpose(0, 2, 1, 3)
+        qkv_NHd = qkv_NF.reshape(count, heads + 2 * groups, d)
+        qk_NHd = qkv_NHd[:, : heads + groups]
         if self.qk_norm is not None:
-            self.qk_norm(qk)
+            for qk_Hd in qk_NHd:
+                self.qk_norm(qk_Hd)
+        here = slice(cache.position, cache.position + count)
         rope = self.rope
         first, second = rope.pairs
-        turned[:, first], turned[:, second] = qk[:, second], qk[:, first]
-        turned *= rope.sin_Sd[at]
-        qk *= rope.cos_Sd[at]
-        qk += turned
+        turned_NHd = self._turned if count == 1 else np.zeros(qk_NHd.shape, np.float32)
+        turned_NHd[..., first], turned_NHd[..., second] = qk_NHd[..., second], qk_NHd[..., first]
+        turned_NHd *= rope.sin_Sd[here, None]
+        qk_NHd *= rope.cos_Sd[here, None]
+        qk_NHd += turned_NHd
         if self.turned_norm is not None:
-            self.turned_norm(qk)
+            for qk_Hd in qk_NHd:
+                self.turned_norm(qk_Hd)
         keys_GSd, values_GSd = cache.arrays(self.index, groups, d)
-        keys_GSd[:, at] = qk[heads:]
-        values_GSd[:, at] = qkv[heads + groups :]
-        q_GRd = qk[:heads].reshape(groups, heads // groups, d)
-        q_GRd *= self.scale
+        keys_GSd[:, here] = qk_NHd[:, heads:].transpose(1, 0, 2)
+        values_GSd[:, here] = qkv_NHd[:, heads + groups :].transpose(1, 0, 2)
+        q_NHd = qk_NHd[:, :heads]
+        q_NHd *= self.scale
+        return q_NHd.reshape(count, groups, heads // groups, d)
+
+    def _take(self, q_GRd: Array, cache: KvCache, at: int) -> Array:
+        """What the heads of the row at a position take from the values up to it, side by side."""
+        keys_GSd, values_GSd = cache.arrays(self.index, self.groups, self.d)
         start = at + 1 - self.window if at >= self.window else 0
         weights_GRS: Array = q_GRd @ keys_GSd[:, start : at + 1].transpose(0, 2, 1)  # type: ignore[assignment]
         self._soften(weights_GRS)

@@ -20,6 +20,7 @@ from splitray.model.weights.sums import Floats64, on_grid
 from splitray.model.weights.unused_memory import give_back
 
 Matrix = Quantised | HalfMatrix
+_ROWS_AT_ONCE = 64  # of which sums of all blocks lie in the cache until they are added
 
 
 class HeldLinear:
@@ -38,11 +39,17 @@ class HeldLinear:
 
     def __call__(self, x_NI: Floats32) -> Floats32 | Floats64:
         """[N, O]: each row as it would be alone."""
-        y: Any = self._kernel(np.ascontiguousarray(x_NI if self._order is None else x_NI[:, self._order]))
+        x_NI = np.ascontiguousarray(x_NI if self._order is None else x_NI[:, self._order])
+        y: Any
         if self._sums:
-            y = on_grid(y)
-        if self._blocks > 1:
-            y = y.sum(0)
+            y = np.empty((len(x_NI), self._kernel.outputs), np.float64)
+            for at in range(0, len(x_NI), _ROWS_AT_ONCE):
+                rows = slice(at, at + _ROWS_AT_ONCE)
+                part = on_grid(self._kernel(x_NI[rows]))
+                y[rows] = part.sum(0) if self._blocks > 1 else part
+        else:
+            y = self._kernel(x_NI)
+            y = y.sum(0) if self._blocks > 1 else y
         if self._bias is not None:
             y += self._bias
         return y  # type: ignore[no-any-return]
