@@ -38,6 +38,8 @@ class ModelArch:
     `kv_slots`: caches of keys and values that a layer has, as those with two attentions.
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
+    `adds_experts`: experts have the form that transformers stacks them in, and what each gives is added to the FFN's
+    sum as it is, so that they may be held in any format.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
     `weights` names the format in which devices hold them (weight_formats.py), `device_weights` that of each device
     where they differ: see `on`. `stored` is that of the checkpoint. With `fixed_sums` the sums of a model that any
@@ -63,6 +65,7 @@ class ModelArch:
     whole_layers: bool = False
     tokens_everywhere: bool = False
     streams: int = 1
+    adds_experts: bool = False
     kv_layers: tuple[int, ...] = ()
     kv_slots: int = 1
     attention_params: int | None = None
@@ -128,7 +131,7 @@ class ModelArch:
         if self.stored is None:
             return "float32"
         is_plain = not as_format(self.stored.format).is_quantised
-        is_small = not self.num_experts and self.hidden_dim * self.ffn_dim < _SMALL
+        is_small = self.hidden_dim * (self.expert_columns or self.ffn_dim) < _SMALL
         return "float32" if is_plain and is_small else self.stored.format
 
     @property
@@ -149,8 +152,12 @@ class ModelArch:
     @property
     def ffn_cuts(self) -> tuple[int, ...]:
         """The borders at which FFN columns may be cut, those of the largest groups; empty: at any."""
+        return () if self.num_experts or self.ffn_dim == 1 else self.column_cuts(self.ffn_dim)
+
+    def column_cuts(self, columns: int) -> tuple[int, ...]:
+        """The same for so many columns, as those of a shared expert, which are cut beside experts."""
         coarsest = max(self.formats, key=lambda f: f.group)
-        return () if self.num_experts or self.ffn_dim == 1 else coarsest.ffn_cuts(self.ffn_dim)
+        return coarsest.ffn_cuts(columns)
 
     @property
     def bits(self) -> float:
@@ -270,9 +277,10 @@ def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = 
     what, instead = f"weights {weights}", "use --weights float32"
     if arch.dtype != "float32":
         raise InputError(what, expected="--dtype float32 beside it", actual=arch.dtype, remedy="leave --dtype out")
-    if arch.num_experts or arch.whole_layers:
-        actual = "stacked experts" if arch.num_experts else "layers that nobody can cut"
-        raise ModelError(f"{arch.name}: {what}", expected="layers of linears", actual=actual, remedy=instead)
+    if arch.whole_layers or (arch.num_experts and not arch.adds_experts):
+        actual = "layers that nobody can cut" if arch.whole_layers else "stacked experts of another form"
+        expected = "layers of linears, and experts whose sums are added as they are"
+        raise ModelError(f"{arch.name}: {what}", expected=expected, actual=actual, remedy=instead)
     apart = [
         (not lean, "a model that the lean loop runs", "another form"),
         (arch.qk_norm_over_heads, "q and k normalised head by head", "a norm over all heads"),

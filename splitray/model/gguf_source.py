@@ -22,7 +22,7 @@ from splitray.model.gguf_names import Names
 from splitray.model.stored_names import StoredNames, plain_in_layers
 from splitray.model.surgery import meta_model
 from splitray.model.weights.gguf_types import PLAIN, QUANTISED, Kind, block_of, floats, quantised
-from splitray.model.weights.quantised import Bytes, Quantised
+from splitray.model.weights.quantised import Bytes, Quantised, alike, joined
 from splitray.weight_formats import StoredWeights, resident_bits
 
 _SAMPLE_BYTES = 64  # of every tensor, for the fingerprint
@@ -124,10 +124,25 @@ class GgufSource:
         found = [p for p in parts if p is not None]
         return found if len(found) == len(parts) else None
 
-    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fused (gate_up [E, 2f, d], down [E, d, f]) of some experts."""
-        ranges = [Range(e, e + 1) for e in experts]
-        return self.read(f"{module}.gate_up_proj", ranges=ranges), self.read(f"{module}.down_proj", ranges=ranges)
+    def read_experts(self, name: str, experts: Sequence[int]) -> Tensor:
+        """Some experts of a stacked weight: gate_up [E, 2f, d] or down [E, d, f]."""
+        return self.read(name, ranges=[Range(e, e + 1) for e in experts])
+
+    def read_quantised_expert(self, name: str, expert: int) -> Quantised | None:
+        """Exactly what is stored of one expert; None for plain floats, and where gate and up differ in their type."""
+        self._stored(name)
+        found = []
+        for stored in (self.file.tensors[n] for n in self._names.experts(name) or ()):
+            rows = stored.shape[1]
+            raw = stored.data[expert * rows : (expert + 1) * rows]
+            self.bytes_read += raw.nbytes
+            found.append(quantised(raw, stored.kind))
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found) or not alike(parts):
+            return None
+        both = joined(parts)
+        turns = len(parts) > 1 and self._is_transposed
+        return both.picked(np.arange(both.outputs).reshape(2, -1).T.reshape(-1)) if turns else both
 
     @cached_property
     def names(self) -> StoredNames:

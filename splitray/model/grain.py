@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import ModelError
+from splitray.errors import ModelError, unsplittable
+from splitray.model.added_experts import add_experts
 from splitray.model.counts import count
 from splitray.model.layer_kinds import FAILURES
 from splitray.model.layout import LayerLayout, Layouts, hooked, layer_arguments
-from splitray.model.pieces import read_attention, read_ffn
+from splitray.model.pieces import read_attention, read_ffn, row_parallel
 from splitray.model.probe import Probe, whole
 from splitray.model.slice_reader import SliceReader
-from splitray.model.slicing import read_cuts
+from splitray.model.slicing import is_experts, read_cuts
 from splitray.model.state_dict_source import StateDictSource
 from splitray.model.surgery import layers_of, meta_model
 
@@ -72,7 +73,8 @@ def tried(arch: ModelArch, probe: Probe, layout: Layouts, model: PreTrainedModel
         if not _adds_up(probe, there, seen, small, half, source):
             wiring = whole(probe, layout.before, layout.after)
             return replace(_whole(arch), streams=wiring.streams), wiring
-    return arch, layout
+    adds = arch.num_experts > 0 and _adds_up(probe, there, seen, small, "ffn", source, plainly=True)
+    return replace(arch, adds_experts=adds), layout
 
 
 def _fits(arch: ModelArch, half: Half, layout: Layouts, model: PreTrainedModel) -> bool:
@@ -87,17 +89,22 @@ def _fits(arch: ModelArch, half: Half, layout: Layouts, model: PreTrainedModel) 
 
 
 def _adds_up(
-    probe: Probe, layout: Layouts, seen: Sequence[Passed], arch: ModelArch, half: Half, source: StateDictSource
-) -> bool:
+    probe: Probe, layout: Layouts, seen: Sequence[Passed], arch: ModelArch, half: Half, source: StateDictSource,
+    *, plainly: bool = False,
+) -> bool:  # fmt: skip
     """Whether in every layer of the probe two unequal parts of a half add up to what the whole half gives.
 
-    `seen` is what went through each of its layers, and `arch` says into how many pieces they are cut.
+    `seen` is what went through each of its layers, and `arch` says into how many pieces they are cut. `plainly`: the
+    same with what experts give added apart from the module around them.
     """
     total = arch.num_kv_heads if half == "attention" else arch.ffn_dim
     at = max(1, total // 3)
     parts = [(Range(0, at),), (Range(at, total),)] if total > 1 else [(Range(0, 1),)]
     try:
-        outs = [_parts(probe, layout, seen, arch, half, source, part, first=part is parts[0]) for part in parts]
+        outs = [
+            _parts(probe, layout, seen, arch, half, source, part, first=part is parts[0], plainly=plainly)
+            for part in parts
+        ]
     except (*FAILURES, ModelError):
         return False
     wholes = [x.outputs[half] for x in seen]
@@ -106,7 +113,7 @@ def _adds_up(
 
 def _parts(
     probe: Probe, layout: Layouts, seen: Sequence[Passed], arch: ModelArch, half: Half, source: StateDictSource,
-    part: tuple[Range, ...], *, first: bool,
+    part: tuple[Range, ...], *, first: bool, plainly: bool,
 ) -> list[Tensor]:  # fmt: skip
     """What a part of a half gives in every layer for what the whole half got."""
     model, found = meta_model(probe.model.config, torch.float32), []
@@ -121,11 +128,14 @@ def _parts(
             "bias": first,
         }
         given: dict[str, Any] = {}
+        has_experts = any(is_experts(path, m, arch.num_experts) for path, m in layer.named_modules())
         if half == "attention":
             body = read_attention(layer, wired, groups=part, **known)
             given = {name: seen[i].given.get(there) for name, there in wired.attention_arguments}
         else:
             body = read_ffn(layer, wired, columns=part, **known)
+            if plainly and has_experts and not add_experts(body, row_parallel(layer, known["cuts"])):
+                raise unsplittable(wired.ffn[0], "experts and one projection beside them at most", "another form")
         for module in body.modules():
             if module in names:
                 reader.read_buffers(module)

@@ -23,7 +23,7 @@ from splitray.arch import Range
 from splitray.errors import ModelError
 from splitray.model.source import Checkpoint
 from splitray.model.stored_names import plain_in_layers
-from splitray.model.weights.quantised import Quantised, joined
+from splitray.model.weights.quantised import Quantised, alike, joined
 from splitray.model.weights.stored.floats8 import Floats8, Mxfp4, fp8, mxfp4
 from splitray.model.weights.stored.integers import Integers, awq, compressed, gptq
 from splitray.model.weights.stored.method import StoredMethod
@@ -183,11 +183,11 @@ class PackedCheckpoint(Checkpoint):
         """The format that is nearest to most of the quantised numbers."""
         counts, sizes = Counter[str](), Counter[str]()
         for matrix in self.matrices.values():
-            exact, group = isinstance(matrix, Integers), matrix.group if isinstance(matrix, Integers) else 32
-            four = exact and isinstance(matrix, Integers) and matrix.bits == 4
+            four = isinstance(matrix, Integers) and matrix.bits == 4
+            group = matrix.group if isinstance(matrix, Integers) else 0
             name = "int8" if not four else "int4" if group < 128 else "int4/128"
             counts[name] += math.prod(matrix.shape)
-            if exact:
+            if not isinstance(matrix, Floats8):
                 sizes[name] += math.prod(matrix.shape)
         (most, _), *_ = counts.most_common(1) or [("float32", 0)]
         if not sizes:
@@ -198,7 +198,7 @@ class PackedCheckpoint(Checkpoint):
     def inexact(self) -> list[str]:
         """Names of layers' matrices that `read_quantised` does not give, or not to devices that share them."""
         turned = [n for n, m in self.matrices.items() if isinstance(m, Integers) and self._sums_in_order(n, m)]
-        others = [n for n, m in self.matrices.items() if not isinstance(m, Integers)]
+        others = [n for n, m in self.matrices.items() if isinstance(m, Floats8)]
         return others + turned + plain_in_layers(self.shapes, self.matrices)
 
     def _sums_in_order(self, name: str, matrix: Integers) -> bool:
@@ -234,6 +234,16 @@ class PackedCheckpoint(Checkpoint):
                 made = made.picked(np.concatenate([turned[r.start : r.stop] for r in wanted]))
             found.append(made if order is None or given else replace(made, order=order))
         return found
+
+    def read_quantised_expert(self, name: str, expert: int) -> Quantised | None:
+        """Exactly what is stored of one expert; None for 8-bit floats, and where gate and up differ in their form."""
+        matrix = self.matrices.get(self.key(name) or "")
+        if isinstance(matrix, Mxfp4):
+            _, outputs, inputs = matrix.shape
+            return matrix.slab(self._stored, expert, Range(0, outputs), Range(0, inputs)).quantised()
+        parts = [self.read_quantised(n) for n in self._of_expert(name, expert)]
+        found = [part[0] for part in parts if part is not None]
+        return joined(found) if found and len(found) == len(parts) and alike(found) else None
 
     def _slab(self, matrix: Integers, outputs: Range, inputs: Range) -> Slab:
         """Inputs count in the matrix's own order, if it has one."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from splitray.arch import ModelArch, Range
+from splitray.model.added_experts import add_experts
 from splitray.model.layout import LayerLayout
 from splitray.model.slice_reader import SliceReader
 from splitray.model.slicing import Cut, is_experts
@@ -62,7 +63,15 @@ def read_ffn(
                 reader.read_experts(module, columns)
             else:
                 reader.read_own(module)  # a router: every holder needs all of it
-    return ffn_of(layer, layout)
+    body = ffn_of(layer, layout)
+    if arch.num_experts and reader.in_blocks:
+        add_experts(body, row_parallel(layer, cuts))
+    return body
+
+
+def row_parallel(layer: nn.Module, cuts: Mapping[str, Cut]) -> list[nn.Module]:
+    """The projections of a layer whose outputs are partial sums, the biases of all added by one device."""
+    return [layer.get_submodule(path) for path, cut in cuts.items() if cut.side == "in"]
 
 
 def ffn_of(layer: nn.Module, layout: LayerLayout) -> nn.Module:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from splitray.arch import ModelArch, Range
-from splitray.errors import unsplittable
+from splitray.model.held_experts import HeldExperts, Pair, hold_experts
 from splitray.model.layout import is_norm
+from splitray.model.lean.experts import stacked_experts
 from splitray.model.slicing import Cut, features
-from splitray.model.weights.halves import HalfMatrix
-from splitray.model.weights.held import Matrix, hold, hold_table, linear_of
+from splitray.model.weights.halves import HalfLinear, HalfMatrix
+from splitray.model.weights.held import BiasAlone, HeldLinear, Matrix, hold, hold_table, linear_of
 from splitray.model.weights.quantised import Quantised, joined, quantise
 from splitray.weight_formats import FORMATS, WeightFormat
 
@@ -46,8 +47,11 @@ class Source(Protocol):
         None: it is not stored so. What a block is made of does not depend on the others that are read with it.
         """
 
-    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fused gate_up and down weights of some experts."""
+    def read_experts(self, name: str, experts: Sequence[int]) -> Tensor:
+        """Some experts of a stacked weight: of gate and up together, or of down."""
+
+    def read_quantised_expert(self, name: str, expert: int) -> Quantised | None:
+        """Exactly what is stored of one of them in whole numbers, [outputs, inputs]; None: it is not stored so."""
 
 
 class SliceReader:
@@ -57,6 +61,7 @@ class SliceReader:
         """`names` gives each module's path in the whole model."""
         self.source, self.names, self.arch, self.dtype = source, names, arch, dtype
         self._holding = arch.format.is_held
+        self.in_blocks = arch.sums_in_blocks and arch.format.is_quantised
 
     def narrow_counts(self, attention: Any, held: int) -> None:
         """Write the counts of the held heads on an attention module, wherever it keeps such a count."""
@@ -112,21 +117,20 @@ class SliceReader:
 
     def read_experts(self, module: Any, held: tuple[Range, ...]) -> None:
         """Read some whole experts and translate the router's choices to them."""
-        if self._holding:
-            raise unsplittable(f"weights {self.arch.weights}", "linears", f"stacked experts in {self.names[module]}")
         experts = [e for r in held for e in range(r.start, r.stop)]
-        names = [n for n, _ in module.named_parameters(recurse=False)]
-        if set(names) == {"gate_up_proj", "down_proj"}:
-            gate_up, down = self.source.read_experts(self.names[module], experts)
-            module.gate_up_proj, module.down_proj = self.parameter(gate_up), self.parameter(down)
-        else:
-            for name in names:
-                setattr(module, name, self.parameter(self.source.read(f"{self.names[module]}.{name}", ranges=held)))
+        total, prefix = len(next(module.parameters(recurse=False))), self.names[module]
+        if self._holding:
+            pairs = (self._expert(module, e) for e in experts)
+            hold_experts(module, HeldExperts(module, pairs, sums=self.in_blocks and self.arch.num_experts > 0))
+        for name, _ in list(module.named_parameters(recurse=False)):
+            stacked, full = name in ("gate_up_proj", "down_proj"), f"{prefix}.{name}"
+            found = self.source.read_experts(full, experts) if stacked else self.source.read(full, ranges=held)
+            setattr(module, name, self.parameter(found))
         module.num_experts = len(experts)
         module._is_expert_parallel = True  # tells HF that an index past the end means "not here"
-        if len(experts) == self.arch.num_experts:
+        if len(experts) == total:
             return
-        local = torch.full((self.arch.num_experts,), len(experts), dtype=torch.long)
+        local = torch.full((total,), len(experts), dtype=torch.long)
         local[torch.tensor(experts)] = torch.arange(len(experts))
 
         def to_local(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -136,6 +140,23 @@ class SliceReader:
             return hidden, mine, weights.masked_fill(absent, 0.0)
 
         module.register_forward_pre_hook(to_local)
+
+    def _expert(self, module: Any, expert: int) -> Pair:
+        """One expert's two linears in the format, read one after the other."""
+        return self._of_expert(module, "gate_up_proj", expert), self._of_expert(module, "down_proj", expert)
+
+    def _of_expert(self, module: Any, part: str, expert: int) -> HeldLinear | HalfLinear:
+        name, bias = f"{self.names[module]}.{part}", None
+        if hasattr(module, f"{part}_bias"):
+            bias = self.source.read(f"{name}_bias", ranges=[Range(expert, expert + 1)])[0]
+        kind = self.arch.format
+        if self.arch.as_stored:
+            found = self.source.read_quantised_expert(name, expert)
+            if found is not None:
+                return linear_of([found], bias, sums=False)
+            kind = FORMATS[ROUNDED_AGAIN]
+        (weight,) = self.source.read_experts(name, [expert])
+        return linear_of([self._made(weight.t() if module.is_transposed else weight, kind)], bias, sums=False)
 
     def read_cut(self, module: Any, cut: Cut, held: tuple[Range, ...], total: int, bias: bool) -> None:
         """Read the held part of a projection; `bias` says whether this device adds a row-parallel one's."""
@@ -153,12 +174,15 @@ class SliceReader:
                 module.bias = self.parameter(torch.zeros(module.bias.shape)) if transposed else None
         if not self._holding:
             module.weight = self.parameter(self.source.read(f"{name}.weight", axis=axis, ranges=ranges))
+        elif not count and cut.side == "in":  # a device with few experts may have nothing of a shared one
+            hold(module, BiasAlone(features(module, "out"), module.bias))
+        elif not count:
+            module.weight = self.parameter(torch.empty(0, features(module, "in")))
         elif cut.side == "out":
             self._keep(module, self._matrices(module, outputs=ranges))
         else:
-            fixed = self.arch.sums_in_blocks
-            blocks = cut.blocks(ranges, total, self.arch.ffn_cuts) if fixed else ranges
-            self._keep(module, self._matrices(module, blocks=blocks), sums=fixed)
+            blocks = cut.blocks(ranges, total, self.arch.ffn_cuts) if self.in_blocks else ranges
+            self._keep(module, self._matrices(module, blocks=blocks), sums=self.in_blocks)
         if transposed:
             setattr(module, "nf" if cut.side == "out" else "nx", count)
         else:
@@ -173,6 +197,9 @@ class SliceReader:
         """Read every parameter of a module, not those of its children, whole."""
         if self._holds(module):
             self._hold(module)
+            return
+        if self._holding and stacked_experts(module):
+            self.read_experts(module, (Range(0, len(next(module.parameters(recurse=False)))),))
             return
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -206,9 +233,9 @@ class SliceReader:
         return joined([_rounded(self.source.read(name, ranges=[r]), kind) for r in taken])
 
     def _holds(self, module: nn.Module) -> bool:
-        """Whether a whole module is a linear to be held in few bits: not a router, which decides."""
+        """Whether a whole module is a linear to be held in few bits: not a router or a gate, which decide."""
         linear = self._holding and type(module) in (nn.Linear, Conv1D)
-        return linear and features(module, "out") != self.arch.num_experts
+        return linear and features(module, "out") not in (1, self.arch.num_experts)
 
     def _hold(self, module: Any) -> None:
         name = self.names[module]
@@ -229,10 +256,11 @@ class SliceReader:
         axis = (0 if blocks is None else 1) ^ int(turned)
         weight = self.source.read(name, axis=axis, ranges=outputs if blocks is None else blocks)
         weight_OI = weight.t() if turned else weight
-        if not kind.is_quantised:
-            return [self._half(weight_OI)]
-        sizes = [weight_OI.shape[1]] if blocks is None else [b.count for b in blocks]
-        return [_rounded(part, kind) for part in weight_OI.split(sizes, dim=1)]
+        sizes = [weight_OI.shape[1]] if blocks is None or not kind.is_quantised else [b.count for b in blocks]
+        return [self._made(part, kind) for part in weight_OI.split(sizes, dim=1)]
+
+    def _made(self, weight_OI: Tensor, kind: WeightFormat) -> Matrix:
+        return _rounded(weight_OI, kind) if kind.is_quantised else self._half(weight_OI)
 
     def _keep(self, module: Any, parts: Sequence[Matrix], *, sums: bool = False) -> None:
         hold(module, linear_of(parts, module.bias, sums=sums))

@@ -39,29 +39,36 @@ class Cut:
     """How one projection is cut: by heads or by FFN columns, along its output or its input features.
 
     `sections` are the feature counts of the parts packed behind each other (q, k, v or gate, up); each part is
-    cut in the same proportion.
+    cut in the same proportion. Beside experts that share scales, columns are cut at some `borders` only.
     """
 
     by: By
     side: Literal["out", "in"]
     sections: tuple[int, ...]
+    borders: tuple[int, ...] = ()
 
     def ranges(self, held: Sequence[Range], total: int) -> list[Range]:
         """Feature ranges that belong to the held units out of `total` groups or columns."""
         taken = []
         start = 0
         for features in self.sections:
-            taken += [Range(start + r.start * features // total, start + r.stop * features // total) for r in held]
+            taken += [Range(*(start + self._border(i, features, total) for i in r)) for r in held]
             start += features
         return taken
+
+    def _border(self, i: int, features: int, total: int) -> int:
+        if self.borders:
+            return self.borders[i * (len(self.borders) - 1) // total]
+        return i * features // total
 
     def blocks(self, ranges: Sequence[Range], total: int, columns: Sequence[int]) -> list[Range]:
         """The blocks in which sums are made, as ranges of all input features; those of a device are in `ranges`.
 
-        One for each head group or expert; of FFN columns those between the borders `columns`.
+        One for each head group; of FFN columns those between the borders `columns`, or between its own.
         """
         (inputs,) = self.sections
-        borders = list(columns) if self.by == "columns" and columns else [i * inputs // total for i in range(total + 1)]
+        given = (self.borders or columns) if self.by == "columns" else ()
+        borders = list(given) or [i * inputs // total for i in range(total + 1)]
         inside = ([b for b in borders if r.start <= b <= r.stop] for r in ranges)
         return [Range(a, b) for some in inside for a, b in pairwise(some)]
 
@@ -84,7 +91,9 @@ def read_cuts(layer: nn.Module, layout: LayerLayout, config: PretrainedConfig, a
             what = f"architecture {config.model_type}"
             raise unsplittable(what, "column- and row-parallel linears in its plan", found)
         side: Literal["out", "in"] = "out" if style in _COLWISE else "in"
-        cuts[path] = Cut(by, side, _sections(path, module, side, by, arch, config.model_type))
+        sections = _sections(path, module, side, by, arch, config.model_type)
+        beside = by == "columns" and arch.num_experts > 0
+        cuts[path] = Cut(by, side, sections, arch.column_cuts(sections[0]) if beside else ())
     return cuts
 
 

@@ -135,23 +135,24 @@ class Checkpoint:
         """The whole numbers that are stored of a matrix: here none."""
         return None
 
-    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fused (gate_up [E, 2f, d], down [E, d, f]) of some experts, from a fused or an unfused checkpoint."""
-        if self.key(f"{module}.gate_up_proj") is not None:
-            ranges = [Range(e, e + 1) for e in experts]
-            return (
-                self.read(f"{module}.gate_up_proj", ranges=ranges),
-                self.read(f"{module}.down_proj", ranges=ranges),
-            )
-        layer = module.removesuffix("mlp.experts")
+    def read_experts(self, name: str, experts: Sequence[int]) -> Tensor:
+        """Some experts of a stacked weight (gate_up [E, 2f, d] or down [E, d, f]), which may be stored one by one."""
+        if self.key(name) is None and all(parts := [self._of_expert(name, e) for e in experts]):
+            return torch.stack([torch.cat([self.read(n) for n in names]) for names in parts])
+        return self.read(name, ranges=[Range(e, e + 1) for e in experts])
+
+    def read_quantised_expert(self, name: str, expert: int) -> Quantised | None:
+        """The whole numbers that are stored of one: here none."""
+        return None
+
+    def _of_expert(self, name: str, expert: int) -> list[str]:
+        """The matrices of one expert where each is stored apart: of gate and up, or of down; none if they are not."""
+        layer, _, part = name.partition("mlp.experts.")
         for container, gate, up, down in _EXPERTS:
-            if self.key(f"{layer}{container}.0.{gate}.weight") is None:
-                continue
-            prefix = [f"{layer}{container}.{e}." for e in experts]
-            gate_up = [torch.cat([self.read(f"{p}{gate}.weight"), self.read(f"{p}{up}.weight")]) for p in prefix]
-            return torch.stack(gate_up), torch.stack([self.read(f"{p}{down}.weight") for p in prefix])
-        ranges = [Range(e, e + 1) for e in experts]
-        return self.read(f"{module}.gate_up_proj", ranges=ranges), self.read(f"{module}.down_proj", ranges=ranges)
+            prefix = f"{layer}{container}.{expert}."
+            if self.key(f"{prefix}{gate}.weight") is not None:
+                return [f"{prefix}{n}.weight" for n in ((gate, up) if part == "gate_up_proj" else (down,))]
+        return []
 
     def _is_stored_as_read(self, name: str) -> bool:
         """Whether a matrix or vector of this name is there: names of stacked ones may hide another order of axes."""

@@ -36,10 +36,13 @@ class StateDictSource:
         """Nothing: all are floats."""
         return None
 
-    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of some experts' fused weights."""
-        index = torch.tensor(experts)
-        return self._tensors[f"{module}.gate_up_proj"][index], self._tensors[f"{module}.down_proj"][index]
+    def read_experts(self, name: str, experts: Sequence[int]) -> Tensor:
+        """A copy of some experts of a stacked weight."""
+        return self._tensors[name][torch.tensor(experts)]
+
+    def read_quantised_expert(self, name: str, expert: int) -> Quantised | None:
+        """Nothing: all are floats."""
+        return None
 
     def fingerprint(self) -> str:
         """Models in memory are told apart by identity only."""

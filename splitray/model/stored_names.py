@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from splitray.errors import ModelError
 
 _IN_LAYER = re.compile(r"\.\d+\.")
-_ROUTER = re.compile(r"\.(gate|router)\.weight$")  # it decides, so it stays as it is
+_ROUTER = re.compile(r"\.(gate|router)\.weight$|_bias$")  # it decides, so it stays as it is; and experts' biases
 
 
 @dataclass(slots=True)
@@ -176,5 +176,5 @@ def _start_as(ours: Mapping[str, str], name: str, plain: str) -> str:
 
 def plain_in_layers(shapes: Mapping[str, tuple[int, ...]], quantised: Container[str]) -> list[str]:
     """Names of the layers' matrices that are not among those `quantised`."""
-    names = [n for n, shape in shapes.items() if len(shape) == 2 and n not in quantised]
+    names = [n for n, shape in shapes.items() if len(shape) == 2 and shape[0] > 1 and n not in quantised]
     return [n for n in names if _IN_LAYER.search(n) and not _ROUTER.search(n)]

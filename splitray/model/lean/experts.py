@@ -41,7 +41,7 @@ class Experts:
         self.outs_EFD = transpose_experts(module, "down_proj")
         self.biases_EF: Array | None = array(getattr(module, "gate_up_proj_bias", None))
         self.out_biases_ED: Array | None = array(getattr(module, "down_proj_bias", None))
-        self._gate = _gate(module, self.outs_EFD.shape[1])
+        self._gate = expert_gate(module, self.outs_EFD.shape[1])
         self._many, module.forward = module.forward, self._forward
 
     def _forward(self, hidden_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Experts:
         return total
 
 
-def _gate(module: Any, columns: int) -> Callable[[Array], Array]:
+def expert_gate(module: Any, columns: int) -> Callable[[Array], Array]:
     """From the joint outputs of both projections to what goes into the last one; a family may do it in its own way."""
     if type(module)._apply_gate.__module__ != moe.__name__:
         return lambda both: module._apply_gate(torch.from_numpy(both)[None])[0].numpy()

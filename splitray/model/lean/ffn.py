@@ -72,6 +72,7 @@ class OwnFfn:
     def __init__(self, module: nn.Module, norm: Callable[[Array], Array]) -> None:
         """`norm` comes before."""
         self.module, self.norm = module, norm
+        self._added = getattr(module, "added_experts", None)
         self.experts: list[Experts] = [Experts(m) for m in module.modules() if stacked_experts(m)]
 
     def take_over(self) -> None:
@@ -85,7 +86,9 @@ class OwnFfn:
                 module.forward = evenly(module.forward)  # type: ignore[method-assign]
 
     def partials(self, x_ND: Array, cache: KvCache) -> Array:
-        """As `partial` for rows, one by one: nobody knows what a module does with several."""
+        """As `partial` for rows, one by one: nobody knows what a module does with several, but for its experts."""
+        if self._added is not None:
+            return self._added.rows(normed(self.norm, x_ND))  # type: ignore[no-any-return]
         return np.stack([self.partial(x_D, cache) for x_D in x_ND])
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:

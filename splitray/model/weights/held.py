@@ -37,15 +37,16 @@ class HeldLinear:
         given: Any = None if bias is None else bias.detach().float().numpy()
         self._bias: Any = on_grid(given) if sums and given is not None else given
 
-    def __call__(self, x_NI: Floats32) -> Floats32 | Floats64:
-        """[N, O]: each row as it would be alone."""
+    def __call__(self, x_NI: Floats32, factor_NO: Floats32 | None = None) -> Floats32 | Floats64:
+        """[N, O]: each row as it would be alone; with `sums` a factor may count before anything is added."""
         x_NI = np.ascontiguousarray(x_NI if self._order is None else x_NI[:, self._order])
         y: Any
         if self._sums:
             y = np.empty((len(x_NI), self._kernel.outputs), np.float64)
             for at in range(0, len(x_NI), _ROWS_AT_ONCE):
                 rows = slice(at, at + _ROWS_AT_ONCE)
-                part = on_grid(self._kernel(x_NI[rows]))
+                part: Any = self._kernel(x_NI[rows])
+                part = on_grid(part if factor_NO is None else part * factor_NO[rows])
                 y[rows] = part.sum(0) if self._blocks > 1 else part
         else:
             y = self._kernel(x_NI)
@@ -53,6 +54,21 @@ class HeldLinear:
         if self._bias is not None:
             y += self._bias
         return y  # type: ignore[no-any-return]
+
+
+class BiasAlone:
+    """What is left of a linear where a device has none of its inputs."""
+
+    num_bytes = inputs = 0
+
+    def __init__(self, outputs: int, bias: Tensor | None) -> None:
+        """`bias` is None where another device adds it."""
+        self._bias = torch.zeros(outputs) if bias is None else bias.detach().float()
+
+    def __call__(self, x_NI: Floats32, factor_NO: Floats32 | None = None) -> Floats32:
+        """[N, O]."""
+        y: Floats32 = self._bias.repeat(len(x_NI), 1).numpy()
+        return y if factor_NO is None else y * factor_NO
 
 
 def linear_of(blocks: Sequence[Matrix], bias: Tensor | None, *, sums: bool) -> HeldLinear | HalfLinear:
@@ -63,7 +79,7 @@ def linear_of(blocks: Sequence[Matrix], bias: Tensor | None, *, sums: bool) -> H
     return HeldLinear([b for b in blocks if isinstance(b, Quantised)], bias, sums=sums)
 
 
-def hold(module: Any, linear: HeldLinear | HalfLinear) -> None:
+def hold(module: Any, linear: HeldLinear | HalfLinear | BiasAlone) -> None:
     """Let a linear of transformers compute by a held one; its own weight goes."""
     module.held = linear
     module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -71,14 +87,14 @@ def hold(module: Any, linear: HeldLinear | HalfLinear) -> None:
     give_back()
 
     def forward(x: Tensor) -> Tensor:
-        y = torch.from_numpy(linear(x.reshape(-1, linear.inputs).numpy()))
+        y = torch.from_numpy(linear(x.flatten(0, -2).numpy()))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     module.forward = forward
 
 
 def held(module: object) -> Any:
-    """The `HeldLinear`, `HalfLinear` or `HeldTable` behind a module; None where its weights are plain."""
+    """What stands behind a module whose weights are held, of this file or `HeldExperts`; None where they are plain."""
     return getattr(module, "held", None)
 
 

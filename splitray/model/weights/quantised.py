@@ -114,6 +114,13 @@ class Quantised:
         return replace(self, **{n: change(*(getattr(q, n) for q in (self, *others))) for n in names})
 
 
+def alike(parts: Sequence[Quantised]) -> bool:
+    """Whether matrices have one form, so that they can be joined."""
+    forms = [(p.bits, p.group, p.inputs, *p.arrays()) for p in parts]
+    orders: list[Any] = [p.order for p in parts]
+    return forms.count(forms[0]) == len(forms) and all(np.array_equal(o, orders[0]) for o in orders)
+
+
 def joined(parts: Sequence[Quantised]) -> Quantised:
     """Rows of matrices of one form, one below the other."""
     first = parts[0]

@@ -82,17 +82,26 @@ class Lent:
         """What is stored of a matrix in whole numbers, or None."""
         found, rows = list[Quantised](), None if outputs is None else tuple(outputs)
         for block in [None] if blocks is None else blocks:
-            told, tensors = self._ask(NumbersOrder, name=name, outputs=rows, block=block)
-            if not told.parts:
+            part = self._numbers(name=name, outputs=rows, block=block)
+            if part is None:
                 return None
-            arrays: dict[str, Any] = {p: t.numpy() for p, t in zip(told.parts, tensors, strict=True)}
-            found.append(Quantised(bits=told.bits, group=told.group, inputs=told.inputs, **{"zeros": None, **arrays}))
+            found.append(part)
         return found
 
-    def read_experts(self, module: str, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fused gate_up and down weights of some experts."""
-        gate_up, down = self._ask(ExpertsOrder, name=module, experts=tuple(experts))[1]
-        return gate_up, down
+    def read_experts(self, name: str, experts: Sequence[int]) -> Tensor:
+        """Some experts of a stacked weight."""
+        return self._ask(ExpertsOrder, name=name, experts=tuple(experts))[1][0]
+
+    def read_quantised_expert(self, name: str, expert: int) -> Quantised | None:
+        """What is stored of one expert in whole numbers, or None."""
+        return self._numbers(name=name, outputs=None, block=None, expert=expert)
+
+    def _numbers(self, **which: Any) -> Quantised | None:
+        told, tensors = self._ask(NumbersOrder, **which)
+        if not told.parts:
+            return None
+        arrays: dict[str, Any] = {p: t.numpy() for p, t in zip(told.parts, tensors, strict=True)}
+        return Quantised(bits=told.bits, group=told.group, inputs=told.inputs, **{"zeros": None, **arrays})
 
     def fingerprint(self) -> str:
         """The lender's checkpoint, told from others."""
@@ -156,15 +165,21 @@ def lend(order: LendOrder, opened: dict[str, Opened]) -> tuple[Answer, list[Tens
         case SliceOrder():
             return Done(), [source.read(order.name, axis=order.axis, ranges=order.ranges)]
         case NumbersOrder():
-            blocks = None if order.block is None else [order.block]
-            found = source.read_quantised(order.name, outputs=order.outputs, blocks=blocks)
-            if found is None:
+            matrix = _numbers_of(order, source)
+            if matrix is None:
                 return Numbers(), []
-            (matrix,) = found
             arrays = matrix.arrays()
             told = Numbers(bits=matrix.bits, group=matrix.group, inputs=matrix.inputs, parts=tuple(arrays))
             return told, [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values()]
         case ExpertsOrder():
-            return Done(), list(source.read_experts(order.name, order.experts))
+            return Done(), [source.read_experts(order.name, order.experts)]
         case FingerprintOrder():
             return Fingerprint(fingerprint=source.fingerprint()), []
+
+
+def _numbers_of(order: NumbersOrder, source: Opened) -> Quantised | None:
+    if order.expert is not None:
+        return source.read_quantised_expert(order.name, order.expert)
+    blocks = None if order.block is None else [order.block]
+    found = source.read_quantised(order.name, outputs=order.outputs, blocks=blocks)
+    return None if found is None else found[0]

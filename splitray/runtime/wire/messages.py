@@ -270,7 +270,7 @@ class SliceOrder(Order[answers.Done]):
 
 
 class ExpertsOrder(Order[answers.Done]):
-    """Send the fused gate_up and down weights of some experts of a module."""
+    """Send some experts of a stacked weight: of gate and up together, or of down."""
 
     path: str
     name: str
@@ -278,12 +278,13 @@ class ExpertsOrder(Order[answers.Done]):
 
 
 class NumbersOrder(Order[answers.Numbers]):
-    """Send some outputs of a matrix, or a block of its inputs, in the whole numbers in which it is stored."""
+    """Send what is stored of a matrix in whole numbers: some outputs, or a block of its inputs, or one expert."""
 
     path: str
     name: str
     outputs: tuple[Range, ...] | None
     block: Range | None
+    expert: int | None = None
 
 
 class FingerprintOrder(Order[answers.Fingerprint]):
