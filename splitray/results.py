@@ -70,11 +70,16 @@ def try_file(path: str | Path, what: str = "--out") -> None:
 
 
 @contextmanager
-def result_file(path: str | Path, what: str = "--out") -> Iterator[None]:
+def result_file(
+    path: str | Path, what: str = "--out", *, asked: Mapping[str, Any] | None = None, anew: bool = False
+) -> Iterator[None]:
     """A file that no other run writes for the length of the block, tried as `try_file` does.
 
+    What was `asked` for is written beside a file that a later run may go on with, and compared with what lies there;
+    `anew`: such a file is emptied first.
+
     Raises:
-        InputError: it cannot be written, or another run is writing it.
+        InputError: it cannot be written, another run is writing it, or it has something else than results of this one.
     """
     try_file(path, what)
     beside = Path(path).with_name(f".{Path(path).name}.lock")
@@ -84,6 +89,8 @@ def result_file(path: str | Path, what: str = "--out") -> Iterator[None]:
         raise unwritable(what, error, expected="a file that can be written") from error
     try:
         _lock(lock, Path(path), what)
+        if asked is not None:
+            _take_up(Path(path), json.loads(json.dumps(asked, default=str)), what, anew)
         yield
         beside.unlink(missing_ok=True)
     finally:
@@ -109,6 +116,7 @@ def result_folder(path: Path, asked: Mapping[str, Any] | None = None, *, what: s
         _lock(folder, path, what)
         if asked is not None:
             _compare(path / RECORD, json.loads(json.dumps(asked, default=str)), what)
+            _note(path / RECORD, asked, what)
         yield path
     finally:
         os.close(folder)
@@ -132,7 +140,27 @@ def _lock(folder: int, path: Path, what: str) -> None:
         return
 
 
-def _compare(record: Path, asked: Mapping[str, Any], what: str) -> None:
+def _take_up(path: Path, asked: Mapping[str, Any], what: str, anew: bool) -> None:
+    record = path.with_name(f".{path.name}.{RECORD}")
+    if anew and path.exists():
+        with path.open("w") as file:
+            os.fsync(file.fileno())  # the old results must not outlive what they are results of
+    if path.exists() and path.stat().st_size:
+        if not record.is_file():
+            raise InputError(what, expected="a new file, or one that this command has begun", actual=path,
+                             remedy="give another file, or begin with --anew")  # fmt: skip
+        _compare(record, asked, what, "file", path, "give another file, or begin with --anew")
+    _note(record, asked, what)
+
+
+def _compare(
+    record: Path,
+    asked: Mapping[str, Any],
+    what: str,
+    kind: str = "folder",
+    results: Path | None = None,
+    remedy: str = "give another folder, or delete this one",
+) -> None:
     try:
         before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     except (OSError, ValueError):
@@ -140,10 +168,12 @@ def _compare(record: Path, asked: Mapping[str, Any], what: str) -> None:
     if isinstance(before, dict) and before != asked:
         told = [k for k in {**asked, **before} if asked.get(k) != before.get(k)]
         wanted, there = (", ".join(f"{k} {of.get(k)!r}" for k in told) for of in (asked, before))
-        remedy = "give another folder, or delete this one"
-        raise InputError(what, expected=f"a folder for {wanted}", actual=f"{record.parent} has the results of {there}",
-                         remedy=remedy)  # fmt: skip
+        actual = f"{results or record.parent} has the results of {there}"
+        raise InputError(what, expected=f"a {kind} for {wanted}", actual=actual, remedy=remedy)
+
+
+def _note(record: Path, asked: Mapping[str, Any], what: str) -> None:
     try:
-        write_whole(record, json.dumps(asked, indent=1) + "\n")
+        write_whole(record, json.dumps(asked, indent=1, default=str) + "\n")
     except OSError as error:
         raise unwritable(what, error) from error

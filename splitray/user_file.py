@@ -149,6 +149,25 @@ class UserFile:
                     logger.warning("reading %s %s: %s lines so far", self.kind, self.path, f"{number:,}")
                 yield number, line.rstrip("\n")
 
+    def raw_lines(self, most_bytes: int) -> Iterator[tuple[int, bytes]]:
+        """Its lines as bytes with their numbers from 1 on; memory for one at a time.
+
+        Of a line that is longer than so many bytes, as many and one more: whoever reads it may refuse that line alone.
+
+        Raises:
+            InputError: see `opened`, or it is of another kind than text in UTF-8.
+        """
+        with self.opened() as raw:
+            self._refuse_others(raw.read(8))
+            raw.seek(0)
+            for number in itertools.count(1):
+                line = rest = raw.readline(most_bytes + 1)
+                while rest and not rest.endswith(b"\n"):
+                    rest = raw.readline(_MOST_LINE)
+                if not line:
+                    return
+                yield number, line
+
     def _refuse_others(self, begin: bytes) -> None:
         for known, (found, remedy) in _OTHERS.items():
             if begin.startswith(known):

@@ -52,6 +52,10 @@ Channel = Annotated[
     str, typer.Option(help="What it costs in quality is weighed, as told by a surrogate.", metavar="CHANNEL")
 ]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn: planners, samples, traces.", min=0, metavar="N")]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Longest request, for which room is kept; longer ones are refused.", min=2, metavar="N"),
+]
 StartS = Annotated[
     float | None, typer.Option(help="Seconds that a device may take to start (60; actors 120).", min=0.1, metavar="S")
 ]

@@ -34,10 +34,7 @@ def serve(
         str, typer.Option(help="0.0.0.0 lets other machines in; clients are not authenticated.", metavar="IP")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535, metavar="N")] = 8000,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Longest request, for which room is kept; longer ones are refused.", min=2, metavar="N"),
-    ] = None,
+    context: options.Context = None,
     start_s: options.StartS = None,
     trust_request_chat_template: Annotated[
         bool,

@@ -1,5 +1,6 @@
 """What is being done right now, for whoever watches a terminal; silent everywhere else."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,13 +9,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress(console: Console, first: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with a text; gives the function that changes it (an empty text ends it). Nothing without a terminal."""
+def progress(console: Console, first: str, *, every_s: float | None = None) -> Iterator[Callable[[str], None]]:
+    """A spinner with a text; gives the function that changes it (an empty text ends it).
+
+    Nothing without a terminal or, with `every_s`, a line at most so often.
+    """
     if not console.is_terminal:
-        yield lambda _: None
+        yield _seldom(console, every_s) if every_s else lambda _: None
         return
     with console.status(f"{first} ...") as status:
         yield lambda text: status.update(f"{text} ...") if text else status.stop()
+
+
+def _seldom(console: Console, every_s: float) -> Callable[[str], None]:
+    told_s = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal told_s
+        if text and time.monotonic() - told_s >= every_s:
+            told_s = time.monotonic()
+            console.print(text, soft_wrap=True)
+
+    return tell
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class _Descriptor(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())  # what still lies in buffers must not break at exit once more
             os.close(nowhere)
-            if self.fileno() == 1:
+            if self.fileno() != 2:
                 raise (ReaderLeft() if isinstance(error, BrokenPipeError) else Unwritten(error)) from None
             return len(data)  # a result counts, although nobody hears the messages
 
@@ -76,17 +76,26 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 @contextmanager
-def stdout_kept(wanted: bool) -> Iterator[None]:
-    """Keep stdout for the document: what libraries and their threads write there goes to stderr meanwhile."""
+def stdout_kept(wanted: bool) -> Iterator[TextIO]:
+    """Keep stdout for results: what libraries and their threads write there goes to stderr meanwhile.
+
+    Gives the stream that still reaches it.
+    """
+    before = sys.stdout
     if not wanted:
-        yield
+        yield before
         return
-    sys.stdout.flush()
+    before.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
+    raw = getattr(getattr(before, "buffer", None), "raw", None)
+    lines = _watched(before, kept) if isinstance(raw, io.FileIO) and raw.fileno() == 1 else before
     try:
         with redirect_stdout(sys.stderr):
-            yield
+            yield lines
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        try:
+            lines.flush()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)

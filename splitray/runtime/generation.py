@@ -48,15 +48,29 @@ def read_prompt(model: str, *, text: str | None, ids: str | None) -> Prompt:
     if (text is None) == (ids is None):
         expected, remedy = "either --prompt or --prompt-ids", 'give one of them, for example --prompt "The list of"'
         raise InputError("prompt", expected=expected, actual="neither" if text is None else "both", remedy=remedy)
-    folder = model_path(model)
-    vocab = read_config(folder).vocab_size  # a wrong path must not look like a missing tokenizer
-    if has_weights(folder):
-        check_weights(folder)  # before Ray is started, too
+    vocab = checked_vocab(model)  # a wrong path must not look like a missing tokenizer
     tokenizer = read_tokenizer(model) if text is None else needed_tokenizer(model)
-    ends = end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None))
     prompt = _prompt_ids(tokenizer, text, ids)
     check_ids(prompt, vocab)
-    return Prompt(prompt, tuple(sorted(set(ends))))
+    return Prompt(prompt, stop_ids_of(model, tokenizer))
+
+
+def checked_vocab(model: str) -> int:
+    """The rows of a model's vocabulary, after a look at its files: before Ray is started, too.
+
+    Raises:
+        ModelError: there is no such model, or its weights cannot be used.
+    """
+    folder = model_path(model)
+    vocab: int = read_config(folder).vocab_size
+    if has_weights(folder):
+        check_weights(folder)
+    return vocab
+
+
+def stop_ids_of(model: str, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer, in order; a model may have no tokenizer."""
+    return tuple(sorted(set(end_ids(str(model_path(model)), tokenizer or SimpleNamespace(eos_token_id=None)))))
 
 
 def _prompt_ids(tokenizer: Any, text: str | None, ids: str | None) -> list[int]:

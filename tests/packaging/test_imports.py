@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("papers",),
         ("planners", "model"),
         ("runtime",),
-        ("sim",),
+        ("sim", "prompts"),
         ("rl",),
         ("report",),
         ("local_ray",),
@@ -87,6 +87,12 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("upkeep",),
         ("engine",),
         ("controller",),
+    ),
+    "splitray.prompts": (
+        ("prompt_line",),
+        ("prompts_file", "answers_file"),
+        ("identity", "answering"),
+        ("run",),
     ),
     "splitray.text": (
         ("decoding", "dialogue", "ids", "stops"),

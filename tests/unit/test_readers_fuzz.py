@@ -4,6 +4,7 @@ documents with random values in them. 100 examples of each reader in `make test`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -34,6 +35,7 @@ from splitray.model.source import Checkpoint
 from splitray.placement import Placement, validate
 from splitray.profile import CoreSpeed, LinkSpeed, Profile
 from splitray.profiling.perplexity import read_text
+from splitray.prompts.prompts_file import entries, num_prompts
 from splitray.quality.accuracy import AccuracyTable
 from splitray.quality.surrogate import Surrogate
 from splitray.quality.table import QualityTable
@@ -43,9 +45,11 @@ from splitray.rl.world.policy import Policy
 from splitray.runtime.checkpoint import Store
 from splitray.runtime.generation import _prompt_ids
 from splitray.runtime.launch import SHIPPED
+from splitray.runtime.sampling import Sampling
 from splitray.sim.traces import read_trace
 from splitray.sim.workload import read_requests
 from splitray.topology import Topology
+from splitray.user_file import UserFile
 
 PACKAGE = SHIPPED.parents[1]
 ROOT = PACKAGE.parent
@@ -121,6 +125,20 @@ def tensors(path: Path) -> None:
     SplitNetwork.load(path.with_suffix(""))
 
 
+def prompts(path: Path) -> None:
+    """Each line is a prompt that a request can be made of, or says why it is none."""
+    file = UserFile(path, "prompts", "correct the line")
+    found = list(entries(file))
+    assert [e.index for e in found] == list(range(num_prompts(file)))
+    for entry in found:
+        json.dumps({"id": entry.id}, allow_nan=False)
+        if isinstance(entry.prompt, InputError):
+            assert len(str(entry.prompt)) < 10_000
+            continue
+        with contextlib.suppress(InputError):
+            replace(Sampling(max_new_tokens=1), **entry.prompt.own_sampling)
+
+
 def checkpoint(path: Path) -> None:
     found = Checkpoint(path.parent)
     for key in found.shapes:
@@ -148,6 +166,10 @@ SURROGATE = PACKAGE / "quality" / "shipped" / "surrogate"
 MANIFEST = {"session": 1, "start": 0, "ids": [[1, 2]], "files": [
     {"path": "a", "sha256": "b", "num_bytes": 1, "start": 0, "stop": 2, "pieces": [[0, 0, 1]]}]}  # fmt: skip
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2024-05-10 00:00:00+00:00,5,6\n"
+PROMPT = json.dumps({
+    "id": "a", "prompt": "the cat", "max_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 1,
+    "stop": ["."],
+}).encode()  # fmt: skip
 READERS = {
     "topology": Reader(topology, TWO.encode()),
     "topology in JSON": Reader(topology, json.dumps(document()).encode()),
@@ -164,6 +186,8 @@ READERS = {
     "packed": Reader(trace("columns", "bandwidth"), gzip.compress(b"".join(b"%d 5\n" % i for i in range(50)), mtime=0)),
     "text": Reader(read_text, "the cat\nsat é\n".encode()),
     "prompt ids": Reader(lambda p: _prompt_ids(None, None, p.read_text("latin-1")), b"1, 2,3"),
+    "prompts": Reader(prompts, PROMPT),
+    "prompts, a line each": Reader(prompts, PROMPT + b'\n\n"b"\n{"prompt_ids": [1, 2]}\r\n'),
     "quality table": Reader(QualityTable.load, json.dumps({**QUALITY, "rows": QUALITY["rows"][:3]}).encode()),
     "accuracy table": Reader(AccuracyTable.load, (SHIPPED / "accuracy.json").read_bytes()),
     "surrogate's card": Reader(
