@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from splitray.errors import InputError
 from splitray.prompts.answering import RequestMaker, answers
 from splitray.prompts.answers_file import AnswersFile, answers_file
 from splitray.prompts.prompts_file import entries, num_prompts, prompts_file
@@ -86,9 +87,12 @@ def prompts_run(
     `asked` says of the file what its answers follow from. Without `out` they go to standard output.
 
     Raises:
-        InputError: see `num_prompts` and `answers_file`.
+        InputError: see `num_prompts` and `answers_file`, or both are one file.
     """
     with prompts_file(prompts) as file:
         count = num_prompts(file)  # a file that cannot be used must not cost the answers that are there
+        if out is not None and out.exists() and out.samefile(Path(file.path).expanduser()):
+            raise InputError("--out", expected="another file than that of the prompts", actual=out,
+                             remedy="give another one")  # fmt: skip
         with answers_file(out, stdout, asked(file), anew=anew) as answered:
             yield PromptsRun(prompts=file, num_prompts=count, file=answered)

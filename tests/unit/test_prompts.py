@@ -400,6 +400,7 @@ BESIDE = {
     "a file that is not there": ("--prompts", "nowhere.jsonl"),
     "a folder": ("--prompts", "/"),
     "a file that cannot be written": ("--prompts", "x", "--out", "/proc/x"),
+    "the prompts for the answers": ("--prompts", "x", "--out", "./x", "--anew"),
     "no new tokens": ("--prompts", "x", "--max-new-tokens", 0),
 }
 
