@@ -38,6 +38,7 @@ class ModelArch:
     `kv_slots`: caches of keys and values that a layer has, as those with two attentions.
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
+    `head_rows`: rows of a head group's smallest projection, where those are no whole heads (a gate for each head).
     `adds_experts`: experts have the form that transformers stacks them in, and what each gives is added to the FFN's
     sum as it is, so that they may be held in any format.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
@@ -65,6 +66,7 @@ class ModelArch:
     whole_layers: bool = False
     tokens_everywhere: bool = False
     streams: int = 1
+    head_rows: int | None = None
     adds_experts: bool = False
     kv_layers: tuple[int, ...] = ()
     kv_slots: int = 1
@@ -274,7 +276,7 @@ def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = 
     kind = as_format(weights)
     if not kind.is_held:
         return arch
-    what, instead = f"weights {weights}", "use --weights float32"
+    what, instead, rows = f"weights {weights}", "use --weights float32", arch.head_rows or arch.head_dim
     if arch.dtype != "float32":
         raise InputError(what, expected="--dtype float32 beside it", actual=arch.dtype, remedy="leave --dtype out")
     if arch.whole_layers or (arch.num_experts and not arch.adds_experts):
@@ -284,7 +286,7 @@ def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = 
     apart = [
         (not lean, "a model that the lean loop runs", "another form"),
         (arch.qk_norm_over_heads, "q and k normalised head by head", "a norm over all heads"),
-        (arch.head_dim % ROWS > 0, f"heads of a multiple of {ROWS} features", f"{arch.head_dim} features"),
+        (rows % ROWS > 0, f"heads of a multiple of {ROWS} features", f"{rows} features"),
     ]
     for is_so, expected, actual in apart:
         if is_so and kind.is_quantised and sums == "fixed":

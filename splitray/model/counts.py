@@ -54,7 +54,7 @@ def count(model: PreTrainedModel, layout: Layouts, dtype: Dtype = "float32") -> 
 def sized(arch: ModelArch, model: PreTrainedModel, layout: Layouts) -> ModelArch:
     """The counts with the true means of weights and KV where they differ from those of equal heads and columns."""
     layers = layers_of(model)
-    attention, ffn, kv = 0, 0, 0
+    attention, ffn, kv, rows = 0, 0, 0, 0
     for i, layer in enumerate(layers):
         if layout.whole:
             attention += _weights(layer)
@@ -62,6 +62,8 @@ def sized(arch: ModelArch, model: PreTrainedModel, layout: Layouts) -> ModelArch
         else:
             cuts = read_cuts(layer, layout.of(i), model.config, arch)
             attention += _weights(getattr(layer, layout.of(i).attention))
+            by_head = [c.sections for c in cuts.values() if (c.by, c.side) == ("heads", "out")]
+            rows = math.gcd(rows, *(s // arch.num_kv_heads for sections in by_head for s in sections))
             ffn += sum(_cut_weights(name, getattr(layer, name), set(cuts), arch) for name in layout.of(i).ffn)
         kv += _kv_values(layer, arch)
     known, bare = len(layers), replace(arch, attention_params=None, ffn_params=None, kv_values=None)
@@ -73,6 +75,7 @@ def sized(arch: ModelArch, model: PreTrainedModel, layout: Layouts) -> ModelArch
         arch,
         attention_params=_unless(attention, bare.group_params * arch.num_kv_heads * known, known),
         ffn_params=_unless(ffn, bare.ffn_unit_params * arch.ffn_dim * known, known),
+        head_rows=rows if rows % arch.head_dim else None,
         kv_values=_unless(kv, 2 * arch.head_dim * arch.num_kv_heads * known, known),
         embedding_params=tables if arch.tokens_everywhere else 0,
     )

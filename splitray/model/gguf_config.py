@@ -57,12 +57,13 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     for theirs, ours in _TOKENS.items():
         values[ours] = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
     values["eos_token_id"] = _ends(file, values["eos_token_id"])
-    if architecture not in ("phi3", "qwen2", "smollm3"):
+    if architecture not in ("phi3", "qwen2", "qwen2moe", "smollm3"):
         values["head_dim"] = said("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
     values["rope_parameters"] = _rotation(file, said, values)
     values |= _OF_FAMILY.get(architecture, _nothing)(said, values)
     try:
-        return CONFIG_MAPPING[FAMILIES[architecture]](**values)  # type: ignore[no-any-return]
+        family = "mixtral" if architecture == "llama" and said("expert_count", 0) else FAMILIES[architecture]
+        return CONFIG_MAPPING[family](**values)  # type: ignore[no-any-return]
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise said.refused("metadata", f"a config of {architecture}", " ".join(str(error).split())[:300]) from error
 
@@ -113,7 +114,7 @@ def _nothing(said: _Said, values: dict[str, Any]) -> dict[str, Any]:
 
 def _llama(said: _Said, values: dict[str, Any]) -> dict[str, Any]:
     if said("expert_count", 0):
-        raise said.refused("expert_count", "a model without experts", said("expert_count"))
+        return {"num_local_experts": said("expert_count"), "num_experts_per_tok": said.needed("expert_used_count")}
     names = said._file.tensors
     return {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_up.bias" in names}
 
@@ -144,6 +145,19 @@ def _phi3(said: _Said, values: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": window, "original_max_position_embeddings": original}
 
 
+def _qwen_moe(said: _Said, values: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows by itself that qwen3moe makes the weights of the chosen experts add up to one."""
+    found = {
+        "num_experts": said.needed("expert_count"),
+        "num_experts_per_tok": said.needed("expert_used_count"),
+        "moe_intermediate_size": said.needed("expert_feed_forward_length"),
+        "norm_topk_prob": said.architecture == "qwen3moe",
+    }
+    if said.architecture == "qwen2moe":
+        found["shared_expert_intermediate_size"] = said.needed("expert_shared_feed_forward_length")
+    return found
+
+
 def _gpt_oss(said: _Said, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "num_local_experts": said.needed("expert_count"),
@@ -159,6 +173,8 @@ _OF_FAMILY: dict[str, Callable[[_Said, dict[str, Any]], dict[str, Any]]] = {
     "gemma2": _gemma,
     "gemma3": _gemma,
     "phi3": _phi3,
+    "qwen2moe": _qwen_moe,
+    "qwen3moe": _qwen_moe,
     "gpt-oss": _gpt_oss,
 }
 

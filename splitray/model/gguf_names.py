@@ -16,13 +16,16 @@ FAMILIES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "smollm3": "smollm3",
     "gpt-oss": "gpt_oss",
 }
-"""transformers' model_type by llama.cpp's architecture; mistral is stored as llama, which computes the same."""
+"""transformers' model_type by llama.cpp's architecture. mistral is stored as llama, which computes the same; mixtral
+as a llama with experts."""
 _TURNED = ("llama", "smollm3")  # rows of q and k lie in pairs, as llama.cpp's rotation wants them
 _LIFTED = ("gemma2", "gemma3")  # norms are stored as 1 + w
 _EXPERT = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?$")
@@ -50,6 +53,10 @@ class Names:
             return None
         parts = ("gate", "up") if found[2] == "gate_up_proj" else ("down",)
         return [f"blk.{found[1]}.ffn_{p}_exps.{'bias' if found[3] else 'weight'}" for p in parts]
+
+    def is_row(self, name: str) -> bool:
+        """Whether a matrix of one row is stored as a vector."""
+        return name.endswith(".shared_expert_gate.weight")
 
     def is_lifted(self, name: str) -> bool:
         """Whether 1 was added to a parameter."""

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -272,7 +273,10 @@ class GgufSource:
             actual = f"{len(self.file.tensors)} others"
             raise ModelError(f"GGUF file {self.file.files[0]}", expected=f"a tensor for {name}", actual=actual,
                              remedy="copy the file again, whole")  # fmt: skip
-        return self.file.tensors[key]
+        stored = self.file.tensors[key]
+        if self._names.is_row(name) and len(stored.shape) == 1:
+            return replace(stored, shape=(1, *stored.shape))
+        return stored
 
     def _count(self, key: str) -> int:
         value = self.file.metadata.get(f"{self.file.architecture}.{key}", 0)

@@ -24,6 +24,7 @@ SIZES: dict[str, object] = {
     "pad_token_id": 0,
 }
 HEADS: dict[str, object] = {**SIZES, "head_dim": 32}
+EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", SIZES),
     "mistral": ("llama", {**SIZES, "sliding_window": None}),
@@ -33,6 +34,9 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "gemma3_text": ("gemma3", {**HEADS, "num_hidden_layers": 7, "sliding_window": 6, "query_pre_attn_scalar": 32}),
     "phi3": ("phi3", SIZES),
     "smollm3": ("smollm3", {**SIZES, "num_hidden_layers": 5}),
+    "mixtral": ("llama", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2moe", {**SIZES, **EXPERTS, "shared_expert_intermediate_size": 64, "norm_topk_prob": False}),
+    "qwen3_moe": ("qwen3moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
     "gpt_oss": ("gpt-oss", {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
 }
 
@@ -134,16 +138,20 @@ def _metadata(writer: gguf.GGUFWriter, name: str, config: object) -> None:
     writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
     if values.get("sliding_window"):
         writer.add_sliding_window(values["sliding_window"])
-    if name in ("qwen3", "gemma2", "gemma3", "gpt-oss"):
+    if name in ("qwen3", "qwen3moe", "gemma2", "gemma3", "gpt-oss"):
         writer.add_key_length(head)
         writer.add_value_length(head)
     if name == "gemma2":
         writer.add_attn_logit_softcapping(values["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(values["final_logit_softcapping"])
-    if name == "gpt-oss":
-        writer.add_expert_count(values["num_local_experts"])
+    if values.get("num_experts_per_tok"):
+        writer.add_expert_count(getattr(config, "num_local_experts", None) or values["num_experts"])
         writer.add_expert_used_count(values["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(values["intermediate_size"])
+    if name in ("gpt-oss", "qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(values.get("moe_intermediate_size") or values["intermediate_size"])
+    if name == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(values["shared_expert_intermediate_size"])
+    if name == "gpt-oss":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
@@ -167,7 +175,7 @@ def converted(model: PreTrainedModel) -> dict[str, np.ndarray]:
         if key in tied:
             continue
         if ".mlp.experts." in key:
-            found |= _experts(key, data)
+            found |= _experts(key, data, turned=name == "gpt-oss")
             continue
         if key.endswith(".sinks"):
             key += ".weight"
@@ -179,14 +187,16 @@ def converted(model: PreTrainedModel) -> dict[str, np.ndarray]:
             data = data + 1
         stored = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert stored is not None, key
-        found[stored] = np.ascontiguousarray(data)
+        found[stored] = np.ascontiguousarray(data[0] if "shared_expert_gate" in key else data)
     return found
 
 
-def _experts(key: str, data: np.ndarray) -> dict[str, np.ndarray]:
+def _experts(key: str, data: np.ndarray, *, turned: bool) -> dict[str, np.ndarray]:
+    """Gate and up behind each other, or in turn and with inputs before outputs."""
     layer, kind = key.split(".")[2], key.rsplit(".", 1)[1]
     end = "bias" if kind.endswith("_bias") else "weight"
-    if end == "weight":
-        data = data.swapaxes(1, 2)  # outputs before inputs
-    parts = {"gate": data[:, ::2], "up": data[:, 1::2]} if kind.startswith("gate_up") else {"down": data}
+    if end == "weight" and turned:
+        data = data.swapaxes(1, 2)
+    gate, up = (data[:, ::2], data[:, 1::2]) if turned else np.split(data, 2, axis=1)
+    parts = {"gate": gate, "up": up} if kind.startswith("gate_up") else {"down": data}
     return {f"blk.{layer}.ffn_{p}_exps.{end}": np.ascontiguousarray(d) for p, d in parts.items()}

@@ -216,6 +216,8 @@ def test_a_sum_of_experts_that_is_not_simply_added_is_refused():
     for weights in ("int4", "bfloat16"):
         with pytest.raises(ModelError, match="stacked experts of another form"):
             held_as(arch, weights)
+    with pytest.raises(ModelError, match="heads of a multiple of 8 features, got 2"):  # one for the gate of each head
+        held_as(replace(arch, adds_experts=True), "int4")
     assert read_arch(family_config("mixtral"))[0].adds_experts
 
 

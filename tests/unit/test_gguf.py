@@ -100,8 +100,9 @@ def test_parameters_come_back_under_their_own_names(written):
     for name, tensor in model.state_dict().items():
         assert torch.equal(source.read(name), tensor), name
         assert source.shape(name) == tuple(tensor.shape), name
-        ranges = [Range(1, 2), Range(0, 2)]
-        assert torch.equal(source.read(name, ranges=ranges), torch.cat([tensor[1:2], tensor[:2]])), name
+        two = min(2, len(tensor))
+        ranges = [Range(two - 1, two), Range(0, two)]
+        assert torch.equal(source.read(name, ranges=ranges), torch.cat([tensor[two - 1 : two], tensor[:two]])), name
         if tensor.ndim > 1:
             wanted = torch.cat([tensor[:, 3:9], tensor[:, :1]], dim=1)
             assert torch.equal(source.read(name, axis=1, ranges=[Range(3, 9), Range(0, 1)]), wanted), name
