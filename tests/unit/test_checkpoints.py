@@ -273,6 +273,7 @@ def wrapper(kind: str) -> Any:
     return t.Qwen2_5_VLForConditionalGeneration(config)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "llava", "qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe", "gemma4",
                                   "llama4"])  # fmt: skip
 def test_models_that_also_read_images_are_read_for_their_text(kind, tmp_path, caplog):

@@ -24,7 +24,7 @@ ARCH = ModelArch(
 )  # fmt: skip
 
 
-@pytest.mark.thin(2)
+@pytest.mark.full
 @pytest.mark.parametrize("holds", ["none", "embedding_and_head"])
 def test_myopic_is_within_five_percent_of_exact_on_40_instances(holds: str) -> None:
     found, taken = gaps(holds, ("myopic", "myopic:paper"))  # type: ignore[arg-type]
@@ -67,6 +67,7 @@ WITHIN = {
 """What claims to be the best of its kind, and others of that kind; of `exact` and its bound that is every planner."""
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("holds", ["none", "embedding_and_head"])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_planner_that_claims_an_optimum_is_beaten_inside_its_space(seed: int, holds: str) -> None:

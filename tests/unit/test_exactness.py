@@ -24,7 +24,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_every_family_split_at_random_gives_the_unsplit_tokens_and_the_rules_bytes(family):
     model = family_model(family)
@@ -37,6 +37,7 @@ def test_every_family_split_at_random_gives_the_unsplit_tokens_and_the_rules_byt
             assert report_of(engine).messages_per_token == engine.route.messages_per_token
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_one_device_holds_the_bytes_of_the_model(family):
     """What is not registered would not be counted, nor moved to a GPU."""

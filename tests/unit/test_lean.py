@@ -55,13 +55,13 @@ def same_tokens(model: PreTrainedModel, seed: int) -> None:
         assert all(s["lean"] for s in engine.stats().values() if s["weight_bytes"])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("family", [*POSITIONS, *ATTENTION, *POST_NORM])
 def test_windows_partial_ropes_packed_weights_and_sums_that_are_normalised_run_lean(family):
     same_tokens(family_model(family), seed=len(family))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("family", [*EXPERTS, *OWN_ATTENTION])
 def test_experts_and_attention_of_other_forms_run_lean(family):
     for seed in (1, 2):

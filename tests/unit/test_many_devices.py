@@ -96,6 +96,7 @@ def proposed(planner: str, arch: ModelArch, where: Topology) -> tuple[Placement,
     return placement, peak
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("planner", [p for p in ANY_NUMBER if p != "round_robin"])
 def test_300_edges_take_little_memory(planner: str, arch: ModelArch) -> None:
     assert proposed(planner, arch, star(300))[1] < 60 * MB

@@ -61,6 +61,7 @@ def outcomes() -> dict[tuple[str, str], list[tuple[Outcome, ...]]]:
     return found
 
 
+@pytest.mark.full
 def test_drift_plus_penalty_seldom_loses_to_edgeshards_program(outcomes) -> None:  # type: ignore[no-untyped-def]
     for holds in ("none", "embedding_and_head"):
         runs = [o for (_, pins), found in outcomes.items() if pins == holds for o in found]

@@ -41,6 +41,7 @@ def test_slices_along_both_axes_equal_the_whole_tensor_and_are_counted(llama):
     assert checkpoint.bytes_read == 4 * (5 * whole.shape[1] + 15 * whole.shape[0])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
 def test_saved_checkpoints_of_every_family_are_read_in_slices(family, max_shard_size, tmp_path):

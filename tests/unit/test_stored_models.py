@@ -64,7 +64,7 @@ def check(path: Path, weights: str, *, apart: float = 0.1) -> None:
         assert torch.equal(split_logits(path, "random", seed), whole), seed
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("kind", [*HALVES, Kind.Q4_0, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
 def test_a_gguf_file_runs_as_it_is_stored(tmp_path, kind):
     path = tmp_path / "m.gguf"
@@ -73,7 +73,7 @@ def test_a_gguf_file_runs_as_it_is_stored(tmp_path, kind):
     check(path, "int4" if four else "int8")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("family", MODELS)
 def test_families_of_gguf_run_as_they_are_stored(tmp_path, family):
     write_gguf(small_model(family), tmp_path / "m.gguf", kind=Kind.Q4_1)
@@ -141,6 +141,7 @@ def save_quantised(folder: Path, method: str, left_plain: str = "none") -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG.to_dict(), "quantization_config": said}))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("method", "weights"), [("gptq", "int4"), ("act-order", "int4"), ("gptq8", "int8"),
                                                  ("awq", "int4/128"), ("compressed", "int8")])  # fmt: skip
 def test_a_quantised_checkpoint_runs_as_it_is_stored(tmp_path, caplog, method, weights):

@@ -76,6 +76,7 @@ def two(first: float, second: float) -> Topology:
     return replace(where, devices=devices)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("planner", ["drift_plus_penalty:10", "exact:10"])
 @pytest.mark.parametrize(("gigabytes", "fits"), [((8.0, 4.0), {"int4", "int4/128"}), ((4.0, 2.5), {"int4/128"})])
 def test_formats_are_chosen_that_fit(planner, gigabytes, fits) -> None:

@@ -56,6 +56,7 @@ SHARED = Placement(
 )
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("placement", [CUT, SHARED], ids=["cut", "shared"])
 @pytest.mark.parametrize("weights", FORMATS)
 def test_what_is_counted_is_what_devices_hold(weights, placement, model, as_stored):
