@@ -26,6 +26,19 @@ class KvPiece:
     groups: Range
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one row of a step stands: whose KV it reads, and the position at which it writes."""
+
+    cache: KvCache
+    position: int
+
+
+def places_of(cache: KvCache, new_tokens: int) -> list[Place]:
+    """Those of the positions that a step opened in one session."""
+    return [Place(cache, cache.position + i) for i in range(new_tokens)]
+
+
 class KvCache:
     """KV of the local head groups, [batch, groups, capacity, head_dim] for each layer that has any."""
 

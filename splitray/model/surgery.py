@@ -20,6 +20,7 @@ from splitray.arch import ModelArch, Range
 from splitray.errors import unsplittable
 from splitray.model.absent import Skip, absent
 from splitray.model.config import depth_of
+from splitray.model.kv_cache import places_of
 from splitray.model.layout import Layouts, is_norm, layer_arguments
 from splitray.model.lean.loop import LeanLoop
 from splitray.model.lean.not_lean import NotLean
@@ -199,7 +200,8 @@ class Shard:
             if new_tokens == 1:
                 return self.lean.step(cache, tokens_BT)
             if self.arch.sums_in_blocks:  # a row is then the same bits in a prompt and alone
-                return self.lean.rows(cache, tokens_BT, new_tokens, keep)
+                tokens = None if tokens_BT is None else tokens_BT[0].tolist()
+                return self.lean.rows(places_of(cache, new_tokens), tokens, keep)
         inputs: dict[str, Any]
         if self.spec.embedding:
             assert tokens_BT is not None, "an embedding holder needs the tokens"

@@ -5,7 +5,7 @@ Shapes: N rows, D hidden, H heads here, G KV groups here, R = H / G, d head_dim,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from splitray.model.kv_cache import KvCache, sliding_windows
+from splitray.model.kv_cache import KvCache, Place, sliding_windows
 from splitray.model.lean.linears import Projection, array, project
 from splitray.model.lean.norms import heads_norm, norm_form, normed, row_norm
 from splitray.model.lean.not_lean import NotLean
@@ -80,16 +80,16 @@ class Attention:
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum; writes its keys and values."""
-        q_NGRd = self._turn(self._project(self.norm(x_D))[None], cache)
-        return self._sum(self._take(q_NGRd[0], cache, cache.position))
+        here = Place(cache, cache.position)
+        return self._sum(self._take(self._turn(self._project(self.norm(x_D))[None], [here])[0], here))
 
-    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+    def partials(self, x_ND: Array, places: Sequence[Place]) -> Array:
         """As `partial` for the rows of one step, each of which is what it would be alone."""
-        q_NGRd = self._turn(self._project(normed(self.norm, x_ND)), cache)
-        return self._sum(np.stack([self._take(q, cache, cache.position + i) for i, q in enumerate(q_NGRd)]))
+        q_NGRd = self._turn(self._project(normed(self.norm, x_ND)), places)
+        return self._sum(np.stack([self._take(q, place) for q, place in zip(q_NGRd, places, strict=True)]))
 
-    def _turn(self, qkv_NF: Array, cache: KvCache) -> Array:
-        """The queries [N, G, R, d] of rows that follow each other, turned by their positions; writes keys and values.
+    def _turn(self, qkv_NF: Array, places: Sequence[Place]) -> Array:
+        """The queries [N, G, R, d] of rows, turned by their positions; writes keys and values.
 
         What is done to many rows at once here is done to each number by itself, so that a row has the same bits alone.
         """
@@ -101,27 +101,30 @@ class Attention:
         if self.qk_norm is not None:
             for qk_Hd in qk_NHd:
                 self.qk_norm(qk_Hd)
-        here = slice(cache.position, cache.position + count)
+        first_at = places[0].position
+        at_N = slice(first_at, first_at + 1) if count == 1 else [place.position for place in places]
         rope = self.rope
         first, second = rope.pairs
         turned_NHd = self._turned if count == 1 else np.zeros(qk_NHd.shape, np.float32)
         turned_NHd[..., first], turned_NHd[..., second] = qk_NHd[..., second], qk_NHd[..., first]
-        turned_NHd *= rope.sin_Sd[here, None]
-        qk_NHd *= rope.cos_Sd[here, None]
+        turned_NHd *= rope.sin_Sd[at_N, None]
+        qk_NHd *= rope.cos_Sd[at_N, None]
         qk_NHd += turned_NHd
         if self.turned_norm is not None:
             for qk_Hd in qk_NHd:
                 self.turned_norm(qk_Hd)
-        keys_GSd, values_GSd = cache.arrays(self.index, groups, d)
-        keys_GSd[:, here] = qk_NHd[:, heads:].transpose(1, 0, 2)
-        values_GSd[:, here] = qkv_NHd[:, heads + groups :].transpose(1, 0, 2)
+        for place, key_Gd, value_Gd in zip(places, qk_NHd[:, heads:], qkv_NHd[:, heads + groups :], strict=True):
+            keys_GSd, values_GSd = place.cache.arrays(self.index, groups, d)
+            keys_GSd[:, place.position] = key_Gd
+            values_GSd[:, place.position] = value_Gd
         q_NHd = qk_NHd[:, :heads]
         q_NHd *= self.scale
         return q_NHd.reshape(count, groups, heads // groups, d)
 
-    def _take(self, q_GRd: Array, cache: KvCache, at: int) -> Array:
-        """What the heads of the row at a position take from the values up to it, side by side."""
-        keys_GSd, values_GSd = cache.arrays(self.index, self.groups, self.d)
+    def _take(self, q_GRd: Array, place: Place) -> Array:
+        """What the heads of one row take from the values up to its position, side by side."""
+        keys_GSd, values_GSd = place.cache.arrays(self.index, self.groups, self.d)
+        at = place.position
         start = at + 1 - self.window if at >= self.window else 0
         weights_GRS: Array = q_GRd @ keys_GSd[:, start : at + 1].transpose(0, 2, 1)  # type: ignore[assignment]
         self._soften(weights_GRS)

@@ -5,7 +5,7 @@ Shapes: D hidden, F columns here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from splitray.model.kv_cache import KvCache
+from splitray.model.kv_cache import KvCache, Place
 from splitray.model.lean.activations import evenly, gate_of
 from splitray.model.lean.experts import Experts, stacked_experts
 from splitray.model.lean.linears import project
@@ -60,7 +60,7 @@ class GatedFfn:
         both = self._project(self.norm(x_D))
         return self._sum(self._gate(both[: self.columns], both[self.columns :]))
 
-    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+    def partials(self, x_ND: Array, places: Sequence[Place]) -> Array:
         """As `partial` for rows."""
         rows = self._project(normed(self.norm, x_ND))
         return self._sum(np.stack([self._gate(both[: self.columns], both[self.columns :]) for both in rows]))
@@ -85,11 +85,11 @@ class OwnFfn:
             elif "activation" in type(module).__module__ or type(module).__module__.startswith("torch.nn.modules.act"):
                 module.forward = evenly(module.forward)  # type: ignore[method-assign]
 
-    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+    def partials(self, x_ND: Array, places: Sequence[Place]) -> Array:
         """As `partial` for rows, one by one: nobody knows what a module does with several, but for its experts."""
         if self._added is not None:
             return self._added.rows(normed(self.norm, x_ND))  # type: ignore[no-any-return]
-        return np.stack([self.partial(x_D, cache) for x_D in x_ND])
+        return np.stack([self.partial(x_D, place.cache) for x_D, place in zip(x_ND, places, strict=True)])
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum for a residual."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from splitray.arch import ModelArch
-from splitray.model.kv_cache import KvCache
+from splitray.model.kv_cache import KvCache, Place
 from splitray.model.layout import Layouts
 from splitray.model.lean.attention import Attention
 from splitray.model.lean.ends import Ends
@@ -43,7 +43,7 @@ class LeanPiece(Protocol):
     def partial(self, x_D: Array, cache: KvCache) -> Array:
         """This device's partial sum for a residual, a row of its own; attention writes KV."""
 
-    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+    def partials(self, x_ND: Array, places: Sequence[Place]) -> Array:
         """The same for the rows of a step, bit by bit what each one would be alone where weights are quantised."""
 
 
@@ -137,16 +137,18 @@ class LeanLoop:
         self._ends.shape(logits)
         return torch.from_numpy(logits).view(1, 1, -1)
 
-    def rows(self, cache: KvCache, tokens_BT: Tensor | None, new_tokens: int, keep: int) -> Tensor:
-        """Several new tokens of one sequence, each computed as `step` does it; logits [1, keep, rows] of the last."""
-        self.ropes.reach(cache.position + new_tokens, cache.capacity)
+    def rows(self, places: Sequence[Place], tokens: Sequence[int] | None, keep: int) -> Tensor:
+        """New tokens of one sequence or of several, each as `step` computes it; logits [1, keep, rows] of the last.
+
+        The steps of all their caches are open, and tokens of one sequence follow each other.
+        """
+        self.ropes.reach(max(p.position for p in places) + 1, max(p.cache.capacity for p in places))
         x: Array | None = None
         if self.table is not None:
-            assert tokens_BT is not None, "an embedding holder needs the tokens"
-            ids = tokens_BT[0].tolist()
-            x = np.stack([self._embedded(token, cache.position + i) for i, token in enumerate(ids)])
+            assert tokens is not None, "an embedding holder needs the tokens"
+            x = np.stack([self._embedded(t, p.position) for t, p in zip(tokens, places, strict=True)])
         with np.errstate(over="ignore"):
-            x = self._rows_through(x, cache)
+            x = self._rows_through(x, places)
         if self.head is None or self.norm is None or x is None:
             return torch.empty(1, keep, 0)
         logits_NV = self.head(normed(self.norm, x[-keep:]))
@@ -160,7 +162,7 @@ class LeanLoop:
             x += self._ends.places_SD[position]
         return x
 
-    def _rows_through(self, x_ND: Array | None, cache: KvCache) -> Array | None:
+    def _rows_through(self, x_ND: Array | None, places: Sequence[Place]) -> Array | None:
         """Through the layers of any family with the rows of a step."""
 
         def leave(index: int, x_ND: Array | None, y_ND: Array | None, settle: Settle | None) -> Array | None:
@@ -178,7 +180,7 @@ class LeanLoop:
         for attention, ffn, settles in zip(self.attention, self.ffn, self._settles, strict=True):
             halves = ((attention, ffn),) if self._through == self._at_once else ((attention,), (ffn,))
             for pieces, settle in zip(halves, settles, strict=False):
-                ys = [p.partials(x_ND, cache) for p in pieces if p is not None and x_ND is not None]
+                ys = [p.partials(x_ND, places) for p in pieces if p is not None and x_ND is not None]
                 y_ND = sum(ys[1:], ys[0]) if ys else None
                 x_ND = leave(index, x_ND, y_ND, settle if post_norm else None)
                 index += 1
@@ -229,8 +231,8 @@ class _Scaled:
     def __init__(self, piece: LeanPiece, scale: float) -> None:
         self.piece, self.scale, self.take_over = piece, np.float32(scale), piece.take_over
 
-    def partials(self, x_ND: Array, cache: KvCache) -> Array:
-        y = self.piece.partials(x_ND, cache)
+    def partials(self, x_ND: Array, places: Sequence[Place]) -> Array:
+        y = self.piece.partials(x_ND, places)
         y *= self.scale
         return y
 

@@ -5,6 +5,7 @@ Shapes: D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from splitray.model.kv_cache import KvCache
+from splitray.model.kv_cache import KvCache, Place
 from splitray.model.lean.attention import FOREVER, window_of
 from splitray.model.lean.linears import project
 from splitray.model.lean.norms import norm_form, row_norm
@@ -53,13 +54,15 @@ class OwnAttention:
             if type(module) in (nn.Linear, Conv1D):
                 project((module,))
 
-    def partials(self, x_ND: Array, cache: KvCache) -> Array:
+    def partials(self, x_ND: Array, places: Sequence[Place]) -> Array:
         """As `partial` for rows, one by one: nobody knows what a module does with several."""
-        first, rows = cache.position, []
-        for i, x_D in enumerate(x_ND):
-            cache.begin(first + i, 1)
-            rows.append(self.partial(x_D, cache))
-        cache.begin(first, len(x_ND))
+        opened = {id(p.cache): (p.cache, p.cache.position, p.cache.length) for p in places}
+        rows = []
+        for x_D, place in zip(x_ND, places, strict=True):
+            place.cache.begin(place.position, 1)
+            rows.append(self.partial(x_D, place.cache))
+        for cache, start, stop in opened.values():
+            cache.begin(start, stop - start)
         return np.stack(rows)
 
     def partial(self, x_D: Array, cache: KvCache) -> Array:
