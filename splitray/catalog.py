@@ -114,7 +114,7 @@ DEVICES: dict[str, dict[str, Value]] = {
     },
 }
 
-_MEASURED = "docs/equations.md E6.3: MatMulNBits of onnxruntime on x86 cores, by the instructions that they have"
+_MEASURED = "docs/equations.md E6.3: a model of 1.04 billion weights on single x86 cores, with and without VNNI"
 _RATIO = "docs/equations.md E6.3: 0.6 of the rate of int4, as on x86 cores with and without VNNI"
 _ARM = "docs/equations.md E6.3: the 4-bit decode rate to which memory_efficiency is fitted, in weights"
 
@@ -133,10 +133,10 @@ FORMAT_RATES: dict[str, dict[str, Value]] = {
     "raspberry-pi-4": _fitted(12.8e9 * 0.25 * 8 / 4.5),
     "raspberry-pi-5": _fitted(17.07e9 * 0.6 * 8 / 4.85),
     "x86-core": {
-        "int4": Value(15e9, "INFERRED", _MEASURED),
-        "int4/128": Value(20e9, "INFERRED", _MEASURED),
-        "int8": Value(9e9, "INFERRED", _MEASURED),
-        "bfloat16": Value(6e9, "INFERRED", "FBGEMM's kernel for float16 weights reads 4 to 7 billion weights a second"),
+        "int4": Value(10e9, "INFERRED", _MEASURED),
+        "int4/128": Value(12e9, "INFERRED", _MEASURED),
+        "int8": Value(8e9, "INFERRED", _MEASURED),
+        "bfloat16": Value(4.5e9, "INFERRED", _MEASURED),
     },
 }
 """Weights that a processor multiplies by in a second for one row, by format; run `splitray profile` for your own.

@@ -27,7 +27,7 @@ class HeldExperts:
     """The experts of one device: what those that were chosen give for each row, times their weights, added up."""
 
     def __init__(self, module: Any, experts: Iterable[Pair], *, sums: bool) -> None:
-        """`sums`: what each gives is rounded to the grid of sums.py, where adding loses nothing."""
+        """`sums`: what each gives is rounded to the grid of model/weights/sums.py, where adding loses nothing."""
         self._experts, self._sums = [*experts], sums
         self.num_bytes = sum(linear.num_bytes for pair in self._experts for linear in pair)
         self._gate = expert_gate(module, self._experts[0][1].inputs)
