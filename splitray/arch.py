@@ -39,8 +39,8 @@ class ModelArch:
     `attention_params`, `ffn_params` and `kv_values` (of one token) are means over the layers, where their counts are
     not those of attention and FFNs of equal heads and columns; `embedding_params` are tables beside the embedding.
     `head_rows`: rows of a head group's smallest projection, where those are no whole heads (a gate for each head).
-    `adds_experts`: experts have the form that transformers stacks them in, and what each gives is added to the FFN's
-    sum as it is, so that they may be held in any format.
+    `experts_apart`: experts are stacked in another form than transformers' usual one, or what they give is not added to
+    the FFN's sum as it is; such are held in plain floats only.
     `weight_bits` is the mean size of a quantised weight, for planning; None where weights have the `dtype`.
     `weights` names the format in which devices hold them (weight_formats.py), `device_weights` that of each device
     where they differ: see `on`. `stored` is that of the checkpoint. With `fixed_sums` the sums of a model that any
@@ -67,7 +67,7 @@ class ModelArch:
     tokens_everywhere: bool = False
     streams: int = 1
     head_rows: int | None = None
-    adds_experts: bool = False
+    experts_apart: bool = False
     kv_layers: tuple[int, ...] = ()
     kv_slots: int = 1
     attention_params: int | None = None
@@ -279,7 +279,7 @@ def held_as(arch: ModelArch, weights: str, *, sums: str = "fixed", lean: bool = 
     what, instead, rows = f"weights {weights}", "use --weights float32", arch.head_rows or arch.head_dim
     if arch.dtype != "float32":
         raise InputError(what, expected="--dtype float32 beside it", actual=arch.dtype, remedy="leave --dtype out")
-    if arch.whole_layers or (arch.num_experts and not arch.adds_experts):
+    if arch.whole_layers or arch.experts_apart:
         actual = "layers that nobody can cut" if arch.whole_layers else "stacked experts of another form"
         expected = "layers of linears, and experts whose sums are added as they are"
         raise ModelError(f"{arch.name}: {what}", expected=expected, actual=actual, remedy=instead)

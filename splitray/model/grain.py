@@ -22,6 +22,7 @@ from splitray.model.added_experts import add_experts
 from splitray.model.counts import count
 from splitray.model.layer_kinds import FAILURES
 from splitray.model.layout import LayerLayout, Layouts, hooked, layer_arguments
+from splitray.model.lean.experts import stacked_experts
 from splitray.model.pieces import read_attention, read_ffn, row_parallel
 from splitray.model.probe import Probe, whole
 from splitray.model.slice_reader import SliceReader
@@ -73,8 +74,12 @@ def tried(arch: ModelArch, probe: Probe, layout: Layouts, model: PreTrainedModel
         if not _adds_up(probe, there, seen, small, half, source):
             wiring = whole(probe, layout.before, layout.after)
             return replace(_whole(arch), streams=wiring.streams), wiring
-    adds = arch.num_experts > 0 and _adds_up(probe, there, seen, small, "ffn", source, plainly=True)
-    return replace(arch, adds_experts=adds), layout
+    if arch.num_experts:
+        apart = not _adds_up(probe, there, seen, small, "ffn", source, plainly=True)
+    else:
+        modules = (m for i, x in enumerate(probe.layers) for n in there.of(i).ffn for m in getattr(x, n).modules())
+        apart = any(p.ndim > 2 and not stacked_experts(m) for m in modules for p in m.parameters(recurse=False))
+    return replace(arch, experts_apart=apart), layout
 
 
 def _fits(arch: ModelArch, half: Half, layout: Layouts, model: PreTrainedModel) -> bool:

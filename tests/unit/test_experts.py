@@ -212,13 +212,15 @@ def test_a_sum_of_experts_that_is_not_simply_added_is_refused():
     config = CONFIG_MAPPING["laguna"](**{**MOE, "intermediate_size": 96, "shared_expert_intermediate_size": 32,
                                          "moe_routed_scaling_factor": 2.5})  # fmt: skip
     arch, _ = read_arch(config)
-    assert arch.num_experts == 6 and not arch.adds_experts
+    assert arch.num_experts == 6 and arch.experts_apart
     for weights in ("int4", "bfloat16"):
         with pytest.raises(ModelError, match="stacked experts of another form"):
             held_as(arch, weights)
     with pytest.raises(ModelError, match="heads of a multiple of 8 features, got 2"):  # one for the gate of each head
-        held_as(replace(arch, adds_experts=True), "int4")
-    assert read_arch(family_config("mixtral"))[0].adds_experts
+        held_as(replace(arch, experts_apart=False), "int4")
+    assert not read_arch(family_config("mixtral"))[0].experts_apart
+    whole, _ = read_arch(family_config("llama4_text"))  # nobody cuts its FFN, whose experts are stacked in another way
+    assert whole.ffn_dim == 1 and whole.experts_apart
 
 
 # --- what is stored in few bits ---

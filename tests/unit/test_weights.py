@@ -170,7 +170,7 @@ def test_what_cannot_be_held_in_few_bits_is_refused():
         as_format("int3")
     arch, _ = read_arch(family_config("mixtral"))
     with pytest.raises(ModelError, match="stacked experts"):
-        held_as(replace(arch, adds_experts=False), "int4", sums="fixed", lean=True)
+        held_as(replace(arch, experts_apart=True), "int4", sums="fixed", lean=True)
     arch, _ = read_arch(family_config("llama"))
     with pytest.raises(ModelError, match="--sums fast"):
         held_as(arch, "int4", sums="fixed", lean=False)
