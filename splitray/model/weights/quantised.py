@@ -20,7 +20,7 @@ from splitray.arch import Range
 from splitray.arrays import Floats32, Ints
 
 Bytes = NDArray[np.uint8]
-_AT_ONCE = 1 << 20  # weights that are rounded together
+_AT_ONCE = 1 << 18  # weights that are rounded together: what lies between stays in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +157,7 @@ def quantise(weight_OI: Tensor, *, bits: int, group: int) -> Quantised:
     """
     outputs, inputs = weight_OI.shape
     groups = -(-inputs // group)
-    step = max(1, _AT_ONCE // max(1, inputs))  # what lies between stays in the cache
+    step = max(1, _AT_ONCE // max(1, inputs))
     parts: list[tuple[Bytes, Floats32, Bytes | None]] = []
     for at in range(0, outputs, step):
         part_OI = weight_OI[at : at + step].float()
