@@ -94,10 +94,15 @@ def logits_of(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_logit_has_the_same_bits_wherever_experts_are(family, weights, logits_of):
     runs: list[tuple[list[int], list[torch.Tensor]]] = []
+    batch = Forward(session=99, ids=torch.tensor([PROMPT, PROMPT[::-1]]), position=0, keep=len(PROMPT), capacity=20)
     for devices, planner, seed in ((1, "even", 0), (2, "even", 0), *((3, "random", s) for s in range(4))):
         logits_of.clear()
         with split(model_of(family), devices=devices, planner=planner, seed=seed, weights=weights) as engine:
-            runs.append((list(engine.stream(PROMPT, DRAWN)), list(logits_of)))
+            tokens = list(engine.stream(PROMPT, DRAWN))
+            several = (
+                [engine.step(batch)] if family != "gpt_oss" else []
+            )  # torch multiplies there what attends to sinks
+            runs.append((tokens, list(logits_of) + several))
     first_tokens, first_logits = runs[0]
     assert len(set(first_tokens)) > 3
     for tokens, logits in runs[1:]:
@@ -195,6 +200,17 @@ def test_what_is_counted_is_what_devices_hold(family, weights, monkeypatch):
         shared = 0.06 * held if family == "qwen2_moe" else 0  # a shared expert is cut in sixteen parts
         assert counted[device] - shared <= held <= counted[device] + router + norms + 0.005 * held + shared
     assert sum(found.values()) < 0.6 * 4 * arch.num_params
+
+
+@pytest.mark.full
+def test_devices_hold_experts_in_formats_of_their_own():
+    where = Topology.uniform(3)
+    formats = zip(where.devices, ("int4", "float32", "bfloat16"), strict=True)
+    where = replace(where, devices=tuple(replace(d, weights=w) for d, w in formats))
+    with split(model_of("qwen2_moe"), topology=where, planner="even") as engine:
+        assert len(list(engine.stream(PROMPT, GREEDY))) == GREEDY.max_new_tokens
+        held = [s["weight_bytes"] for s in engine.stats().values()]
+    assert 2 * held[0] < held[1] and 1.4 * held[2] < held[1]
 
 
 def test_columns_beside_experts_are_cut_between_groups():
