@@ -104,5 +104,6 @@ def as_format(name: str) -> WeightFormat:
     """
     if name in FORMATS:
         return FORMATS[name]
-    remedy = f"use one of them{did_you_mean(name, list(FORMATS))}"
-    raise InputError("weights", expected=f"one of {list(FORMATS)}", actual=name, remedy=remedy)
+    known = (*WEIGHTS, BEST_WEIGHTS)
+    remedy = f"use one of them{did_you_mean(name.lower(), known)}"
+    raise InputError("weights", expected=f"one of {', '.join(known)}", actual=name or "nothing", remedy=remedy)

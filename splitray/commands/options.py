@@ -6,10 +6,16 @@ from typing import Annotated, Literal
 import typer
 
 Model = Annotated[
-    str, typer.Option(help="Folder of a transformers model, or `tiny`, which ships with splitray.", metavar="PATH")
+    str,
+    typer.Option(
+        help="A transformers model's folder, a GGUF file, or `tiny`, which ships with splitray.", metavar="PATH"
+    ),
 ]
 PlanModel = Annotated[
-    str, typer.Option(help="gpt2-xl, llama-7b, llama-13b, llama-3-8b, `tiny`, or a model's folder.", metavar="NAME")
+    str,
+    typer.Option(
+        help="gpt2-xl, llama-7b, llama-13b, llama-3-8b, `tiny`, a model's folder or GGUF file.", metavar="NAME"
+    ),
 ]
 TopologyFile = Annotated[str | None, typer.Option("--topology", help="Topology file (YAML).", metavar="FILE")]
 NeededTopology = Annotated[str, typer.Option("--topology", help="Topology file (YAML).", metavar="FILE")]

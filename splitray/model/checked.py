@@ -15,6 +15,7 @@ from splitray.errors import ModelError, unsplittable
 from splitray.model.config import depth_of, text_part, whole_config
 from splitray.model.folder import INDEX, ONE_FILE, check_folder, indexed
 from splitray.model.opened import Opened, open_checkpoint
+from splitray.model.packed_checkpoint import PackedCheckpoint
 from splitray.model.reading import NOT_UNDERSTOOD, read_config, understood
 from splitray.model.surgery import meta_model
 from splitray.model.weights.stored.method import PLAIN
@@ -112,13 +113,22 @@ def _refuse_numbers(checkpoint: Opened, text: PreTrainedModel, keys: Mapping[str
                 )
 
 
+def _unpacked(checkpoint: Opened) -> str:
+    """What to do with packed weights: older tools say in a file of their own how they are packed."""
+    folder = Path(checkpoint.folder)
+    own = next((n for n in ("quantize_config.json", "quant_config.json") if (folder / n).is_file()), None)
+    if own is None or isinstance(checkpoint, PackedCheckpoint):
+        return PLAIN
+    return f"add what {own} says to config.json as its quantization_config, with quant_method gptq or awq, or {PLAIN}"
+
+
 def _refuse_types(checkpoint: Opened, keys: Sequence[str], unused: Sequence[str]) -> None:
     packed = next((k for k in unused if _PACKED.search(k)), None)
     for key in keys if packed is None else [packed]:
         kind = checkpoint.type_of(key)
         if key == packed or kind not in _FLOATS:
             raise ModelError(f"{key} in {checkpoint.file_of(key)}", expected=f"plain floats ({', '.join(_FLOATS)})",
-                             actual=f"{kind}: quantised or packed weights", remedy=PLAIN)  # fmt: skip
+                             actual=f"{kind}: quantised or packed weights", remedy=_unpacked(checkpoint))  # fmt: skip
 
 
 def _refuse_missing(folder: Path, text: PreTrainedModel, shapes: Mapping[str, object]) -> None:

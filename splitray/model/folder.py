@@ -31,8 +31,8 @@ def model_folder(model: str | Path) -> Path:
     if os.path.isdir(folder) or (_is_gguf(folder) and os.path.isfile(folder)):
         return folder
     if os.path.exists(folder):
-        raise _refused(folder, "a folder with config.json, or a .gguf file", "another file",
-                       "give the folder that it lies in")  # fmt: skip
+        remedy = "give the folder that it lies in; if it is a GGUF file, a link to it whose name ends with .gguf"
+        raise _refused(folder, "a folder with config.json, or a .gguf file", "another file", remedy)
     if _is_gguf(folder):
         raise _refused(folder, "a GGUF file", "no such file", "give the path of a file that ends with .gguf")
     remedy = "give the path of a saved model"

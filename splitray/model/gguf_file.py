@@ -56,6 +56,11 @@ class GgufFile:
                 if name in self.tensors:
                     raise _damaged(file, f"one tensor {name}", "it twice")
                 self.tensors[name] = tensor
+        parts = self.metadata.get("split.count", 0)
+        if isinstance(parts, int) and parts > len(self.files):
+            name = f"NAME-00001-of-{parts:05}.gguf"
+            raise ModelError(f"GGUF file {self.files[0]}", expected=f"{name} and so on: one of {parts} parts",
+                             actual=self.files[0].name, remedy="give the parts such names, in one folder")  # fmt: skip
         counted = self.metadata.get("split.tensors.count")
         if counted is not None and counted != len(self.tensors):
             raise _damaged(self.files[0], f"the {counted} tensors that it counts", f"{len(self.tensors)} in its parts")

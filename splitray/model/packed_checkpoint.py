@@ -26,7 +26,7 @@ from splitray.model.stored_names import plain_in_layers
 from splitray.model.weights.quantised import Quantised, alike, joined
 from splitray.model.weights.stored.floats8 import Floats8, Mxfp4, fp8, mxfp4
 from splitray.model.weights.stored.integers import Integers, awq, compressed, gptq
-from splitray.model.weights.stored.method import StoredMethod
+from splitray.model.weights.stored.method import PLAIN, StoredMethod
 from splitray.model.weights.stored.slab import Slab
 from splitray.weight_formats import StoredWeights, as_format
 
@@ -37,6 +37,13 @@ _ENDS = {
     "compressed-tensors": (".weight_packed", ".weight_scale"),
     "fp8": (".weight_scale_inv", ".weight_scale"),
     "mxfp4": ("_blocks",),
+}
+_SCALES = ("F32", "F16", "BF16", "F64")
+_TYPES = {  # of stored tensors, by the ends of their names
+    (".qweight", ".qzeros", ".weight_packed"): ("I32",),
+    (".scales",): _SCALES,
+    (".weight_scale", ".weight_scale_inv"): (*_SCALES, "U8", "F8_E8M0"),  # the last two are exponents
+    ("_blocks", "_scales"): ("U8",),
 }
 _FFN = (  # the weight whose inputs are columns of an FFN, and those whose outputs are
     ("down_proj", "gate_proj", "up_proj", "gate_up_proj"),
@@ -74,6 +81,11 @@ class PackedCheckpoint(Checkpoint):
             raise ModelError(f"weights in {self.folder}", expected=f"tensors quantised by {method.name}",
                              actual=f"{len(stored)} plain ones", remedy=remedy)  # fmt: skip
         self._hidden = {k for m in self.matrices.values() for k in m.keys}
+        for key in sorted(self._hidden):
+            expected = next((known for ends, known in _TYPES.items() if key.endswith(ends)), (types[key],))
+            if types[key] not in expected:
+                raise ModelError(f"{key} in {self.folder}", expected=" or ".join(expected), actual=types[key],
+                                 remedy=f"copy the checkpoint again, or {PLAIN}")  # fmt: skip
         self._hidden |= {k for k in stored if k.endswith(_OF_ACTIVATIONS)}
 
     def _matrix(self, module: str, stored: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> Stored:

@@ -152,6 +152,8 @@ def test_a_split_file_is_one_model(tmp_path):
     with pytest.raises(ModelError, match=parts[1].name) as refused:
         GgufSource(parts[0])
     assert "3 parts" in refused.value.expected and "missing parts" in refused.value.remedy
+    with pytest.raises(ModelError, match="NAME-00001-of-00003.gguf.*such names"):
+        GgufSource(parts[0].rename(tmp_path / "first.gguf"))
 
 
 def test_a_file_that_ends_early_is_refused_wherever_it_ends(tmp_path):

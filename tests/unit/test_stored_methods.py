@@ -254,6 +254,17 @@ def test_tensors_that_do_not_fit_together_are_refused(tmp_path):
         checkpoint(tmp_path, config, whole | {"m.scales": scales.T[:, :8]})
 
 
+@pytest.mark.parametrize(("end", "wrong"), [("qweight", torch.int64), ("qweight", torch.float32),
+                                            ("qzeros", torch.int16), ("scales", torch.int32)])  # fmt: skip
+def test_numbers_of_other_types_are_refused(tmp_path, end, wrong):
+    """Their bits would be read as other numbers: the model would say anything."""
+    numbers, zeros, scales = numbers_of(4, 2)
+    whole = {"m.qweight": words(numbers, 4).T, "m.qzeros": words(zeros.T, 4), "m.scales": scales.T}
+    whole[f"m.{end}"] = whole[f"m.{end}"].to(wrong)
+    with pytest.raises(ModelError, match=rf"m\.{end}.*copy the checkpoint again"):
+        checkpoint(tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 128}, whole)
+
+
 def test_compressed_tensors_in_act_order(tmp_path):
     numbers, zeros, scales = numbers_of(4, 4)
     zeros[:] = 8

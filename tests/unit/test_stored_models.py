@@ -206,6 +206,15 @@ def test_other_methods_are_refused_by_name(tmp_path, method):
         read_model(tmp_path)
 
 
+def test_a_config_of_its_own_is_named_where_it_must_be_put(tmp_path):
+    """As GPTQ's first tools wrote it, which transformers does not read either."""
+    save_quantised(tmp_path, "gptq")
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    with pytest.raises(ModelError, match=r"add what quantize_config\.json says to config\.json"):
+        check_weights(tmp_path)
+
+
 @pytest.mark.parametrize("size", [100, 40_000])
 def test_a_gguf_file_that_ends_early_is_refused(tmp_path, size):
     path = tmp_path / "m.gguf"

@@ -150,7 +150,7 @@ def test_a_plan_says_why(tmp_path) -> None:
     ("more", "device", "what"),
     [
         (("--planner", "even", "--weights", "best"), "", "expected the planner exact, or drift_plus_penalty:V"),
-        (("--planner", "even", "--weights", "int5"), "", "one of ['float32'"),
+        (("--planner", "even", "--weights", "int5"), "", "one of auto, float32"),
         (("--planner", "even"), ", weights: int5", "device edge: weights: expected one of auto"),
         (("--planner", "even"), ", weights: best", "device edge: weights: expected one of auto"),
         (("--planner", "drift_plus_penalty:1", "--weights", "best", "--codec", "auto"), "", "named codec"),

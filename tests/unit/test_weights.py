@@ -166,8 +166,9 @@ def test_a_cut_inside_a_group_is_refused():
 
 
 def test_what_cannot_be_held_in_few_bits_is_refused():
-    with pytest.raises(InputError, match="int8"):
-        as_format("int3")
+    for wrong, meant in (("int3", "int"), ("INT8", "int8"), ("bests", "best"), ("Auto", "auto")):
+        with pytest.raises(InputError, match=f"one of auto, .*best.*mean {meant}"):
+            as_format(wrong)
     arch, _ = read_arch(family_config("mixtral"))
     with pytest.raises(ModelError, match="stacked experts"):
         held_as(replace(arch, experts_apart=True), "int4", sums="fixed", lean=True)
