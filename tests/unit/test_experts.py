@@ -375,6 +375,7 @@ def test_what_is_stored_crosses_to_a_device_without_the_model_as_it_is(stored, t
     assert 0 < lent < 2.5 * read
 
 
+@pytest.mark.full
 def test_experts_are_read_one_at_a_time(tmp_path, monkeypatch):
     """Never more than one beside what is held."""
     model_of("mixtral").to(torch.float32).save_pretrained(tmp_path)
