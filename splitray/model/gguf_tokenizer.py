@@ -34,7 +34,8 @@ def tokenizer_of(file: GgufFile) -> Any:
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
         given = {n: config[n] for n in names if config.get(n) is not None}
         backend = _without_more(backend, len(values["tokens"]))
-        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False,
+                                       name_or_path=str(path), **given)  # fmt: skip
     except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
         said = " ".join(str(error).split())[:300]
         raise TokenizerError(f"GGUF file {path}: tokenizer", expected="one that transformers reads",

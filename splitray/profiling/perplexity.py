@@ -30,7 +30,7 @@ from splitray.runtime.launch import model_path, needed_tokenizer
 from splitray.text.ids import text_ids
 from splitray.topology import Link, Topology
 from splitray.user_file import UserFile
-from splitray.weight_formats import AUTO_WEIGHTS
+from splitray.weight_formats import AUTO_WEIGHTS, BEST_WEIGHTS
 
 WINDOW_TOKENS, STRIDE_TOKENS = 2048, 512
 MASKS = 5
@@ -102,6 +102,9 @@ def run(request: PerplexityRequest, *, progress: Progress = lambda _: None) -> d
     at_least("masks", request.masks)
     if request.cut is not None and request.placement is not None:
         raise InputError("placement", expected="either --cut or --placement", actual="both", remedy="leave one out")
+    if request.weights == BEST_WEIGHTS:
+        raise InputError("weights best", expected="one format to measure", actual="a choice of a planner",
+                         remedy="give the format that `splitray plan --weights best` finds")  # fmt: skip
     config = read_config(model_path(request.model))
     num_layers = config.num_hidden_layers
     cut = request.cut

@@ -91,7 +91,7 @@ def placement_picture(placement: Placement, arch: ModelArch, topology: Topology)
     units = "experts" if arch.num_experts else "FFN columns"
     left_title = f"{arch.num_kv_heads} head groups" if width * heads >= 14 else f"{arch.num_kv_heads} groups"
     margin = max(_LABEL_CELLS, *(len(row.label) for row in drawn))
-    title = f"{'':{margin}} {left_title:<{width * heads + _GAP}}{arch.ffn_dim:,} {units}"
+    title = f"{'':{margin}} {left_title + ' ':<{width * heads + _GAP}}{arch.ffn_dim:,} {units}"
     lines = [Text(title, style="dim")]
     for row in drawn:
         line = Text().append(f"{row.label:>{margin}} ", "dim")  # a style of the whole line would dim the cells

@@ -90,5 +90,6 @@ def _template(tokenizer: Any, asked: str | None) -> tuple[str, str]:
     folder = Path(getattr(tokenizer, "name_or_path", "") or "-")
     files = ["chat_template.jinja"] if chosen in (None, "default") else []
     files += [] if chosen is None else [f"additional_chat_templates/{chosen}.jinja"]
-    file = next((f for f in files if (folder / f).is_file()), "the chat template in tokenizer_config.json")
+    within = folder.name if folder.is_file() else "tokenizer_config.json"  # a GGUF file has its own
+    file = next((f for f in files if (folder / f).is_file()), f"the chat template in {within}")
     return source, file if chosen is None else f"{file} ({chosen})"

@@ -22,6 +22,7 @@ from splitray.model.gguf_config import config_of
 from splitray.model.gguf_source import GgufSource
 from splitray.model.gguf_tokenizer import tokenizer_of
 from splitray.model.weights.gguf_types import PLAIN, QUANTISED, block_of, floats, inputs_of, quantised, type_named
+from splitray.text.chat import chat_text
 from splitray.weight_formats import StoredWeights
 
 Kind = GGMLQuantizationType
@@ -347,6 +348,9 @@ def test_byte_level_tokenizers_and_templates_are_read(tmp_path, family):
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     assert said == "<|bos|><|im_start|>hello"
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
+    tokenizer.chat_template = "{{ broken }"
+    with pytest.raises(InputError, match="the chat template in m.gguf, line 1"):
+        chat_text([{"role": "user", "content": "hello"}], tokenizer)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])

@@ -166,6 +166,7 @@ REFUSED = {
     "a negative cut": ({"cut": -1}, "cut"),
     "a cut and a placement": ({"cut": 1, "placement": "x.yaml"}, "placement"),
     "a placement file that is not there": ({"placement": "no.yaml"}, "placement"),
+    "formats that a planner would choose": ({"weights": "best"}, "weights best"),
     "a window beyond the context": ({"window": 129}, "window"),
     "a stride as long as the window": ({"stride": WINDOW}, "stride"),
     "a stride of nothing": ({"stride": 0}, "stride"),
@@ -177,7 +178,7 @@ REFUSED = {
 def test_bad_input_is_refused(folder, options, what):
     with pytest.raises(InputError) as refused:
         run(request(folder, **options))
-    assert what in refused.value.what and refused.value.remedy
+    assert what in refused.value.what and refused.value.remedy and "--planner" not in refused.value.remedy
 
 
 def test_texts_that_cannot_be_scored_are_refused(folder, tmp_path):

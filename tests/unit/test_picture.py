@@ -72,6 +72,10 @@ def test_any_number_of_heads_fits_a_terminal_of_80_columns(num_kv_heads: int) ->
     assert max(map(len, drawn(of, replicated=num_kv_heads == 1).splitlines())) <= 80
 
 
+def test_titles_of_few_groups_stay_apart() -> None:
+    assert " 2 groups 64 FFN columns" in drawn(arch(num_kv_heads=2))
+
+
 def test_experts_are_called_experts() -> None:
     text = drawn(arch(ffn_dim=8, num_experts=8, expert_columns=32))
     assert "8 experts" in text
