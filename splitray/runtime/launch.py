@@ -283,7 +283,8 @@ def launch_engine(
         dtype: of weights and activations; token identity is promised in float32.
         weights: the format in which devices hold them (weight_formats.py), but for those that name their own; `auto`:
             as they are stored; `best`: as the planner finds best. Rows and sums stay float32.
-        sums: `fixed` makes the sums of quantised weights the same bits wherever the pieces are, `fast` does not.
+        sums: `fixed` makes the sums of quantised weights the same bits wherever the pieces are, `fast` does not
+            (nor does a channel: its noise differs).
         fleet: use this one and not the runtime's.
         spin_s: how long every receive polls before it sleeps (only where devices <= cores); 0 leaves it to the devices,
             which poll when a frame is due and a core is free.
@@ -308,6 +309,8 @@ def launch_engine(
     if recovery is not None and recovery.store is not None:
         Store(recovery.store).check()
     way = as_channel(channel) if isinstance(channel, str) else channel
+    if way is not None:
+        sums = "fast"  # what noise changes is not the same bits anywhere, and it changes float32
     # Starts nothing yet, and refuses an unknown runtime before any work.
     fleet = fleet or make_fleet(runtime, start_s=start_s)
     where = read_topology(topology, devices)

@@ -281,6 +281,12 @@ def test_the_shipped_model_says_words(weights):
     assert sum(w in texts[0] for w in (" the", " of", " list", " a ")) >= 2, texts[0]
 
 
+def test_noise_changes_quantised_weights_no_more_than_others():
+    asked = PerplexityRequest(model="tiny", text="LICENSE", tokens=100, window=64, cut=5, channel="loss:0.1", masks=1)
+    found, plain = (perplexity(replace(asked, weights=w))["perplexity"] for w in ("int8", "float32"))
+    assert found / plain == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("cut", [None, 5])
 def test_perplexity_in_a_format_is_that_of_any_placement(cut):
     asked = PerplexityRequest(model="tiny", text="LICENSE", tokens=140, window=64, weights="int8", cut=cut)
