@@ -24,7 +24,7 @@ from splitray.quality.weight_loss import WeightLossTable, shipped_weight_loss, w
 from splitray.runtime.launch import launch_engine
 from splitray.runtime.model_arch import read_model_arch
 from splitray.topology import DeviceId, Topology
-from splitray.weight_formats import FORMATS
+from splitray.weight_formats import FORMATS, StoredWeights
 
 TEXT = "Licensed under the Apache License, Version 2.0. You may not use this file except in compliance with it. " * 6
 HELD = [name for name, kind in FORMATS.items() if kind.is_held]
@@ -51,6 +51,17 @@ def test_a_placement_costs_what_its_formats_cost() -> None:
     assert costs[0] > costs[1] > costs[2] > costs[3] == pytest.approx(table.rise("int8", "all"))
     late, early = (weights_loss(placed(p, arch), arch) for p in ("layers:16-24", "layers:24-32"))
     assert late > early, "as the third quarter of the measured model"
+
+
+def test_numbers_that_are_held_as_they_are_stored_are_not_charged_for_being_rounded() -> None:
+    plain, topology = architecture("llama-7b", dtype="float32"), Topology.uniform(2)
+    found = {}
+    for stored in (None, StoredWeights("int4", 7.2)):
+        for weights in ("int8", "int4"):
+            arch = held_as(replace(plain, stored=stored), weights)
+            placement = make_planner("even").propose(ClusterState(arch=arch, topology=topology))
+            found[weights, stored is not None] = weights_loss(placement, arch)
+    assert found["int4", True] == found["int8", True] == found["int8", False] < found["int4", False]
 
 
 def test_a_table_is_measured_and_read_back(tmp_path) -> None:

@@ -34,7 +34,7 @@ from splitray.planners.memory import (
 from splitray.planners.optimum.deadline import NEVER, Deadline
 from splitray.planners.optimum.patterns import BlockHolding, Messages, patterns
 from splitray.planners.protocol import ClusterState, Freedom
-from splitray.quality.weight_loss import shipped_weight_loss
+from splitray.quality.weight_loss import charged, shipped_weight_loss
 from splitray.topology import DeviceId
 
 Counts = tuple[int, ...]
@@ -215,7 +215,7 @@ class Space:
     def weights_loss(self, part: Part) -> Floats:
         """What a whole sub-block costs in quality for the format in which each device holds weights, [D]."""
         table, layers = shipped_weight_loss(), self.arch.num_layers
-        return np.array([table.piece_loss(a.weights, part, layers) for a in each_held(self.state)])
+        return np.array([table.piece_loss(charged(a), part, layers) for a in each_held(self.state)])
 
     def free_rows(self, kind: Kind, embedding: int) -> Bools:
         """Where pieces of this kind take no memory: rows of a tied table beside the embedding, [D]."""
