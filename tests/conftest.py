@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from api_server import Served
     from forked_devices import Nursery
     from ray_nodes import RayNodes
+    from torch import Tensor
 
     from splitray.topology import Device
 
@@ -87,6 +88,22 @@ def no_device_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a device starts")
 
     monkeypatch.setattr(launch, "Engine", refuse)
+
+
+@pytest.fixture
+def logits_of(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits from which every token of a run with a temperature is drawn."""
+    from splitray.runtime.sampling import Chooser
+
+    seen: list[Tensor] = []
+    draw = Chooser.from_logits
+
+    def noted(self: Chooser, logits_BV: Tensor) -> Tensor:
+        seen.append(logits_BV.clone())
+        return draw(self, logits_BV)
+
+    monkeypatch.setattr(Chooser, "from_logits", noted)
+    return seen
 
 
 def left_to_rest(items: Sequence[pytest.Item]) -> set[pytest.Item]:

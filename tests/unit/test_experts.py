@@ -34,7 +34,7 @@ from splitray.runtime.engine.stepping import Forward
 from splitray.runtime.fleet import ThreadFleet
 from splitray.runtime.hf import SplitModel
 from splitray.runtime.launch import launch_engine, read_model
-from splitray.runtime.sampling import Chooser, Sampling
+from splitray.runtime.sampling import Sampling
 from splitray.topology import DeviceId, Topology
 from splitray.weight_formats import FORMATS, as_format
 
@@ -73,20 +73,6 @@ def model_of(family: str) -> PreTrainedModel:
         elif "norm" not in name:
             parameter.data.copy_(torch.randn_like(parameter) * 0.2)
     return model.eval()
-
-
-@pytest.fixture
-def logits_of(monkeypatch):
-    """The logits from which every token of a run with a temperature is drawn."""
-    seen: list[torch.Tensor] = []
-    draw = Chooser.from_logits
-
-    def noted(self, logits_BV):
-        seen.append(logits_BV.clone())
-        return draw(self, logits_BV)
-
-    monkeypatch.setattr(Chooser, "from_logits", noted)
-    return seen
 
 
 @pytest.mark.thin(10)

@@ -26,7 +26,7 @@ from splitray.profiling.perplexity import PerplexityRequest
 from splitray.profiling.perplexity import run as perplexity
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.launch import launch_engine
-from splitray.runtime.sampling import Chooser, Sampling
+from splitray.runtime.sampling import Sampling
 from splitray.topology import Topology
 from splitray.weight_formats import FORMATS, NUM_BLOCKS, as_format
 
@@ -182,20 +182,6 @@ def test_what_cannot_be_held_in_few_bits_is_refused():
         assert not held_as(arch, "int4", sums="fast", lean=True).sums_in_blocks
     with pytest.raises(InputError, match="--dtype"):
         held_as(replace(arch, dtype="bfloat16"), "int4", sums="fixed", lean=True)
-
-
-@pytest.fixture
-def logits_of(monkeypatch):
-    """The logits from which every token of a run with a temperature is drawn."""
-    seen: list[torch.Tensor] = []
-    draw = Chooser.from_logits
-
-    def noted(self, logits_BV):
-        seen.append(logits_BV.clone())
-        return draw(self, logits_BV)
-
-    monkeypatch.setattr(Chooser, "from_logits", noted)
-    return seen
 
 
 FAMILY = ["llama", "gpt2", "qwen2", "mistral", "phi3", "gpt_neox", "granite", "opt", "falcon"]
