@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from splitray.runtime.engine.epoch import Next
 from splitray.runtime.engine.policy import Recovery
 from splitray.runtime.engine.run_report import RunReport
 from splitray.runtime.fleet import ThreadFleet
+from splitray.runtime.launch import launch_engine
 from splitray.runtime.sampling import Sampling
 from splitray.runtime.selftest import self_test
 from splitray.topology import DeviceId, Link, Topology
@@ -118,3 +121,16 @@ def moved_while_generating(
             assert done[-1].staged.wait(SOON_S)
     assert all(m.done.wait(SOON_S) and m.error is None for m in done)
     return tokens, done
+
+
+def bytes_read_and_lent(path: Path, prompt: list[int], sampling: Sampling) -> tuple[int, int]:
+    """What a device reads of a model that it has, and what comes to it if it has none; the tokens are the same."""
+    here = Topology.uniform(2)
+    there = replace(here, devices=(here.devices[0], replace(here.devices[1], model_path="/nowhere/to/be/found")))
+    found = []
+    for where in (here, there):
+        with launch_engine(model=path, topology=where, planner="even", fleet=ThreadFleet()) as engine:
+            found.append((list(engine.stream(prompt, sampling)), engine.stats()))
+    assert found[0][0] == found[1][0]
+    read, lent = (stats["cloud0"]["checkpoint_bytes_read"] for _, stats in found)
+    return read, lent

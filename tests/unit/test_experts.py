@@ -17,7 +17,7 @@ from families import family_config
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import small_model, write_gguf
 from safetensors.torch import save_file
-from splits import moved_while_generating, slow_devices, split, threads_of
+from splits import bytes_read_and_lent, moved_while_generating, slow_devices, split, threads_of
 from stored_words import AWQ_ORDER, words
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -350,14 +350,7 @@ def test_experts_of_gguf_are_held_as_they_are_stored(kind, tmp_path):
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("stored", ["mxfp4", "gptq"])
 def test_what_is_stored_crosses_to_a_device_without_the_model_as_it_is(stored, tmp_path):
-    path, here = saved(tmp_path, stored), Topology.uniform(2)
-    there = replace(here, devices=(here.devices[0], replace(here.devices[1], model_path="/nowhere/to/be/found")))
-    found = []
-    for where in (here, there):
-        with launch_engine(model=path, topology=where, planner="even", fleet=ThreadFleet()) as engine:
-            found.append((list(engine.stream(PROMPT, GREEDY)), engine.stats()))
-    assert found[0][0] == found[1][0]
-    read, lent = (stats["cloud0"]["checkpoint_bytes_read"] for _, stats in found)
+    read, lent = bytes_read_and_lent(saved(tmp_path, stored), PROMPT, GREEDY)
     assert 0 < lent < 2.5 * read
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import HALVES, MODELS, small_model, tokenizer_metadata, write_gguf
 from safetensors.torch import save_file
+from splits import bytes_read_and_lent
 from stored_words import AWQ_ORDER, words
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -186,14 +186,7 @@ def test_what_is_stored_crosses_to_a_device_without_the_model_as_it_is(tmp_path,
         write_gguf(small_model("llama", **WIDE), path, kind=Kind.Q4_K)
     else:
         save_quantised(tmp_path, stored)
-    here = Topology.uniform(2)
-    there = replace(here, devices=(here.devices[0], replace(here.devices[1], model_path="/nowhere/to/be/found")))
-    found = []
-    for where in (here, there):
-        with launch_engine(model=path, topology=where, planner="even", fleet=ThreadFleet()) as engine:
-            found.append((list(engine.stream(PROMPT, GREEDY)), engine.stats()))
-    assert found[0][0] == found[1][0]
-    read, lent = (stats["cloud0"]["checkpoint_bytes_read"] for _, stats in found)
+    read, lent = bytes_read_and_lent(path, PROMPT, GREEDY)
     assert 0 < lent < 2 * read
 
 
